@@ -1,0 +1,1 @@
+"""Steps that train a model, and that fold what was trained into it."""

@@ -1,0 +1,166 @@
+"""Low-rank adapters, trained."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llmq.errors import UserError
+from llmq.plugin import DataWord
+from llmq.types import Artifact, Context, Loaded, Step
+
+
+class Lora(Step):
+    """LoRA (Hu et al. 2021) by PEFT on whatever it is given: over 4-bit weights it is QLoRA (Dettmers et al. 2023).
+
+    Trained by transformers' `Trainer` on packed rows: several examples to a row, each attending only to itself, loss
+    on completions only where the data has prompts. Adapter weights are float32, products in the model's dtype.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    requires: ClassVar[Mapping[str, bool]] = {"adapter": False}
+    leaves: ClassVar[Mapping[str, bool]] = {"adapter": True}
+
+    data: DataWord
+    r: PositiveInt = 16
+    lora_alpha: PositiveFloat = 32
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = Field((), description="trained whole and saved with the adapter")
+    use_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+
+    max_steps: PositiveInt | None = Field(None, description="instead of num_train_epochs")
+    num_train_epochs: PositiveFloat = 1.0
+    learning_rate: PositiveFloat = 5e-4
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    per_device_train_batch_size: PositiveInt = Field(4, description="rows")
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    optim: str = Field("adamw_torch", description="any of transformers', 8-bit and paged ones too")
+    max_length: PositiveInt = Field(512, description="tokens in a row")
+    packing: bool = Field(True, description="several examples to a row; false: one a row, padded")
+    eval_steps: PositiveInt | None = Field(None, description="steps between held-out losses; a quarter of all if unset")
+    held_out_rows: int = Field(8, ge=0, description="rows for the held-out loss while training; 0: none")
+    save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
+    seed: int | None = Field(None, description="the run's if unset")
+    training_arguments: dict[str, Any] = Field({}, description="more of transformers' TrainingArguments: fsdp, …")
+
+    def check(self) -> None:
+        """Raise `UserError` for data or an optimizer that cannot be had."""
+        self.data.check()
+        if "paged" in self.optim:
+            self._check_paged()
+
+    def _check_paged(self) -> None:
+        if not any(Path("/dev").glob("nvidia[0-9]*")):
+            raise UserError(f"optim {self.optim!r} pages to an accelerator's memory and there is none here; "
+                            f"{self.optim.replace('paged_', '')!r} runs")  # fmt: skip
+
+    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
+        """Train an adapter and write it to `folder` in PEFT's format."""
+        from transformers import set_seed
+
+        split = self.data.read()
+        seed = context.seed if self.seed is None else self.seed
+        with artifact.open(context.device) as loaded:
+            set_seed(seed)
+            rows, held_out, counts = self._rows(loaded, split)
+            model, fast, reason = self._prepare(loaded)
+            arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
+            history = self._train(model, fast, rows, held_out, loaded, folder, arguments)
+            model.save_pretrained(folder)
+        notes = {
+            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
+            "tokens": counts,
+            "training": {**history, "seed": seed, "fast_path": reason or "used"},
+        }
+        return artifact.then(self, adapter=folder, notes=notes)
+
+    def _rows(self, loaded: Loaded, split: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+        from llmq.adapt.packing import pack
+        from llmq.data.tokens import encode_all
+
+        made = []
+        for part in (split.train, split.held_out):
+            examples, counts = encode_all(part, loaded.processor, self.max_length)
+            made.append((pack(examples, self.max_length) if self.packing else [[e] for e in examples], counts))
+        (rows, counts), (held_out, held_out_counts) = made
+        if not rows:
+            raise UserError(f"adapt.lora: no example of {self.data.word} leaves a token to learn within "
+                            f"max_length {self.max_length}; raise it")  # fmt: skip
+        tokens = sum(len(e) for row in rows for e in row)
+        return rows, held_out[: self.held_out_rows], {
+            "train": {**counts, "packed_rows": len(rows), "tokens": tokens},
+            "held_out": held_out_counts,
+        }  # fmt: skip
+
+    def _prepare(self, loaded: Loaded) -> tuple[Any, Any, str]:
+        from peft import LoraConfig, get_peft_model
+
+        from llmq.adapt.fast_path import FastPath
+        from llmq.quantize.bnb_layers import keep_unpacked
+
+        keep_unpacked(loaded.module)
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            target_modules=targets, modules_to_save=list(self.modules_to_save) or None, use_rslora=self.use_rslora,
+            use_dora=self.use_dora, init_lora_weights=self.init_lora_weights,
+        )  # fmt: skip
+        try:
+            model = get_peft_model(loaded.module, config)
+        except ValueError as error:
+            raise UserError(f"adapt.lora: target_modules {targets!r}: {str(error).splitlines()[0]}") from None
+        fast = FastPath(model)
+        reason = fast.why_not()
+        return model, None if reason else fast, reason
+
+    def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        steps = self.max_steps or max(1, round(self.num_train_epochs * rows / per_step))
+        quarter = max(1, steps // 4)
+        on_cpu = loaded.device == "cpu"
+        return {
+            "max_steps": steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.lr_scheduler_type,
+            "warmup_steps": round(self.warmup_ratio * steps),
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "per_device_train_batch_size": self.per_device_train_batch_size,
+            "per_device_eval_batch_size": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "optim": self.optim,
+            "eval_strategy": "steps" if evaluates else "no",
+            "eval_steps": self.eval_steps or quarter,
+            "save_steps": self.save_steps or quarter,
+            "save_total_limit": 2,
+            "logging_steps": max(1, steps // 40),
+            "seed": seed,
+            "use_cpu": on_cpu,
+            "bf16": loaded.artifact.model.dtype == "bfloat16",  # type: ignore[attr-defined]
+            "fp16": loaded.artifact.model.dtype == "float16" and not on_cpu,  # type: ignore[attr-defined]
+            "dataloader_pin_memory": not on_cpu,
+            "remove_unused_columns": False,
+            "disable_tqdm": True,
+            "report_to": "none",
+            **self.training_arguments,
+        }
+
+    def _train(self, model: Any, fast: Any, rows: Any, held_out: Any, loaded: Loaded, folder: Path,
+               arguments: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+        from llmq.adapt.training import train
+
+        checkpoints = folder / "checkpoints"
+        history = train(model, fast, rows, held_out, loaded.processor.pad_token_id, checkpoints, arguments)
+        shutil.rmtree(checkpoints)
+        return history

@@ -1,0 +1,61 @@
+"""Folding an adapter into the weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.plugin import DataWord
+from llmq.types import Artifact, Context, Measurement, Step
+
+
+class Merge(Step):
+    """Adds the adapter to the weights, in float32, over dequantized ones if the base is quantized.
+
+    Measures what was lost on held-out text: KL divergence and top-1 agreement of the merged model with "base + adapter".
+    The merged weights are float again, so a quantized base grows back to its full size.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    requires: ClassVar[Mapping[str, bool]] = {"adapter": True}
+    leaves: ClassVar[Mapping[str, bool]] = {"adapter": False, "packed": False}
+
+    data: DataWord = Field("pydoc", validate_default=True, description="held-out text for the comparison")
+    tokens: PositiveInt = Field(4096, description="how many held-out tokens to compare on")
+    window: PositiveInt = 256
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had."""
+        self.data.check()
+
+    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
+        """Write the merged model to `folder`, then compare the two."""
+        self._write(artifact, folder, context)
+        merged = artifact.then(self, weights=folder, adapter=None, packed=False)
+        return artifact.then(self, weights=folder, adapter=None, packed=False,
+                             measurements=self._loss(artifact, merged, context.device))  # fmt: skip
+
+    def _write(self, artifact: Artifact, folder: Path, context: Context) -> None:
+        import torch
+        from peft import PeftModel
+
+        from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+
+        model: Any = artifact.model
+        module = load_causal_lm(artifact.weights, "float32", context.device, model.trust_remote_code)
+        if artifact.packed:
+            module = module.dequantize(dtype=torch.float32)
+        module = PeftModel.from_pretrained(module.float(), artifact.adapter).merge_and_unload(safe_merge=True)
+        module.to(getattr(torch, self.dtype or model.dtype)).save_pretrained(folder)
+        load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
+
+    def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
+        from llmq.tasks.kl import compare_outputs
+        from llmq.tasks.windows import windows_of
+
+        text = "".join(row["text"] for row in self.data.read().held_out)
+        with adapted.open(device) as a, merged.open(device) as b:
+            windows = windows_of(text, a.processor, self.window, self.tokens // self.window)
+            return compare_outputs(a.module, b.module, windows, device, self.word, "base + adapter", "merged")

@@ -1,0 +1,107 @@
+"""transformers' `Trainer`, fed with packed rows, evaluated exactly, and watched."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from llmq import terminal
+from llmq.adapt.fast_path import FastPath
+from llmq.adapt.packing import Collator
+from llmq.data.tokens import IGNORED
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]
+    """`Trainer` whose held-out loss is a mean over tokens, and leaves no trace in the training that follows."""
+
+    def __init__(self, fast: FastPath | None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.fast = fast
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`, telling the attention where the examples lie."""
+        if self.fast:
+            self.fast.see(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss in nats a token over all held-out rows, independent of how they are batched."""
+        collate, size = Collator(self.data_collator.pad_token_id), self.args.per_device_eval_batch_size
+        total = tokens = 0.0
+        self.model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            for start in range(0, len(self.eval_dataset), size):
+                batch = self._prepare_inputs(collate(self.eval_dataset[start : start + size]))
+                learned = int((batch["labels"] != IGNORED).sum())
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    total += float(self.compute_loss(self.model, batch)) * learned
+                tokens += learned
+        self.model.train()
+        metrics = {"eval_loss": total / tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """A progress bar with loss and tokens a second."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+        self.bar: Any = None
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the bar."""
+        self.bar = terminal.Bar("training", state.max_steps, start=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        figures = [f"{name} {value:.3f}" for name, value in self.latest.items()]
+        speed = self.collator.tokens_seen / self.bar.elapsed
+        self.bar.advance(" · ".join([*figures, f"{speed:.0f} tokens/s"]))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Remember the latest losses."""
+        names = {"loss": "loss", "eval_loss": "held-out"}
+        self.latest.update({names[k]: v for k, v in (logs or {}).items() if k in names})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def train(model: Any, fast: FastPath | None, rows: Sequence[Any], held_out: Sequence[Any], pad_token_id: int,
+          folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Train in place, from the last whole checkpoint under `folder` if there is one. Returns the history."""
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    collator = Collator(pad_token_id)
+    trainer = PackedTrainer(
+        fast, model=model, train_dataset=rows, eval_dataset=held_out or None, data_collator=collator,
+        args=TrainingArguments(str(folder), **arguments), callbacks=[Watch(collator)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    done = last_checkpoint(folder)
+    with fast.switched_on() if fast else nullcontext():
+        trainer.train(resume_from_checkpoint=str(done) if done else None)
+    history = trainer.state.log_history
+    summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": collator.tokens_seen,
+        "seconds": summary["train_runtime"],
+        "tokens_per_second": round(collator.tokens_seen / summary["train_runtime"], 1),
+        "loss": [[e["step"], round(e["loss"], 4)] for e in history if "loss" in e],
+        "held_out_loss": [[e["step"], round(e["eval_loss"], 4)] for e in history if "eval_loss" in e],
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole: its state file is the last to be written."""
+    whole = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda f: int(f.name.split("-")[1]), default=None)

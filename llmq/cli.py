@@ -1,0 +1,219 @@
+"""The command line: words in, one call, an exit code out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+if TYPE_CHECKING:
+    from llmq.recipe import Recipe
+    from llmq.report import Report
+
+app = typer.Typer(
+    help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
+Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
+DEFAULT_MODEL = "causal_lm"
+
+
+@app.command()
+def run(recipe: str, overrides: Overrides = None, out: Out = None,
+        resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
+        as_json: Json = False) -> None:  # fmt: skip
+    """Run a whole recipe: a bundled name such as text/quickstart, or a YAML file."""
+    from llmq import recipe as recipes
+
+    job = recipes.load(recipe, overrides or ())
+    _run(job, out, resume, as_json)
+
+
+@app.command()
+def finetune(model: str, data: str, overrides: Overrides = None,
+             bits: Annotated[int, typer.Option(help="4 or 8 to quantize the base first (QLoRA), 16 not to.")] = 4,
+             merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
+             out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+    """Quantize MODEL, fine-tune it on DATA with LoRA, measure every stage: QLoRA in one command."""
+    if bits not in (4, 8, 16):
+        raise _user_error(f"--bits {bits}: 4, 8 or 16")
+    quantize_step = [{"quantize.bnb": {"bits": bits}}] if bits != 16 else []
+    steps: list[Any] = [*quantize_step, {"adapt.lora": {"data": data}}, *(["adapt.merge"] if merge else [])]
+    evaluate = ["size", {"perplexity": {"data": data, "limit": 64}}, {"perplexity": {"data": "pydoc", "limit": 16}},
+                "speed"]  # fmt: skip
+    plain = {"model": {DEFAULT_MODEL: {"weights": model}}, "steps": steps, "evaluate": evaluate, "seed": 0}
+    _run_built(plain, "finetune", overrides, out, as_json)
+
+
+@app.command()
+def quantize(model: str, overrides: Overrides = None,
+             method: Annotated[str, typer.Option(help="A word of quantize: bnb, …")] = "bnb",
+             bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
+             suite: Annotated[str, typer.Option(help="A suite in evals/.")] = "text-quick",
+             out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+    """Quantize MODEL by one method and measure what it cost."""
+    settings = {} if bits is None else {"bits": bits}
+    plain = {"model": {DEFAULT_MODEL: {"weights": model}}, "steps": [{f"quantize.{method}": settings}],
+             "evaluate": suite, "seed": 0}  # fmt: skip
+    _run_built(plain, f"quantize-{method}", overrides, out, as_json)
+
+
+@app.command(name="eval")
+def evaluate(target: str,
+             suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
+             tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
+             limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
+             model: Annotated[str, typer.Option(help="How to open a target that is no stage: a word of models.")]
+             = DEFAULT_MODEL,
+             device: str = "auto", threads: int | None = None, out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+    """Measure a model (hub id, folder, built-in word), one stage of a run, or all stages of a run."""
+    from llmq import environment, pipeline
+    from llmq.targets import stages_of
+    from llmq.types import Context
+
+    if bool(suite) == bool(tasks):
+        raise _user_error("eval needs either --suite NAME or --tasks a,b,c")
+    asked = suite or [{"lm_eval": {"tasks": (tasks or "").split(",")} | ({"limit": limit} if limit else {})}]
+    open_stages, chosen = stages_of(target, model, asked)
+    folder = _fresh(out, f"eval-{Path(target).name}")
+    context = Context(environment.prepare(device, 0, threads), 0)
+    artifacts = {name: bring(context) for name, bring in open_stages.items()}
+    _show(pipeline.evaluate(artifacts, chosen, folder, context, {"target": target, "evaluate": asked}), folder, as_json)
+
+
+@app.command()
+def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe without running it."""
+    from llmq import pipeline
+    from llmq import recipe as recipes
+
+    job = recipes.load(recipe, overrides or ())
+    typer.echo(json.dumps(job.plain(), default=str) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
+    if not as_json:
+        typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
+
+
+@app.command(name="list")
+def list_words(as_json: Json = False) -> None:
+    """List every word, recipe and suite."""
+    from llmq import plugin
+    from llmq.files import bundled
+
+    found = {"words": plugin.words()}
+    for kind, pattern in (("recipes", "*/*.yaml"), ("evals", "*.yaml")):
+        files = sorted(bundled(kind).glob(pattern))
+        found[kind] = {str(f.relative_to(bundled(kind)).with_suffix("")): _what(f) for f in files}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for title, entries in found.items():
+        typer.echo(title)
+        for name, what in entries.items():
+            typer.echo(f"  {name:<22} {what}")
+
+
+def _what(file: Path) -> str:
+    return file.read_text().split("\n", 1)[0].removeprefix("# What:").strip()
+
+
+@app.command()
+def show(word: str, as_json: Json = False) -> None:
+    """Show the settings of a word (quantize.bnb), or a recipe (text/quickstart)."""
+    from llmq import plugin
+    from llmq import recipe as recipes
+
+    if word in recipes.names("recipes"):
+        typer.echo(recipes.names("recipes")[word].read_text(), nl=False)
+        return
+    cls = plugin.load(word)
+    if as_json:
+        typer.echo(json.dumps(cls.model_json_schema()))
+        return
+    typer.echo(f"{word}: {cls.__doc__}\n")
+    for name, field in cls.model_fields.items():
+        default = "needed" if field.is_required() else f"= {field.default!r}"
+        kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else field.annotation
+        kind = str(kind).replace("typing.", "").replace("Annotated[", "").split(", Gt")[0]
+        typer.echo(f"  {name:<30} {default:<16} {field.description or ''}".rstrip())
+
+
+@app.command(name="copy")
+def copy_recipe(recipe: str, folder: Path) -> None:
+    """Copy a bundled recipe into FOLDER, to be changed."""
+    from llmq import recipe as recipes
+
+    source = recipes.find("recipes", recipe)
+    target = folder / source.name
+    if target.exists():
+        raise _user_error(f"{str(target)!r} exists; move it away first")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(source.read_text())
+    typer.echo(f"{target}: run it with: llmq run {target}")
+
+
+def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
+    from llmq import pipeline
+    from llmq import recipe as recipes
+
+    source = recipes.Source("command line", plain)
+    for override in overrides or ():
+        recipes.apply_override(source, override)
+    job = recipes.parse(source, name)
+    typer.echo(pipeline.to_yaml(job.plain()), err=True)
+    _run(job, out, False, as_json)
+
+
+def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool) -> None:
+    from llmq import pipeline
+
+    folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
+    _show(pipeline.run(job, folder, resume), folder, as_json)
+
+
+def _fresh(out: Path | None, name: str) -> Path:
+    """`out`, or the first of runs/name, runs/name-2, … that is not there."""
+    if out:
+        return out
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _show(report: "Report", folder: Path, as_json: bool) -> None:
+    from llmq.report import screen
+
+    if as_json:
+        typer.echo((folder / "report.json").read_text(), nl=False)
+    else:
+        screen.show(report)
+        typer.echo(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)")
+
+
+def _user_error(message: str) -> Exception:
+    from llmq.errors import UserError
+
+    return UserError(message)
+
+
+def main() -> None:
+    """The entry point: every error that llmq expects becomes one line and an exit code."""
+    from llmq.errors import LlmqError
+
+    try:
+        code = app(standalone_mode=False)
+    except LlmqError as error:
+        print(f"llmq: {' '.join(str(error).split())}", file=sys.stderr)
+        code = error.exit_code
+    except TyperException as error:
+        print(f"llmq: {' '.join(error.format_message().split())} (llmq --help shows what is known)", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("llmq: stopped; what was whole is kept, and --resume goes on from there", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,32 @@
+"""Rows of a data set on the Hugging Face hub."""
+
+from pydantic import Field
+
+from llmq.data import rows
+from llmq.errors import UserError
+from llmq.types import Data, Split
+
+
+class Hub(Data):
+    """Rows of a hub data set, or of one in the local hub cache, through `datasets`."""
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = Field({}, description="our column names -> the data set's")
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of the rows set aside")
+    limit: int | None = Field(None, ge=1, description="use the first rows only")
+
+    def read(self) -> Split:
+        """All rows, checked. Raises `UserError` if the hub does not answer or a row is bad."""
+        from datasets import load_dataset
+
+        try:
+            data = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
+                            f"{str(error).splitlines()[0]}") from None  # fmt: skip
+        named = ((f"{self.path}[{self.split}]: row {i}", row) for i, row in enumerate(data))
+        checked, shape = rows.check(named, self.columns, self.path)
+        return rows.split(checked, shape, self.held_out, self.limit)

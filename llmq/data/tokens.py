@@ -1,0 +1,121 @@
+"""Checked rows -> token ids, with the mark of what is to be learned or scored."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmq.data.rows import Row
+from llmq.errors import UserError
+
+IGNORED = -100
+"""The label that PyTorch's cross-entropy skips."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example: token ids, and for each whether the model should have said it."""
+
+    ids: tuple[int, ...]
+    said: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def labels(self) -> list[int]:
+        """For each position the token to predict there, aligned (already shifted), or `IGNORED`."""
+        following = zip(self.ids[1:], self.said[1:], strict=True)
+        return [token if said else IGNORED for token, said in following] + [IGNORED]
+
+    def cut(self, start: int, end: int) -> "Tokens":
+        """A part of it, as an example of its own."""
+        return Tokens(self.ids[start:end], self.said[start:end])
+
+
+def encode(row: Row, tokenizer: Any) -> Tokens:
+    """Token ids of a row: all of a text is said, of a prompt and completion the completion and the end of text.
+
+    Messages go through the tokenizer's chat template; what the assistant says is said, up to and with its end mark.
+    """
+    pieces = _pieces(row, tokenizer)
+    ids: list[int] = list(_beginning(tokenizer)) if "messages" not in row or not tokenizer.chat_template else []
+    said = [False] * len(ids)
+    for text, is_said in pieces:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        said += [is_said] * len(new)
+    if said[-1] and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids[-2:]:
+        ids.append(tokenizer.eos_token_id)
+        said.append(True)
+    return Tokens(tuple(ids), tuple(said))
+
+
+def _beginning(tokenizer: Any) -> Sequence[int]:
+    # Some tokenizers put a mark before every text (Llama), others do not (SmolLM2); asking is the only way to know.
+    marked = tokenizer("")["input_ids"]
+    return marked[:1] if marked and marked[0] == tokenizer.bos_token_id else []
+
+
+def _pieces(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
+    if "text" in row:
+        return [(row["text"], True)]
+    if "prompt" in row:
+        return [(row["prompt"], False), (row["completion"], True)]
+    messages = row["messages"]
+    if not tokenizer.chat_template:
+        return [(m["content"] + "\n", m["role"] == "assistant") for m in messages[:-1]] + [
+            (messages[-1]["content"], messages[-1]["role"] == "assistant")
+        ]
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            for end, is_said in ((_chat(tokenizer, messages[:i], prompt=True), False),
+                                 (_chat(tokenizer, messages[: i + 1], prompt=False), True)):  # fmt: skip
+                if not end.startswith(done):
+                    raise UserError("the chat template of this tokenizer rewrites earlier turns when a later one "
+                                    "comes, so what the assistant said cannot be told apart; use one turn a row")  # fmt: skip
+                pieces.append((end[len(done) :], is_said))
+                done = end
+    return pieces
+
+
+def _chat(tokenizer: Any, messages: Sequence[Row], *, prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+
+def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[str, str]:
+    """The text before the last thing that the model should say, and that thing."""
+    pieces = _pieces(row, tokenizer)
+    return "".join(text for text, _ in pieces[:-1]), pieces[-1][0]
+
+
+def shown_prompt(row: Row) -> str:
+    """The last thing that a person wrote, for a reader."""
+    if "messages" in row:
+        return str(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user"))
+    return str(row.get("prompt", ""))
+
+
+def encode_all(rows: Iterable[Row], tokenizer: Any, max_length: int) -> tuple[list[Tokens], dict[str, int]]:
+    """Every row as examples of at most `max_length` tokens, and counts of what became of them.
+
+    A longer text is cut into several examples and loses nothing. A longer prompt with completion loses its end
+    (`truncated`), and is left out if no token to learn remains (`prompt_too_long`).
+    """
+    examples: list[Tokens] = []
+    counts = {"rows": 0, "used": 0, "truncated": 0, "prompt_too_long": 0}
+    for row in rows:
+        tokens = encode(row, tokenizer)
+        counts["rows"] += 1
+        if "text" in row:
+            # Neighbours share one token, so that every token but the first is predicted once.
+            starts = range(0, max(1, len(tokens) - 1), max_length - 1)
+            examples += [tokens.cut(s, s + max_length) for s in starts]
+        elif any(tokens.said[1:max_length]):
+            counts["truncated"] += len(tokens) > max_length
+            examples.append(tokens.cut(0, max_length))
+        else:
+            counts["prompt_too_long"] += 1
+            continue
+        counts["used"] += 1
+    return examples, counts

@@ -1,0 +1,73 @@
+"""Folders that are whole or not there, hashes, and the cache."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def cache(*parts: str) -> Path:
+    """A place under the cache folder (`LLMQ_CACHE`, or `llmq` in the user's cache folder)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmq"
+    return Path(os.environ.get("LLMQ_CACHE", default)).joinpath(*parts)
+
+
+def make_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Make `folder` by `fill`ing a sibling and renaming it, so that a killed process leaves no half folder."""
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        fill(partial)
+        partial.rename(folder)
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON in one step."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def bundled(kind: str) -> Path:
+    """The folder of `recipes` or `evals`: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / kind
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def portable_path(path: Path, folder: Path) -> str:
+    """`path` relative to `folder` if both lie in one run, so that a run can be moved; else absolute."""
+    path, run = path.resolve(), folder.resolve().parent
+    return os.path.relpath(path, folder.resolve()) if path.is_relative_to(run) else str(path)
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    """The size of files, in bytes."""
+    return sum(f.stat().st_size for f in files)
+
+
+def sha256_text(*texts: str) -> str:
+    """One hash over texts, in order, with their borders."""
+    total = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
+def sha256_files(files: Iterable[Path]) -> str:
+    """One hash over the names and contents of files, whatever their order."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda f: f.name):
+        with file.open("rb") as stream:
+            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

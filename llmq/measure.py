@@ -1,0 +1,109 @@
+"""Interleaved timing, peak memory and bytes: the instruments."""
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmq.statistics import quantile_stderr
+from llmq.types import Clock, Measurement, Reading, Samples
+
+
+def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, list[Measurement]]:
+    """Time the clocks of all stages in turn, so that a drifting machine moves them all alike.
+
+    Every round visits every stage once, alternately forwards and backwards; the i-th sample of one stage and the i-th
+    of another were taken moments apart and can be compared in pairs.
+    """
+    measured: dict[str, list[Measurement]] = {name: [] for name in stages}
+    names = list(stages)
+    for clocks in zip(*stages.values(), strict=True):
+        for clock in clocks:
+            for _ in range(clock.warmup):
+                seconds_of(clock, device)
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        for i in range(clocks[0].rounds):
+            pairs = list(zip(names, clocks, strict=True))
+            for name, clock in pairs if i % 2 == 0 else reversed(pairs):
+                taken[name].append(seconds_of(clock, device))
+        for name, clock in zip(names, clocks, strict=True):
+            measured[name] += [read(clock, r, taken[name]) for r in clock.readings]
+    return measured
+
+
+def seconds_of(clock: Clock, device: str) -> float:
+    """The wall time of one unit of work, in seconds."""
+    synchronize(device)
+    start = time.perf_counter()
+    clock.run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measurement:
+    """The quantile over the rounds, with its standard error."""
+    values = tuple(reading.of_seconds(s) for s in seconds)
+    samples = Samples(values, statistic="quantile", quantile=reading.quantile)
+    value, stderr = quantile_stderr(values, reading.quantile)
+    return Measurement(clock.task, reading.metric, value, reading.unit, reading.better, len(values), stderr,
+                       f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage",
+                       samples)  # fmt: skip
+
+
+def _rank(quantile: float) -> str:
+    return "median" if quantile == 0.5 else f"{quantile:.0%} quantile"
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device != "cpu":
+        import torch
+
+        torch.accelerator.synchronize()
+
+
+def release_memory(device: str) -> None:
+    """Give what Python and the allocators hold but do not use back to the system."""
+    import ctypes
+    import platform
+
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[dict[str, Any]]:
+    """Yields a dict that holds `bytes` and the `convention` once the block has ended."""
+    peak: dict[str, Any] = {}
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.update(bytes=torch.cuda.max_memory_allocated(device), convention="peak bytes allocated on the device")
+        return
+    reset = Path("/proc/self/clear_refs")
+    fresh = reset.exists()
+    if fresh:
+        release_memory(device)
+        reset.write_text("5")  # resets VmHWM: proc(5)
+    yield peak
+    peak.update(bytes=_high_water_mark(), convention="peak resident memory of the whole process"
+                + (", libraries included" if fresh else " since its start"))  # fmt: skip
+
+
+def _high_water_mark() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,1 @@
+"""Families of models, each with its way of opening weights."""

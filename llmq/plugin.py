@@ -1,0 +1,91 @@
+"""A recipe word is a file: `quantize.bnb` is the one plug-in class in `llmq/quantize/bnb.py`. There is no other list."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from llmq.errors import UserError, did_you_mean
+from llmq.types import Plugin
+
+NOUNS = ("Model", "Step", "Task", "Data")
+PACKAGES = ("models", "data", "quantize", "prune", "adapt", "tasks")
+
+
+def words() -> dict[str, str]:
+    """Every word with the first line of its documentation, read off the files without importing one."""
+    return dict(sorted(found for package in PACKAGES for found in _words_of(package)))
+
+
+def _words_of(package: str) -> Iterator[tuple[str, str]]:
+    for folder in importlib.import_module(f"llmq.{package}").__path__:
+        for file in Path(folder).glob("*.py"):
+            for node in ast.parse(file.read_text(), filename=str(file)).body:
+                if isinstance(node, ast.ClassDef) and any(
+                    isinstance(b, ast.Name) and b.id in NOUNS for b in node.bases
+                ):
+                    yield f"{package}.{file.stem}", (ast.get_docstring(node) or "").split("\n")[0]
+
+
+def load(word: str) -> type[Plugin]:
+    """The plug-in class that a word names."""
+    known = words()
+    if word not in known:
+        raise UserError(f"unknown word {word!r}{did_you_mean(word, known)}")
+    module = importlib.import_module(f"llmq.{word}")
+    found = [
+        c for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module.__name__
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise TypeError(f"{module.__file__} must define exactly one plug-in class, found {[c.__name__ for c in found]}")
+    return found[0]
+
+
+def name_and_settings(value: Any) -> tuple[str, dict[str, Any]]:
+    """Split `word`, or `{word: settings}`, into its two parts."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, dict) and len(value) == 1:
+        ((word, settings),) = value.items()
+        if isinstance(word, str) and (settings is None or isinstance(settings, dict)):
+            return word, settings or {}
+    raise UserError(f"{value!r} is not a word: write 'word' or 'word: {{key: value}}'")
+
+
+def build(value: Any, package: str | None = None) -> Plugin:
+    """The plug-in that `word` or `{word: settings}` describes; `package` is what the place itself already says."""
+    if isinstance(value, Plugin):
+        return value
+    word, settings = name_and_settings(value)
+    return load(f"{package}.{word}" if package else word).model_validate(settings)
+
+
+def _data(value: Any) -> Any:
+    # A bare path is what most people have: `data: my.jsonl`.
+    if isinstance(value, str) and f"data.{value}" not in words():
+        value = {"file": {"path": value}} if Path(value).suffix else {"hub": {"path": value}}
+    try:
+        return build(value, "data")
+    except UserError as error:  # pydantic adds the place to a ValueError
+        raise ValueError(str(error)) from None
+
+
+DataWord = Annotated[SerializeAsAny[Any], BeforeValidator(_data)]
+"""A field that holds a `Data` plug-in, written as `pydoc`, `{file: {path: my.jsonl}}` or just `my.jsonl`."""
+
+
+def to_plain(plugin: Plugin) -> Any:
+    """What was set of it, nested words included, as YAML can hold it."""
+    return {name: _plain_value(getattr(plugin, name)) for name in type(plugin).model_fields if name in plugin.model_fields_set}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Plugin):
+        word, settings = value.word.split(".", 1)[1], to_plain(value)
+        return {word: settings} if settings else word
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

@@ -1,0 +1,1 @@
+"""Steps that store weights in fewer bits."""

@@ -1,0 +1,276 @@
+"""YAML -> `Recipe`. Every check happens here, before anything runs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmq import plugin
+from llmq.errors import UserError, did_you_mean
+from llmq.files import bundled
+from llmq.types import Model, Plugin, Step, Task
+
+Place = tuple[str | int, ...]
+
+
+class Recipe(BaseModel):
+    """A whole job: a model, the steps that change it, the tasks that question every stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str
+    model: Model
+    steps: tuple[Step, ...] = ()
+    evaluate: tuple[Task, ...] = ()
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    stages: Literal["all", "ends"] = "all"
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
+
+        def entry(p: Plugin, *, whole: bool) -> Any:
+            word, settings = p.word if whole else p.word.split(".", 1)[1], plugin.to_plain(p)
+            return {word: settings} if settings else word
+
+        plain = {
+            "model": entry(self.model, whole=False),
+            "steps": [entry(s, whole=True) for s in self.steps],
+            "evaluate": [entry(t, whole=False) for t in self.evaluate],
+        }
+        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages")}
+        return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
+
+
+@dataclass
+class Source:
+    """Plain data, and the line of the file where each part of it stands."""
+
+    name: str
+    data: Any
+    lines: dict[Place, int] = field(default_factory=dict)
+
+    def where(self, place: Place) -> str:
+        """`file:line` of the innermost known part of `place`."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        line = self.lines.get(place, 0)
+        return f"{self.name}:{line}" if line > 0 else self.name if line == 0 else "command line"
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a file, or of that name among the bundled ones, with `word.key=value` overrides folded in."""
+    path = find("recipes", name)
+    source = read(path)
+    for override in overrides:
+        apply_override(source, override)
+    return parse(source, path.stem)
+
+
+def find(kind: Literal["recipes", "evals"], name: str) -> Path:
+    """The YAML file that `name` means: a path, or a bundled name such as `text/quickstart`."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise UserError(f"there is no file {name!r}")
+    known = names(kind)
+    if name not in known:
+        noun = {"recipes": "recipe", "evals": "suite"}[kind]
+        raise UserError(f"unknown {noun} {name!r}{did_you_mean(name, known)}")
+    return known[name]
+
+
+def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
+    """The bundled recipes or suites."""
+    root = bundled(kind)
+    files = sorted(root.glob("*/*.yaml")) if kind == "recipes" else sorted(root.glob("*.yaml"))
+    return {str(f.relative_to(root).with_suffix("")): f for f in files}
+
+
+def read(path: Path) -> Source:
+    """Parse YAML, keeping line numbers."""
+    try:
+        node = yaml.compose(path.read_text(), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    source = Source(str(path), None)
+    source.data = _plain(node, (), source) if node else {}
+    return source
+
+
+def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
+    source.lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in data:
+                raise UserError(f"{source.name}:{line}: {key!r} stands twice; keep one")
+            source.lines[(*place, key)] = line
+            data[key] = _plain(value_node, (*place, key), source)
+        return data
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, (*place, i), source) for i, child in enumerate(node.value)]
+    return yaml.safe_load(yaml.serialize(node))
+
+
+def apply_override(source: Source, override: str) -> None:
+    """Fold `adapt.lora.r=32`, `model.weights=org/name` or `seed=1` into the data."""
+    target, equals, text = override.partition("=")
+    if not equals or not target:
+        raise UserError(f"override {override!r} is not of the form word.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not YAML") from None
+    parent, place, keys = _target(source, target, override)
+    for key in keys[:-1]:
+        if not isinstance(parent.get(key), dict):
+            parent[key] = {}
+        parent, place = parent[key], (*place, key)
+    parent[keys[-1]] = value
+    source.lines[(*place, keys[-1])] = -1
+
+
+def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any], Place, list[str]]:
+    data = source.data
+    for i, entry in enumerate(data.get("steps") or []):
+        word, settings = plugin.name_and_settings(entry)
+        if target.startswith(f"{word}."):
+            data["steps"][i] = {word: settings}
+            return settings, ("steps", i, word), target.removeprefix(f"{word}.").split(".")
+    first, _, rest = target.partition(".")
+    if first == "model" and rest:
+        word, settings = plugin.name_and_settings(data.get("model") or "causal_lm")
+        data["model"] = {word: settings}
+        return settings, ("model", word), rest.split(".")
+    if first in Recipe.model_fields and not rest:
+        return data, (), [first]
+    words = [plugin.name_and_settings(e)[0] for e in data.get("steps") or []]
+    raise UserError(f"override {override!r}: this recipe has no {target.rpartition('.')[0] or target!r}"
+                    f"{did_you_mean(target.rpartition('.')[0], [*words, 'model'])}")  # fmt: skip
+
+
+def parse(source: Source, name: str) -> Recipe:
+    """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
+    data = source.data
+    if not isinstance(data, dict):
+        raise UserError(f"{source.name}: a recipe is a mapping with 'model', 'steps' and 'evaluate'")
+    for key in data:
+        if key not in Recipe.model_fields or key == "name":
+            known = set(Recipe.model_fields) - {"name"}
+            raise UserError(f"{source.where((key,))}: unknown key {key!r}{did_you_mean(key, known)}")
+    if not data.get("model"):
+        raise UserError(f"{source.name}: a recipe needs a 'model', such as 'causal_lm: {{weights: smollm2-135m}}'")
+    steps, suite = data.get("steps") or [], data.get("evaluate") or []
+    if not isinstance(steps, list):
+        raise UserError(f"{source.where(('steps',))}: 'steps' is a list; begin each with '- '")
+    model = _part(source, ("model",), data["model"], "models")
+    parts = {
+        "name": name,
+        "model": model,
+        "steps": tuple(_part(source, ("steps", i), s, None) for i, s in enumerate(steps)),
+        "evaluate": suite_tasks(suite, source, model.kind),
+    }
+    for i, step in enumerate(parts["steps"]):
+        if not isinstance(step, Step):
+            raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
+    others = {k: v for k, v in data.items() if k not in parts}
+    recipe = _validated(lambda: Recipe(**parts, **others), source, (), None)
+    check_order(recipe.model.kind, recipe.steps, source)
+    return recipe
+
+
+def suite_tasks(suite: Any, source: Source, kind: str) -> tuple[Task, ...]:
+    """The tasks of a named suite or an inline list. Raises `UserError` if one does not suit the kind of model."""
+    place: Place = ("evaluate",)
+    if isinstance(suite, str):
+        try:
+            source = read(find("evals", suite))
+        except UserError as error:
+            raise UserError(f"{source.where(place)}: {error}") from None
+        suite, place = source.data, ()
+    if not isinstance(suite, list):
+        raise UserError(f"{source.where(place)}: 'evaluate' is the name of a suite or a list of tasks")
+    tasks = tuple(_part(source, (*place, i), t, "tasks") for i, t in enumerate(suite))
+    for i, task in enumerate(tasks):
+        _suits(task, kind, source.where((*place, i)))
+    return tasks
+
+
+def _part(source: Source, place: Place, value: Any, package: str | None) -> Any:
+    try:
+        word = plugin.name_and_settings(value)[0]
+        cls = plugin.load(f"{package}.{word}" if package else word)
+    except UserError as error:
+        raise UserError(f"{source.where(place)}: {_strip(str(error), package)}") from None
+    part = _validated(lambda: plugin.build(value, package), source, (*place, word), cls)
+    try:
+        part.check()
+    except UserError as error:
+        raise UserError(f"{source.where((*place, word))}: {error}") from None
+    return part
+
+
+def _strip(message: str, package: str | None) -> str:
+    return message.replace(f"{package}.", "") if package else message
+
+
+def _validated(build: Callable[[], Any], source: Source, place: Place, cls: type[Plugin] | None) -> Any:
+    try:
+        return build()
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = source.where((*place, *first["loc"]))
+        raise UserError(f"{at}: {explain(first, cls)}") from None
+
+
+def explain(error: Mapping[str, Any], cls: type[Plugin] | None) -> str:
+    """One pydantic error as one line: what was written, for which key of which word, and what would be right."""
+    key = ".".join(str(k) for k in error["loc"])
+    owner = f" of {cls.__module__.removeprefix('llmq.')}" if cls else ""
+    if error["type"] == "extra_forbidden":
+        known = cls.model_fields if cls and len(error["loc"]) == 1 else ()
+        return f"unknown key {key!r}{owner}{did_you_mean(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{key!r}{owner} is needed"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key!r}{owner}: {message}" if key else f"{owner.removeprefix(' of ')}: {message}"
+    return f"{key}: {error['input']!r}{owner} is wrong: {message[0].lower()}{message[1:]}"
+
+
+def _suits(part: Step | Task, kind: str, where: str) -> None:
+    if kind not in part.suits:
+        raise UserError(f"{where}: {part.word!r} suits {', '.join(sorted(part.suits))}, and this model is a {kind}")
+
+
+CURES = {
+    ("packed", True): "needs packed weights; put a quantization before it",
+    (
+        "packed",
+        False,
+    ): "needs float weights, and an earlier step has packed them; put it first, or unpack (adapt.merge)",
+    ("adapter", True): "needs an adapter; put adapt.lora before it",
+    ("adapter", False): "cannot stand on an adapter; put adapt.merge before it",
+}
+
+
+def check_order(kind: str, steps: Iterable[Step], source: Source, state: Mapping[str, bool] | None = None) -> None:
+    """Fold what each step leaves over what the next requires. Raises `UserError` at the first that cannot work."""
+    now = {"packed": False, "adapter": False, **(state or {})}
+    for i, step in enumerate(steps):
+        where = source.where(("steps", i))
+        _suits(step, kind, where)
+        for name, wanted in step.requires.items():
+            if now[name] != wanted:
+                raise UserError(f"{where}: {step.word!r} {CURES[name, wanted]}")
+        now.update(step.leaves)

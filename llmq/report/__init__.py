@@ -1,0 +1,88 @@
+"""The `Report`, which sets every stage beside the untouched base. `report.json` is the truth; its faces are drawn from it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.files import write_json, write_text
+from llmq.statistics import compare
+from llmq.types import Artifact, Exhibit, Measurement
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run and what was found out about it."""
+
+    name: str
+    artifact: Artifact
+    measurements: tuple[Measurement, ...] = ()
+    exhibits: tuple[Exhibit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run found out, as plain data."""
+
+    schema_version: int
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    stages: Sequence[Mapping[str, Any]]
+    measurements: Sequence[Mapping[str, Any]]
+    comparisons: Sequence[Mapping[str, Any]]
+    exhibits: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage], out: Path
+    ) -> "Report":
+        """The report of stages, each compared with the first."""
+        return cls(
+            SCHEMA_VERSION,
+            json.loads(json.dumps(recipe, default=str)),
+            environment,
+            [_stage(s, out) for s in stages],
+            [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
+            [c for s in stages[1:] for c in _comparisons(s, stages[0])],
+            [{"stage": s.name, **asdict(e)} for s in stages for e in s.exhibits],
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        """The report of a run folder."""
+        return cls(**json.loads((folder / "report.json").read_text()))
+
+    def write(self, out: Path) -> None:
+        """`report.json`, and the faces drawn from it."""
+        from llmq.report import html, markdown
+
+        write_json(out / "report.json", asdict(self))
+        report = Report.read(out)
+        write_text(out / "report.md", markdown.draw(report))
+        write_text(out / "report.html", html.draw(report))
+
+
+def _stage(stage: Stage, out: Path) -> dict[str, Any]:
+    artifact = stage.artifact
+    step = artifact.history[-1] if artifact.history else None
+    notes = dict(artifact.notes)
+    return {
+        "name": stage.name,
+        "step": step,
+        "folder": stage.name,
+        "seconds": notes.pop("seconds", 0.0),
+        "notes": notes,
+    }
+
+
+def _without_samples(measurement: Measurement) -> dict[str, Any]:
+    return {k: v for k, v in asdict(measurement).items() if k != "samples"}
+
+
+def _comparisons(stage: Stage, base: Stage) -> list[dict[str, Any]]:
+    known = {(m.task, m.metric): m for m in base.measurements}
+    pairs = [(m, known[m.task, m.metric]) for m in stage.measurements if (m.task, m.metric) in known]
+    return [{"stage": stage.name, "against": base.name, **asdict(compare(m, b))} for m, b in pairs]

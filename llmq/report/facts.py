@@ -1,0 +1,35 @@
+"""What a reader must know besides the table: where each stage came from, how each figure was taken, on what."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmq.report import Report
+from llmq.report.table import rows
+
+Facts = dict[str, list[tuple[str, str]]]
+
+
+def facts(report: Report) -> Facts:
+    """Titled lists of (name, text)."""
+    environment = report.environment
+    machine = ("processor", "device", "threads", "dtype", "seed", "python", "llmq", "commit", "model_sha256")
+    libraries = ", ".join(f"{k} {v}" for k, v in environment["libraries"].items() if v)
+    return {
+        "Stages": [(s["name"], _stage(s)) for s in report.stages],
+        "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows(report)],
+        "Machine": [*((k, str(environment.get(k))) for k in machine), ("libraries", libraries)],
+    }
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    notes = {k: v for k, v in stage["notes"].items() if v not in (None, {}, [])}
+    return "; ".join([f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v)}" for k, v in notes.items())])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = {k: v for k, v in value.items() if not isinstance(v, list)}  # curves are drawn, not listed
+        return ", ".join(
+            f"{k} ({_plain(v)})" if isinstance(v, Mapping) else f"{k} {_plain(v)}" for k, v in inner.items()
+        )
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,39 @@
+"""The report as Markdown."""
+
+from llmq.report import Report
+from llmq.report.facts import facts
+from llmq.report.table import LEGEND, rows
+
+
+def table(report: Report) -> str:
+    """The table of stages alone."""
+    names = [s["name"] for s in report.stages]
+    lines = [f"| task | metric | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
+    for row in rows(report):
+        arrow = "↑" if row.better == "higher" else "↓"
+        unit = f" ({row.unit})" if row.unit else ""
+        lines.append(f"| {row.task} | {row.metric}{unit} {arrow} | {' | '.join(map(str, row.cells))} |")
+    return "\n".join(lines)
+
+
+def draw(report: Report) -> str:
+    """The whole report."""
+    parts = ["# llmq report", table(report), LEGEND + " ↑ higher is better, ↓ lower is better."]
+    for title, lines in facts(report).items():
+        parts += [f"## {title}", "\n".join(f"- **{name}**: {text}" for name, text in lines)]
+    if report.exhibits:
+        parts.append("## Side by side")
+    for title, group in exhibits(report).items():
+        parts.append(f"### {title}\n\n```text\n{group[0]['input']}\n```")
+        parts += [f"- **{e['stage']}**: {e['output'] or '(nothing)'}" for e in group]
+        if group[0]["reference"]:
+            parts.append(f"- **reference**: {group[0]['reference']}")
+    return "\n\n".join(parts) + "\n"
+
+
+def exhibits(report: Report) -> dict[str, list[dict[str, str]]]:
+    """What the stages made of the same input, by title."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for exhibit in report.exhibits:
+        groups.setdefault(f"{exhibit['task'].removeprefix('tasks.')}: {exhibit['title']}", []).append(dict(exhibit))
+    return groups

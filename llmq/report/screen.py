@@ -1,0 +1,27 @@
+"""The report on a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from llmq.report import Report
+from llmq.report.table import LEGEND, rows
+
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print the table of stages."""
+    console = console or Console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("task", "metric"):
+        table.add_column(name, style="dim" if name == "task" else "")
+    for stage in report.stages:
+        table.add_column(stage["name"], justify="right")
+    last = ""
+    for row in rows(report):
+        metric = f"{row.metric}{f' ({row.unit})' if row.unit else ''} {'↑' if row.better == 'higher' else '↓'}"
+        cells = (f"[{COLOURS[c.verdict]}]{c}[/]" if c.verdict in COLOURS else str(c) for c in row.cells)
+        table.add_row("" if row.task == last else row.task, metric, *cells)
+        last = row.task
+    console.print(table)
+    console.print(LEGEND, style="dim")

@@ -1,0 +1,70 @@
+"""The table that every face of the report shows: a row a metric, a column a stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmq.report import Report
+
+MARKS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?"}
+LEGEND = ("▲ better, ▼ worse than the base, = the same, ? undecided: the 95 % interval of the paired difference "
+          "contains 0. ×: ratio to the base. ±: one standard error.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure as shown: its value, its ratio to the base, and the verdict."""
+
+    value: str
+    ratio: str = ""
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(x for x in (self.value, self.ratio, MARKS.get(self.verdict, "")) if x)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric over all stages."""
+
+    task: str
+    metric: str
+    unit: str
+    better: str
+    convention: str
+    cells: tuple[Cell, ...]
+
+
+def rows(report: Report) -> Iterator[Row]:
+    """The rows in the order in which things were measured."""
+    stages = [s["name"] for s in report.stages]
+    found = {(m["stage"], m["task"], m["metric"]): m for m in report.measurements}
+    compared = {(c["stage"], c["task"], c["metric"]): c for c in report.comparisons}
+    for task, metric in dict.fromkeys((m["task"], m["metric"]) for m in report.measurements):
+        shown = [found.get((s, task, metric)) for s in stages]
+        first = next(m for m in shown if m)
+        cells = tuple(_cell(m, compared.get((s, task, metric))) for s, m in zip(stages, shown, strict=True))
+        unit = "MB" if first["unit"] == "bytes" else "M" if first["unit"] == "parameters" else first["unit"]
+        yield Row(task.removeprefix("tasks."), metric, unit, first["better"], first["convention"], cells)
+
+
+def _cell(measurement: dict[str, Any] | None, comparison: dict[str, Any] | None) -> Cell:
+    if measurement is None:
+        return Cell("—")
+    scale = 1e-6 if measurement["unit"] in ("bytes", "parameters") else 1.0
+    value = number(measurement["value"] * scale)
+    if measurement["stderr"] is not None:
+        value += f" ± {number(measurement['stderr'] * scale)}"
+    if comparison is None:
+        return Cell(value)
+    ratio = f"{comparison['ratio']:.2f}×" if comparison["ratio"] is not None else ""
+    return Cell(value, ratio, comparison["verdict"])
+
+
+def number(value: float) -> str:
+    """Three or four significant digits, no exponent where a person would not write one."""
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    digits = 1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.1 else 4
+    return f"{value:.{digits}f}" if size >= 0.001 or size == 0 else f"{value:.1e}"

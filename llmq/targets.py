@@ -1,0 +1,35 @@
+"""What `llmq eval` can be pointed at."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq import plugin
+from llmq.errors import UserError
+from llmq.recipe import Source, suite_tasks
+from llmq.types import Artifact, Context, Task
+
+Bring = Callable[[Context], Artifact]
+
+
+def stages_of(target: str, model: str, asked: Any) -> tuple[dict[str, Bring], Sequence[Task]]:
+    """How to bring each stage that `target` means, and the tasks asked for, checked to suit it."""
+    folder = Path(target)
+    source = Source("command line", {})
+    if (folder / "artifact.json").is_file():
+        artifacts = {folder.name: Artifact.load(folder)}
+    elif (folder / "recipe.yaml").is_file():
+        found = sorted(folder.glob("*/artifact.json"), key=lambda f: int(f.parent.name.split("-")[0]))
+        if not found:
+            raise UserError(f"{target!r} is a run without a whole stage")
+        artifacts = {f.parent.name: Artifact.load(f.parent) for f in found}
+    else:
+        opener: Any = plugin.build({model: {"weights": target}}, "models")
+        opener.check()
+        return {"0-base": opener.base}, suite_tasks(asked, source, opener.kind)
+    kind = next(iter(artifacts.values())).model.kind
+    return {name: _ready(a) for name, a in artifacts.items()}, suite_tasks(asked, source, kind)
+
+
+def _ready(artifact: Artifact) -> Bring:
+    return lambda context: artifact

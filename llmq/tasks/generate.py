@@ -1,0 +1,70 @@
+"""What a model writes."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from pydantic import Field, PositiveInt
+
+from llmq.data.rows import Row
+from llmq.plugin import DataWord
+from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
+
+
+class Generate(Task):
+    """Greedy answers to held-out prompts, to be read side by side, and how many of them come to an end."""
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+
+    data: DataWord
+    examples: PositiveInt = 3
+    max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
+    prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had."""
+        self.data.check()
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
+        """The first held-out prompts that are short enough, answered."""
+        from llmq.data.tokens import prompt_and_reference, shown_prompt
+
+        ended = []
+        for row in self._rows(loaded):
+            prompt, reference = prompt_and_reference(row, loaded.processor)
+            answer, is_ended = self._answer(loaded, prompt)
+            ended.append(float(is_ended))
+            yield Exhibit(self.word, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
+        share = sum(ended) / len(ended)
+        convention = f"share of answers with an end-of-text mark within {self.max_new_tokens} tokens, greedy"
+        yield Measurement(self.word, "answers_ended", share, "share", "higher", len(ended), None, convention,
+                          Samples(tuple(ended)))  # fmt: skip
+
+    def _rows(self, loaded: Loaded) -> list[Row]:
+        from llmq.data.tokens import prompt_and_reference
+        from llmq.errors import UserError
+
+        fitting: list[Row] = []
+        for row in self.data.read().held_out:
+            prompt, _ = prompt_and_reference(row, loaded.processor)
+            if prompt and len(loaded.processor(prompt)["input_ids"]) <= self.prompt_tokens:
+                fitting.append(row)
+            if len(fitting) == self.examples:
+                return fitting
+        if not fitting:
+            raise UserError(
+                f"{self.word}: {self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens"
+            )
+        return fitting
+
+    def _answer(self, loaded: Loaded, prompt: str) -> tuple[str, bool]:
+        import torch
+
+        encoded = loaded.processor(prompt, return_tensors="pt").to(loaded.device)
+        with torch.inference_mode():
+            made = loaded.module.generate(
+                **encoded, max_new_tokens=self.max_new_tokens, do_sample=False,
+                pad_token_id=loaded.processor.pad_token_id, eos_token_id=loaded.processor.eos_token_id,
+            )  # fmt: skip
+        new = made[0, encoded["input_ids"].shape[1] :]
+        text = loaded.processor.decode(new, skip_special_tokens=True).strip()
+        return text, loaded.processor.eos_token_id in new.tolist()

@@ -1,0 +1,96 @@
+"""Any task of EleutherAI's lm-evaluation-harness."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from llmq.errors import LlmqError, UserError, did_you_mean
+from llmq.files import bundled
+from llmq.types import Loaded, Measurement, Samples, Task
+
+
+class LmEval(Task):
+    """Tasks of lm-eval by name, on the opened model; metrics keep lm-eval's names and standard errors.
+
+    llmq's own offline tasks (`pydoc_continuation`) are found without lm-eval's index, which takes 20 seconds to build.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    num_fewshot: int | None = Field(None, ge=0, description="the task's own if unset")
+    limit: PositiveInt | None = Field(None, description="questions a task at most")
+    include_path: Path | None = Field(None, description="a folder with more task files")
+    batch_size: PositiveInt = 16
+
+    def check(self) -> None:
+        """Raise `UserError` for a folder of tasks that is not there."""
+        if self.include_path and not self.include_path.is_dir():
+            raise UserError(f"include_path {str(self.include_path)!r} is no folder")
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement]:
+        """What `lm_eval.simple_evaluate` says of the opened module."""
+        # The harness sets its loggers up when imported, and speaks of each override it was asked for.
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        manager = self._manager()
+        model = HFLM(pretrained=loaded.module, tokenizer=loaded.processor, batch_size=self.batch_size)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
+                task_manager=manager, bootstrap_iters=0, log_samples=True,
+            )  # fmt: skip
+        except OSError as error:  # the hub's errors, a missing data set's and a refused connection's among them
+            raise LlmqError(f"lm_eval {', '.join(self.tasks)}: the data is not on this machine and the hub does not "
+                            f"give it: {str(error).strip().splitlines()[0]}") from error  # fmt: skip
+        return list(self._measurements(results))
+
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        paths = [str(p) for p in (bundled("evals") / "lm_eval", self.include_path) if p]
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if set(self.tasks) <= set(manager.all_tasks):
+            return manager
+        manager = TaskManager(include_path=paths)
+        for name in self.tasks:
+            if name not in manager.all_tasks:
+                raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
+        return manager
+
+    def _measurements(self, results: Mapping[str, Any]) -> Iterator[Measurement]:
+        for task, figures in results["results"].items():
+            samples = sorted(results["samples"].get(task, ()), key=lambda s: int(s["doc_id"]))
+            n = results["n-samples"].get(task, {}).get("effective", len(samples))
+            for key, value in figures.items():
+                metric, _, filtered = key.partition(",")
+                if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                stderr = figures.get(f"{metric}_stderr,{filtered}")
+                higher = results["higher_is_better"].get(task, {}).get(metric, True)
+                yield Measurement(
+                    task, metric if filtered == "none" else f"{metric} ({filtered})", float(value),
+                    "share" if 0 <= value <= 1 else "", "higher" if higher else "lower", n,
+                    stderr if isinstance(stderr, float) else None, self._convention(results, task),
+                    _samples(samples, metric, filtered, float(value)),
+                )  # fmt: skip
+
+    def _convention(self, results: Mapping[str, Any], task: str) -> str:
+        shots = results["n-shot"].get(task, 0)
+        limit = f", first {self.limit} questions" if self.limit else ""
+        return (f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
+                f"hash {results.get('task_hashes', {}).get(task, 'none')[:12]}, {shots}-shot{limit}")  # fmt: skip
+
+
+def _samples(samples: list[Any], metric: str, filtered: str, value: float) -> Samples | None:
+    scores = [s[metric] for s in samples if s.get("filter", "none") == filtered and metric in s]
+    if not scores or not all(isinstance(s, int | float) for s in scores):
+        return None
+    # Only a plain mean can be resampled; lm-eval's other aggregations keep their figure and standard error.
+    is_mean = abs(sum(scores) / len(scores) - value) < 1e-9
+    return Samples(tuple(float(s) for s in scores)) if is_mean else None

@@ -1,0 +1,84 @@
+"""How surprised a model is by text."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from llmq.errors import UserError
+from llmq.plugin import DataWord
+from llmq.types import Loaded, Measurement, Samples, Task
+
+
+class Perplexity(Task):
+    """Perplexity a token, a word and a byte, on text in windows, or on completions after their prompts.
+
+    `exp(total loss / count)`, the loss in nats from float32 logits. Texts are joined and cut into windows; of data with
+    prompts only what the model should say is scored, one example at a time.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+
+    data: DataWord = Field("pydoc", validate_default=True)
+    part: Literal["held_out", "all"] = "held_out"
+    window: PositiveInt = Field(512, ge=2, description="tokens")
+    stride: PositiveInt | None = Field(None, description="tokens from one window to the next; the window if unset")
+    bos: bool = Field(False, description="begin each window with the beginning-of-text mark")
+    limit: PositiveInt | None = Field(None, description="windows or examples at most")
+    batch_size: PositiveInt = 4
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had, or a stride that would leave tokens out."""
+        if self.stride and self.stride > self.window:
+            raise UserError(f"stride {self.stride} is longer than the window {self.window}; tokens would be left out")
+        self.data.check()
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement]:
+        """Loss of every window or example, and the three perplexities that follow."""
+        from llmq.tasks.windows import losses
+
+        split = self.data.read()
+        rows = split.held_out if self.part == "held_out" else [*split.train, *split.held_out]
+        windows, protocol = self._text(rows, loaded) if split.shape == "text" else self._completions(rows, loaded)
+        if not windows:
+            raise UserError(
+                f"{self.word}: the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score"
+            )
+        sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
+        protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
+        counts = {"token": [w.scored for w in windows], "word": [w.words for w in windows],
+                  "byte": [w.bytes for w in windows]}  # fmt: skip
+        return [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
+
+    def _text(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
+        from llmq.tasks.windows import windows_of
+
+        text = "".join(row["text"] for row in rows)
+        windows = windows_of(text, loaded.processor, self.window, self.limit, self.stride, self.bos)
+        overlap = f"a window every {self.stride} tokens" if self.stride and self.stride < self.window else "no overlap"
+        mark = (
+            "BOS first" if self.bos else "no BOS, the first token of the text or of a window without overlap not scored"
+        )
+        return windows, f"texts joined, {self.window}-token windows, {overlap}, {mark}"
+
+    def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
+        from llmq.data.tokens import encode_all, prompt_and_reference
+        from llmq.tasks.windows import Window
+
+        windows: list[Window] = []
+        for row in rows[: self.limit]:
+            examples, _ = encode_all([row], loaded.processor, self.window)
+            said = prompt_and_reference(row, loaded.processor)[1]
+            windows += [Window(tokens, max(1, len(said.split())), len(said.encode())) for tokens in examples]
+        return windows, f"completions after their prompts with the end-of-text mark, at most {self.window} tokens"
+
+    def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
+        from llmq.statistics import figure, weighted_mean_stderr
+
+        means = tuple(float(v) for v in np.asarray(sums) / np.asarray(counts))
+        samples = Samples(means, tuple(float(c) for c in counts), "exp")
+        value = float(figure(samples)[0])
+        stderr = weighted_mean_stderr(means, counts)[1]
+        return Measurement(self.word, f"{unit}_perplexity", value, f"per {unit}", "lower", len(sums),
+                           None if stderr is None else value * stderr, protocol, samples)  # fmt: skip

@@ -1,0 +1,82 @@
+"""Cutting a text into token windows, and the loss of a model on them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmq.data.tokens import IGNORED, Tokens
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens to score, and how much text those tokens are."""
+
+    tokens: Tokens
+    words: int
+    bytes: int
+
+    @property
+    def scored(self) -> int:
+        """How many tokens have something before them to be predicted from, and are to be scored."""
+        return sum(self.tokens.said[1:])
+
+
+def windows_of(text: str, tokenizer: Any, length: int, limit: int | None = None, stride: int | None = None,
+               bos: bool = False) -> list[Window]:  # fmt: skip
+    """Windows of `length` tokens every `stride` tokens (`length` if unset) over a text; each token is scored once.
+
+    With a stride shorter than the window, a window scores its last `stride` tokens and sees the others. The first token
+    of a window that nothing precedes is not scored, unless `bos` puts the beginning-of-text mark there.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    begin = [tokenizer.bos_token_id] if bos else []
+    step, body = stride or length, length - len(begin)
+    windows: list[Window] = []
+    done = 0
+    for start in range(0, max(1, len(ids)), min(step, body)):
+        end = min(start + body, len(ids))
+        said = [False] * len(begin) + [i >= done for i in range(start, end)]
+        if any(said[1:]):
+            first = start + said.index(True, 1) - len(begin)
+            piece = text[spans[first][0] : spans[end - 1][1]]
+            windows.append(Window(Tokens((*begin, *ids[start:end]), tuple(said)), len(piece.split()),
+                                  len(piece.encode())))  # fmt: skip
+        done = end
+        if end == len(ids) or len(windows) == limit:
+            break
+    return windows
+
+
+def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
+    """Indices of windows to be run together: the longest first, so that a batch wastes little on padding."""
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded(batch: Sequence[Tokens], device: str) -> tuple[Any, Any]:
+    """(ids, labels), each (windows, tokens), padded on the right, where a causal model cannot look."""
+    import torch
+
+    width = max(map(len, batch))
+    ids = torch.tensor([[*t.ids, *[0] * (width - len(t))] for t in batch])
+    labels = torch.tensor([[*t.labels(), *[IGNORED] * (width - len(t))] for t in batch])
+    return ids.to(device), labels.to(device)
+
+
+def losses(module: Any, windows: Sequence[Tokens], device: str, batch_size: int) -> list[float]:
+    """The summed loss of each window's scored tokens, in nats, in their order; float32 softmax over the logits."""
+    import torch
+
+    from llmq.terminal import track
+
+    sums = [0.0] * len(windows)
+    with torch.inference_mode():
+        for rows in track(list(batches(windows, batch_size)), "perplexity"):
+            ids, labels = padded([windows[i] for i in rows], device)
+            logits = module(input_ids=ids, use_cache=False).logits
+            for i, row_logits, row_labels in zip(rows, logits, labels, strict=True):
+                sums[i] = float(torch.nn.functional.cross_entropy(
+                    row_logits.float(), row_labels, ignore_index=IGNORED, reduction="sum"))  # fmt: skip
+    return sums

@@ -1,0 +1,70 @@
+"""What is said while work goes on. Bars only where somebody watches; everything said is kept in the run's log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False)
+_logs: list[Path] = []
+
+
+def say(message: str) -> None:
+    """One line to the person and to the log of the run."""
+    console.print(message, markup=False, soft_wrap=True)
+    for log in _logs:
+        with log.open("a") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Keep what is said in a file too."""
+    _logs.append(path)
+    try:
+        yield
+    finally:
+        _logs.remove(path)
+
+
+class Bar:
+    """A progress bar on a terminal; nothing elsewhere."""
+
+    def __init__(self, title: str, total: int | None, start: int = 0):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns: list[Any] = [TextColumn("  {task.description}"), BarColumn(30), MofNCompleteColumn(),
+                              TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+        self._began = time.perf_counter()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+        self._task = self._progress.add_task(title, total=total, completed=start, note="")
+        self._progress.start()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self._began
+
+    def advance(self, note: str = "") -> None:
+        """One unit of work is done."""
+        self._progress.update(self._task, advance=1, note=note)
+
+    def close(self) -> None:
+        """Take it off the screen."""
+        self._progress.stop()
+
+
+def track(items: Iterable[T], title: str) -> Iterator[T]:
+    """The items, with a bar."""
+    bar = Bar(title, len(items) if isinstance(items, Sized) else None)
+    try:
+        for item in items:
+            yield item
+            bar.advance()
+    finally:
+        bar.close()

@@ -1,0 +1,250 @@
+"""The nouns of the house. Read this first.
+
+A `Model` opens weights. `Step`s change them. `Task`s question them. `Data` feeds both. Between steps a model is an
+`Artifact` at rest in a folder; opened, it is a `Loaded`. Every answer is a `Measurement`, or an `Exhibit` to look at.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Better = Literal["higher", "lower"]
+
+
+class Plugin(BaseModel):
+    """A recipe word: the class is its schema, its validation and its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @property
+    def word(self) -> str:
+        """The path of the file that defines it: `quantize.bnb`."""
+        return type(self).__module__.removeprefix("llmq.")
+
+    def check(self) -> None:
+        """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run gives to each of its steps."""
+
+    device: str
+    seed: int
+
+
+class Model(Plugin):
+    """How to open weights of one family."""
+
+    kind: ClassVar[str]
+    weights: str
+
+    def base(self, context: Context) -> "Artifact":
+        """Bring the weights to this machine and return them untouched."""
+        raise NotImplementedError
+
+    def open(self, artifact: "Artifact", device: str) -> "Loaded":
+        """Load an artifact of this family, of any stage, ready for inference."""
+        raise NotImplementedError
+
+
+class Step(Plugin):
+    """A change to a model: folder in, folder out; the input is never altered.
+
+    `requires` and `leaves` speak of the two states an artifact can be in (`packed`, `adapter`); the recipe loader folds
+    the one over the other before anything runs.
+    """
+
+    suits: ClassVar[frozenset[str]]
+    requires: ClassVar[Mapping[str, bool]] = {}
+    leaves: ClassVar[Mapping[str, bool]] = {}
+
+    def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
+        """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""
+        raise NotImplementedError
+
+
+class Task(Plugin):
+    """A question to a model. It overrides `score`, or `clocks`, or both."""
+
+    suits: ClassVar[frozenset[str]]
+
+    def score(self, loaded: "Loaded") -> "Iterable[Measurement | Exhibit]":
+        """Answer about one stage that is open alone."""
+        return ()
+
+    def clocks(self, loaded: "Loaded") -> "Iterable[Clock]":
+        """Units of work to be timed, in turn with those of every other stage."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples in two parts that share nothing, with the count of what became of every row read."""
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    shape: str
+    counts: Mapping[str, int]
+    sha256: str
+
+
+class Data(Plugin):
+    """A source of examples."""
+
+    def read(self) -> Split:
+        """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The per-sample scores behind a figure, in an order that is the same for every stage.
+
+    The figure is the weighted mean of `values` (`mean`), its exponential (`exp`), or a quantile of them (`quantile`).
+    """
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+    statistic: Literal["mean", "exp", "quantile"] = "mean"
+    quantile: float = 0.5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure with everything needed to believe it."""
+
+    task: str
+    metric: str
+    value: float
+    unit: str
+    better: Better
+    n: int
+    stderr: float | None
+    convention: str
+    samples: Samples | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """Something to look at: what a stage made of one input. The report sets the stages side by side."""
+
+    task: str
+    title: str
+    input: str
+    output: str
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A figure read off the seconds of one unit of work."""
+
+    metric: str
+    unit: str
+    better: Better
+    of_seconds: Callable[[float], float]
+    quantile: float = 0.5
+
+
+@dataclass(frozen=True)
+class Clock:
+    """One unit of work to be timed, and what its time says."""
+
+    task: str
+    run: Callable[[], None]
+    readings: tuple[Reading, ...]
+    convention: str
+    warmup: int = 2
+    rounds: int = 10
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An artifact opened on a device."""
+
+    module: Any
+    processor: Any
+    device: str
+    artifact: "Artifact"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model at rest: how to open it and where it lies. Written to `artifact.json` in its stage's folder."""
+
+    model: Model
+    weights: Path
+    adapter: Path | None = None
+    runtime: str = "torch"
+    packed: bool = False
+    history: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Loaded]:
+        """Load it, and free it again."""
+        from llmq.measure import release_memory
+
+        loaded = self.model.open(self, device)
+        try:
+            yield loaded
+        finally:
+            del loaded
+            release_memory(device)
+
+    def then(self, step: Step, **changes: Any) -> "Artifact":
+        """What `step` makes of it. `notes` and `measurements` belong to one stage and start anew."""
+        fresh = {"history": (*self.history, step.word), "notes": {}, "measurements": ()}
+        return replace(self, **{**fresh, **changes})
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold its weights and its adapter."""
+        folders = [self.weights] + ([self.adapter] if self.adapter else [])
+        return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+
+    def save(self, folder: Path) -> None:
+        """Write `artifact.json`, its paths relative to `folder` where they lie within the same run."""
+        from llmq.files import portable_path, write_json
+
+        data = {f: getattr(self, f) for f in ("runtime", "packed", "history", "notes")}
+        data["model"] = {self.model.word: self.model.model_dump(mode="json")}
+        data["weights"] = portable_path(self.weights, folder)
+        data["adapter"] = portable_path(self.adapter, folder) if self.adapter else None
+        data["measurements"] = [asdict(m) for m in self.measurements]
+        write_json(folder / "artifact.json", data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Artifact":
+        """Read a stage's `artifact.json`."""
+        from llmq import plugin
+
+        data = json.loads((folder / "artifact.json").read_text())
+        ((word, settings),) = data["model"].items()
+        measurements = tuple(measurement_from(m) for m in data["measurements"])
+        adapter = (folder / data["adapter"]).resolve() if data["adapter"] else None
+        return cls(
+            model=plugin.load(word).model_validate(settings),
+            weights=(folder / data["weights"]).resolve(),
+            adapter=adapter,
+            runtime=data["runtime"],
+            packed=data["packed"],
+            history=tuple(data["history"]),
+            notes=data["notes"],
+            measurements=measurements,
+        )
+
+
+def measurement_from(data: Mapping[str, Any]) -> Measurement:
+    """A `Measurement` out of its JSON."""
+    samples = data.get("samples")
+    if samples:
+        weights = tuple(samples["weights"]) if samples["weights"] else None
+        samples = Samples(tuple(samples["values"]), weights, samples["statistic"], samples["quantile"])
+    return Measurement(**{**data, "samples": samples})
