@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
@@ -24,9 +27,13 @@ DEFAULT_MODEL = "causal_lm"
 
 
 @app.command()
-def run(recipe: str, overrides: Overrides = None, out: Out = None,
-        resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
-        as_json: Json = False) -> None:  # fmt: skip
+def run(
+    recipe: str,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
+    as_json: Json = False,
+) -> None:
     """Run a whole recipe: a bundled name such as text/quickstart, or a YAML file."""
     from llmq import recipe as recipes
 
@@ -35,42 +42,65 @@ def run(recipe: str, overrides: Overrides = None, out: Out = None,
 
 
 @app.command()
-def finetune(model: str, data: str, overrides: Overrides = None,
-             bits: Annotated[int, typer.Option(help="4 or 8 to quantize the base first (QLoRA), 16 not to.")] = 4,
-             merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
-             out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+def finetune(
+    model: str,
+    data: str,
+    overrides: Overrides = None,
+    bits: Annotated[int, typer.Option(help="4 or 8 to quantize the base first (QLoRA), 16 not to.")] = 4,
+    merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Quantize MODEL, fine-tune it on DATA with LoRA, measure every stage: QLoRA in one command."""
     if bits not in (4, 8, 16):
         raise _user_error(f"--bits {bits}: 4, 8 or 16")
     quantize_step = [{"quantize.bnb": {"bits": bits}}] if bits != 16 else []
     steps: list[Any] = [*quantize_step, {"adapt.lora": {"data": data}}, *(["adapt.merge"] if merge else [])]
-    evaluate = ["size", {"perplexity": {"data": data, "limit": 64}}, {"perplexity": {"data": "pydoc", "limit": 16}},
-                "speed"]  # fmt: skip
+    evaluate = [
+        "size",
+        {"perplexity": {"data": data, "limit": 64}},
+        {"perplexity": {"data": "pydoc", "limit": 16}},
+        "speed",
+    ]
     plain = {"model": {DEFAULT_MODEL: {"weights": model}}, "steps": steps, "evaluate": evaluate, "seed": 0}
     _run_built(plain, "finetune", overrides, out, as_json)
 
 
 @app.command()
-def quantize(model: str, overrides: Overrides = None,
-             method: Annotated[str, typer.Option(help="A word of quantize: bnb, …")] = "bnb",
-             bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
-             suite: Annotated[str, typer.Option(help="A suite in evals/.")] = "text-quick",
-             out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+def quantize(
+    model: str,
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option(help="A word of quantize: bnb, …")] = "bnb",
+    bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
+    suite: Annotated[str, typer.Option(help="A suite in evals/.")] = "text-quick",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Quantize MODEL by one method and measure what it cost."""
     settings = {} if bits is None else {"bits": bits}
-    plain = {"model": {DEFAULT_MODEL: {"weights": model}}, "steps": [{f"quantize.{method}": settings}],
-             "evaluate": suite, "seed": 0}  # fmt: skip
+    plain = {
+        "model": {DEFAULT_MODEL: {"weights": model}},
+        "steps": [{f"quantize.{method}": settings}],
+        "evaluate": suite,
+        "seed": 0,
+    }
     _run_built(plain, f"quantize-{method}", overrides, out, as_json)
 
 
 @app.command(name="eval")
-def evaluate(target: str,
-             suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
-             tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
-             limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
-             model: Annotated[str, typer.Option(help="How to open a target that is no stage: a word of models.")]
-             = DEFAULT_MODEL,
-             device: str = "auto", threads: int | None = None, out: Out = None, as_json: Json = False) -> None:  # fmt: skip
+def evaluate(
+    target: str,
+    suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
+    model: Annotated[
+        str, typer.Option(help="How to open a target that is no stage: a word of models.")
+    ] = DEFAULT_MODEL,
+    device: str = "auto",
+    threads: int | None = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Measure a model (hub id, folder, built-in word), one stage of a run, or all stages of a run."""
     from llmq import environment, pipeline
     from llmq.targets import stages_of

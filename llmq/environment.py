@@ -79,10 +79,17 @@ def resolve_device(device: str) -> str:
 def prepare(device: str, seed: int, threads: int | None) -> str:
     """Set seed, threads and allocator for a run, and quieten libraries; returns the device."""
     import logging
+    import sys
+    import warnings
+
+    # Libraries draw bars of their own, with tqdm; where nobody watches they would fill the log.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
     import torch
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to one another
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

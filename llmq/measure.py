@@ -47,9 +47,17 @@ def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measuremen
     values = tuple(reading.of_seconds(s) for s in seconds)
     samples = Samples(values, statistic="quantile", quantile=reading.quantile)
     value, stderr = quantile_stderr(values, reading.quantile)
-    return Measurement(clock.task, reading.metric, value, reading.unit, reading.better, len(values), stderr,
-                       f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage",
-                       samples)  # fmt: skip
+    return Measurement(
+        clock.task,
+        reading.metric,
+        value,
+        reading.unit,
+        reading.better,
+        len(values),
+        stderr,
+        f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage",
+        samples,
+    )
 
 
 def _rank(quantile: float) -> str:
@@ -95,8 +103,11 @@ def peak_memory(device: str) -> Iterator[dict[str, Any]]:
         release_memory(device)
         reset.write_text("5")  # resets VmHWM: proc(5)
     yield peak
-    peak.update(bytes=_high_water_mark(), convention="peak resident memory of the whole process"
-                + (", libraries included" if fresh else " since its start"))  # fmt: skip
+    peak.update(
+        bytes=_high_water_mark(),
+        convention="peak resident memory of the whole process"
+        + (", libraries included" if fresh else " since its start"),
+    )
 
 
 def _high_water_mark() -> int:

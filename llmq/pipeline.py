@@ -21,7 +21,7 @@ from llmq.types import Artifact, Context, Exhibit, Loaded, Measurement, Task, me
 
 
 def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
-    """Bring the base, apply the steps, question every stage, report. Raises `LlmqError`; a whole stage is never lost."""
+    """Bring the base, apply the steps, question every stage, report. A whole stage is never lost."""
     prepare_folder(recipe, out, resume)
     with logged_to(out / "log.txt"):
         context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
@@ -34,17 +34,18 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
             stages[name] = Stage(name, artifact)
             if name in measured:
                 stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
-        take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
+        stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
         return finish(recipe.plain(), stages, out, context)
 
 
-def evaluate(artifacts: Mapping[str, Artifact], tasks: Sequence[Task], out: Path, context: Context,
-             asked: Mapping[str, Any]) -> Report:  # fmt: skip
+def evaluate(
+    artifacts: Mapping[str, Artifact], tasks: Sequence[Task], out: Path, context: Context, asked: Mapping[str, Any]
+) -> Report:
     """Question models that exist already; the first of them is the base."""
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
         stages = {name: question(Stage(name, a), tasks, out / name, context.device) for name, a in artifacts.items()}
-        take_times(stages, tasks, context.device)
+        stages |= take_times(stages, tasks, context.device)
         return finish(asked, stages, out, context)
 
 
@@ -101,8 +102,11 @@ def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> 
         write_samples(measurements, folder / "samples")
         write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": [asdict(e) for e in exhibits]})
     data = json.loads(kept.read_text())
-    return replace(stage, measurements=tuple(measurement_from(m) for m in data["measurements"]),
-                   exhibits=tuple(Exhibit(**e) for e in data["exhibits"]))  # fmt: skip
+    return replace(
+        stage,
+        measurements=tuple(measurement_from(m) for m in data["measurements"]),
+        exhibits=tuple(Exhibit(**e) for e in data["exhibits"]),
+    )
 
 
 def ask(task: Task, loaded: Loaded, stage: str, measurements: list[Measurement], exhibits: list[Exhibit]) -> None:
@@ -122,24 +126,25 @@ def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
     for m in measurements:
         if m.samples:
             weights = m.samples.weights or (1.0,) * len(m.samples.values)
-            rows = (json.dumps({"sample": i, "score": v, "weight": w})
-                    for i, (v, w) in enumerate(zip(m.samples.values, weights, strict=True)))  # fmt: skip
+            rows = (
+                json.dumps({"sample": i, "score": v, "weight": w})
+                for i, (v, w) in enumerate(zip(m.samples.values, weights, strict=True))
+            )
             name = re.sub(r"[^\w.-]+", "_", f"{m.task}.{m.metric}")
             write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 
 
-def take_times(stages: dict[str, Stage], tasks: Sequence[Task], device: str) -> None:
-    """Time all stages in turn, all of them open at once, and add what the clocks say to each."""
+def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], device: str) -> dict[str, Stage]:
+    """Time all stages in turn, all of them open at once; the stages with what the clocks say added."""
     if not any(type(task).clocks is not Task.clocks for task in tasks):
-        return
+        return dict(stages)
     began = time.perf_counter()
     with ExitStack() as open_stages:
         loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
         clocks = {name: [c for task in tasks for c in task.clocks(model)] for name, model in loaded.items()}
         taken = measure.interleave(clocks, device)
-    for name, measurements in taken.items():
-        stages[name] = replace(stages[name], measurements=(*stages[name].measurements, *measurements))
     say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
+    return {n: replace(stages[n], measurements=(*stages[n].measurements, *taken[n])) for n in stages}
 
 
 def finish(asked: Mapping[str, Any], stages: Mapping[str, Stage], out: Path, context: Context) -> Report:

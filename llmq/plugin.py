@@ -1,4 +1,4 @@
-"""A recipe word is a file: `quantize.bnb` is the one plug-in class in `llmq/quantize/bnb.py`. There is no other list."""
+"""A recipe word is a file: `quantize.bnb` is the plug-in class in `llmq/quantize/bnb.py`. There is no other list."""
 
 import ast
 import importlib
@@ -38,9 +38,10 @@ def load(word: str) -> type[Plugin]:
         raise UserError(f"unknown word {word!r}{did_you_mean(word, known)}")
     module = importlib.import_module(f"llmq.{word}")
     found = [
-        c for c in vars(module).values()
+        c
+        for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module.__name__
-    ]  # fmt: skip
+    ]
     if len(found) != 1:
         raise TypeError(f"{module.__file__} must define exactly one plug-in class, found {[c.__name__ for c in found]}")
     return found[0]
@@ -81,7 +82,11 @@ DataWord = Annotated[SerializeAsAny[Any], BeforeValidator(_data)]
 
 def to_plain(plugin: Plugin) -> Any:
     """What was set of it, nested words included, as YAML can hold it."""
-    return {name: _plain_value(getattr(plugin, name)) for name in type(plugin).model_fields if name in plugin.model_fields_set}
+    return {
+        name: _plain_value(getattr(plugin, name))
+        for name in type(plugin).model_fields
+        if name in plugin.model_fields_set
+    }
 
 
 def _plain_value(value: Any) -> Any:

@@ -155,8 +155,10 @@ def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any],
     if first in Recipe.model_fields and not rest:
         return data, (), [first]
     words = [plugin.name_and_settings(e)[0] for e in data.get("steps") or []]
-    raise UserError(f"override {override!r}: this recipe has no {target.rpartition('.')[0] or target!r}"
-                    f"{did_you_mean(target.rpartition('.')[0], [*words, 'model'])}")  # fmt: skip
+    raise UserError(
+        f"override {override!r}: this recipe has no {target.rpartition('.')[0] or target!r}"
+        f"{did_you_mean(target.rpartition('.')[0], [*words, 'model'])}"
+    )
 
 
 def parse(source: Source, name: str) -> Recipe:
@@ -184,7 +186,7 @@ def parse(source: Source, name: str) -> Recipe:
         if not isinstance(step, Step):
             raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
     others = {k: v for k, v in data.items() if k not in parts}
-    recipe = _validated(lambda: Recipe(**parts, **others), source, (), None)
+    recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None)
     check_order(recipe.model.kind, recipe.steps, source)
     return recipe
 

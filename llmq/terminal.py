@@ -38,8 +38,13 @@ class Bar:
     def __init__(self, title: str, total: int | None, start: int = 0):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns: list[Any] = [TextColumn("  {task.description}"), BarColumn(30), MofNCompleteColumn(),
-                              TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+        columns: list[Any] = [
+            TextColumn("  {task.description}"),
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
         self._began = time.perf_counter()
         self._progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
         self._task = self._progress.add_task(title, total=total, completed=start, note="")

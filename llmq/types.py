@@ -227,10 +227,11 @@ class Artifact:
 
         data = json.loads((folder / "artifact.json").read_text())
         ((word, settings),) = data["model"].items()
+        model: Any = plugin.load(word).model_validate(settings)
         measurements = tuple(measurement_from(m) for m in data["measurements"])
         adapter = (folder / data["adapter"]).resolve() if data["adapter"] else None
         return cls(
-            model=plugin.load(word).model_validate(settings),
+            model=model,
             weights=(folder / data["weights"]).resolve(),
             adapter=adapter,
             runtime=data["runtime"],

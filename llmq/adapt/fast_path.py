@@ -79,8 +79,9 @@ class FastPath:
         """The loss of two short examples: packed in one row by the fast path, and each alone by the model itself."""
         import torch
 
-        ids = torch.randint(self.inner.config.get_text_config().vocab_size, (2, 12),
-                            generator=torch.Generator().manual_seed(0)).tolist()  # fmt: skip
+        ids = torch.randint(
+            self.inner.config.get_text_config().vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)
+        ).tolist()
         examples = [Tokens(tuple(row), (True,) * len(row)) for row in ids]
         collate = Collator(0)
         training = self.model.training

@@ -11,7 +11,7 @@ import torch
 ROWS_AT_A_TIME = 256
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """`sum over tokens of -log softmax(hidden @ weight.T + bias)[target]`, differentiable in `hidden` alone."""
 
     @staticmethod

@@ -60,8 +60,10 @@ class Lora(Step):
 
     def _check_paged(self) -> None:
         if not any(Path("/dev").glob("nvidia[0-9]*")):
-            raise UserError(f"optim {self.optim!r} pages to an accelerator's memory and there is none here; "
-                            f"{self.optim.replace('paged_', '')!r} runs")  # fmt: skip
+            raise UserError(
+                f"optim {self.optim!r} pages to an accelerator's memory and there is none here; "
+                f"{self.optim.replace('paged_', '')!r} runs"
+            )
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train an adapter and write it to `folder` in PEFT's format."""
@@ -93,13 +95,19 @@ class Lora(Step):
             made.append((pack(examples, self.max_length) if self.packing else [[e] for e in examples], counts))
         (rows, counts), (held_out, held_out_counts) = made
         if not rows:
-            raise UserError(f"adapt.lora: no example of {self.data.word} leaves a token to learn within "
-                            f"max_length {self.max_length}; raise it")  # fmt: skip
+            raise UserError(
+                f"adapt.lora: no example of {self.data.word} leaves a token to learn within "
+                f"max_length {self.max_length}; raise it"
+            )
         tokens = sum(len(e) for row in rows for e in row)
-        return rows, held_out[: self.held_out_rows], {
-            "train": {**counts, "packed_rows": len(rows), "tokens": tokens},
-            "held_out": held_out_counts,
-        }  # fmt: skip
+        return (
+            rows,
+            held_out[: self.held_out_rows],
+            {
+                "train": {**counts, "packed_rows": len(rows), "tokens": tokens},
+                "held_out": held_out_counts,
+            },
+        )
 
     def _prepare(self, loaded: Loaded) -> tuple[Any, Any, str]:
         from peft import LoraConfig, get_peft_model
@@ -110,10 +118,16 @@ class Lora(Step):
         keep_unpacked(loaded.module)
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         config = LoraConfig(
-            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            target_modules=targets, modules_to_save=list(self.modules_to_save) or None, use_rslora=self.use_rslora,
-            use_dora=self.use_dora, init_lora_weights=self.init_lora_weights,
-        )  # fmt: skip
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            modules_to_save=list(self.modules_to_save) or None,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=self.init_lora_weights,
+        )
         try:
             model = get_peft_model(loaded.module, config)
         except ValueError as error:
@@ -137,8 +151,8 @@ class Lora(Step):
             "per_device_train_batch_size": self.per_device_train_batch_size,
             "per_device_eval_batch_size": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "activation_checkpointing": self.gradient_checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
             "optim": self.optim,
             "eval_strategy": "steps" if evaluates else "no",
             "eval_steps": self.eval_steps or quarter,
@@ -156,8 +170,9 @@ class Lora(Step):
             **self.training_arguments,
         }
 
-    def _train(self, model: Any, fast: Any, rows: Any, held_out: Any, loaded: Loaded, folder: Path,
-               arguments: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    def _train(
+        self, model: Any, fast: Any, rows: Any, held_out: Any, loaded: Loaded, folder: Path, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         from llmq.adapt.training import train
 
         checkpoints = folder / "checkpoints"

@@ -11,10 +11,10 @@ from llmq.types import Artifact, Context, Measurement, Step
 
 
 class Merge(Step):
-    """Adds the adapter to the weights, in float32, over dequantized ones if the base is quantized.
+    """Adds the adapter to the weights in float32, dequantized first if the base is quantized.
 
-    Measures what was lost on held-out text: KL divergence and top-1 agreement of the merged model with "base + adapter".
-    The merged weights are float again, so a quantized base grows back to its full size.
+    Measures what was lost on held-out text: KL divergence and top-1 agreement of "merged" with "base + adapter".
+    The merged weights are float again: a quantized base grows back to full size.
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
@@ -34,8 +34,9 @@ class Merge(Step):
         """Write the merged model to `folder`, then compare the two."""
         self._write(artifact, folder, context)
         merged = artifact.then(self, weights=folder, adapter=None, packed=False)
-        return artifact.then(self, weights=folder, adapter=None, packed=False,
-                             measurements=self._loss(artifact, merged, context.device))  # fmt: skip
+        return artifact.then(
+            self, weights=folder, adapter=None, packed=False, measurements=self._loss(artifact, merged, context.device)
+        )
 
     def _write(self, artifact: Artifact, folder: Path, context: Context) -> None:
         import torch

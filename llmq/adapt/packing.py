@@ -49,5 +49,9 @@ class Collator:
             positions.append([p for n in lengths for p in range(n)])
             labels.append([label for e in row for label in e.labels()] + [IGNORED] * padding)
         aligned = torch.tensor(labels)
-        return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions), "labels": aligned,
-                "shift_labels": aligned}  # fmt: skip
+        return {
+            "input_ids": torch.tensor(ids),
+            "position_ids": torch.tensor(positions),
+            "labels": aligned,
+            "shift_labels": aligned,
+        }

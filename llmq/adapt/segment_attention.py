@@ -30,14 +30,16 @@ def attend(query: Any, key: Any, value: Any, scaling: float, segments: Sequence[
 
     rows, _, tokens, _ = query.shape
     if len(segments) == rows and all(end - start == tokens for _, start, end in segments):
-        return _causal(query, key, value, scaling).transpose(1, 2)
-    parts = [_causal(*(x[row : row + 1, :, start:end] for x in (query, key, value)), scaling)
-             for row, start, end in segments]  # fmt: skip
+        return _causal(query, key, value, scaling=scaling).transpose(1, 2)
+    parts = [
+        _causal(*(x[row : row + 1, :, start:end] for x in (query, key, value)), scaling=scaling)
+        for row, start, end in segments
+    ]
     joined = torch.cat(parts, dim=2).transpose(1, 2)
     return joined.reshape(rows, tokens, *joined.shape[2:])
 
 
-def _causal(query: Any, key: Any, value: Any, scaling: float) -> Any:
+def _causal(query: Any, key: Any, value: Any, *, scaling: float) -> Any:
     import torch
 
     rows, heads, tokens, d = query.shape

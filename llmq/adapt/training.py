@@ -42,7 +42,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.model.train()
         metrics = {"eval_loss": total / tokens}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -74,17 +74,29 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
-def train(model: Any, fast: FastPath | None, rows: Sequence[Any], held_out: Sequence[Any], pad_token_id: int,
-          folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def train(
+    model: Any,
+    fast: FastPath | None,
+    rows: Sequence[Any],
+    held_out: Sequence[Any],
+    pad_token_id: int,
+    folder: Path,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
     """Train in place, from the last whole checkpoint under `folder` if there is one. Returns the history."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     collator = Collator(pad_token_id)
     trainer = PackedTrainer(
-        fast, model=model, train_dataset=rows, eval_dataset=held_out or None, data_collator=collator,
-        args=TrainingArguments(str(folder), **arguments), callbacks=[Watch(collator)],
-    )  # fmt: skip
+        fast,
+        model=model,
+        train_dataset=rows,
+        eval_dataset=held_out or None,
+        data_collator=collator,
+        args=TrainingArguments(str(folder), **arguments),
+        callbacks=[Watch(collator)],
+    )
     trainer.remove_callback(PrinterCallback)
     done = last_checkpoint(folder)
     with fast.switched_on() if fast else nullcontext():

@@ -25,8 +25,10 @@ class Hub(Data):
         try:
             data = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
         except (OSError, ValueError) as error:
-            raise UserError(f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
-                            f"{str(error).splitlines()[0]}") from None  # fmt: skip
+            raise UserError(
+                f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         named = ((f"{self.path}[{self.split}]: row {i}", row) for i, row in enumerate(data))
         checked, shape = rows.check(named, self.columns, self.path)
         return rows.split(checked, shape, self.held_out, self.limit)

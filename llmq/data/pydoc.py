@@ -36,8 +36,10 @@ class Pydoc(Data):
         inside = 0
         for family in families:
             for name in family:
-                if any(other != name and topics[name] in topics[other] and (topics[name] != topics[other] or other < name)
-                       for other in family):  # fmt: skip
+                if any(
+                    other != name and topics[name] in topics[other] and (topics[name] != topics[other] or other < name)
+                    for other in family
+                ):
                     inside += 1
                 else:
                     sides[name in held_out].append({"text": topics[name].rstrip() + "\n\n"})

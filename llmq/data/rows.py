@@ -51,8 +51,10 @@ def recognise(row: Mapping[str, Any], where: str) -> str:
     for shape, needed in SHAPES.items():
         if all(column in row for column in needed):
             return shape
-    raise UserError(f"{where}: columns {', '.join(map(repr, row))} are none of {'; '.join(SHAPES)}; "
-                    "name yours with columns: {prompt: …, completion: …}")  # fmt: skip
+    raise UserError(
+        f"{where}: columns {', '.join(map(repr, row))} are none of {'; '.join(SHAPES)}; "
+        "name yours with columns: {prompt: …, completion: …}"
+    )
 
 
 def _string(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -112,7 +114,11 @@ def split(rows: Sequence[Row], shape: str, held_out: float, limit: int | None) -
 
 def make_split(train: Sequence[Row], held_out: Sequence[Row], shape: str, skipped: Mapping[str, int]) -> Split:
     """A `Split` with its counts and hash."""
-    counts = {"read": len(train) + len(held_out) + sum(skipped.values()), "train": len(train),
-              "held_out": len(held_out), **skipped}  # fmt: skip
+    counts = {
+        "read": len(train) + len(held_out) + sum(skipped.values()),
+        "train": len(train),
+        "held_out": len(held_out),
+        **skipped,
+    }
     digest = sha256_text(*(json.dumps(row, sort_keys=True) for rows in (train, held_out) for row in rows))
     return Split(train, held_out, shape, counts, digest)

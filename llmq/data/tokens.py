@@ -69,11 +69,15 @@ def _pieces(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
     done = ""
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            for end, is_said in ((_chat(tokenizer, messages[:i], prompt=True), False),
-                                 (_chat(tokenizer, messages[: i + 1], prompt=False), True)):  # fmt: skip
+            for end, is_said in (
+                (_chat(tokenizer, messages[:i], prompt=True), False),
+                (_chat(tokenizer, messages[: i + 1], prompt=False), True),
+            ):
                 if not end.startswith(done):
-                    raise UserError("the chat template of this tokenizer rewrites earlier turns when a later one "
-                                    "comes, so what the assistant said cannot be told apart; use one turn a row")  # fmt: skip
+                    raise UserError(
+                        "the chat template of this tokenizer rewrites earlier turns when a later one "
+                        "comes, so what the assistant said cannot be told apart; use one turn a row"
+                    )
                 pieces.append((end[len(done) :], is_said))
                 done = end
     return pieces

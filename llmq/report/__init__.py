@@ -1,4 +1,4 @@
-"""The `Report`, which sets every stage beside the untouched base. `report.json` is the truth; its faces are drawn from it."""
+"""The `Report` sets every stage beside the untouched base. `report.json` is the truth; its faces are drawn from it."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -59,8 +59,14 @@ def _speed(report: Report) -> str:
     colours = _colours(report)
     names = [n for n in reversed(colours) if n in speeds]
     values = [speeds[n]["value"] for n in names]
-    axes.barh(names, values, xerr=[speeds[n]["stderr"] or 0 for n in names], color=[colours[n] for n in names],
-              height=0.6, error_kw={"ecolor": INK, "capsize": 3})  # fmt: skip
+    axes.barh(
+        names,
+        values,
+        xerr=[speeds[n]["stderr"] or 0 for n in names],
+        color=[colours[n] for n in names],
+        height=0.6,
+        error_kw={"ecolor": INK, "capsize": 3},
+    )
     for i, value in enumerate(values):
         axes.text(0.01 * max(values), i, f"{value:.1f}", va="center", color="white", fontsize=9, fontweight="bold")
     axes.set_xlabel(f"{metric.replace('_per_second', '').replace('_', ' ')} a second  (→ more is better)")
@@ -79,8 +85,13 @@ def _training(report: Report) -> str:
             *zip(*curves["loss"], strict=True), color=colour, alpha=0.45, lw=1.2, label=f"{stage['name']}, training"
         )
         if curves["held_out_loss"]:
-            axes.plot(*zip(*curves["held_out_loss"], strict=True), "o-", color=colour, lw=2,
-                      label=f"{stage['name']}, held-out")  # fmt: skip
+            axes.plot(
+                *zip(*curves["held_out_loss"], strict=True),
+                "o-",
+                color=colour,
+                lw=2,
+                label=f"{stage['name']}, held-out",
+            )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
     axes.legend(frameon=False, fontsize=8.5)

@@ -1,14 +1,16 @@
 """The table that every face of the report shows: a row a metric, a column a stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmq.report import Report
 
 MARKS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?"}
-LEGEND = ("▲ better, ▼ worse than the base, = the same, ? undecided: the 95 % interval of the paired difference "
-          "contains 0. ×: ratio to the base. ±: one standard error.")  # fmt: skip
+LEGEND = (
+    "▲ better, ▼ worse than the base, = the same, ? undecided: the 95 % interval of the paired difference "
+    "contains 0. ×: ratio to the base. ±: one standard error."
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def rows(report: Report) -> Iterator[Row]:
         yield Row(task.removeprefix("tasks."), metric, unit, first["better"], first["convention"], cells)
 
 
-def _cell(measurement: dict[str, Any] | None, comparison: dict[str, Any] | None) -> Cell:
+def _cell(measurement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> Cell:
     if measurement is None:
         return Cell("—")
     scale = 1e-6 if measurement["unit"] in ("bytes", "parameters") else 1.0

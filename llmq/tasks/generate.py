@@ -36,8 +36,9 @@ class Generate(Task):
             yield Exhibit(self.word, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
         share = sum(ended) / len(ended)
         convention = f"share of answers with an end-of-text mark within {self.max_new_tokens} tokens, greedy"
-        yield Measurement(self.word, "answers_ended", share, "share", "higher", len(ended), None, convention,
-                          Samples(tuple(ended)))  # fmt: skip
+        yield Measurement(
+            self.word, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
+        )
 
     def _rows(self, loaded: Loaded) -> list[Row]:
         from llmq.data.tokens import prompt_and_reference
@@ -62,9 +63,12 @@ class Generate(Task):
         encoded = loaded.processor(prompt, return_tensors="pt").to(loaded.device)
         with torch.inference_mode():
             made = loaded.module.generate(
-                **encoded, max_new_tokens=self.max_new_tokens, do_sample=False,
-                pad_token_id=loaded.processor.pad_token_id, eos_token_id=loaded.processor.eos_token_id,
-            )  # fmt: skip
+                **encoded,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=loaded.processor.pad_token_id,
+                eos_token_id=loaded.processor.eos_token_id,
+            )
         new = made[0, encoded["input_ids"].shape[1] :]
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()
         return text, loaded.processor.eos_token_id in new.tolist()

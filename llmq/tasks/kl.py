@@ -8,8 +8,9 @@ from llmq.tasks.windows import Window, padded
 from llmq.types import Better, Measurement, Samples
 
 
-def compare_outputs(reference: Any, other: Any, windows: Sequence[Window], device: str, task: str, reference_name: str,
-                    other_name: str) -> tuple[Measurement, ...]:  # fmt: skip
+def compare_outputs(
+    reference: Any, other: Any, windows: Sequence[Window], device: str, task: str, reference_name: str, other_name: str
+) -> tuple[Measurement, ...]:
     """Mean KL(reference || other) in nats a token, and how often both put the same token first."""
     import torch
 
@@ -32,5 +33,7 @@ def compare_outputs(reference: Any, other: Any, windows: Sequence[Window], devic
         samples = Samples(tuple(values), tuple(weights))
         return Measurement(task, metric, mean, unit, better, len(values), stderr, protocol, samples)
 
-    return (measured("kl_divergence", divergences, "nats/token", "lower"),
-            measured("top1_agreement", agreements, "share of tokens", "higher"))  # fmt: skip
+    return (
+        measured("kl_divergence", divergences, "nats/token", "lower"),
+        measured("top1_agreement", agreements, "share of tokens", "higher"),
+    )

@@ -1,7 +1,10 @@
 """Any task of EleutherAI's lm-evaluation-harness."""
 
+import io
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,13 +44,20 @@ class LmEval(Task):
         manager = self._manager()
         model = HFLM(pretrained=loaded.module, tokenizer=loaded.processor, batch_size=self.batch_size)
         try:
-            results = lm_eval.simple_evaluate(
-                model=model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
-                task_manager=manager, bootstrap_iters=0, log_samples=True,
-            )  # fmt: skip
+            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bars know no other way
+                results = lm_eval.simple_evaluate(
+                    model=model,
+                    tasks=list(self.tasks),
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    task_manager=manager,
+                    log_samples=True,
+                )
         except OSError as error:  # the hub's errors, a missing data set's and a refused connection's among them
-            raise LlmqError(f"lm_eval {', '.join(self.tasks)}: the data is not on this machine and the hub does not "
-                            f"give it: {str(error).strip().splitlines()[0]}") from error  # fmt: skip
+            raise LlmqError(
+                f"lm_eval {', '.join(self.tasks)}: the data is not on this machine and the hub does not "
+                f"give it: {str(error).strip().splitlines()[0]}"
+            ) from error
         return list(self._measurements(results))
 
     def _manager(self) -> Any:
@@ -74,17 +84,24 @@ class LmEval(Task):
                 stderr = figures.get(f"{metric}_stderr,{filtered}")
                 higher = results["higher_is_better"].get(task, {}).get(metric, True)
                 yield Measurement(
-                    task, metric if filtered == "none" else f"{metric} ({filtered})", float(value),
-                    "share" if 0 <= value <= 1 else "", "higher" if higher else "lower", n,
-                    stderr if isinstance(stderr, float) else None, self._convention(results, task),
+                    task,
+                    metric if filtered == "none" else f"{metric} ({filtered})",
+                    float(value),
+                    "share" if 0 <= value <= 1 else "",
+                    "higher" if higher else "lower",
+                    n,
+                    stderr if isinstance(stderr, float) else None,
+                    self._convention(results, task),
                     _samples(samples, metric, filtered, float(value)),
-                )  # fmt: skip
+                )
 
     def _convention(self, results: Mapping[str, Any], task: str) -> str:
         shots = results["n-shot"].get(task, 0)
         limit = f", first {self.limit} questions" if self.limit else ""
-        return (f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-                f"hash {results.get('task_hashes', {}).get(task, 'none')[:12]}, {shots}-shot{limit}")  # fmt: skip
+        return (
+            f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
+            f"hash {results.get('task_hashes', {}).get(task, 'none')[:12]}, {shots}-shot{limit}"
+        )
 
 
 def _samples(samples: list[Any], metric: str, filtered: str, value: float) -> Samples | None:

@@ -47,8 +47,11 @@ class Perplexity(Task):
             )
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
         protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
-        counts = {"token": [w.scored for w in windows], "word": [w.words for w in windows],
-                  "byte": [w.bytes for w in windows]}  # fmt: skip
+        counts = {
+            "token": [w.scored for w in windows],
+            "word": [w.words for w in windows],
+            "byte": [w.bytes for w in windows],
+        }
         return [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
 
     def _text(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
@@ -80,5 +83,14 @@ class Perplexity(Task):
         samples = Samples(means, tuple(float(c) for c in counts), "exp")
         value = float(figure(samples)[0])
         stderr = weighted_mean_stderr(means, counts)[1]
-        return Measurement(self.word, f"{unit}_perplexity", value, f"per {unit}", "lower", len(sums),
-                           None if stderr is None else value * stderr, protocol, samples)  # fmt: skip
+        return Measurement(
+            self.word,
+            f"{unit}_perplexity",
+            value,
+            f"per {unit}",
+            "lower",
+            len(sums),
+            None if stderr is None else value * stderr,
+            protocol,
+            samples,
+        )

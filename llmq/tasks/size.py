@@ -23,13 +23,23 @@ class Size(Task):
             return Measurement(self.word, metric, value, unit, better, 1, None, convention)
 
         return (
-            exact("bytes_on_disk", bytes_of(loaded.artifact.weight_files()), "bytes", "lower",
-                  "safetensors files of the weights and of the adapter, if there is one"),
-            exact("bytes_in_memory", sum(t.untyped_storage().nbytes() for t in unique(held(loaded.module))), "bytes",
-                  "lower", "parameters, buffers and the scales of packed weights as allocated; tied ones once"),
+            exact(
+                "bytes_on_disk",
+                bytes_of(loaded.artifact.weight_files()),
+                "bytes",
+                "lower",
+                "safetensors files of the weights and of the adapter, if there is one",
+            ),
+            exact(
+                "bytes_in_memory",
+                sum(t.untyped_storage().nbytes() for t in unique(held(loaded.module))),
+                "bytes",
+                "lower",
+                "parameters, buffers and the scales of packed weights as allocated; tied ones once",
+            ),
             exact("parameters", parameters, "parameters", "lower", "as they multiply: a packed weight counts unpacked"),
             exact("nonzeros", nonzeros, "parameters", "lower", "parameters whose value, unpacked, is not zero"),
-        )  # fmt: skip
+        )
 
 
 def held(module: Any) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
-from llmq.types import Clock, Loaded, Measurement, Reading, Task
+from llmq.types import Clock, Loaded, Measurement, Reading, Samples, Task
 
 
 class Speed(Task):
@@ -30,7 +30,19 @@ class Speed(Task):
             for clock in self.clocks(loaded):
                 clock.run()
         convention = f"{peak['convention']}; this stage alone open, {self.prompt_tokens} + {self.new_tokens} tokens"
-        return [Measurement(self.word, "peak_memory", peak["bytes"], "bytes", "lower", 1, None, convention)]
+        return [
+            Measurement(
+                self.word,
+                "peak_memory",
+                peak["bytes"],
+                "bytes",
+                "lower",
+                1,
+                None,
+                convention,
+                Samples((float(peak["bytes"]),)),
+            )
+        ]
 
     def clocks(self, loaded: Loaded) -> Iterable[Clock]:
         """One prefill, and one decode of `new_tokens` from a cache that is cut back afterwards."""
@@ -49,9 +61,14 @@ class Speed(Task):
         decode = (Reading("decode_tokens_per_second", "tokens/s", "higher", lambda s: self.new_tokens / s),)
         return (
             Clock(self.word, partial(_prefill, loaded.module, prompt), first, protocol, rounds=self.rounds),
-            Clock(self.word, partial(_decode, loaded.module, cache, prompt[:, -1:], self.new_tokens), decode,
-                  f"{protocol}, {self.new_tokens} new tokens", rounds=self.rounds),
-        )  # fmt: skip
+            Clock(
+                self.word,
+                partial(_decode, loaded.module, cache, prompt[:, -1:], self.new_tokens),
+                decode,
+                f"{protocol}, {self.new_tokens} new tokens",
+                rounds=self.rounds,
+            ),
+        )
 
 
 def _prefill(module: Any, prompt: Any) -> None:
@@ -64,8 +81,7 @@ def _prefill(module: Any, prompt: Any) -> None:
 def _decode(module: Any, cache: Any, token: Any, count: int) -> None:
     import torch
 
-    length = cache.get_seq_length()
     with torch.inference_mode():
         for _ in range(count):
             token = module(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    cache.crop(length)
+    cache.crop(-count)

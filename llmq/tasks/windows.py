@@ -21,8 +21,9 @@ class Window:
         return sum(self.tokens.said[1:])
 
 
-def windows_of(text: str, tokenizer: Any, length: int, limit: int | None = None, stride: int | None = None,
-               bos: bool = False) -> list[Window]:  # fmt: skip
+def windows_of(
+    text: str, tokenizer: Any, length: int, limit: int | None = None, stride: int | None = None, bos: bool = False
+) -> list[Window]:
     """Windows of `length` tokens every `stride` tokens (`length` if unset) over a text; each token is scored once.
 
     With a stride shorter than the window, a window scores its last `stride` tokens and sees the others. The first token
@@ -40,8 +41,9 @@ def windows_of(text: str, tokenizer: Any, length: int, limit: int | None = None,
         if any(said[1:]):
             first = start + said.index(True, 1) - len(begin)
             piece = text[spans[first][0] : spans[end - 1][1]]
-            windows.append(Window(Tokens((*begin, *ids[start:end]), tuple(said)), len(piece.split()),
-                                  len(piece.encode())))  # fmt: skip
+            windows.append(
+                Window(Tokens((*begin, *ids[start:end]), tuple(said)), len(piece.split()), len(piece.encode()))
+            )
         done = end
         if end == len(ids) or len(windows) == limit:
             break
@@ -77,6 +79,9 @@ def losses(module: Any, windows: Sequence[Tokens], device: str, batch_size: int)
             ids, labels = padded([windows[i] for i in rows], device)
             logits = module(input_ids=ids, use_cache=False).logits
             for i, row_logits, row_labels in zip(rows, logits, labels, strict=True):
-                sums[i] = float(torch.nn.functional.cross_entropy(
-                    row_logits.float(), row_labels, ignore_index=IGNORED, reduction="sum"))  # fmt: skip
+                sums[i] = float(
+                    torch.nn.functional.cross_entropy(
+                        row_logits.float(), row_labels, ignore_index=IGNORED, reduction="sum"
+                    )
+                )
     return sums
