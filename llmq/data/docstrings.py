@@ -16,7 +16,7 @@ from llmq.data import rows
 from llmq.files import cache, write_text
 from llmq.types import Data, Split
 
-QUESTION = "\n# What does this function do?\n# "
+QUESTION = '\n\n# The docstring of this function:\n"""'
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -47,7 +47,7 @@ class Docstrings(Data):
 
     def _pairs(self) -> list[tuple[str, str, str]]:
         # Parsing the library takes seconds; its version names the result for good.
-        file = cache("data", f"docstrings-1-python-{platform.python_version()}.json")
+        file = cache("data", f"docstrings-2-python-{platform.python_version()}.json")
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(list(_pairs_of_library(Path(sysconfig.get_path("stdlib"))))))

@@ -37,7 +37,7 @@ def _trade_off(report: Report) -> str:
     both = [s for s in sizes if s in quality]
     if len(both) < 2:
         return ""
-    figure, axes = _figure(4.8)
+    figure, axes = _figure(3.6)
     for name, colour in _colours(report).items():
         if name in both:
             x, y = sizes[name]["value"] / 1e6, quality[name]["value"]
@@ -55,7 +55,7 @@ def _speed(report: Report) -> str:
     speeds, metric = _of(report, SPEED)
     if len(speeds) < 2:
         return ""
-    figure, axes = _figure(1.0 + 0.42 * len(speeds))
+    figure, axes = _figure(max(3.6, 1.0 + 0.42 * len(speeds)))
     colours = _colours(report)
     names = [n for n in reversed(colours) if n in speeds]
     values = [speeds[n]["value"] for n in names]
@@ -77,7 +77,7 @@ def _training(report: Report) -> str:
     trained = [s for s in report.stages if s["notes"].get("training", {}).get("loss")]
     if not trained:
         return ""
-    figure, axes = _figure(4.0)
+    figure, axes = _figure(3.6)
     colours = _colours(report)
     for stage in trained:
         curves, colour = stage["notes"]["training"], colours[stage["name"]]

@@ -5,7 +5,7 @@ from pathlib import Path
 from llmq.report import Report, charts
 from llmq.report.facts import facts
 from llmq.report.markdown import exhibits
-from llmq.report.table import LEGEND, rows
+from llmq.report.table import LEGEND, TITLE, rows, summary
 
 
 def draw(report: Report) -> str:
@@ -15,6 +15,8 @@ def draw(report: Report) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(
         report=report,
+        title=TITLE,
+        summary=summary(report),
         rows=list(rows(report)),
         legend=LEGEND,
         charts=charts.draw(report),

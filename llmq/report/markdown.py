@@ -2,7 +2,7 @@
 
 from llmq.report import Report
 from llmq.report.facts import facts
-from llmq.report.table import LEGEND, rows
+from llmq.report.table import LEGEND, TITLE, rows, summary
 
 
 def table(report: Report) -> str:
@@ -18,7 +18,8 @@ def table(report: Report) -> str:
 
 def draw(report: Report) -> str:
     """The whole report."""
-    parts = ["# llmq report", table(report), LEGEND + " ↑ higher is better, ↓ lower is better."]
+    lead = "\n".join(f"- {line}" for line in summary(report))
+    parts = [f"# {TITLE}", lead, table(report), LEGEND + " ↑ higher is better, ↓ lower is better."]
     for title, lines in facts(report).items():
         parts += [f"## {title}", "\n".join(f"- **{name}**: {text}" for name, text in lines)]
     if report.exhibits:

@@ -1,5 +1,7 @@
 """The report on a terminal."""
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +13,8 @@ COLOURS = {"better": "green", "worse": "red"}
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table of stages."""
-    console = console or Console()
+    # Where nobody watches there is no width to fit, and a table cut to 80 columns would serve nobody.
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "metric"):
         table.add_column(name, style="dim" if name == "task" else "")

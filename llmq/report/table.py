@@ -13,6 +13,10 @@ LEGEND = (
 )
 
 
+TITLE = "What it cost"
+HEADLINE = ("bytes_on_disk", "token_perplexity", "acc", "decode_tokens_per_second")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One figure as shown: its value, its ratio to the base, and the verdict."""
@@ -70,3 +74,15 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     digits = 1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.1 else 4
     return f"{value:.{digits}f}" if size >= 0.001 or size == 0 else f"{value:.1e}"
+
+
+def summary(report: Report) -> list[str]:
+    """One line a stage: the ratios to the base that most people look for first."""
+    lines = []
+    for stage in report.stages[1:]:
+        found: dict[str, str] = {}
+        for c in report.comparisons:
+            if c["stage"] == stage["name"] and c["metric"] in HEADLINE and c["ratio"] is not None:
+                found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({c['verdict']})")
+        lines.append(f"{stage['name']}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
+    return lines
