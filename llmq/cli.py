@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -108,9 +107,16 @@ def evaluate(
 
     if bool(suite) == bool(tasks):
         raise _user_error("eval needs either --suite NAME or --tasks a,b,c")
-    asked = suite or [{"lm_eval": {"tasks": (tasks or "").split(",")} | ({"limit": limit} if limit else {})}]
+    asked = suite or [
+        {
+            "lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()]}
+            | ({"limit": limit} if limit else {})
+        }
+    ]
     open_stages, chosen = stages_of(target, model, asked)
     folder = _fresh(out, f"eval-{Path(target).name}")
+    if folder.exists() and any(folder.iterdir()):  # what it holds would be taken for answers of this target
+        raise _user_error(f"{str(folder)!r} is not empty; use a new --out")
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
     _show(pipeline.evaluate(artifacts, chosen, folder, context, {"target": target, "evaluate": asked}), folder, as_json)
@@ -157,8 +163,8 @@ def show(word: str, as_json: Json = False) -> None:
     from llmq import plugin
     from llmq import recipe as recipes
 
-    if word in recipes.names("recipes"):
-        typer.echo(recipes.names("recipes")[word].read_text(), nl=False)
+    if "/" in word:
+        typer.echo(recipes.find("recipes", word).read_text(), nl=False)
         return
     cls = plugin.load(word)
     if as_json:
@@ -179,6 +185,7 @@ def copy_recipe(recipe: str, folder: Path) -> None:
 
     source = recipes.find("recipes", recipe)
     target = folder / source.name
+    _folder_or_nothing(folder)
     if target.exists():
         raise _user_error(f"{str(target)!r} exists; move it away first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +215,7 @@ def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool) -> None:
 def _fresh(out: Path | None, name: str) -> Path:
     """`out`, or the first of runs/name, runs/name-2, … that is not there."""
     if out:
+        _folder_or_nothing(out)
         return out
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
@@ -225,6 +233,11 @@ def _show(report: "Report", folder: Path, as_json: bool) -> None:
         typer.echo(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)")
 
 
+def _folder_or_nothing(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise _user_error(f"{str(path)!r} is a file; name a folder")
+
+
 def _user_error(message: str) -> Exception:
     from llmq.errors import UserError
 
@@ -236,14 +249,13 @@ def main() -> None:
     from llmq.errors import LlmqError
 
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except LlmqError as error:
         print(f"llmq: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.exit_code
     except TyperException as error:
         print(f"llmq: {' '.join(error.format_message().split())} (llmq --help shows what is known)", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
+    if code == 130:  # typer's way to say that Ctrl-C was pressed
         print("llmq: stopped; what was whole is kept, and --resume goes on from there", file=sys.stderr)
-        code = 130
     sys.exit(code)

@@ -1,7 +1,11 @@
 """Every error that llmq raises on purpose: one line that quotes the input, says where, and what would be right."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 class LlmqError(Exception):
@@ -24,3 +28,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if names and len(names) <= 12:
         return f"; known: {', '.join(names)}"
     return ""
+
+
+def explain(errors: Sequence[Mapping[str, Any]], cls: "type[BaseModel] | None") -> str:
+    """The pydantic errors of one key as one line: what was written, for which word, and what would be right."""
+    first = errors[0]
+    # Where alternatives were tried, the second part of each place is pydantic's name of the alternative.
+    key = ".".join(str(k) for k in (first["loc"] if len(errors) == 1 else first["loc"][:1]))
+    owner = f" of {cls.__module__.removeprefix('llmq.')}" if cls else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{owner}{did_you_mean(key, cls.model_fields if cls else ())}"
+    if first["type"] == "missing":
+        return f"{key!r}{owner} is needed"
+    if first["type"] == "value_error":
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return f"{key!r}{owner}: {message}" if key else f"{owner.removeprefix(' of ')}: {message}"
+    wanted = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in errors)
+    return f"{key}: {first['input']!r}{owner} is wrong: {', or '.join(wanted)}"

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from llmq.files import make_whole, sha256_files, write_json, write_text
 from llmq.recipe import Recipe
 from llmq.report import Report, Stage
 from llmq.terminal import logged_to, say
-from llmq.types import Artifact, Context, Exhibit, Loaded, Measurement, Task, measurement_from
+from llmq.types import Artifact, Clock, Context, Exhibit, Loaded, Measurement, Task, measurement_from
 
 
 def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
@@ -97,8 +97,8 @@ def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> 
         measurements: list[Measurement] = list(stage.artifact.measurements)
         exhibits: list[Exhibit] = []
         with stage.artifact.open(device) as loaded:
-            for task in tasks:
-                ask(task, loaded, stage.name, measurements, exhibits)
+            for name, task in named(tasks).items():
+                ask(name, task, loaded, stage.name, measurements, exhibits)
         write_samples(measurements, folder / "samples")
         write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": [asdict(e) for e in exhibits]})
     data = json.loads(kept.read_text())
@@ -109,15 +109,31 @@ def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> 
     )
 
 
-def ask(task: Task, loaded: Loaded, stage: str, measurements: list[Measurement], exhibits: list[Exhibit]) -> None:
+def named(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Tasks by the name that their measurements go under; the second of one word is `perplexity-2`."""
+    names: dict[str, Task] = {}
+    for task in tasks:
+        number = 1 + sum(other.name == task.name for other in names.values())
+        names[task.name if number == 1 else f"{task.name}-{number}"] = task
+    return names
+
+
+def filed(task: str, name: str, asked: Task) -> str:
+    """`task` as its measurement says, under the name that tells two tasks of one word apart."""
+    return name if task == asked.name else task
+
+
+def ask(
+    name: str, task: Task, loaded: Loaded, stage: str, measurements: list[Measurement], exhibits: list[Exhibit]
+) -> None:
     """Put one task to an opened stage, and say what came of it."""
     began = time.perf_counter()
     for answer in task.score(loaded):
         if isinstance(answer, Exhibit):
-            exhibits.append(answer)
+            exhibits.append(replace(answer, task=filed(answer.task, name, task)))
         else:
-            measurements.append(answer)
-    say(f"  {stage}  {task.word.removeprefix('tasks.'):<12} {time.perf_counter() - began:6.1f} s")
+            measurements.append(replace(answer, task=filed(answer.task, name, task)))
+    say(f"  {stage}  {name:<14} {time.perf_counter() - began:6.1f} s")
 
 
 def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
@@ -141,10 +157,16 @@ def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], device: str) 
     began = time.perf_counter()
     with ExitStack() as open_stages:
         loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
-        clocks = {name: [c for task in tasks for c in task.clocks(model)] for name, model in loaded.items()}
+        clocks = {stage: list(_clocks(tasks, model)) for stage, model in loaded.items()}
         taken = measure.interleave(clocks, device)
     say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
     return {n: replace(stages[n], measurements=(*stages[n].measurements, *taken[n])) for n in stages}
+
+
+def _clocks(tasks: Sequence[Task], loaded: Loaded) -> Iterator[Clock]:
+    for name, task in named(tasks).items():
+        for clock in task.clocks(loaded):
+            yield replace(clock, task=filed(clock.task, name, task))
 
 
 def finish(asked: Mapping[str, Any], stages: Mapping[str, Stage], out: Path, context: Context) -> Report:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from llmq import plugin
-from llmq.errors import UserError, did_you_mean
+from llmq.errors import UserError, did_you_mean, explain
 from llmq.files import bundled
 from llmq.types import Model, Plugin, Step, Task
 
 Place = tuple[str | int, ...]
+DEEPEST = 32
 
 
 class Recipe(BaseModel):
@@ -25,9 +26,9 @@ class Recipe(BaseModel):
     model: Model
     steps: tuple[Step, ...] = ()
     evaluate: tuple[Task, ...] = ()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)  # numpy takes no other
     device: str = "auto"
-    threads: int | None = None
+    threads: PositiveInt | None = None
     stages: Literal["all", "ends"] = "all"
 
     def plain(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a file, or of that name among the bundled ones, with `word.key=value` overrides folded in."""
     path = find("recipes", name)
     source = read(path)
+    check_shape(source)
     for override in overrides:
         apply_override(source, override)
     return parse(source, path.stem)
@@ -107,6 +109,8 @@ def read(path: Path) -> Source:
 
 def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
     source.lines.setdefault(place, node.start_mark.line + 1)
+    if len(place) > DEEPEST:
+        raise UserError(f"{source.where(place)}: nested deeper than any recipe; does an alias (*) stand inside itself?")
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -119,7 +123,10 @@ def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, (*place, i), source) for i, child in enumerate(node.value)]
-    return yaml.safe_load(yaml.serialize(node))
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError):  # a tag that is not YAML's own, a thirteenth month
+        raise UserError(f"{source.where(place)}: {node.value!r} cannot be read as {node.tag!r}") from None
 
 
 def apply_override(source: Source, override: str) -> None:
@@ -129,7 +136,7 @@ def apply_override(source: Source, override: str) -> None:
         raise UserError(f"override {override!r} is not of the form word.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: {text!r} is not YAML") from None
     parent, place, keys = _target(source, target, override)
     for key in keys[:-1]:
@@ -143,13 +150,13 @@ def apply_override(source: Source, override: str) -> None:
 def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any], Place, list[str]]:
     data = source.data
     for i, entry in enumerate(data.get("steps") or []):
-        word, settings = plugin.name_and_settings(entry)
+        word, settings = _word(source, ("steps", i), entry)
         if target.startswith(f"{word}."):
             data["steps"][i] = {word: settings}
             return settings, ("steps", i, word), target.removeprefix(f"{word}.").split(".")
     first, _, rest = target.partition(".")
     if first == "model" and rest:
-        word, settings = plugin.name_and_settings(data.get("model") or "causal_lm")
+        word, settings = _word(source, ("model",), data.get("model") or "causal_lm")
         data["model"] = {word: settings}
         return settings, ("model", word), rest.split(".")
     if first in Recipe.model_fields and not rest:
@@ -161,8 +168,8 @@ def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any],
     )
 
 
-def parse(source: Source, name: str) -> Recipe:
-    """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
+def check_shape(source: Source) -> None:
+    """Raise `UserError` unless the data is a mapping of known keys, with a list of steps."""
     data = source.data
     if not isinstance(data, dict):
         raise UserError(f"{source.name}: a recipe is a mapping with 'model', 'steps' and 'evaluate'")
@@ -170,11 +177,17 @@ def parse(source: Source, name: str) -> Recipe:
         if key not in Recipe.model_fields or key == "name":
             known = set(Recipe.model_fields) - {"name"}
             raise UserError(f"{source.where((key,))}: unknown key {key!r}{did_you_mean(key, known)}")
+    if not isinstance(data.get("steps") or [], list):
+        raise UserError(f"{source.where(('steps',))}: 'steps' is a list; begin each with '- '")
+
+
+def parse(source: Source, name: str) -> Recipe:
+    """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
+    check_shape(source)
+    data = source.data
     if not data.get("model"):
         raise UserError(f"{source.name}: a recipe needs a 'model', such as 'causal_lm: {{weights: smollm2-135m}}'")
     steps, suite = data.get("steps") or [], data.get("evaluate") or []
-    if not isinstance(steps, list):
-        raise UserError(f"{source.where(('steps',))}: 'steps' is a list; begin each with '- '")
     model = _part(source, ("model",), data["model"], "models")
     parts = {
         "name": name,
@@ -186,7 +199,7 @@ def parse(source: Source, name: str) -> Recipe:
         if not isinstance(step, Step):
             raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
     others = {k: v for k, v in data.items() if k not in parts}
-    recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None)
+    recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
     check_order(recipe.model.kind, recipe.steps, source)
     return recipe
 
@@ -208,13 +221,20 @@ def suite_tasks(suite: Any, source: Source, kind: str) -> tuple[Task, ...]:
     return tasks
 
 
-def _part(source: Source, place: Place, value: Any, package: str | None) -> Any:
+def _word(source: Source, place: Place, value: Any) -> tuple[str, dict[str, Any]]:
     try:
-        word = plugin.name_and_settings(value)[0]
+        return plugin.name_and_settings(value)
+    except UserError as error:
+        raise UserError(f"{source.where(place)}: {error}") from None
+
+
+def _part(source: Source, place: Place, value: Any, package: str | None) -> Any:
+    word, settings = _word(source, place, value)
+    try:
         cls = plugin.load(f"{package}.{word}" if package else word)
     except UserError as error:
         raise UserError(f"{source.where(place)}: {_strip(str(error), package)}") from None
-    part = _validated(lambda: plugin.build(value, package), source, (*place, word), cls)
+    part = _validated(lambda: cls.model_validate(settings), source, (*place, word), cls, settings)
     try:
         part.check()
     except UserError as error:
@@ -226,28 +246,27 @@ def _strip(message: str, package: str | None) -> str:
     return message.replace(f"{package}.", "") if package else message
 
 
-def _validated(build: Callable[[], Any], source: Source, place: Place, cls: type[Plugin] | None) -> Any:
+def _validated(
+    build: Callable[[], Any], source: Source, place: Place, cls: type[Plugin] | None, settings: Mapping[str, Any]
+) -> Any:
     try:
         return build()
     except ValidationError as error:
-        first = error.errors()[0]
-        at = source.where((*place, *first["loc"]))
-        raise UserError(f"{at}: {explain(first, cls)}") from None
+        # A misspelt key often leaves another one missing; the misspelt one is what to speak of.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        key = errors[0]["loc"][:1]
+        same = [e for e in errors if e["loc"][:1] == key]
+        if inner := _data_within(settings, same[0]["loc"]):
+            place, cls = (*place, *key, inner), plugin.load(f"data.{inner}")
+            same = [{**e, "loc": e["loc"][1:]} for e in same if e["loc"][:2] == same[0]["loc"][:2]]
+        raise UserError(f"{source.where((*place, *same[0]['loc']))}: {explain(same, cls)}") from None
 
 
-def explain(error: Mapping[str, Any], cls: type[Plugin] | None) -> str:
-    """One pydantic error as one line: what was written, for which key of which word, and what would be right."""
-    key = ".".join(str(k) for k in error["loc"])
-    owner = f" of {cls.__module__.removeprefix('llmq.')}" if cls else ""
-    if error["type"] == "extra_forbidden":
-        known = cls.model_fields if cls and len(error["loc"]) == 1 else ()
-        return f"unknown key {key!r}{owner}{did_you_mean(str(error['loc'][-1]), known)}"
-    if error["type"] == "missing":
-        return f"{key!r}{owner} is needed"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key!r}{owner}: {message}" if key else f"{owner.removeprefix(' of ')}: {message}"
-    return f"{key}: {error['input']!r}{owner} is wrong: {message[0].lower()}{message[1:]}"
+def _data_within(settings: Mapping[str, Any], loc: Place) -> str | None:
+    """The word of the data whose settings `loc` leads into: `file` in `data: {file: {path: …}}`."""
+    value = settings.get(str(loc[0])) if len(loc) > 1 else None
+    word = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
+    return word if f"data.{word}" in plugin.words() else None
 
 
 def _suits(part: Step | Task, kind: str, where: str) -> None:

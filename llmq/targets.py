@@ -1,5 +1,6 @@
 """What `llmq eval` can be pointed at."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,32 @@ def stages_of(target: str, model: str, asked: Any) -> tuple[dict[str, Bring], Se
     folder = Path(target)
     source = Source("command line", {})
     if (folder / "artifact.json").is_file():
-        artifacts = {folder.name: Artifact.load(folder)}
+        artifacts = {folder.resolve().name: _load(folder)}
     elif (folder / "recipe.yaml").is_file():
-        found = sorted(folder.glob("*/artifact.json"), key=lambda f: int(f.parent.name.split("-")[0]))
+        stages = [f.parent for f in folder.glob("*/artifact.json") if f.parent.name.split("-")[0].isdecimal()]
+        found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
         if not found:
             raise UserError(f"{target!r} is a run without a whole stage")
-        artifacts = {f.parent.name: Artifact.load(f.parent) for f in found}
+        artifacts = {f.name: _load(f) for f in found}
     else:
         opener: Any = plugin.build({model: {"weights": target}}, "models")
         opener.check()
         return {"0-base": opener.base}, suite_tasks(asked, source, opener.kind)
     kind = next(iter(artifacts.values())).model.kind
     return {name: _ready(a) for name, a in artifacts.items()}, suite_tasks(asked, source, kind)
+
+
+def _load(folder: Path) -> Artifact:
+    try:
+        artifact = Artifact.load(folder)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'artifact.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{str(folder / 'artifact.json')!r} does not describe a stage; run its recipe again") from None
+    for held in filter(None, (artifact.weights, artifact.adapter)):
+        if not held.exists():
+            raise UserError(f"{str(folder)!r} is made of {str(held)!r}, and there is no such folder")
+    return artifact
 
 
 def _ready(artifact: Artifact) -> Bring:

@@ -74,6 +74,11 @@ class Task(Plugin):
 
     suits: ClassVar[frozenset[str]]
 
+    @property
+    def name(self) -> str:
+        """What its measurements are filed under: `perplexity`."""
+        return self.word.rpartition(".")[2]
+
     def score(self, loaded: "Loaded") -> "Iterable[Measurement | Exhibit]":
         """Answer about one stage that is open alone."""
         return ()

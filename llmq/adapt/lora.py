@@ -116,6 +116,8 @@ class Lora(Step):
         from llmq.quantize.bnb_layers import keep_unpacked
 
         keep_unpacked(loaded.module)
+        # With a cache transformers does not look for examples that begin within a row, and lets them see one another.
+        loaded.module.config.use_cache = False
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         config = LoraConfig(
             task_type="CAUSAL_LM",

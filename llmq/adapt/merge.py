@@ -43,12 +43,12 @@ class Merge(Step):
         from peft import PeftModel
 
         from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+        from llmq.quantize.bnb_layers import dequantized
 
         model: Any = artifact.model
         module = load_causal_lm(artifact.weights, "float32", context.device, model.trust_remote_code)
-        if artifact.packed:
-            module = module.dequantize(dtype=torch.float32)
-        module = PeftModel.from_pretrained(module.float(), artifact.adapter).merge_and_unload(safe_merge=True)
+        module = dequantized(module) if artifact.packed else module
+        module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
         module.to(getattr(torch, self.dtype or model.dtype)).save_pretrained(folder)
         load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
 

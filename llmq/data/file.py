@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ class File(Data):
             raise UserError(f"{str(self.path)!r}: not a .jsonl, .json, .csv, .parquet or .txt file")
         if not self.path.is_file():
             raise UserError(f"there is no file {str(self.path)!r}")
-        if self.path.suffix != ".parquet" and self.path.stat().st_size <= READ_WHEN_CHECKED:
+        if self.path.suffix == ".parquet":
+            _check_parquet(self.path)
+        elif self.path.stat().st_size <= READ_WHEN_CHECKED:
             self.read()
 
     def read(self) -> Split:
@@ -42,8 +45,8 @@ class File(Data):
                 return self._text()
             raw = READERS[self.path.suffix](self.path)
             checked, shape = rows.check(raw, self.columns, str(self.path))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except UnicodeDecodeError:
+            raise UserError(_not_utf8(self.path)) from None
         return rows.split(checked, shape, self.held_out, self.limit)
 
     def _text(self) -> Split:
@@ -55,6 +58,24 @@ class File(Data):
         border = border if border > 2 else wanted
         parts = [[{"text": t}] if t.strip() else [] for t in (text[:border], text[border:])]
         return rows.make_split(parts[0], parts[1], "text", {})
+
+
+def _not_utf8(path: Path) -> str:
+    # A stream decodes by blocks and counts bytes from the last one, so its error cannot say where in the file it was.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"{path}:{number}: not UTF-8 text: byte {error.start + 1} of the line is {line[error.start]:#x}"
+    return f"{path}: not UTF-8 text"
+
+
+def _check_parquet(path: Path) -> None:
+    with path.open("rb") as stream:
+        first = stream.read(4)
+        stream.seek(max(0, path.stat().st_size - 4))
+        if first != b"PAR1" or stream.read() != b"PAR1":
+            raise UserError(f"{str(path)!r} is not a whole .parquet file")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -80,6 +101,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # a whole document may be one field
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         for row in reader:

@@ -46,10 +46,7 @@ def check_folder(folder: Path) -> None:
         is_adapter = "adapter_config.json" in files
         hint = " (it is an adapter; evaluate its stage or run folder instead)" if is_adapter else ""
         raise UserError(f"{str(folder)!r} has no config.json, so it is not a Hugging Face model folder{hint}")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
+    _object(folder / "config.json")
     if not weights:
         pickled = sorted(n for n in files if n.endswith(PICKLES))
         if pickled:
@@ -62,11 +59,26 @@ def check_folder(folder: Path) -> None:
         _check_safetensors(file)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - files)
+        weight_map = _object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
+        missing = sorted(set(map(str, weight_map.values())) - files)
         if missing:
             raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
     if files.isdisjoint(TOKENIZERS):
         raise UserError(f"{str(folder)!r} has no tokenizer ({', '.join(TOKENIZERS)})")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{str(file)!r} holds no JSON object")
+    return data
 
 
 def _check_safetensors(file: Path) -> None:

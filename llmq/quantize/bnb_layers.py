@@ -40,3 +40,22 @@ def keep_unpacked(module: Any) -> None:
         if is_packed_for_cpu(layer):
             layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
         layer.support_avx512bf16_for_cpu = False
+
+
+def dequantized(module: Any) -> Any:
+    """The module with every quantized layer turned into a float32 one, fit to be saved."""
+    import torch
+
+    module = module.dequantize(dtype=torch.float32).float()
+    # transformers would undo on saving what it did on loading, and reading packed weights cannot be undone.
+    conversions = getattr(module, "_weight_conversions", None) or []
+    module._weight_conversions = [c for c in conversions if not any(map(_is_of_bitsandbytes, _operations(c)))]
+    return module
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", None) or []
+
+
+def _is_of_bitsandbytes(operation: Any) -> bool:
+    return type(operation).__module__.endswith("bitsandbytes")

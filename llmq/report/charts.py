@@ -114,5 +114,5 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmq"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    # Text stays text, in the font of the page; the XML head has no place inside HTML.
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
+    # Text stays text, in the font of the page; the XML head and the metadata have no place inside HTML.
+    return re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)

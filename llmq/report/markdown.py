@@ -36,5 +36,5 @@ def exhibits(report: Report) -> dict[str, list[dict[str, str]]]:
     """What the stages made of the same input, by title."""
     groups: dict[str, list[dict[str, str]]] = {}
     for exhibit in report.exhibits:
-        groups.setdefault(f"{exhibit['task'].removeprefix('tasks.')}: {exhibit['title']}", []).append(dict(exhibit))
+        groups.setdefault(f"{exhibit['task']}: {exhibit['title']}", []).append(dict(exhibit))
     return groups

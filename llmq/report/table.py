@@ -51,7 +51,7 @@ def rows(report: Report) -> Iterator[Row]:
         first = next(m for m in shown if m)
         cells = tuple(_cell(m, compared.get((s, task, metric))) for s, m in zip(stages, shown, strict=True))
         unit = "MB" if first["unit"] == "bytes" else "M" if first["unit"] == "parameters" else first["unit"]
-        yield Row(task.removeprefix("tasks."), metric, unit, first["better"], first["convention"], cells)
+        yield Row(task, metric, unit, first["better"], first["convention"], cells)
 
 
 def _cell(measurement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> Cell:

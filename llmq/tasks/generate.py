@@ -33,11 +33,11 @@ class Generate(Task):
             prompt, reference = prompt_and_reference(row, loaded.processor)
             answer, is_ended = self._answer(loaded, prompt)
             ended.append(float(is_ended))
-            yield Exhibit(self.word, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
+            yield Exhibit(self.name, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
         share = sum(ended) / len(ended)
         convention = f"share of answers with an end-of-text mark within {self.max_new_tokens} tokens, greedy"
         yield Measurement(
-            self.word, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
+            self.name, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
         )
 
     def _rows(self, loaded: Loaded) -> list[Row]:
@@ -53,7 +53,7 @@ class Generate(Task):
                 return fitting
         if not fitting:
             raise UserError(
-                f"{self.word}: {self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens"
+                f"{self.name}: {self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens"
             )
         return fitting
 

@@ -43,7 +43,7 @@ class Perplexity(Task):
         windows, protocol = self._text(rows, loaded) if split.shape == "text" else self._completions(rows, loaded)
         if not windows:
             raise UserError(
-                f"{self.word}: the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score"
+                f"{self.name}: the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score"
             )
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
         protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
@@ -84,7 +84,7 @@ class Perplexity(Task):
         value = float(figure(samples)[0])
         stderr = weighted_mean_stderr(means, counts)[1]
         return Measurement(
-            self.word,
+            self.name,
             f"{unit}_perplexity",
             value,
             f"per {unit}",

@@ -32,7 +32,7 @@ class Speed(Task):
         convention = f"{peak['convention']}; this stage alone open, {self.prompt_tokens} + {self.new_tokens} tokens"
         return [
             Measurement(
-                self.word,
+                self.name,
                 "peak_memory",
                 peak["bytes"],
                 "bytes",
@@ -60,9 +60,9 @@ class Speed(Task):
         )
         decode = (Reading("decode_tokens_per_second", "tokens/s", "higher", lambda s: self.new_tokens / s),)
         return (
-            Clock(self.word, partial(_prefill, loaded.module, prompt), first, protocol, rounds=self.rounds),
+            Clock(self.name, partial(_prefill, loaded.module, prompt), first, protocol, rounds=self.rounds),
             Clock(
-                self.word,
+                self.name,
                 partial(_decode, loaded.module, cache, prompt[:, -1:], self.new_tokens),
                 decode,
                 f"{protocol}, {self.new_tokens} new tokens",

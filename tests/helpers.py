@@ -1,0 +1,52 @@
+"""Small things that several test files need."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq import plugin
+from llmq.types import Artifact, Context
+
+CPU = Context("cpu", 0)
+
+
+def base_of(folder: Path, dtype: str = "bfloat16") -> Artifact:
+    """The untouched model in a folder, as an artifact."""
+    model: Any = plugin.build({"causal_lm": {"weights": str(folder), "dtype": dtype}}, "models")
+    return model.base(CPU)
+
+
+def apply(word: str, artifact: Artifact, folder: Path, **settings: Any) -> Artifact:
+    """What a step makes of an artifact."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step: Any = plugin.build({word: settings})
+    return step.apply(artifact, folder, CPU)
+
+
+def some_ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
+    """Token ids that every tiny vocabulary has."""
+    return torch.randint(10, 200, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits in evaluation mode."""
+    with torch.inference_mode():
+        return module(input_ids=ids).logits
+
+
+def adapter_bytes(artifact: Artifact) -> bytes:
+    """The adapter's weights as they lie on disk."""
+    assert artifact.adapter is not None
+    return (artifact.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def reshaped(folder: Path, target: Path, **changes: int) -> Path:
+    """A random model like the one in `folder` but for its shape, with the same tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder, **changes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return target

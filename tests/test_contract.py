@@ -1,0 +1,145 @@
+"""What every plug-in promises. New ones are found by themselves."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmq
+from llmq import plugin
+from llmq.types import Data, Model, Plugin, Step, Task
+
+ROOT = Path(llmq.__file__).parent
+WORDS = plugin.words()
+STATES = {"packed", "adapter"}
+NOUN_OF = {"models": Model, "data": Data, "quantize": Step, "prune": Step, "adapt": Step, "tasks": Task}
+METHODS = {"apply", "base", "open", "read"}
+LONGEST = 300
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "lm_eval",
+    "matplotlib",
+    "nncf",
+    "openvino",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "tokenizers",
+    "torch",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+}
+
+
+def module_file(word: str) -> Path:
+    """The file that defines a word."""
+    return ROOT / Path(*word.split(".")).with_suffix(".py")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """The full names of the modules, and of what is taken from them, anywhere in a tree."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_there_are_words_of_every_noun():
+    assert {plugin.load(word).__bases__[0] for word in WORDS} == {Model, Data, Step, Task}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_is_one_plug_in_of_its_packages_noun(word):
+    cls = plugin.load(word)
+    assert cls.__bases__ == (NOUN_OF[word.split(".")[0]],)
+    assert Path(inspect.getfile(cls)) == module_file(word)
+    tree = ast.parse(module_file(word).read_text())
+    plug_ins = [
+        n.name
+        for n in tree.body
+        if isinstance(n, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in plugin.NOUNS for b in n.bases)
+    ]
+    assert plug_ins == [cls.__name__]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_is_documented(word):
+    first = WORDS[word]
+    assert first.endswith(".")
+    assert first == (plugin.load(word).__doc__ or "").split("\n")[0]
+    assert ast.get_docstring(ast.parse(module_file(word).read_text()))
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_can_do_what_its_noun_promises(word):
+    cls = plugin.load(word)
+    if issubclass(cls, Task):
+        assert cls.score is not Task.score or cls.clocks is not Task.clocks
+        return
+    noun = NOUN_OF[word.split(".")[0]]
+    for name in METHODS & set(vars(noun)):
+        assert getattr(cls, name) is not getattr(noun, name)
+
+
+@pytest.mark.parametrize("word", [w for w in WORDS if issubclass(plugin.load(w), Step | Task)])
+def test_steps_and_tasks_say_which_kinds_they_suit(word):
+    suits = plugin.load(word).__dict__["suits"]
+    kinds = {plugin.load(w).kind for w in WORDS if w.startswith("models.")}
+    assert isinstance(suits, frozenset)
+    assert suits
+    assert suits & kinds
+
+
+@pytest.mark.parametrize("word", [w for w in WORDS if issubclass(plugin.load(w), Step)])
+def test_steps_speak_of_known_states_only(word):
+    cls = plugin.load(word)
+    for said in (cls.requires, cls.leaves):
+        assert set(said) <= STATES
+        assert all(isinstance(value, bool) for value in said.values())
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_settings_are_strict_and_frozen(word):
+    cls = plugin.load(word)
+    assert cls.model_config["extra"] == "forbid"
+    assert cls.model_config["frozen"]
+    assert cls.model_json_schema()["type"] == "object"
+    assert not any(name in Plugin.__dict__ for name in cls.model_fields)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_plug_ins_never_import_one_another(word):
+    others = {f"llmq.{w}" for w in WORDS if w != word}
+    assert not imports_of(ast.parse(module_file(word).read_text())) & others
+
+
+def test_nothing_heavy_is_imported_to_list_check_or_show():
+    modules = [f"llmq.{word}" for word in WORDS] + ["llmq.cli", "llmq.plugin", "llmq.recipe", "llmq.pipeline"]
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(ended.stdout.split())
+    assert "llmq.cli" in ended.stdout.split()
+
+
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_is_not_too_long_and_says_what_it_is(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= LONGEST
+    assert ast.get_docstring(ast.parse(text))

@@ -1,0 +1,233 @@
+"""adapt.lora: true gradients, the same bytes from the same seed, whatever happens in between."""
+
+import pytest
+import torch
+from helpers import adapter_bytes, apply, base_of, logits_of, some_ids
+from safetensors.torch import load
+
+from llmq import plugin
+from llmq.adapt.fast_path import FastPath
+from llmq.adapt.packing import Collator
+from llmq.data.tokens import Tokens
+
+QUICK = {"r": 4, "max_length": 64, "max_steps": 4, "per_device_train_batch_size": 2, "lora_dropout": 0.1}
+BASES = {"bf16": None, "nf4": {"bits": 4}, "fp4": {"bits": 4, "quant_type": "fp4"}, "int8": {"bits": 8}}
+
+
+@pytest.fixture(params=BASES)
+def any_base(request, tiny_llama, tmp_path):
+    """The tiny model, bf16 or quantized."""
+    settings = BASES[request.param]
+    base = base_of(tiny_llama)
+    return apply("quantize.bnb", base, tmp_path / "base", **settings) if settings else base
+
+
+def test_evaluations_in_between_leave_no_trace(any_base, tiny_jsonl, tmp_path):
+    with_them = apply("adapt.lora", any_base, tmp_path / "a", data=str(tiny_jsonl), **QUICK, eval_steps=1)
+    without = apply("adapt.lora", any_base, tmp_path / "b", data=str(tiny_jsonl), **QUICK, held_out_rows=0)
+    assert len(with_them.notes["training"]["held_out_loss"]) == 4
+    assert not without.notes["training"]["held_out_loss"]
+    assert adapter_bytes(with_them) == adapter_bytes(without)
+    assert with_them.notes["training"]["fast_path"] == "used"
+
+
+def test_the_seed_decides(tiny_llama, tiny_jsonl, tmp_path):
+    base = base_of(tiny_llama)
+    first, again, other = (
+        adapter_bytes(apply("adapt.lora", base, tmp_path / name, data=str(tiny_jsonl), seed=seed, **QUICK))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+
+
+def test_a_killed_training_goes_on_to_the_same_adapter(any_base, tiny_jsonl, tmp_path, monkeypatch):
+    from llmq.adapt import training
+
+    settings = {"data": str(tiny_jsonl), **QUICK, "max_steps": 6, "save_steps": 2}
+    whole = apply("adapt.lora", any_base, tmp_path / "whole", **settings)
+
+    def die_at_five(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Watch, "on_step_end", die_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            apply("adapt.lora", any_base, tmp_path / "killed", **settings)
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+    resumed = apply("adapt.lora", any_base, tmp_path / "killed", **settings)
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tiny_llama, tiny_jsonl, tmp_path):
+    """Plain gradient descent makes the change of the weights the gradient itself."""
+    settings = {
+        "data": str(tiny_jsonl),
+        "r": 4,
+        "max_length": 64,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": 1e9,
+        "packing": False,
+    }
+    base = base_of(tiny_llama, "float32")
+    large = apply("adapt.lora", base, tmp_path / "a", per_device_train_batch_size=4, **settings)
+    small = apply(
+        "adapt.lora", base, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings
+    )
+    one, other = load(adapter_bytes(large)), load(adapter_bytes(small))
+    assert any(v.abs().max() > 1e-4 for k, v in one.items() if "lora_B" in k), "nothing was learned"
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+    assert large.notes["training"]["loss"] == small.notes["training"]["loss"]
+
+
+def test_an_adapter_opens_in_plain_peft(any_base, tiny_jsonl, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stage = apply("adapt.lora", any_base, tmp_path / "a", data=str(tiny_jsonl), **QUICK)
+    base = AutoModelForCausalLM.from_pretrained(stage.weights, dtype=torch.bfloat16)
+    plain = logits_of(PeftModel.from_pretrained(base, stage.adapter).eval(), some_ids())
+    with stage.open("cpu") as loaded:
+        assert torch.equal(logits_of(loaded.module, some_ids()), plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"optim": "adamw_8bit"},
+        {"optim": "adafactor"},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"packing": False},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.5},
+        {"max_steps": None, "num_train_epochs": 2},
+        {"training_arguments": {"max_grad_norm": 0.1}},
+    ],
+    ids=str,
+)
+def test_every_option_trains(tiny_llama, tiny_jsonl, tmp_path, settings):
+    stage = apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **{**QUICK, **settings})
+    losses = [loss for _, loss in stage.notes["training"]["loss"]]
+    assert losses
+    assert all(0 < loss < 20 for loss in losses)
+    with stage.open("cpu") as loaded:
+        assert torch.isfinite(logits_of(loaded.module, some_ids())).all()
+
+
+def test_what_is_learned_is_learned(tiny_llama, tiny_jsonl, tmp_path):
+    stage = apply(
+        "adapt.lora",
+        base_of(tiny_llama),
+        tmp_path / "a",
+        data=str(tiny_jsonl),
+        **{**QUICK, "max_steps": 60, "modules_to_save": ["lm_head"], "learning_rate": 1e-2},
+    )
+    losses = [loss for _, loss in stage.notes["training"]["loss"]]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def peft_model(folder, dtype="float32"):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.config.use_cache = False  # as adapt.lora sets it: with a cache, transformers' attention sees across examples
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+
+
+def test_the_logits_of_a_packed_example_are_those_of_it_alone(tiny_llama):
+    """By our attention within segments, and by transformers' own from the positions that begin anew."""
+    model = peft_model(tiny_llama)
+    examples = [Tokens(tuple(row), (True,) * len(row)) for row in (some_ids(1, n)[0].tolist() for n in (7, 19, 3))]
+    batch = Collator(0)([examples, examples[:1]])
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    fast = FastPath(model)
+    fast.see(batch)
+    with torch.inference_mode():
+        by_transformers = model(**inputs).logits
+        with fast.switched_on():
+            hidden = model(**inputs).logits  # while switched on, the head hands through what it is given
+        by_us = fast.head(hidden)
+    for row, names in ((0, (0, 1, 2)), (1, (0,))):
+        start = 0
+        for i in names:
+            end = start + len(examples[i])
+            alone = logits_of(model, torch.tensor([examples[i].ids]))[0]
+            torch.testing.assert_close(by_us[row, start:end], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(by_transformers[row, start:end], alone, rtol=1e-4, atol=1e-5)
+            start = end
+
+
+def test_the_fast_path_gives_the_loss_and_gradients_of_the_model_itself(tiny_llama):
+    model = peft_model(tiny_llama)
+    fast = FastPath(model)
+    assert fast.why_not() == ""
+    examples = [Tokens(tuple(row), (False, False) + (True,) * (len(row) - 2)) for row in some_ids(3, 20).tolist()]
+    batch = Collator(0)([examples[:2], examples[2:]])
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    stock, stock_gradients = loss_and_gradients()
+    fast.see(batch)
+    with fast.switched_on():
+        ours, gradients = loss_and_gradients()
+    assert ours == pytest.approx(stock, rel=1e-5)
+    assert gradients.keys() == stock_gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, stock_gradients[name], rtol=1e-3, atol=1e-6)
+    assert loss_and_gradients()[0] == stock, "switched off, the model is itself again"
+
+
+def test_a_trained_head_trains_by_the_models_own_loss(tiny_llama, tiny_jsonl, tmp_path):
+    stage = apply(
+        "adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **QUICK, modules_to_save=["lm_head"]
+    )
+    assert "head" in stage.notes["training"]["fast_path"]
+
+
+def test_counts_of_rows_stand_in_the_notes(tiny_llama, tiny_jsonl, tmp_path):
+    stage = apply(
+        "adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **{**QUICK, "max_length": 24}
+    )
+    data, train = stage.notes["data"], stage.notes["tokens"]["train"]
+    assert data["read"] == data["train"] + data["held_out"] == 20
+    assert train["rows"] == data["train"] == train["used"] + train["prompt_too_long"]
+
+
+def test_target_modules_that_are_not_there_are_refused(tiny_llama, tiny_jsonl, tmp_path):
+    from llmq.errors import UserError
+
+    with pytest.raises(UserError, match="nowhere_proj"):
+        apply(
+            "adapt.lora",
+            base_of(tiny_llama),
+            tmp_path / "a",
+            data=str(tiny_jsonl),
+            **QUICK,
+            target_modules=["nowhere_proj"],
+        )
+
+
+def test_paged_optimizers_are_refused_where_there_is_nothing_to_page_to(tiny_jsonl):
+    from llmq.errors import UserError
+
+    lora = plugin.build({"adapt.lora": {"data": str(tiny_jsonl), "optim": "paged_adamw_8bit"}})
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="adamw_8bit"):
+            lora.check()

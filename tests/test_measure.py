@@ -1,0 +1,136 @@
+"""Timing in turn, on a clock that only the work itself moves."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+from llmq.measure import interleave, peak_memory, read, seconds_of
+from llmq.types import Clock, Reading
+
+SECONDS = Reading("latency", "ms", "lower", lambda s: 1000 * s)
+RATE = Reading("throughput", "tokens/s", "higher", lambda s: 64 / s)
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that stands still but for `time.now += …`."""
+    time = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("llmq.measure.time", SimpleNamespace(perf_counter=lambda: time.now))
+    return time
+
+
+def clock(time, log, name, seconds=(1.0,), readings=(SECONDS,), **settings):
+    """Work that notes its name and takes each of `seconds` in turn."""
+
+    def run():
+        time.now += seconds[log.count(name) % len(seconds)]
+        log.append(name)
+
+    return Clock("speed", run, readings, "fake", **settings)
+
+
+def test_every_round_visits_every_stage_once_alternately_forwards_and_backwards(time):
+    log = []
+    interleave({n: [clock(time, log, n, warmup=0, rounds=4)] for n in "abc"}, "cpu")
+    assert "".join(log) == "abc|cba|abc|cba".replace("|", "")
+
+
+def test_the_warm_up_comes_before_and_is_not_counted(time):
+    log = []
+    stages = {n: [clock(time, log, n, (50.0, 50.0, 1.0, 1.0, 1.0), warmup=2, rounds=3)] for n in "ab"}
+    measured = interleave(stages, "cpu")
+    assert "".join(log) == "aa|bb|ab|ba|ab".replace("|", "")
+    for name in "ab":
+        (latency,) = measured[name]
+        assert latency.samples.values == pytest.approx((1000.0, 1000.0, 1000.0))
+        assert latency.n == 3
+
+
+def test_a_warm_up_of_none_is_none(time):
+    log = []
+    interleave({"a": [clock(time, log, "a", warmup=0, rounds=1)]}, "cpu")
+    assert log == ["a"]
+
+
+def test_each_stage_is_given_its_own_seconds_in_the_order_of_the_rounds(time):
+    log = []
+    stages = {
+        "slow": [clock(time, log, "slow", (4.0, 5.0, 6.0), warmup=0, rounds=3)],
+        "fast": [clock(time, log, "fast", (1.0, 2.0, 3.0), warmup=0, rounds=3)],
+    }
+    measured = interleave(stages, "cpu")
+    assert measured["slow"][0].samples.values == pytest.approx((4000, 5000, 6000))
+    assert measured["fast"][0].samples.values == pytest.approx((1000, 2000, 3000))
+
+
+def test_a_drift_of_the_machine_moves_all_stages_alike(time):
+    # The machine slows steadily; measured one after the other, the last stage would look slower than the first.
+    def drifting():
+        time.now += 1 + (time.now - 100) / 100
+
+    measured = interleave({n: [Clock("speed", drifting, (SECONDS,), "fake", warmup=0, rounds=10)] for n in "ab"}, "cpu")
+    a, b = (np.array(measured[n][0].samples.values) for n in "ab")
+    assert (np.diff(a) > 0).all()
+    assert abs((a - b).mean()) < 0.002 * a.mean()
+
+
+def test_the_clocks_of_a_stage_are_timed_one_after_another(time):
+    log = []
+    stages = {
+        n: [clock(time, log, f"{n}{k}", warmup=1, rounds=2, readings=(SECONDS, RATE)) for k in (1, 2)] for n in "ab"
+    }
+    measured = interleave(stages, "cpu")
+    assert log == ["a1", "b1", "a1", "b1", "b1", "a1", "a2", "b2", "a2", "b2", "b2", "a2"]
+    assert [m.metric for m in measured["b"]] == ["latency", "throughput"] * 2
+
+
+def test_stages_with_unequal_clocks_are_refused(time):
+    one = clock(time, [], "one")
+    with pytest.raises(ValueError, match="zip"):
+        interleave({"a": [one], "b": [one, one]}, "cpu")
+
+
+def test_no_stages_have_no_measurements():
+    assert interleave({}, "cpu") == {}
+
+
+def test_seconds_are_those_of_the_work_alone(time):
+    assert seconds_of(clock(time, [], "a", (2.5,)), "cpu") == 2.5
+
+
+def test_a_reading_turns_every_second_into_its_unit_and_takes_the_median():
+    work = Clock("speed", lambda: None, (RATE,), "64 tokens")
+    measurement = read(work, RATE, [1.0, 2.0, 4.0])
+    assert (measurement.task, measurement.metric, measurement.unit) == ("speed", "throughput", "tokens/s")
+    assert measurement.better == "higher"
+    assert measurement.value == 32.0
+    assert measurement.samples.values == (64.0, 32.0, 16.0)
+    assert (measurement.samples.statistic, measurement.samples.quantile) == ("quantile", 0.5)
+    assert measurement.convention == "64 tokens; median of rounds taken in turn with every other stage"
+    assert measurement.stderr > 0
+
+
+def test_a_reading_may_be_another_quantile():
+    late = Reading("latency_p90", "ms", "lower", lambda s: 1000 * s, quantile=0.9)
+    seconds = [i / 10 for i in range(11)]
+    measurement = read(Clock("speed", lambda: None, (late,), "fake"), late, seconds)
+    assert measurement.value == pytest.approx(900.0)
+    assert measurement.samples.quantile == 0.9
+    assert "90% quantile" in measurement.convention
+
+
+def test_steady_seconds_have_no_error():
+    assert read(Clock("speed", lambda: None, (SECONDS,), "fake"), SECONDS, [0.5] * 8).stderr == 0.0
+
+
+def test_peak_memory_counts_what_was_freed_before_the_end():
+    size = 48 * 2**20
+    before = psutil.Process().memory_info().rss
+    with peak_memory("cpu") as peak:
+        assert peak == {}
+        block = b"x" * size  # written to, and so resident
+        del block
+    assert peak["bytes"] > before + 0.8 * size - 16 * 2**20  # freed memory is given back first
+    assert "resident" in peak["convention"]

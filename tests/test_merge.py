@@ -1,0 +1,60 @@
+"""adapt.merge: the merged model is "base + adapter", and what was lost is measured."""
+
+import json
+
+import pytest
+import torch
+from helpers import apply, base_of, logits_of, some_ids
+
+LORA = {"r": 4, "max_length": 64, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("settings", [None, {"bits": 4}, {"bits": 8}], ids=str)
+def test_a_merged_model_opens_in_plain_transformers_and_says_nearly_the_same(
+    tiny_llama, tiny_jsonl, tmp_path, settings
+):
+    from transformers import AutoModelForCausalLM
+
+    stage = base_of(tiny_llama)
+    if settings:
+        stage = apply("quantize.bnb", stage, tmp_path / "q", **settings)
+    adapted = apply("adapt.lora", stage, tmp_path / "a", data=str(tiny_jsonl), **LORA)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=256)
+
+    assert "quantization_config" not in json.loads((merged.weights / "config.json").read_text())
+    assert (merged.adapter, merged.packed) == (None, False)
+    lost = {m.metric: m for m in merged.measurements}
+    assert 0 <= lost["kl_divergence"].value < 0.02
+    assert lost["top1_agreement"].value > 0.8
+    assert lost["kl_divergence"].n == 8
+
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(merged.weights, dtype=torch.bfloat16).eval(), some_ids())
+    with merged.open("cpu") as loaded:
+        assert torch.equal(logits_of(loaded.module, some_ids()), plain)
+
+
+def test_merging_is_exact_in_float32(tiny_llama, tiny_jsonl, tmp_path):
+    adapted = apply("adapt.lora", base_of(tiny_llama, "float32"), tmp_path / "a", data=str(tiny_jsonl), **LORA)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
+    with adapted.open("cpu") as before, merged.open("cpu") as after:
+        torch.testing.assert_close(
+            logits_of(after.module, some_ids()), logits_of(before.module, some_ids()), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_divergence_is_that_of_a_slow_obvious_sum(tiny_llama, tiny_jsonl, tmp_path):
+    from llmq.data.pydoc import Pydoc
+    from llmq.tasks.windows import windows_of
+
+    adapted = apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **LORA)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=16, tokens=32)
+    text = "".join(row["text"] for row in Pydoc().read().held_out)
+    total, tokens = 0.0, 0
+    with adapted.open("cpu") as a, merged.open("cpu") as b:
+        for window in windows_of(text, a.processor, 16, 2):
+            ids = torch.tensor([window.tokens.ids])
+            p, q = (logits_of(x.module, ids)[0].double().softmax(-1) for x in (a, b))
+            for i in range(len(window.tokens) - 1):
+                total += float(sum(p[i] * (p[i] / q[i]).log()))
+                tokens += 1
+    assert merged.measurements[0].value == pytest.approx(total / tokens, rel=1e-2, abs=1e-7)

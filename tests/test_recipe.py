@@ -1,0 +1,230 @@
+"""Recipes: overrides, line numbers, bare words, and the order of steps folded before anything runs."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from llmq import plugin, recipe
+from llmq.errors import UserError
+from llmq.recipe import Source, apply_override, check_order
+
+TEXT = """\
+model:
+  causal_lm: {weights: org/name}
+steps:
+  - quantize.bnb: {bits: 4}
+  - adapt.lora:
+      data: pydoc
+      r: 16
+evaluate:
+  - size
+seed: 0
+"""
+HERE = Source("here", {})
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads recipe text with overrides; the file is `r.yaml` in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(text: str = TEXT, *overrides: str) -> recipe.Recipe:
+        Path("r.yaml").write_text(text)
+        return recipe.load("r.yaml", overrides)
+
+    return loaded
+
+
+def steps(*words: str) -> list:
+    """Steps with their default settings."""
+    settings = {"adapt.lora": {"data": "pydoc"}}
+    return [plugin.build({word: settings.get(word, {})}) for word in words]
+
+
+# Overrides
+
+
+def test_an_override_reaches_a_steps_setting(load):
+    assert load(TEXT, "adapt.lora.r=32").steps[1].r == 32
+
+
+def test_an_override_reaches_the_model(load):
+    assert load(TEXT, "model.weights=other/model").model.weights == "other/model"
+
+
+def test_an_override_reaches_the_recipes_own_keys(load):
+    job = load(TEXT, "seed=1", "stages=ends", "evaluate=text-quick")
+    assert (job.seed, job.stages) == (1, "ends")
+    assert len(job.evaluate) > 1
+
+
+def test_an_override_may_name_a_data_file(load, tmp_path):
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    data = load(TEXT, "adapt.lora.data=my.jsonl").steps[1].data
+    assert (data.word, data.path) == ("data.file", Path("my.jsonl"))
+
+
+def test_an_override_goes_into_nested_settings(load):
+    data = load(TEXT, "adapt.lora.data.pydoc.held_out=0.2").steps[1].data
+    assert (data.word, data.held_out) == ("data.pydoc", 0.2)
+
+
+def test_an_override_keeps_what_stands_beside_it(load):
+    assert load(TEXT, "quantize.bnb.double_quant=false").steps[0].model_dump(include={"bits", "double_quant"}) == {
+        "bits": 4,
+        "double_quant": False,
+    }
+
+
+def test_an_override_gives_settings_to_a_bare_word(load):
+    text = TEXT.replace("quantize.bnb: {bits: 4}", "quantize.bnb")
+    assert load(text, "quantize.bnb.bits=8").steps[0].bits == 8
+
+
+def test_a_later_override_wins(load):
+    assert load(TEXT, "seed=1", "seed=2").seed == 2
+
+
+def test_the_value_of_an_override_may_hold_an_equals_sign(load):
+    assert load(TEXT, "model.revision=a=b").model.revision == "a=b"
+
+
+def test_an_override_is_yaml(load):
+    lora = load(TEXT, "adapt.lora.target_modules=[q_proj, v_proj]", "adapt.lora.learning_rate=1e-4").steps[1]
+    assert lora.target_modules == ("q_proj", "v_proj")
+    assert lora.learning_rate == 1e-4
+
+
+def test_what_overrides_change_is_what_the_recipe_says(load):
+    plain = load(TEXT, "adapt.lora.r=32", "seed=3").plain()
+    assert plain["steps"][1]["adapt.lora"] == {"data": "pydoc", "r": 32}
+    assert plain["seed"] == 3
+
+
+def test_an_override_alone_makes_no_step():
+    with pytest.raises(UserError, match=r"this recipe has no 'adapt\.lora'"):
+        apply_override(Source("here", {"steps": ["quantize.bnb"]}), "adapt.lora.r=1")
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("bits: 4", "bits: 3", "r.yaml:4: "),
+        ("r: 16", "r: -1", "r.yaml:7: "),
+        ("data: pydoc", "data: no.jsonl", "r.yaml:5: "),
+        ("- size", "- sizes", "r.yaml:9: "),
+        ("seed: 0", "seed: x", "r.yaml:10: "),
+        ("org/name", "name", "r.yaml:2: "),
+        ("seed: 0", "sede: 0", "r.yaml:10: "),
+    ],
+)
+def test_an_error_names_the_line(load, old, new, place):
+    with pytest.raises(UserError) as error:
+        load(TEXT.replace(old, new))
+    assert str(error.value).startswith(place)
+
+
+def test_an_error_in_an_override_names_the_command_line(load):
+    with pytest.raises(UserError, match=r"^command line: r: 0 of adapt\.lora is wrong"):
+        load(TEXT, "adapt.lora.r=0")
+
+
+def test_an_error_in_a_suite_names_the_line_of_the_suite(load, tmp_path):
+    (tmp_path / "s.yaml").write_text("# a comment\n- size\n- speed: {rounds: 0}\n")
+    with pytest.raises(UserError, match=r"^s\.yaml:3: rounds: 0 of tasks\.speed is wrong"):
+        load(TEXT.replace("evaluate:\n  - size", "evaluate: s.yaml"))
+
+
+def test_the_innermost_known_place_is_named():
+    source = Source("f", {}, {(): 1, ("a",): 2, ("a", "b"): 3, ("c",): -1})
+    assert source.where(("a", "b", "x")) == "f:3"
+    assert source.where(("a", "x")) == "f:2"
+    assert source.where(("x",)) == "f:1"
+    assert source.where(("c", "x")) == "command line"
+    assert Source("f", {}).where(("a",)) == "f"
+
+
+# Words
+
+
+def test_a_word_alone_stands_for_its_defaults(load):
+    text = TEXT.replace("quantize.bnb: {bits: 4}", "quantize.bnb")
+    assert load(text).steps[0] == plugin.build("quantize.bnb")
+    assert load(text.replace("quantize.bnb", "quantize.bnb:")).steps[0] == plugin.build("quantize.bnb")
+
+
+def test_a_recipe_says_only_what_was_set(load):
+    assert load().plain() == {
+        "model": {"causal_lm": {"weights": "org/name"}},
+        "steps": [{"quantize.bnb": {"bits": 4}}, {"adapt.lora": {"data": "pydoc", "r": 16}}],
+        "evaluate": ["size"],
+        "seed": 0,
+    }
+
+
+def test_a_recipe_cannot_be_changed(load):
+    job = load()
+    with pytest.raises(ValidationError, match="frozen"):
+        job.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        job.steps[0].bits = 8
+
+
+def test_nothing_to_do_is_a_recipe_too(load):
+    job = load("model: {causal_lm: {weights: org/name}}\n")
+    assert (job.steps, job.evaluate, job.seed) == ((), (), 0)
+
+
+# Order
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize.bnb",),
+        ("adapt.lora",),
+        ("quantize.bnb", "adapt.lora"),
+        ("quantize.bnb", "adapt.lora", "adapt.merge"),
+        ("adapt.lora", "adapt.merge", "quantize.bnb"),
+        ("quantize.bnb", "adapt.lora", "adapt.merge", "quantize.bnb", "adapt.lora"),
+    ],
+    ids=" ".join,
+)
+def test_orders_that_work(words):
+    check_order("causal-lm", steps(*words), HERE)
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (("quantize.bnb", "quantize.bnb"), "needs float weights"),
+        (("quantize.bnb", "adapt.lora", "quantize.bnb"), "needs float weights"),
+        (("adapt.lora", "quantize.bnb"), "put adapt.merge before it"),
+        (("adapt.lora", "adapt.lora"), "put adapt.merge before it"),
+        (("adapt.merge",), "put adapt.lora before it"),
+        (("adapt.lora", "adapt.merge", "adapt.merge"), "put adapt.lora before it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_orders_that_cannot_work(words, cure):
+    with pytest.raises(UserError, match=f"'{words[-1]}' .*{cure}"):
+        check_order("causal-lm", steps(*words), HERE)
+
+
+def test_a_base_that_is_packed_already_counts():
+    with pytest.raises(UserError, match="needs float weights"):
+        check_order("causal-lm", steps("quantize.bnb"), HERE, {"packed": True})
+
+
+def test_a_step_that_does_not_suit_the_model_is_refused():
+    with pytest.raises(UserError, match=r"'quantize\.bnb' suits .*causal-lm, and this model is a detector"):
+        check_order("detector", steps("quantize.bnb"), HERE)
+
+
+def test_a_task_that_does_not_suit_the_model_is_refused():
+    with pytest.raises(UserError, match=r"'tasks\.speed' suits .*causal-lm.*, and this model is a kite"):
+        recipe.suite_tasks(["speed"], HERE, "kite")

@@ -1,0 +1,272 @@
+"""The intervals against closed forms and simulations, and what the verdicts may say."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmq.statistics import (
+    compare,
+    figure,
+    paired_intervals,
+    paired_proportions,
+    quantile_stderr,
+    verdict,
+    weighted_mean_stderr,
+)
+from llmq.types import Measurement, Samples
+
+quickly = settings(max_examples=40, deadline=None, database=None)
+scores = st.floats(-100, 100, allow_nan=False).map(lambda x: round(x, 3))
+
+
+def shares(gained, lost, both, neither):
+    """Paired answers, right or wrong, as (stage, base)."""
+    a = [1.0] * gained + [0.0] * lost + [1.0] * both + [0.0] * neither
+    b = [0.0] * gained + [1.0] * lost + [1.0] * both + [0.0] * neither
+    return tuple(a), tuple(b)
+
+
+def measured(value, better="lower", stderr=None, samples=None):
+    return Measurement("size", "bytes", value, "bytes", better, 1, stderr, "exact", samples)
+
+
+def test_interval_of_a_mean_of_normal_differences_is_the_t_interval():
+    rng = np.random.default_rng(1)
+    base = rng.normal(5, 3, 200)
+    differences = rng.normal(0.4, 1, 200)
+    (low, high), _ = paired_intervals(Samples(tuple(base + differences)), Samples(tuple(base)))
+    margin = 1.972 * differences.std(ddof=1) / math.sqrt(200)  # t of 199 degrees of freedom
+    assert low == pytest.approx(differences.mean() - margin, abs=0.08 * margin)
+    assert high == pytest.approx(differences.mean() + margin, abs=0.08 * margin)
+
+
+def test_pairing_makes_the_interval_as_narrow_as_the_differences():
+    rng = np.random.default_rng(2)
+    base = rng.normal(0, 100, 100)
+    (low, high), _ = paired_intervals(Samples(tuple(base + rng.normal(1, 0.1, 100))), Samples(tuple(base)))
+    assert 0.9 < low < high < 1.1
+
+
+def test_ratio_interval_of_a_uniform_scaling_is_that_scale():
+    base = tuple(np.random.default_rng(3).uniform(1, 5, 50))
+    _, (low, high) = paired_intervals(Samples(tuple(1.5 * x for x in base)), Samples(base))
+    assert (low, high) == pytest.approx((1.5, 1.5))
+
+
+def test_no_ratio_interval_where_the_base_may_be_zero():
+    base = (0.0, 1.0, 2.0, 3.0)
+    interval, ratio = paired_intervals(Samples((1.0, 2.0, 2.5, 4.0)), Samples(base))
+    assert interval is not None
+    assert ratio is None
+
+
+def coverage(draw, truth, runs=400):
+    """The share of simulated runs whose interval of the difference holds the truth."""
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(runs):
+        (low, high), _ = paired_intervals(*draw(rng))
+        hits += low <= truth <= high
+    return hits / runs
+
+
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    def draw(rng):
+        base = rng.normal(0, 2, 30)
+        return Samples(tuple(base + rng.normal(0.3, 1, 30))), Samples(tuple(base))
+
+    assert 0.90 <= coverage(draw, 0.3) <= 0.98
+
+
+def test_the_interval_of_a_mean_of_skewed_differences_covers_the_truth():
+    def draw(rng):
+        base = rng.normal(0, 2, 30)
+        return Samples(tuple(base + rng.exponential(1, 30))), Samples(tuple(base))
+
+    assert 0.88 <= coverage(draw, 1.0) <= 0.98
+
+
+def test_the_interval_of_a_median_covers_the_truth():
+    def draw(rng):
+        a, b = rng.normal(3, 1, 31), rng.normal(1, 1, 31)
+        return Samples(tuple(a), statistic="quantile"), Samples(tuple(b), statistic="quantile")
+
+    assert 0.88 <= coverage(draw, 2.0) <= 0.99
+
+
+def test_the_interval_of_shares_covers_the_truth():
+    def draw(rng):
+        kinds = rng.choice(4, 40, p=[0.1, 0.2, 0.5, 0.2])  # gained, lost, both right, both wrong
+        a, b = np.isin(kinds, (0, 2)), np.isin(kinds, (1, 2))
+        # The one pair in which nothing changed would be answered with "the same" and not an interval.
+        a[0], b[0] = True, False
+        return Samples(tuple(map(float, a))), Samples(tuple(map(float, b)))
+
+    truth = (1 + 39 * (0.1 - 0.2)) / 40
+    assert 0.92 <= coverage(draw, truth) <= 1.0
+
+
+def test_paired_proportions_equal_agresti_and_min_by_hand():
+    # 9 gained, 3 lost, 40 pairs; half a pair more in each of four cells: 9.5 - 3.5 of 42.
+    low, high = paired_proportions(*shares(9, 3, 20, 8))
+    middle = 6 / 42
+    margin = 1.959964 * math.sqrt(13 - 36 / 42) / 42
+    assert (low, high) == pytest.approx((middle - margin, middle + margin), abs=1e-6)
+    assert (low, high) == pytest.approx((-0.0197, 0.3054), abs=5e-4)
+
+
+@quickly
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(1, 30))
+def test_paired_proportions_turn_round_when_the_stages_are_swapped(gained, lost, both, neither):
+    a, b = shares(gained, lost, both, neither)
+    low, high = paired_proportions(a, b)
+    assert paired_proportions(b, a) == pytest.approx((-high, -low))
+    assert low <= (gained - lost) / (len(a) + 2) <= high
+
+
+@quickly
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=12))
+def test_intervals_turn_round_when_the_stages_are_swapped(pairs):
+    a, b = (Samples(tuple(2 + x for x in side)) for side in zip(*pairs, strict=True))
+    low, high = paired_intervals(a, b)[0]
+    assert paired_intervals(b, a)[0] == pytest.approx((-high, -low), abs=1e-6)
+
+
+@quickly
+@given(st.lists(scores, min_size=1, max_size=20), st.sampled_from(["mean", "exp", "quantile"]))
+def test_identical_samples_are_the_same(values, statistic):
+    same = Samples(tuple(values), statistic=statistic)
+    interval, ratio = paired_intervals(same, same)
+    assert (interval, ratio) == ((0.0, 0.0), (1.0, 1.0))
+    assert verdict(interval, "higher") == verdict(interval, "lower") == "same"
+
+
+def test_one_pair_decides_nothing():
+    a, b = Samples((3.0,)), Samples((1.0,))
+    assert paired_intervals(a, b) == (None, None)
+    assert compare(measured(3.0, samples=a), measured(1.0, samples=b)).verdict == "undecided"
+
+
+def test_three_lost_of_sixty_and_none_gained_is_undecided():
+    a, b = shares(0, 3, 40, 17)
+    stage = measured(40 / 60, "higher", 0.06, Samples(a))
+    base = measured(43 / 60, "higher", 0.06, Samples(b))
+    comparison = compare(stage, base)
+    assert comparison.ci95[0] < 0 < comparison.ci95[1]
+    assert comparison.verdict == "undecided"
+    assert comparison.ratio_ci95 is None
+
+
+def test_twelve_lost_of_sixty_and_none_gained_is_worse():
+    a, b = shares(0, 12, 40, 8)
+    stage, base = (measured(sum(x) / 60, "higher", 0.06, Samples(x)) for x in (a, b))
+    assert compare(stage, base).verdict == "worse"
+
+
+def test_a_weighted_mean_to_the_power_of_e_is_the_perplexity():
+    sums, tokens = (30.0, 2.5, 100.0), (10.0, 5.0, 20.0)
+    perplexity = Samples(tuple(s / t for s, t in zip(sums, tokens, strict=True)), tokens, "exp")
+    assert figure(perplexity)[0] == pytest.approx(math.exp(sum(sums) / sum(tokens)))
+
+
+def test_each_resample_of_a_perplexity_weighs_the_windows_it_drew():
+    sums, tokens = np.array([30.0, 2.5, 100.0]), np.array([10.0, 5.0, 20.0])
+    rows = np.array([[0, 0, 2], [1, 1, 1]])
+    expected = np.exp(sums[rows].sum(1) / tokens[rows].sum(1))
+    assert figure(Samples(tuple(sums / tokens), tuple(tokens), "exp"), rows) == pytest.approx(expected)
+
+
+def test_the_interval_of_two_perplexities_holds_the_figure_of_all_windows():
+    rng = np.random.default_rng(5)
+    base, tokens = rng.uniform(1, 3, 40), tuple(rng.integers(5, 50, 40).astype(float))
+    a, b = (Samples(tuple(x), tokens, "exp") for x in (base + rng.normal(0.1, 0.05, 40), base))
+    interval, ratio = paired_intervals(a, b)
+    assert interval[0] < figure(a)[0] - figure(b)[0] < interval[1]
+    assert ratio[0] < figure(a)[0] / figure(b)[0] < ratio[1]
+    assert ratio[0] > 1
+
+
+def test_figure_of_a_quantile_is_that_of_numpy():
+    values = (4.0, 1.0, 9.0, 2.0)
+    assert figure(Samples(values, statistic="quantile", quantile=0.9))[0] == np.quantile(values, 0.9)
+
+
+@quickly
+@given(st.lists(scores, min_size=2, max_size=30), st.floats(0.1, 10))
+def test_with_equal_weights_the_standard_error_is_the_ordinary_one(values, weight):
+    mean, stderr = weighted_mean_stderr(values, [weight] * len(values))
+    assert mean == pytest.approx(np.mean(values), abs=1e-9)
+    assert stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), abs=1e-9)
+    assert weighted_mean_stderr(values) == pytest.approx((mean, stderr), abs=1e-9)
+
+
+def test_the_weighted_standard_error_is_the_spread_of_the_weighted_mean():
+    rng = np.random.default_rng(6)
+    values, weights = rng.normal(0, 1, (4000, 50)), rng.uniform(1, 5, (4000, 50))
+    means = (values * weights).sum(1) / weights.sum(1)
+    estimates = [weighted_mean_stderr(v, w)[1] for v, w in zip(values[:200], weights[:200], strict=True)]
+    assert np.mean(estimates) == pytest.approx(means.std(), rel=0.06)
+
+
+def test_one_sample_has_no_standard_error():
+    assert weighted_mean_stderr([2.0], [3.0]) == (2.0, None)
+
+
+def test_the_standard_error_of_a_median_of_normal_samples_is_that_of_theory():
+    # That of one data set is rough, so the mean of sixty is asked for.
+    sets = np.random.default_rng(7).normal(10, 1, (60, 101))
+    medians, stderrs = zip(*map(quantile_stderr, sets), strict=True)
+    assert medians == tuple(np.median(sets, axis=1))
+    assert np.mean(stderrs) == pytest.approx(math.sqrt(math.pi / 2 / 101), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Samples((1.0, 2.0)), Samples((1.0, 2.0, 3.0), statistic="exp"), Samples((1.0, 2.0, 3.0), quantile=0.9)],
+)
+def test_samples_of_other_questions_do_not_pair(other):
+    with pytest.raises(ValueError, match="do not pair"):
+        paired_intervals(Samples((1.0, 2.0, 3.0)), other)
+
+
+@pytest.mark.parametrize(
+    ("stage", "base", "better", "expected"),
+    [
+        (50, 100, "lower", "better"),
+        (100, 50, "lower", "worse"),
+        (50, 100, "higher", "worse"),
+        (100, 50, "higher", "better"),
+        (50, 50, "lower", "same"),
+    ],
+)
+def test_exact_figures_are_judged_by_their_direction(stage, base, better, expected):
+    comparison = compare(measured(stage, better), measured(base, better))
+    assert comparison.verdict == expected
+    assert comparison.ci95 == (stage - base, stage - base)
+    assert comparison.ratio_ci95 == (stage / base, stage / base)
+
+
+def test_an_exact_figure_against_nothing_has_no_ratio():
+    comparison = compare(measured(5), measured(0))
+    assert (comparison.ratio, comparison.ratio_ci95, comparison.verdict) == (None, None, "worse")
+
+
+def test_an_uncertain_figure_without_samples_decides_nothing():
+    comparison = compare(measured(1.0, stderr=0.1), measured(9.0, stderr=0.1))
+    assert comparison.ci95 is None
+    assert comparison.verdict == "undecided"
+
+
+def test_an_interval_that_touches_nought_decides_nothing():
+    assert verdict((0.0, 1.0), "higher") == verdict((-1.0, 0.0), "lower") == verdict((-1.0, 1.0), "lower")
+    assert verdict((0.0, 1.0), "higher") == "undecided"
+
+
+def test_the_same_seed_gives_the_same_interval():
+    rng = np.random.default_rng(8)
+    a, b = (Samples(tuple(rng.normal(2, 1, 20))) for _ in range(2))
+    assert paired_intervals(a, b, seed=3) == paired_intervals(a, b, seed=3)
+    assert paired_intervals(a, b, seed=3) != paired_intervals(a, b, seed=4)

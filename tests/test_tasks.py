@@ -1,0 +1,147 @@
+"""Each figure checked once against an independent way to it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import apply, base_of
+
+from llmq import plugin
+
+
+def measured(word, artifact, **settings):
+    """Metric -> measurement of one task on one artifact."""
+    with artifact.open("cpu") as loaded:
+        return {m.metric: m for m in plugin.build({word: settings}, "tasks").score(loaded)}
+
+
+def test_perplexity_is_that_of_a_plain_loop(tiny_llama, tmp_path):
+    """The loop of the transformers documentation: joined text, windows without overlap, the model's own loss."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "The quick brown fox jumps over the lazy dog.\n\nNaïve café, 東京, and so on.\n\n" * 40
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    ours = measured("perplexity", base_of(tiny_llama), data=str(file), part="all", window=64)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    ids = AutoTokenizer.from_pretrained(tiny_llama)(text, return_tensors="pt")["input_ids"]
+    total, tokens = 0.0, 0
+    for start in range(0, ids.shape[1], 64):
+        window = ids[:, start : start + 64]
+        if window.shape[1] > 1:
+            with torch.no_grad():
+                total += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+            tokens += window.shape[1] - 1
+    assert ours["token_perplexity"].value == pytest.approx(math.exp(total / tokens), rel=1e-3)
+    assert sum(ours["token_perplexity"].samples.weights) == tokens
+    assert ours["byte_perplexity"].value < ours["token_perplexity"].value < ours["word_perplexity"].value
+
+
+def test_batch_size_does_not_change_a_perplexity(tiny_llama, tiny_jsonl):
+    one, many = (
+        measured("perplexity", base_of(tiny_llama, "float32"), data=str(tiny_jsonl), part="all", batch_size=n)
+        for n in (1, 7)
+    )
+    assert one["token_perplexity"].value == pytest.approx(many["token_perplexity"].value, rel=1e-5)
+    assert one["token_perplexity"].samples.weights == many["token_perplexity"].samples.weights
+
+
+def test_only_completions_are_scored(tiny_llama, tiny_jsonl):
+    from transformers import AutoTokenizer
+
+    rows = [json.loads(line) for line in tiny_jsonl.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ours = measured("perplexity", base_of(tiny_llama), data=str(tiny_jsonl), part="all")["token_perplexity"]
+    lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows]  # and the end-of-text mark
+    assert sorted(ours.samples.weights) == sorted(lengths)
+
+
+@pytest.mark.parametrize("settings", [None, {"bits": 4}, {"bits": 8}], ids=str)
+def test_size_counts_what_lies_on_disk_and_in_memory(tiny_llama, tmp_path, settings):
+    stage = base_of(tiny_llama)
+    if settings:
+        stage = apply("quantize.bnb", stage, tmp_path / "q", **settings)
+    ours = {k: m.value for k, m in measured("size", stage).items()}
+    assert ours["bytes_on_disk"] == (stage.weights / "model.safetensors").stat().st_size
+    dense = measured("size", base_of(tiny_llama))
+    assert ours["parameters"] == dense["parameters"].value
+    assert ours["nonzeros"] <= ours["parameters"]
+    # What is saved is what is held, but for headers and, in memory, the position table of the rotary embedding.
+    assert ours["bytes_in_memory"] == pytest.approx(ours["bytes_on_disk"], rel=0.15)
+
+
+def test_speed_reads_time_and_rate_off_the_same_clock(tiny_llama):
+    from llmq.measure import interleave
+
+    task = plugin.build({"speed": {"prompt_tokens": 8, "new_tokens": 4, "rounds": 3}}, "tasks")
+    with base_of(tiny_llama).open("cpu") as loaded:
+        clocks = list(task.clocks(loaded))
+        cache_length = clocks[1].run.args[1].get_seq_length()
+        taken = {m.metric: m for m in interleave({"0-base": clocks}, "cpu")["0-base"]}
+        assert clocks[1].run.args[1].get_seq_length() == cache_length, "decoding must cut its cache back"
+    first, rate = taken["time_to_first_token"].value, taken["prefill_tokens_per_second"].value
+    assert first * rate / 1000 == pytest.approx(8, rel=1e-6)
+    assert taken["decode_tokens_per_second"].n == 3
+
+
+def test_generate_shows_what_the_model_writes(tiny_llama, tiny_jsonl):
+    task = plugin.build({"generate": {"data": str(tiny_jsonl), "examples": 2, "max_new_tokens": 4}}, "tasks")
+    with base_of(tiny_llama).open("cpu") as loaded:
+        *exhibits, share = task.score(loaded)
+    assert len(exhibits) == 2
+    assert all(e.input and e.reference for e in exhibits)
+    assert share.n == 2
+
+
+@pytest.mark.slow
+def test_lm_eval_is_that_of_the_harness_command_line(tiny_llama, tmp_path):
+    from llmq.files import bundled
+
+    ours = measured("lm_eval", base_of(tiny_llama), tasks=["pydoc_continuation"], limit=12, batch_size=4)
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tiny_llama},dtype=bfloat16",
+        "--tasks",
+        "pydoc_continuation",
+        "--device",
+        "cpu",
+        "--include_path",
+        str(bundled("evals") / "lm_eval"),
+        "--limit",
+        "12",
+        "--batch_size",
+        "4",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]["pydoc_continuation"]
+    for metric in ("acc", "acc_norm"):
+        assert ours[metric].value == theirs[f"{metric},none"]
+        assert ours[metric].stderr == pytest.approx(theirs[f"{metric}_stderr,none"], abs=1e-12)
+        assert ours[metric].n == 12
+
+
+def test_an_unknown_lm_eval_task_is_named(tiny_llama, monkeypatch):
+    # The harness's own index takes 20 seconds; ours is enough to be wrong in.
+    import lm_eval.tasks
+
+    from llmq.errors import UserError
+
+    real = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **k: real(**{**k, "include_defaults": False}))
+    with pytest.raises(UserError, match=r"pydoc_continuatoin.*did you mean 'pydoc_continuation'"):
+        measured("lm_eval", base_of(tiny_llama), tasks=["pydoc_continuatoin"])
