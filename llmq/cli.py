@@ -107,6 +107,8 @@ def evaluate(
 
     if bool(suite) == bool(tasks):
         raise _user_error("eval needs either --suite NAME or --tasks a,b,c")
+    if limit and not tasks:
+        raise _user_error(f"--limit {limit} goes with --tasks; a suite says its own limits")
     asked = suite or [
         {
             "lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()]}

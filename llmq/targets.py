@@ -38,7 +38,7 @@ def _load(folder: Path) -> Artifact:
         artifact = Artifact.load(folder)
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'artifact.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{str(folder / 'artifact.json')!r} does not describe a stage; run its recipe again") from None
     for held in filter(None, (artifact.weights, artifact.adapter)):
         if not held.exists():

@@ -196,6 +196,10 @@ MODELS = [
 ]
 
 QUICK = "text/quickstart"
+STAGE = (
+    '{"model": {"models.causal_lm": {"weights": "m"}}, "weights": "gone", "adapter": null, "runtime": "torch", '
+    '"packed": false, "history": [], "notes": {}, "measurements": []}'
+)
 COMMANDS = [
     *command("unknown", "tune x", "'tune'", "--help"),
     *command("unknown-option", f"run {QUICK} --fast", "--fast", "--help"),
@@ -218,6 +222,7 @@ COMMANDS = [
     *command("quantize-suite", "quantize m --suite quick", "command line", "'quick'"),
     *command("eval-nothing-asked", "eval m", "--suite NAME", "--tasks"),
     *command("eval-both-asked", "eval m --suite text-quick --tasks a", "--suite NAME", "--tasks"),
+    *command("eval-suite-with-limit", "eval m --suite text-quick --limit 5", "--limit 5", "--tasks"),
     *command("eval-no-task", "eval m --tasks ,", "tasks: []", "at least 1 item"),
     *command("eval-unknown-suite", "eval m --suite text-quik", "'text-quik'", "did you mean 'text-quick'?"),
     *command("eval-no-model", "eval ./no --suite text-quick", "'./no'", "no local folder"),
@@ -227,6 +232,7 @@ COMMANDS = [
     *command("eval-out-in-use", "eval m --suite text-quick --out m", "'m' is not empty", "new --out"),
     *command("eval-broken-stage", "eval s --suite text-quick", "s/artifact.json:1", files={"s/artifact.json": "{"}),
     *command("eval-strange-stage", "eval s --suite text-quick", "'s/artifact.json'", files={"s/artifact.json": "{}"}),
+    *command("eval-stage-without-weights", "eval s --suite text-quick", "gone'", files={"s/artifact.json": STAGE}),
     *command("eval-run-of-nothing", "eval s --suite text-quick", "'s'", "whole stage", files={"s/recipe.yaml": ""}),
     *command("resume-nothing", f"run {QUICK} --resume --out new", "nothing to resume in 'new'"),
     *command("resume-another", f"run {QUICK} --resume --out o", "'o/recipe.yaml'", files={"o/recipe.yaml": "seed: 1"}),
@@ -286,6 +292,28 @@ def test_one_line_exit_code_2_and_nothing_written(bad, here, monkeypatch, capsys
         cli.main()
     assert_one_line(bad, stop.value.code, *capsys.readouterr())
     assert listing(here) == before
+
+
+UNUSUAL: dict[str, tuple[str, Files]] = {
+    "a document in a csv field": ("d.csv", {"d.csv": "text\n" + "word " * 50_000 + "\n"}),
+    "a line break in a csv field": ("d.csv", {"d.csv": 'prompt,completion\n"a\nb",c\n'}),
+    "rows in a json list": ("d.json", {"d.json": '[{"question": "a", "answer": "b"}]'}),
+    "not a letter of English": ("d.jsonl", {"d.jsonl": '{"text": "Ελλάδα, 日本, 🪨"}\n'}),
+    "no line end at the end": ("d.jsonl", {"d.jsonl": ROWS + ROWS.rstrip()}),
+    "columns nobody asked for": ("d.jsonl", {"d.jsonl": '{"prompt": "a", "completion": "b", "id": null}\n'}),
+    "a parquet file, read when it is needed": ("d.parquet", {"d.parquet": b"PAR1....PAR1"}),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_unusual_but_right_is_accepted(name, here, monkeypatch, capsys):
+    path, files = UNUSUAL[name]
+    text = f"model: {{causal_lm: {{weights: m}}}}\nsteps:\n- adapt.lora: &lora {{data: {path}}}\n"
+    write({**MODEL, **files, "r.yaml": text}, here)
+    monkeypatch.setattr(sys, "argv", ["llmq", "check", "r.yaml"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code, capsys.readouterr().err
 
 
 PROCESSES = ("check-misspelt-word", "run-data-broken-json-line", "command-unknown-option")

@@ -2,14 +2,17 @@
 
 import ast
 import inspect
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pytest_socket import SocketBlockedError
 
 import llmq
 from llmq import plugin
+from llmq.files import cache
 from llmq.types import Data, Model, Plugin, Step, Task
 
 ROOT = Path(llmq.__file__).parent
@@ -56,6 +59,12 @@ def imports_of(tree: ast.AST) -> set[str]:
             assert node.level == 0, "imports are absolute"
             found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def test_tests_reach_no_network_and_nobodys_cache(llmq_cache):
+    with pytest.raises(SocketBlockedError):
+        socket.create_connection(("127.0.0.1", 9))
+    assert cache("x") == llmq_cache / "x"
 
 
 def test_there_are_words_of_every_noun():

@@ -135,13 +135,13 @@ def test_lm_eval_is_that_of_the_harness_command_line(tiny_llama, tmp_path):
         assert ours[metric].n == 12
 
 
-def test_an_unknown_lm_eval_task_is_named(tiny_llama, monkeypatch):
-    # The harness's own index takes 20 seconds; ours is enough to be wrong in.
-    import lm_eval.tasks
+@pytest.mark.parametrize("name", ["hellaswag", "mmlu", "gpqa", "pydoc_continuation"])
+def test_tasks_of_the_harness_are_known_without_importing_it(name):
+    plugin.build({"lm_eval": {"tasks": [name]}}, "tasks").check()
 
+
+def test_an_unknown_lm_eval_task_is_named_before_anything_is_loaded():
     from llmq.errors import UserError
 
-    real = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **k: real(**{**k, "include_defaults": False}))
-    with pytest.raises(UserError, match=r"pydoc_continuatoin.*did you mean 'pydoc_continuation'"):
-        measured("lm_eval", base_of(tiny_llama), tasks=["pydoc_continuatoin"])
+    with pytest.raises(UserError, match=r"'hellaswog'; did you mean 'hellaswag'"):
+        plugin.build({"lm_eval": {"tasks": ["hellaswog"]}}, "tasks").check()

@@ -62,7 +62,7 @@ def _string(row: Mapping[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise UserError(f"{where}: column {column!r} is missing")
     if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} is {json.dumps(value)}, not text")
+        raise UserError(f"{where}: column {column!r} is {json.dumps(value, default=str)}, not text")
     if not value.strip():
         raise UserError(f"{where}: column {column!r} is empty")
     return value

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.errors import LlmqError, UserError, did_you_mean
-from llmq.files import bundled
+from llmq.errors import LlmqError, UserError
+from llmq.tasks.harness import OURS, check_names
 from llmq.types import Loaded, Measurement, Samples, Task
 
 
@@ -30,9 +30,10 @@ class LmEval(Task):
     batch_size: PositiveInt = 16
 
     def check(self) -> None:
-        """Raise `UserError` for a folder of tasks that is not there."""
+        """Raise `UserError` for a task or a folder of tasks that is not there."""
         if self.include_path and not self.include_path.is_dir():
             raise UserError(f"include_path {str(self.include_path)!r} is no folder")
+        check_names(self.tasks, self.include_path)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """What `lm_eval.simple_evaluate` says of the opened module."""
@@ -63,15 +64,11 @@ class LmEval(Task):
     def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        paths = [str(p) for p in (bundled("evals") / "lm_eval", self.include_path) if p]
+        paths = [str(p) for p in (OURS, self.include_path) if p]
         manager = TaskManager(include_path=paths, include_defaults=False)
         if set(self.tasks) <= set(manager.all_tasks):
             return manager
-        manager = TaskManager(include_path=paths)
-        for name in self.tasks:
-            if name not in manager.all_tasks:
-                raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
-        return manager
+        return TaskManager(include_path=paths)
 
     def _measurements(self, results: Mapping[str, Any]) -> Iterator[Measurement]:
         for task, figures in results["results"].items():
