@@ -28,7 +28,7 @@ def check_names(names: Iterable[str], include_path: Path | None) -> None:
 def _texts(*folders: Path | None) -> Iterator[str]:
     for folder in folders:
         for file in folder.rglob("*") if folder else ():
-            if "yaml" in file.name or file.suffix in (".yml", ".py"):  # templates are named `_default_yaml`
+            if file.is_file() and file.suffix in ("", ".yaml", ".yml", ".py"):  # templates have no suffix
                 yield file.read_text(encoding="utf-8", errors="replace")
 
 
