@@ -66,8 +66,9 @@ def sha256_text(*texts: str) -> str:
 
 def sha256_files(files: Iterable[Path]) -> str:
     """One hash over the names and contents of files, whatever their order."""
-    total = hashlib.sha256()
-    for file in sorted(files, key=lambda f: f.name):
-        with file.open("rb") as stream:
-            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    return sha256_text(*sorted(f"{file.name} {_sha256(file)}" for file in files))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,23 +14,27 @@ import yaml
 from llmq import environment, measure
 from llmq.errors import UserError
 from llmq.files import make_whole, sha256_files, write_json, write_text
-from llmq.recipe import Recipe
+from llmq.recipe import Recipe, Source, check_order
 from llmq.report import Report, Stage
 from llmq.terminal import logged_to, say
-from llmq.types import Artifact, Clock, Context, Exhibit, Loaded, Measurement, Task, measurement_from
+from llmq.types import Artifact, Clock, Context, Exhibit, Loaded, Measurement, Step, Task, measurement_from
 
 
 def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
     """Bring the base, apply the steps, question every stage, report. A whole stage is never lost."""
-    prepare_folder(recipe, out, resume)
+    check_folder(recipe, out, resume)
+    context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
+    base = bring(recipe, context)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
     with logged_to(out / "log.txt"):
-        context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
         names = ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(recipe.steps, 1))]
         measured = names if recipe.stages == "all" else [names[0], names[-1]]
         stages: dict[str, Stage] = {}
-        for i, name in enumerate(names):
-            artifact = make_stage(recipe, i, name, stages, out, context)
+        artifact = base
+        for name, step in zip(names, (None, *recipe.steps), strict=True):
+            artifact = make_stage(step, artifact, out / name, context)
             stages[name] = Stage(name, artifact)
             if name in measured:
                 stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
@@ -49,8 +53,8 @@ def evaluate(
         return finish(asked, stages, out, context)
 
 
-def prepare_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Make the run folder with `recipe.yaml`, or see that a resumed one holds this very recipe."""
+def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
+    """See that the run folder is new or empty, or that a resumed one holds this very recipe."""
     kept = out / "recipe.yaml"
     if resume:
         if not kept.is_file():
@@ -60,9 +64,16 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool) -> None:
                 f"{str(kept)!r} holds another recipe; resume with the one it was run with, or use a new --out"
             )
     elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{str(out)!r} is not empty; add --resume to go on with it, or use a new --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(kept, to_yaml(recipe.plain()))
+        raise UserError(f"{str(out)!r} is not empty; use a new --out (llmq run can go on there with --resume)")
+
+
+def bring(recipe: Recipe, context: Context) -> Artifact:
+    """The base, before anything is written; that it may be packed already is only seen now."""
+    began = time.perf_counter()
+    say("bringing the base")
+    base = recipe.model.base(context)
+    check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
+    return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -72,21 +83,17 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
     )
 
 
-def make_stage(recipe: Recipe, i: int, name: str, stages: Mapping[str, Stage], out: Path, context: Context) -> Artifact:
-    """The i-th stage: the base, or what the i-th step makes of the stage before. Made once, reopened on resuming."""
+def make_stage(step: Step | None, before: Artifact, folder: Path, context: Context) -> Artifact:
+    """What `step` makes of the stage before, or without a step the base. Made once, reopened on resuming."""
 
-    def fill(folder: Path) -> None:
+    def fill(partial: Path) -> None:
         began = time.perf_counter()
-        if i:
-            artifact = recipe.steps[i - 1].apply(list(stages.values())[-1].artifact, folder, context)
-        else:
-            artifact = recipe.model.base(context)
-        seconds = round(time.perf_counter() - began, 3)
-        replace(artifact, notes={**artifact.notes, "seconds": seconds}).save(folder)
+        made = step.apply(before, partial, context) if step else before
+        seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}
+        replace(made, notes={**made.notes, **seconds}).save(partial)
 
-    say(f"{name}{': already there' if (out / name).exists() else ''}")
-    folder = make_whole(out / name, fill)
-    return Artifact.load(folder)
+    say(f"{folder.name}{': already there' if folder.exists() else ''}")
+    return Artifact.load(make_whole(folder, fill))
 
 
 def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> Stage:

@@ -149,11 +149,13 @@ def apply_override(source: Source, override: str) -> None:
 
 def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any], Place, list[str]]:
     data = source.data
-    for i, entry in enumerate(data.get("steps") or []):
-        word, settings = _word(source, ("steps", i), entry)
-        if target.startswith(f"{word}."):
-            data["steps"][i] = {word: settings}
-            return settings, ("steps", i, word), target.removeprefix(f"{word}.").split(".")
+    steps = [_word(source, ("steps", i), entry) for i, entry in enumerate(data.get("steps") or [])]
+    named = [(i, word, settings) for i, (word, settings) in enumerate(steps) if target.startswith(f"{word}.")]
+    if len(named) > 1:
+        raise UserError(f"override {override!r}: this recipe has {len(named)} steps {named[0][1]!r}; copy and edit it")
+    for i, word, settings in named:
+        data["steps"][i] = {word: settings}
+        return settings, ("steps", i, word), target.removeprefix(f"{word}.").split(".")
     first, _, rest = target.partition(".")
     if first == "model" and rest:
         word, settings = _word(source, ("model",), data.get("model") or "causal_lm")
@@ -161,10 +163,9 @@ def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any],
         return settings, ("model", word), rest.split(".")
     if first in Recipe.model_fields and not rest:
         return data, (), [first]
-    words = [plugin.name_and_settings(e)[0] for e in data.get("steps") or []]
     raise UserError(
         f"override {override!r}: this recipe has no {target.rpartition('.')[0] or target!r}"
-        f"{did_you_mean(target.rpartition('.')[0], [*words, 'model'])}"
+        f"{did_you_mean(target.rpartition('.')[0], [*(word for word, _ in steps), 'model'])}"
     )
 
 
@@ -276,10 +277,7 @@ def _suits(part: Step | Task, kind: str, where: str) -> None:
 
 CURES = {
     ("packed", True): "needs packed weights; put a quantization before it",
-    (
-        "packed",
-        False,
-    ): "needs float weights, and an earlier step has packed them; put it first, or unpack (adapt.merge)",
+    ("packed", False): "needs float weights, and these are packed already; put it first, or name a float model",
     ("adapter", True): "needs an adapter; put adapt.lora before it",
     ("adapter", False): "cannot stand on an adapter; put adapt.merge before it",
 }

@@ -104,7 +104,7 @@ def figure(samples: Samples, rows: Any = None) -> Any:
     if samples.statistic == "quantile":
         return np.quantile(values[rows], samples.quantile, axis=1)
     weights = np.ones_like(values) if samples.weights is None else np.asarray(samples.weights, dtype=np.float64)
-    mean = (values * weights)[rows].sum(1) / weights[rows].sum(1)
+    mean = values[rows].sum(1) / weights[rows].sum(1)
     return np.exp(mean) if samples.statistic == "exp" else mean
 
 
@@ -136,19 +136,21 @@ def _acceleration(statistic: Callable[[Any], Any], n: int) -> float:
     return float(np.sum(spread**3)) / (6 * total**1.5) if total > 0 else 0.0
 
 
-def weighted_mean_stderr(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float | None]:
-    """The weighted mean of per-sample scores and its standard error (ratio estimator, linearised)."""
+def ratio_stderr(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float | None]:
+    """The sum of values over the sum of weights, and its standard error (ratio estimator, linearised)."""
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
-    mean = float((v * w).sum() / w.sum())
+    mean = float(v.sum() / w.sum())
     if len(v) < 2:
         return mean, None
     n = len(v)
-    return mean, float(np.sqrt(n / (n - 1) * np.sum((w * (v - mean)) ** 2)) / w.sum())
+    return mean, float(np.sqrt(n / (n - 1) * np.sum((v - mean * w) ** 2)) / w.sum())
 
 
-def quantile_stderr(values: Sequence[float], quantile: float = 0.5) -> tuple[float, float]:
+def quantile_stderr(values: Sequence[float], quantile: float = 0.5) -> tuple[float, float | None]:
     """A quantile and its bootstrap standard error."""
     v = np.asarray(values, dtype=np.float64)
+    if len(v) < 2:
+        return float(v[0]), None
     rows = np.random.default_rng(0).integers(0, len(v), (1000, len(v)))
     return float(np.quantile(v, quantile)), float(np.quantile(v[rows], quantile, axis=1).std(ddof=1))

@@ -111,7 +111,8 @@ class Data(Plugin):
 class Samples:
     """The per-sample scores behind a figure, in an order that is the same for every stage.
 
-    The figure is the weighted mean of `values` (`mean`), its exponential (`exp`), or a quantile of them (`quantile`).
+    The figure is the sum of `values` over the sum of `weights` (`mean`), its exponential (`exp`), or a quantile of the
+    values (`quantile`). Without weights each sample weighs 1.
     """
 
     values: tuple[float, ...]

@@ -27,6 +27,10 @@ class Letters:
         mark = [BOS] if add_special_tokens and self.marks_beginning else []
         return {"input_ids": mark + [EOS if c == "$" else ord(c) for c in text]}
 
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(i) for i in ids if i not in (BOS, EOS))
+
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize
         turns = [f"<{m['role']}>{self.shown(m, m is messages[-1])}$\n" for m in messages]
@@ -227,9 +231,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 def test_the_reference_is_the_last_thing_that_the_model_should_say():
     prompt, reference = prompt_and_reference(CONVERSATION, Letters("a template"))
-    assert prompt.endswith("<user>bye$\n<assistant>")
-    assert reference == "farewell$\n"
-    assert prompt_and_reference({"prompt": "ask", "completion": "told"}, Letters()) == ("ask", "told")
+    assert spelled(Tokens(prompt, (False,) * len(prompt))).endswith("<user>bye$\n<assistant>")
+    assert reference == "farewell\n"
+    assert prompt_and_reference({"prompt": "ask", "completion": "told"}, Letters()) == (tuple(map(ord, "ask")), "told")
 
 
 @pytest.mark.parametrize("template", [None, "a template"])

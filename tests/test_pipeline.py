@@ -85,10 +85,13 @@ def test_a_killed_run_goes_on_after_its_last_whole_stage(job, tmp_path, monkeypa
 
 def test_a_folder_with_another_recipe_is_not_resumed(job, tmp_path):
     out = tmp_path / "run"
-    pipeline.prepare_folder(recipe.load(str(job)), out, resume=False)
-    pipeline.prepare_folder(recipe.load(str(job)), out, resume=True)
+    loaded = recipe.load(str(job))
+    pipeline.check_folder(loaded, out, resume=False)
+    out.mkdir()
+    (out / "recipe.yaml").write_text(pipeline.to_yaml(loaded.plain()))
+    pipeline.check_folder(loaded, out, resume=True)
     with pytest.raises(UserError, match="another recipe"):
-        pipeline.prepare_folder(recipe.load(str(job), ["seed=1"]), out, resume=True)
+        pipeline.check_folder(recipe.load(str(job), ["seed=1"]), out, resume=True)
 
 
 def test_only_the_ends_are_evaluated_where_the_recipe_says_so(job, tmp_path):

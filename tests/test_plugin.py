@@ -1,5 +1,8 @@
 """A recipe word is a file: one more file is one more word."""
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +33,8 @@ JOB = "model: {causal_lm: {weights: org/name}}\nsteps:\n- quantize.halve_it: {ti
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder whose files are words of `quantize`."""
-    import sys
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(llmq.quantize, "__path__", [*llmq.quantize.__path__, str(tmp_path)])
     before = set(sys.modules)
@@ -64,6 +65,15 @@ def test_a_file_that_appears_later_is_found_and_one_that_goes_is_forgotten(folde
     assert "quantize.halve_it" in plugin.words()
     (folder / "halve_it.py").unlink()
     assert "quantize.halve_it" not in plugin.words()
+
+
+def test_a_file_that_changes_is_read_again(folder):
+    file = folder / "halve_it.py"
+    file.write_text(STEP)
+    assert plugin.words()["quantize.halve_it"] == "Halves the weights."
+    file.write_text(STEP.replace("Halves", "Doubles"))
+    os.utime(file, ns=(0, 0))  # the clock of a file system may not tick between two writes
+    assert plugin.words()["quantize.halve_it"] == "Doubles the weights."
 
 
 def test_a_file_that_is_not_python_fails_by_name(folder):

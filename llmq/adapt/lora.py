@@ -49,7 +49,7 @@ class Lora(Step):
     eval_steps: PositiveInt | None = Field(None, description="steps between held-out losses; a quarter of all if unset")
     held_out_rows: int = Field(8, ge=0, description="rows for the held-out loss while training; 0: none")
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
-    seed: int | None = Field(None, description="the run's if unset")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="the run's if unset")
     training_arguments: dict[str, Any] = Field({}, description="more of transformers' TrainingArguments: fsdp, …")
 
     def check(self) -> None:

@@ -71,7 +71,7 @@ def _pair(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str) -> tuple[st
     doc = ast.get_docstring(node)
     if not doc or len(node.body) < 2:
         return None
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them: a form feed ends no line
     first, string = node.body[0], node.body[0].end_lineno or 0
     if first.lineno <= node.lineno:
         return None

@@ -49,12 +49,13 @@ class File(Data):
         return rows.split(checked, shape, self.held_out, self.limit)
 
     def _text(self) -> Split:
-        text = self.path.read_text(encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8-sig")
         if not text.strip():
             raise UserError(f"{self.path}: the file is empty")
         wanted = round(len(text) * (1 - self.held_out))
-        border = text.rfind("\n\n", 0, wanted) + 2 if self.held_out else wanted
-        border = border if border > 2 else wanted
+        # The end of a paragraph within the tenth before the wanted place, or that place.
+        paragraph = text.rfind("\n\n", int(0.9 * wanted), wanted) if self.held_out else -1
+        border = wanted if paragraph < 0 else paragraph + 2
         parts = [[{"text": t}] if t.strip() else [] for t in (text[:border], text[border:])]
         return rows.make_split(parts[0], parts[1], "text", {})
 
@@ -78,7 +79,7 @@ def _check_parquet(path: Path) -> None:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             where = f"{path}:{number}"
             if not line.strip():
@@ -91,7 +92,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: column {error.colno}: not JSON: {error.msg.lower()}") from None
     if not isinstance(data, list):
@@ -101,7 +102,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # a whole document may be one field
-    with path.open(encoding="utf-8", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         for row in reader:
             where = f"{path}:{reader.line_num}"

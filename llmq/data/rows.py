@@ -39,18 +39,21 @@ def check(rows: Iterable[tuple[str, Any]], columns: Mapping[str, str], source: s
             missing = [theirs for theirs in columns.values() if theirs not in raw]
             if missing:
                 raise UserError(f"{where}: there is no column {missing[0]!r}{did_you_mean(missing[0], raw)}")
-            shape = recognise(row, where)
+            # Columns that were named decide the shape, whatever else the file has.
+            shape = recognise({k: row[k] for k in columns}, where, strict=False) or recognise(row, where)
         checked.append(BUILDERS[shape](row, where))
     if not checked:
         raise UserError(f"{source}: no rows")
     return checked, shape
 
 
-def recognise(row: Mapping[str, Any], where: str) -> str:
-    """The shape of a row by its columns."""
+def recognise(row: Mapping[str, Any], where: str, strict: bool = True) -> str:
+    """The shape of a row by its columns; empty, or `UserError` if `strict`, where it has none."""
     for shape, needed in SHAPES.items():
         if all(column in row for column in needed):
             return shape
+    if not strict:
+        return ""
     raise UserError(
         f"{where}: columns {', '.join(map(repr, row))} are none of {'; '.join(SHAPES)}; "
         "name yours with columns: {prompt: …, completion: …}"
@@ -103,7 +106,10 @@ def split(rows: Sequence[Row], shape: str, held_out: float, limit: int | None) -
     """Set a share of the rows aside by the hash of their content, so that equal rows fall on one side."""
     used = rows if limit is None else rows[:limit]
     keys = [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest() for row in used]
-    border = sorted(keys)[round(held_out * len(used)) - 1] if round(held_out * len(used)) else ""
+    order = sorted(keys)
+    border = order[round(held_out * len(used)) - 1] if round(held_out * len(used)) else ""
+    if border == order[-1]:  # so many are alike that all would be held out
+        border = ""
     return make_split(
         [row for row, key in zip(used, keys, strict=True) if key > border],
         [row for row, key in zip(used, keys, strict=True) if key <= border],

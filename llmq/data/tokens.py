@@ -43,7 +43,8 @@ def encode(row: Row, tokenizer: Any) -> Tokens:
         new = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += new
         said += [is_said] * len(new)
-    if said[-1] and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids[-2:]:
+    last_said = [token for token, is_said in zip(ids, said, strict=True) if is_said][-2:]
+    if said[-1] and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in last_said:
         ids.append(tokenizer.eos_token_id)
         said.append(True)
     return Tokens(tuple(ids), tuple(said))
@@ -62,9 +63,9 @@ def _pieces(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         return [(row["prompt"], False), (row["completion"], True)]
     messages = row["messages"]
     if not tokenizer.chat_template:
-        return [(m["content"] + "\n", m["role"] == "assistant") for m in messages[:-1]] + [
-            (messages[-1]["content"], messages[-1]["role"] == "assistant")
-        ]
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        said = [(m["content"], m["role"] == "assistant") for m in messages[: last + 1]]
+        return [*((text + "\n", is_said) for text, is_said in said[:-1]), said[-1]]
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
@@ -87,16 +88,18 @@ def _chat(tokenizer: Any, messages: Sequence[Row], *, prompt: bool) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
 
-def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[str, str]:
-    """The text before the last thing that the model should say, and that thing."""
-    pieces = _pieces(row, tokenizer)
-    return "".join(text for text, _ in pieces[:-1]), pieces[-1][0]
+def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[tuple[int, ...], str]:
+    """The tokens before the last thing that the model should say, as in training, and that thing."""
+    tokens = encode(row, tokenizer)
+    begin = max((i + 1 for i, is_said in enumerate(tokens.said) if not is_said), default=0)
+    return tokens.ids[:begin], str(tokenizer.decode(tokens.ids[begin:], skip_special_tokens=True))
 
 
 def shown_prompt(row: Row) -> str:
     """The last thing that a person wrote, for a reader."""
     if "messages" in row:
-        return str(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user"))
+        asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        return str(asked[-1] if asked else row["messages"][0]["content"])
     return str(row.get("prompt", ""))
 
 

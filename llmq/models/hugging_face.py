@@ -135,7 +135,10 @@ def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
     """A GGUF file dequantized to safetensors, made once and kept in the cache under the hash of the file."""
     digest = sha256_files([file])
-    folder = make_whole(cache("models", f"{file.stem}-{dtype}-{digest[:16]}"), lambda f: _convert(file, dtype, f))
+    try:
+        folder = make_whole(cache("models", f"{file.stem}-{dtype}-{digest[:16]}"), lambda f: _convert(file, dtype, f))
+    except (ValueError, IndexError) as error:  # cut off, or of an architecture that transformers does not know
+        raise UserError(f"{str(file)!r} cannot be converted: {str(error).splitlines()[0]}") from None
     stored = json.loads((folder / "gguf.json").read_text())["stored_as"]
     note = f"GGUF file {file.name}, stored as {stored} and dequantized to {dtype}: this base was quantized before"
     return folder, {"source": note, "sha256": digest}

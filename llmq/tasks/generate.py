@@ -47,7 +47,7 @@ class Generate(Task):
         fitting: list[Row] = []
         for row in self.data.read().held_out:
             prompt, _ = prompt_and_reference(row, loaded.processor)
-            if prompt and len(loaded.processor(prompt)["input_ids"]) <= self.prompt_tokens:
+            if 0 < len(prompt) <= self.prompt_tokens:
                 fitting.append(row)
             if len(fitting) == self.examples:
                 return fitting
@@ -57,18 +57,19 @@ class Generate(Task):
             )
         return fitting
 
-    def _answer(self, loaded: Loaded, prompt: str) -> tuple[str, bool]:
+    def _answer(self, loaded: Loaded, prompt: tuple[int, ...]) -> tuple[str, bool]:
         import torch
 
-        encoded = loaded.processor(prompt, return_tensors="pt").to(loaded.device)
+        ids = torch.tensor([prompt], device=loaded.device)
         with torch.inference_mode():
             made = loaded.module.generate(
-                **encoded,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 pad_token_id=loaded.processor.pad_token_id,
                 eos_token_id=loaded.processor.eos_token_id,
             )
-        new = made[0, encoded["input_ids"].shape[1] :]
+        new = made[0, len(prompt) :]
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()
         return text, loaded.processor.eos_token_id in new.tolist()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llmq.statistics import weighted_mean_stderr
+from llmq.statistics import ratio_stderr
 from llmq.tasks.windows import Window, padded
 from llmq.types import Better, Measurement, Samples
 
@@ -21,15 +21,15 @@ def compare_outputs(
             p, q = (
                 m(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (reference, other)
             )
-            divergences.append(float(torch.sum(p.exp() * (p - q), -1, dtype=torch.float64).mean()))
-            agreements.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+            divergences.append(float(torch.sum(p.exp() * (p - q), -1, dtype=torch.float64).sum()))
+            agreements.append(float((p.argmax(-1) == q.argmax(-1)).sum()))
             weights.append(float(len(p)))
     protocol = (
         f"{other_name} against {reference_name} on held-out text, {len(windows)} windows, {sum(weights):.0f} tokens"
     )
 
     def measured(metric: str, values: list[float], unit: str, better: Better) -> Measurement:
-        mean, stderr = weighted_mean_stderr(values, weights)
+        mean, stderr = ratio_stderr(values, weights)
         samples = Samples(tuple(values), tuple(weights))
         return Measurement(task, metric, mean, unit, better, len(values), stderr, protocol, samples)
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
@@ -66,23 +65,23 @@ class Perplexity(Task):
         return windows, f"texts joined, {self.window}-token windows, {overlap}, {mark}"
 
     def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
-        from llmq.data.tokens import encode_all, prompt_and_reference
+        from llmq.data.tokens import encode_all
         from llmq.tasks.windows import Window
 
+        examples, _ = encode_all(rows[: self.limit], loaded.processor, self.window)
         windows: list[Window] = []
-        for row in rows[: self.limit]:
-            examples, _ = encode_all([row], loaded.processor, self.window)
-            said = prompt_and_reference(row, loaded.processor)[1]
-            windows += [Window(tokens, max(1, len(said.split())), len(said.encode())) for tokens in examples]
+        for tokens in examples:
+            said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
+            text = loaded.processor.decode(said, skip_special_tokens=True)
+            windows.append(Window(tokens, len(text.split()), len(text.encode())))
         return windows, f"completions after their prompts with the end-of-text mark, at most {self.window} tokens"
 
     def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
-        from llmq.statistics import figure, weighted_mean_stderr
+        from llmq.statistics import figure, ratio_stderr
 
-        means = tuple(float(v) for v in np.asarray(sums) / np.asarray(counts))
-        samples = Samples(means, tuple(float(c) for c in counts), "exp")
+        samples = Samples(tuple(sums), tuple(float(c) for c in counts), "exp")
         value = float(figure(samples)[0])
-        stderr = weighted_mean_stderr(means, counts)[1]
+        stderr = ratio_stderr(sums, samples.weights)[1]
         return Measurement(
             self.name,
             f"{unit}_perplexity",

@@ -1,5 +1,7 @@
 """Cutting a text into token windows, and the loss of a model on them."""
 
+import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,16 +36,18 @@ def windows_of(
     begin = [tokenizer.bos_token_id] if bos else []
     step, body = stride or length, length - len(begin)
     windows: list[Window] = []
-    done = 0
+    word_starts = [word.start() for word in re.finditer(r"\S+", text)]
+    done = covered = 0
     for start in range(0, max(1, len(ids)), min(step, body)):
         end = min(start + body, len(ids))
         said = [False] * len(begin) + [i >= done for i in range(start, end)]
         if any(said[1:]):
             first = start + said.index(True, 1) - len(begin)
-            piece = text[spans[first][0] : spans[end - 1][1]]
-            windows.append(
-                Window(Tokens((*begin, *ids[start:end]), tuple(said)), len(piece.split()), len(piece.encode()))
-            )
+            # A character or a word that two windows share counts in the one where it begins.
+            told = slice(max(spans[first][0], covered), spans[end - 1][1])
+            words = bisect_left(word_starts, told.stop) - bisect_left(word_starts, told.start)
+            windows.append(Window(Tokens((*begin, *ids[start:end]), tuple(said)), words, len(text[told].encode())))
+            covered = told.stop
         done = end
         if end == len(ids) or len(windows) == limit:
             break
