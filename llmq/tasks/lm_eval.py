@@ -42,6 +42,7 @@ class LmEval(Task):
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        lm_eval.evaluator.get_git_commit_hash = lambda: None  # it asks git about the working folder, and git complains
         manager = self._manager()
         model = HFLM(pretrained=loaded.module, tokenizer=loaded.processor, batch_size=self.batch_size)
         try:
