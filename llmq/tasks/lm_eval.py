@@ -38,16 +38,16 @@ class LmEval(Task):
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """What `lm_eval.simple_evaluate` says of the opened module."""
         # The harness sets its loggers up when imported, and speaks of each override it was asked for.
-        import lm_eval
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        lm_eval.evaluator.get_git_commit_hash = lambda: None  # it asks git about the working folder, and git complains
+        evaluator.get_git_commit_hash = lambda: None  # it asks git about the working folder, and git complains
         manager = self._manager()
         model = HFLM(pretrained=loaded.module, tokenizer=loaded.processor, batch_size=self.batch_size)
         try:
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bars know no other way
-                results = lm_eval.simple_evaluate(
+                results = evaluator.simple_evaluate(
                     model=model,
                     tasks=list(self.tasks),
                     num_fewshot=self.num_fewshot,
