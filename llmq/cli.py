@@ -211,7 +211,9 @@ def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool) -> None:
     from llmq import pipeline
 
     folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
-    _show(pipeline.run(job, folder, resume), folder, as_json)
+    report = pipeline.run(job, folder, resume)
+    if report:
+        _show(report, folder, as_json)
 
 
 def _fresh(out: Path | None, name: str) -> Path:

@@ -67,7 +67,7 @@ def resolve_device(device: str) -> str:
     from llmq.errors import UserError
 
     if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r} is not on this machine; 'cpu' is")
     try:

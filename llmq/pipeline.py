@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, measure
+from llmq import environment, measure, processes
 from llmq.errors import UserError
 from llmq.files import make_whole, sha256_files, write_json, write_text
 from llmq.recipe import Recipe, Source, check_order
@@ -20,24 +20,31 @@ from llmq.terminal import logged_to, say
 from llmq.types import Artifact, Clock, Context, Exhibit, Loaded, Measurement, Step, Task, measurement_from
 
 
-def run(recipe: Recipe, out: Path, resume: bool = False) -> Report:
-    """Bring the base, apply the steps, question every stage, report. A whole stage is never lost."""
-    check_folder(recipe, out, resume)
+def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
+    """Bring the base, apply the steps, question every stage, report. A whole stage is never lost.
+
+    Where a launcher started several processes they share the training; only the first writes and returns a report.
+    """
+    first = processes.is_first()
+    if first:
+        check_folder(recipe, out, resume)
     context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
-    base = bring(recipe, context)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
+    artifact = bring(recipe, context)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
         names = ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(recipe.steps, 1))]
         measured = names if recipe.stages == "all" else [names[0], names[-1]]
         stages: dict[str, Stage] = {}
-        artifact = base
         for name, step in zip(names, (None, *recipe.steps), strict=True):
             artifact = make_stage(step, artifact, out / name, context)
             stages[name] = Stage(name, artifact)
-            if name in measured:
+            if name in measured and first:
                 stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
+        if not first:
+            return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
         return finish(recipe.plain(), stages, out, context)
 
@@ -71,7 +78,11 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
     """The base, before anything is written; that it may be packed already is only seen now."""
     began = time.perf_counter()
     say("bringing the base")
+    if not processes.is_first():
+        processes.wait(context.device)
     base = recipe.model.base(context)
+    if processes.is_first():
+        processes.wait(context.device)
     check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 
@@ -92,8 +103,16 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}
         replace(made, notes={**made.notes, **seconds}).save(partial)
 
-    say(f"{folder.name}{': already there' if folder.exists() else ''}")
-    return Artifact.load(make_whole(folder, fill))
+    processes.wait(context.device)
+    done = folder.exists()
+    processes.wait(context.device)  # all have looked before the first makes it
+    say(f"{folder.name}{': already there' if done else ''}")
+    if processes.is_first():
+        make_whole(folder, fill)
+    elif step and step.in_every_process and not done:
+        step.apply(before, folder.with_name(f".{folder.name}.partial"), context)
+    processes.wait(context.device)
+    return Artifact.load(folder)
 
 
 def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> Stage:

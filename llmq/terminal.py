@@ -9,13 +9,17 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from llmq import processes
+
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 _logs: list[Path] = []
 
 
 def say(message: str) -> None:
-    """One line to the person and to the log of the run."""
+    """One line to the person and to the log of the run; of several processes only the first speaks."""
+    if not processes.is_first():
+        return
     console.print(message, markup=False, soft_wrap=True)
     for log in _logs:
         with log.open("a") as stream:
@@ -46,7 +50,8 @@ class Bar:
             TextColumn("{task.fields[note]}"),
         ]
         self._began = time.perf_counter()
-        self._progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+        hidden = not (sys.stderr.isatty() and processes.is_first())
+        self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
         self._task = self._progress.add_task(title, total=total, completed=start, note="")
         self._progress.start()
 

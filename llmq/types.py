@@ -63,6 +63,8 @@ class Step(Plugin):
     suits: ClassVar[frozenset[str]]
     requires: ClassVar[Mapping[str, bool]] = {}
     leaves: ClassVar[Mapping[str, bool]] = {}
+    in_every_process: ClassVar[bool] = False
+    """Whether the step shares its work out where a run has several processes; others are done by the first."""
 
     def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
         """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""

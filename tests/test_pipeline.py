@@ -111,3 +111,36 @@ def test_a_run_and_each_stage_of_it_can_be_evaluated_again_elsewhere(job, tmp_pa
         report = pipeline.evaluate(artifacts, tasks, tmp_path / f"eval-{expected}", CPU, {"target": str(target)})
         assert len(report.stages) == expected
         assert len(report.measurements) == 3 * expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_to_what_one_trains_alone(job, tmp_path):
+    """Plain gradient descent over twice the rows a step; a launcher that starts one process only would be seen."""
+    import os
+    import subprocess
+    import sys
+
+    lora = [
+        "adapt.lora.optim=sgd",
+        "adapt.lora.learning_rate=1.0",
+        "adapt.lora.packing=false",
+        "adapt.lora.max_steps=3",
+    ]
+    words = [str(job), "evaluate=[size]", "threads=1", *lora]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llmq", "run", *words]
+    done = subprocess.run(
+        [*two, "adapt.lora.per_device_train_batch_size=2", "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    pipeline.run(recipe.load(str(job), [*words[1:], "adapt.lora.per_device_train_batch_size=4"]), tmp_path / "one")
+    one, both = (
+        json.loads((tmp_path / n / "report.json").read_text())["stages"][2]["notes"]["training"] for n in ("one", "two")
+    )
+    assert (one["processes"], both["processes"]) == (1, 2)
+    for (_, alone), (_, together) in zip(one["loss"], both["loss"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-2)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())

@@ -1,12 +1,12 @@
 """Low-rank adapters, trained."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq import processes
 from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Loaded, Step
@@ -22,6 +22,7 @@ class Lora(Step):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"adapter": False}
     leaves: ClassVar[Mapping[str, bool]] = {"adapter": True}
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord
     r: PositiveInt = 16
@@ -69,6 +70,8 @@ class Lora(Step):
         """Train an adapter and write it to `folder` in PEFT's format."""
         from transformers import set_seed
 
+        from llmq.adapt.training import train
+
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
         with artifact.open(context.device) as loaded:
@@ -76,8 +79,7 @@ class Lora(Step):
             rows, held_out, counts = self._rows(loaded, split)
             model, fast, reason = self._prepare(loaded)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
-            history = self._train(model, fast, rows, held_out, loaded, folder, arguments)
-            model.save_pretrained(folder)
+            history = train(model, fast, rows, held_out, loaded.processor.pad_token_id, folder, arguments)
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
             "tokens": counts,
@@ -139,7 +141,7 @@ class Lora(Step):
         return model, None if reason else fast, reason
 
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
-        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
         steps = self.max_steps or max(1, round(self.num_train_epochs * rows / per_step))
         quarter = max(1, steps // 4)
         on_cpu = loaded.device == "cpu"
@@ -171,13 +173,3 @@ class Lora(Step):
             "report_to": "none",
             **self.training_arguments,
         }
-
-    def _train(
-        self, model: Any, fast: Any, rows: Any, held_out: Any, loaded: Loaded, folder: Path, arguments: dict[str, Any]
-    ) -> dict[str, Any]:
-        from llmq.adapt.training import train
-
-        checkpoints = folder / "checkpoints"
-        history = train(model, fast, rows, held_out, loaded.processor.pad_token_id, checkpoints, arguments)
-        shutil.rmtree(checkpoints)
-        return history

@@ -1,5 +1,6 @@
 """transformers' `Trainer`, fed with packed rows, evaluated exactly, and watched."""
 
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from llmq import terminal
+from llmq import processes, terminal
 from llmq.adapt.fast_path import FastPath
 from llmq.adapt.packing import Collator
 from llmq.data.tokens import IGNORED
+from llmq.errors import LlmqError
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -31,15 +33,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Loss in nats a token over all held-out rows, independent of how they are batched."""
         collate, size = Collator(self.data_collator.pad_token_id), self.args.per_device_eval_batch_size
         total = tokens = 0.0
-        self.model.eval()
+        model = self.model_wrapped
+        model.eval()
         with torch.no_grad(), torch.random.fork_rng():
             for start in range(0, len(self.eval_dataset), size):
                 batch = self._prepare_inputs(collate(self.eval_dataset[start : start + size]))
                 learned = int((batch["labels"] != IGNORED).sum())
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
-                    total += float(self.compute_loss(self.model, batch)) * learned
+                    total += float(self.compute_loss(model, batch)) * learned
                 tokens += learned
-        self.model.train()
+        model.train()
         metrics = {"eval_loss": total / tokens}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -83,10 +86,14 @@ def train(
     folder: Path,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train in place, from the last whole checkpoint under `folder` if there is one. Returns the history."""
+    """Train, from the last whole checkpoint in `folder` if there is one, and write the adapter there.
+
+    Returns the history. Raises `LlmqError` if training does not see the processes that were started.
+    """
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
+    checkpoints = folder / "checkpoints"
     collator = Collator(pad_token_id)
     trainer = PackedTrainer(
         fast,
@@ -94,16 +101,24 @@ def train(
         train_dataset=rows,
         eval_dataset=held_out or None,
         data_collator=collator,
-        args=TrainingArguments(str(folder), **arguments),
+        args=TrainingArguments(str(checkpoints), **arguments),
         callbacks=[Watch(collator)],
     )
     trainer.remove_callback(PrinterCallback)
-    done = last_checkpoint(folder)
+    seen = trainer.accelerator.num_processes
+    if seen != processes.count():  # a launcher's flag alone starts nothing
+        raise LlmqError(f"{processes.count()} processes were started, and training sees {seen}")
+    done = last_checkpoint(checkpoints)
     with fast.switched_on() if fast else nullcontext():
         trainer.train(resume_from_checkpoint=str(done) if done else None)
+    trainer.save_model(str(folder))
+    if processes.is_first():
+        (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
+        shutil.rmtree(checkpoints)
     history = trainer.state.log_history
     summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
     return {
+        "processes": processes.count(),
         "steps": trainer.state.global_step,
         "tokens": collator.tokens_seen,
         "seconds": summary["train_runtime"],
