@@ -175,8 +175,6 @@ def show(word: str, as_json: Json = False) -> None:
     typer.echo(f"{word}: {cls.__doc__}\n")
     for name, field in cls.model_fields.items():
         default = "needed" if field.is_required() else f"= {field.default!r}"
-        kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else field.annotation
-        kind = str(kind).replace("typing.", "").replace("Annotated[", "").split(", Gt")[0]
         typer.echo(f"  {name:<30} {default:<16} {field.description or ''}".rstrip())
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +41,7 @@ def library_version(name: str) -> str | None:
 def commit() -> str | None:
     """The git commit of this checkout of llmq, marked if it was changed; `None` when installed from a wheel."""
     root = Path(llmq.__file__).parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or not shutil.which("git"):
         return None
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -68,12 +69,11 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} is not on this machine; 'cpu' is")
     try:
-        return str(torch.device(device))
-    except RuntimeError:
-        raise UserError(f"device {device!r} is unknown; write auto, cpu, or cuda:0") from None
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, or not on this machine
+        raise UserError(f"device {device!r} is not on this machine; 'auto' and 'cpu' are") from None
+    return device
 
 
 def prepare(device: str, seed: int, threads: int | None) -> str:

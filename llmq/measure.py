@@ -93,6 +93,7 @@ def peak_memory(device: str) -> Iterator[dict[str, Any]]:
     if device.startswith("cuda"):
         import torch
 
+        release_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
         peak.update(bytes=torch.cuda.max_memory_allocated(device), convention="peak bytes allocated on the device")

@@ -17,7 +17,19 @@ from llmq.files import make_whole, sha256_files, write_json, write_text
 from llmq.recipe import Recipe, Source, check_order
 from llmq.report import Report, Stage
 from llmq.terminal import logged_to, say
-from llmq.types import Artifact, Clock, Context, Exhibit, Loaded, Measurement, Step, Task, measurement_from
+from llmq.types import (
+    Artifact,
+    Clock,
+    Context,
+    Data,
+    Exhibit,
+    Loaded,
+    Measurement,
+    Plugin,
+    Step,
+    Task,
+    measurement_from,
+)
 
 
 def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
@@ -40,13 +52,13 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
         stages: dict[str, Stage] = {}
         for name, step in zip(names, (None, *recipe.steps), strict=True):
             artifact = make_stage(step, artifact, out / name, context)
-            stages[name] = Stage(name, artifact)
+            stages[name] = Stage(name, artifact, artifact.measurements)
             if name in measured and first:
                 stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
         if not first:
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
-        return finish(recipe.plain(), stages, out, context)
+        return finish(recipe.plain(), [*recipe.steps, *recipe.evaluate], stages, out, context)
 
 
 def evaluate(
@@ -57,7 +69,7 @@ def evaluate(
     with logged_to(out / "log.txt"):
         stages = {name: question(Stage(name, a), tasks, out / name, context.device) for name, a in artifacts.items()}
         stages |= take_times(stages, tasks, context.device)
-        return finish(asked, stages, out, context)
+        return finish(asked, tasks, stages, out, context)
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -84,7 +96,14 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
     if processes.is_first():
         processes.wait(context.device)
     check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
+    data_hashes([*recipe.steps, *recipe.evaluate])
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
+
+
+def data_hashes(parts: Sequence[Plugin]) -> dict[str, str]:
+    """The hash of every data set that these steps and tasks read, all of its rows checked."""
+    sets = [part.data for part in parts if isinstance(getattr(part, "data", None), Data)]  # type: ignore[attr-defined]
+    return {f"{data.word} {getattr(data, 'path', '')}".strip(): data.read().sha256 for data in sets}
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -195,13 +214,15 @@ def _clocks(tasks: Sequence[Task], loaded: Loaded) -> Iterator[Clock]:
             yield replace(clock, task=filed(clock.task, name, task))
 
 
-def finish(asked: Mapping[str, Any], stages: Mapping[str, Stage], out: Path, context: Context) -> Report:
+def finish(
+    asked: Mapping[str, Any], parts: Sequence[Plugin], stages: Mapping[str, Stage], out: Path, context: Context
+) -> Report:
     """Build the report and write its faces."""
     base = next(iter(stages.values())).artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
+    facts["data_sha256"] = data_hashes(parts)
     facts["dtype"] = getattr(base.model, "dtype", None)
-    facts["seconds"] = {name: s.artifact.notes.get("seconds", 0.0) for name, s in stages.items()}
-    report = Report.of(asked, facts, list(stages.values()), out)
+    report = Report.of(asked, facts, list(stages.values()))
     report.write(out)
     return report

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ def compare(stage: Measurement, base: Measurement, seed: int = 0) -> Comparison:
     ci = ratio_ci = None
     if stage.samples and base.samples:
         ci, ratio_ci = paired_intervals(stage.samples, base.samples, seed)
-    elif stage.stderr is None and base.stderr is None:  # an exact figure, such as a size
+    elif stage.stderr == base.stderr == 0:  # an exact figure, such as a size
         ci, ratio_ci = (difference, difference), (ratio, ratio) if ratio is not None else None
     return Comparison(stage.task, stage.metric, difference, ratio, ci, ratio_ci, verdict(ci, stage.better))
 
@@ -45,6 +46,8 @@ def verdict(ci: Interval | None, better: str) -> Verdict:
     if ci is None:
         return "undecided"
     low, high = ci
+    if not (isfinite(low) and isfinite(high)):
+        return "undecided"
     if low == high == 0:
         return "same"
     if low <= 0 <= high:

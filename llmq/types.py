@@ -125,7 +125,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure with everything needed to believe it."""
+    """One figure with everything needed to believe it. A standard error of 0 says that it is exact, None unknown."""
 
     task: str
     metric: str
@@ -204,7 +204,8 @@ class Artifact:
         try:
             yield loaded
         finally:
-            del loaded
+            # The caller's name for it lives on after the block; what it holds must not.
+            object.__setattr__(loaded, "module", None)
             release_memory(device)
 
     def then(self, step: Step, **changes: Any) -> "Artifact":
@@ -214,8 +215,12 @@ class Artifact:
 
     def weight_files(self) -> list[Path]:
         """The files that hold its weights and its adapter."""
-        folders = [self.weights] + ([self.adapter] if self.adapter else [])
-        return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        index = self.weights / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        # A repository may hold the same weights twice, as `consolidated.safetensors`; what is loaded is what counts.
+        files = [self.weights / name for name in sorted(shards)] if (self.weights / min(shards)).exists() else []
+        files = files or sorted(self.weights.glob("*.safetensors"))
+        return files + ([self.adapter / "adapter_model.safetensors"] if self.adapter else [])
 
     def save(self, folder: Path) -> None:
         """Write `artifact.json`, its paths relative to `folder` where they lie within the same run."""

@@ -23,9 +23,11 @@ class Letters:
         self.chat_template = chat_template
         self.marks_beginning = marks_beginning
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
         mark = [BOS] if add_special_tokens and self.marks_beginning else []
-        return {"input_ids": mark + [EOS if c == "$" else ord(c) for c in text]}
+        ids = mark + [EOS if c == "$" else ord(c) for c in text]
+        spans = [(0, 0)] * len(mark) + [(i, i + 1) for i in range(len(text))]
+        return {"input_ids": ids} | ({"offset_mapping": spans} if return_offsets_mapping else {})
 
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
@@ -120,7 +122,7 @@ def test_a_batch_pads_the_shorter_rows_and_learns_nothing_from_the_padding():
     assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 21], [30, 31, PAD, PAD, PAD]]
     assert batch["labels"].tolist() == [[11, 12, IGNORED, 21, IGNORED], [31, *[IGNORED] * 4]]
     assert batch["shift_labels"].tolist() == batch["labels"].tolist()
-    assert collate.tokens_seen == 7
+    assert batch["tokens"] == 7
 
 
 def test_labels_are_the_said_tokens_one_place_ahead():

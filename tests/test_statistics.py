@@ -29,7 +29,7 @@ def shares(gained, lost, both, neither):
     return tuple(a), tuple(b)
 
 
-def measured(value, better="lower", stderr=None, samples=None):
+def measured(value, better="lower", stderr=0.0, samples=None):
     return Measurement("size", "bytes", value, "bytes", better, 1, stderr, "exact", samples)
 
 

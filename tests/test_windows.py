@@ -31,9 +31,7 @@ class Letters:
 
     bos_token_id = BOS
 
-    def __call__(self, text, add_special_tokens, return_offsets_mapping):
-        assert return_offsets_mapping
-        assert not add_special_tokens
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
         return {
             "input_ids": [ord(c) for c in text],
             "offset_mapping": [(i, i + 1) for i in range(len(text))],
@@ -43,7 +41,7 @@ class Letters:
 class Bytes(Letters):
     """A tokenizer of one token a byte, which like any byte-level one gives each the span of its whole character."""
 
-    def __call__(self, text, add_special_tokens, return_offsets_mapping):
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
         pairs = [(byte, (i, i + 1)) for i, c in enumerate(text) for byte in c.encode()]
         return {"input_ids": [byte for byte, _ in pairs], "offset_mapping": [span for _, span in pairs]}
 

@@ -1,9 +1,8 @@
 """Faster attention and loss for training, used only where they give what the model itself gives."""
 
-import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from llmq.adapt.fused_loss import linear_cross_entropy
@@ -11,8 +10,8 @@ from llmq.adapt.packing import Collator
 from llmq.adapt.segment_attention import Segment, attend, segments_of
 from llmq.data.tokens import IGNORED, Tokens
 
-logger = logging.getLogger(__name__)
 ATTENTION = "llmq_segments"
+DROPOUTS = ("attention_dropout", "attn_pdrop")
 TOLERANCE = 0.02
 """Largest relative difference of the two losses on a probe; bfloat16 alone makes a tenth of it."""
 
@@ -36,7 +35,15 @@ class FastPath:
     ) -> Any:
         return attend(query, key, value, scaling, self.segments), None
 
-    def _loss(self, logits: Any, num_items_in_batch: Any = None, shift_labels: Any = None, **kwargs: Any) -> Any:
+    def _loss(
+        self,
+        logits: Any,
+        labels: Any = None,
+        vocab_size: int = 0,
+        num_items_in_batch: Any = None,
+        shift_labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         # `logits` are hidden states here: while switched on, the head hands through what it is given.
         total = linear_cross_entropy(logits.flatten(0, -2), self.head, shift_labels.flatten(), IGNORED)
         return total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
@@ -49,12 +56,13 @@ class FastPath:
         AttentionInterface.register(ATTENTION, self._attention)
         self.inner.set_attn_implementation(ATTENTION)
         stock_loss = self.inner.loss_function
-        self.inner.loss_function = partial(self._loss)
+        self.inner.loss_function = self._loss
         self.head.forward = lambda hidden: hidden
         try:
             yield
         finally:
             self.inner.set_attn_implementation(self.stock_attention)
+            AttentionInterface._global_mapping.pop(ATTENTION)  # or it would keep this model in memory
             self.inner.loss_function = stock_loss
             del self.head.forward
 
@@ -65,35 +73,45 @@ class FastPath:
         config = self.inner.config.get_text_config()
         if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
             return "the output head is trained or is no plain linear layer"
-        for special in ("attn_logit_softcapping", "sliding_window", "attention_chunk_size"):
+        for special in ("attn_logit_softcapping", "sliding_window", "attention_chunk_size", *DROPOUTS):
             if getattr(config, special, None):
                 return f"its attention has {special}"
         if not getattr(self.inner, "_supports_attention_backend", False):
             return "its attention cannot be exchanged"
-        fast, stock = self._probe()
-        if not abs(fast - stock) <= TOLERANCE * abs(stock):
-            return f"on a probe they give a loss of {fast:.4f} where the model itself gives {stock:.4f}"
-        return ""
+        if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+            return "the output head is sharded"
+        with self.switched_on():
+            fast, _ = self._probe()
+        _, alone = self._probe()
+        if _agree(fast, alone):
+            return ""
+        return f"on a probe they give a loss of {fast:.4f}, the model itself {alone:.4f}"
+
+    def stock_keeps_examples_apart(self) -> bool:
+        """Whether the model by itself takes positions that begin anew as the beginning of another example."""
+        return _agree(*self._probe())
 
     def _probe(self) -> tuple[float, float]:
-        """The loss of two short examples: packed in one row by the fast path, and each alone by the model itself."""
+        """The loss of two short examples packed in one row, and the mean of their losses alone."""
         import torch
 
-        ids = torch.randint(
-            self.inner.config.get_text_config().vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)
-        ).tolist()
+        vocabulary = self.inner.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
         examples = [Tokens(tuple(row), (True,) * len(row)) for row in ids]
         collate = Collator(0)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            alone = [float(self.model(**self._on_device(collate([[e]]))).loss) for e in examples]
-            packed = self._on_device(collate([examples]))
-            self.see(packed)
-            with self.switched_on():
-                together = float(self.model(**packed).loss)
+            losses = []
+            for batch in (collate([examples]), *(collate([[e]]) for e in examples)):
+                self.see(batch)
+                losses.append(float(self.model(**self._on_device(batch)).loss))
         self.model.train(training)
-        return together, sum(alone) / len(alone)
+        return losses[0], sum(losses[1:]) / 2
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {k: v.to(self.head.weight.device) for k, v in batch.items()}
+        return {k: v.to(self.head.weight.device) for k, v in batch.items() if k != "tokens"}
+
+
+def _agree(one: float, other: float) -> bool:
+    return abs(one - other) <= TOLERANCE * abs(other)

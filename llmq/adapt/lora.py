@@ -11,6 +11,12 @@ from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Loaded, Step
 
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
+    "lion_32bit", "lion_8bit", "ademamix", "ademamix_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+]  # fmt: skip
+
 
 class Lora(Step):
     """LoRA (Hu et al. 2021) by PEFT on whatever it is given: over 4-bit weights it is QLoRA (Dettmers et al. 2023).
@@ -44,8 +50,8 @@ class Lora(Step):
     per_device_train_batch_size: PositiveInt = Field(4, description="rows")
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = False
-    optim: str = Field("adamw_torch", description="any of transformers', 8-bit and paged ones too")
-    max_length: PositiveInt = Field(512, description="tokens in a row")
+    optim: Optimizer = Field("adamw_torch", description="as transformers names them, 8-bit and paged ones too")
+    max_length: int = Field(512, ge=2, description="tokens in a row")
     packing: bool = Field(True, description="several examples to a row; false: one a row, padded")
     eval_steps: PositiveInt | None = Field(None, description="steps between held-out losses; a quarter of all if unset")
     held_out_rows: int = Field(8, ge=0, description="rows for the held-out loss while training; 0: none")
@@ -60,41 +66,43 @@ class Lora(Step):
             self._check_paged()
 
     def _check_paged(self) -> None:
-        if not any(Path("/dev").glob("nvidia[0-9]*")):
+        if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+            cure = "adamw_8bit" if self.optim.endswith("8bit") else "adamw_torch"
             raise UserError(
-                f"optim {self.optim!r} pages to an accelerator's memory and there is none here; "
-                f"{self.optim.replace('paged_', '')!r} runs"
+                f"optim {self.optim!r} pages to an accelerator's memory and there is none; {cure!r} runs here"
             )
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train an adapter and write it to `folder` in PEFT's format."""
         from transformers import set_seed
 
+        from llmq.adapt.fast_path import FastPath
         from llmq.adapt.training import train
 
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
         with artifact.open(context.device) as loaded:
             set_seed(seed)
-            rows, held_out, counts = self._rows(loaded, split)
             model, fast, reason = self._prepare(loaded)
+            packing = self.packing and (fast is not None or FastPath(model).stock_keeps_examples_apart())
+            rows, held_out, counts = self._rows(loaded, split, packing)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
             history = train(model, fast, rows, held_out, loaded.processor.pad_token_id, folder, arguments)
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
             "tokens": counts,
-            "training": {**history, "seed": seed, "fast_path": reason or "used"},
+            "training": {**history, "seed": seed, "packing": packing, "fast_path": reason or "used"},
         }
         return artifact.then(self, adapter=folder, notes=notes)
 
-    def _rows(self, loaded: Loaded, split: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    def _rows(self, loaded: Loaded, split: Any, packing: bool) -> tuple[list[Any], list[Any], dict[str, Any]]:
         from llmq.adapt.packing import pack
         from llmq.data.tokens import encode_all
 
         made = []
         for part in (split.train, split.held_out):
             examples, counts = encode_all(part, loaded.processor, self.max_length)
-            made.append((pack(examples, self.max_length) if self.packing else [[e] for e in examples], counts))
+            made.append((pack(examples, self.max_length) if packing else [[e] for e in examples], counts))
         (rows, counts), (held_out, held_out_counts) = made
         if not rows:
             raise UserError(

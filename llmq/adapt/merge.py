@@ -1,11 +1,13 @@
 """Folding an adapter into the weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Measurement, Step
 
@@ -33,10 +35,9 @@ class Merge(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the merged model to `folder`, then compare the two."""
         self._write(artifact, folder, context)
-        merged = artifact.then(self, weights=folder, adapter=None, packed=False)
-        return artifact.then(
-            self, weights=folder, adapter=None, packed=False, measurements=self._loss(artifact, merged, context.device)
-        )
+        model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
+        merged = artifact.then(self, model=model, weights=folder, adapter=None, packed=False)
+        return replace(merged, measurements=self._loss(artifact, merged, context.device))
 
     def _write(self, artifact: Artifact, folder: Path, context: Context) -> None:
         import torch
@@ -54,9 +55,12 @@ class Merge(Step):
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.tasks.kl import compare_outputs
-        from llmq.tasks.windows import windows_of
+        from llmq.tasks.windows import joined, windows_of
 
-        text = "".join(row["text"] for row in self.data.read().held_out)
+        split = self.data.read()
+        if split.shape != "text":
+            raise UserError(f"adapt.merge compares on text, and {self.data.word} is {split.shape}; name another data")
+        text = joined(split.held_out)
         with adapted.open(device) as a, merged.open(device) as b:
-            windows = windows_of(text, a.processor, self.window, self.tokens // self.window)
+            windows = windows_of(text, a.processor, self.window, max(1, self.tokens // self.window))
             return compare_outputs(a.module, b.module, windows, device, self.word, "base + adapter", "merged")

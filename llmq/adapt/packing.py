@@ -28,12 +28,12 @@ class Collator:
     """Rows of examples -> the tensors of a batch, each (rows, tokens of the longest row).
 
     `position_ids` begin anew at each example; the padding at a row's end is an example of its own that nothing is
-    learned from. `labels` are aligned with the logits that predict them (`shift_labels` of transformers).
+    learned from. `labels` are aligned with the logits that predict them (`shift_labels` of transformers). `tokens` is
+    how many there are without padding.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
-        self.tokens_seen = 0
 
     def __call__(self, rows: Sequence[Sequence[Tokens]]) -> dict[str, Any]:
         import torch
@@ -43,7 +43,6 @@ class Collator:
         for row in rows:
             used = sum(map(len, row))
             padding = width - used
-            self.tokens_seen += used
             lengths = [*map(len, row), padding]
             ids.append([t for e in row for t in e.ids] + [self.pad_token_id] * padding)
             positions.append([p for n in lengths for p in range(n)])
@@ -54,4 +53,5 @@ class Collator:
             "position_ids": torch.tensor(positions),
             "labels": aligned,
             "shift_labels": aligned,
+            "tokens": torch.tensor(sum(len(e) for row in rows for e in row)),
         }

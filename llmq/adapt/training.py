@@ -13,7 +13,7 @@ from llmq import processes, terminal
 from llmq.adapt.fast_path import FastPath
 from llmq.adapt.packing import Collator
 from llmq.data.tokens import IGNORED
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -22,11 +22,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, fast: FastPath | None, **kwargs: Any):
         super().__init__(**kwargs)
         self.fast = fast
+        self.tokens_seen = 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`, telling the attention where the examples lie."""
         if self.fast:
             self.fast.see(inputs)
+        if model.training:
+            self.tokens_seen += int(inputs.pop("tokens"))
+        else:
+            inputs.pop("tokens")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -52,8 +57,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 class Watch(TrainerCallback):  # type: ignore[misc]
     """A progress bar with loss and tokens a second."""
 
-    def __init__(self, collator: Collator):
-        self.collator = collator
+    def __init__(self) -> None:
+        self.trainer: Any = None
         self.bar: Any = None
         self.latest: dict[str, float] = {}
 
@@ -64,7 +69,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         figures = [f"{name} {value:.3f}" for name, value in self.latest.items()]
-        speed = self.collator.tokens_seen / self.bar.elapsed
+        speed = self.trainer.tokens_seen / self.bar.elapsed
         self.bar.advance(" · ".join([*figures, f"{speed:.0f} tokens/s"]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -90,20 +95,20 @@ def train(
 
     Returns the history. Raises `LlmqError` if training does not see the processes that were started.
     """
-    from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     checkpoints = folder / "checkpoints"
-    collator = Collator(pad_token_id)
+    watch = Watch()
     trainer = PackedTrainer(
         fast,
         model=model,
         train_dataset=rows,
         eval_dataset=held_out or None,
-        data_collator=collator,
-        args=TrainingArguments(str(checkpoints), **arguments),
-        callbacks=[Watch(collator)],
+        data_collator=Collator(pad_token_id),
+        args=_arguments(checkpoints, arguments),
+        callbacks=[watch],
     )
+    watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     seen = trainer.accelerator.num_processes
     if seen != processes.count():  # a launcher's flag alone starts nothing
@@ -117,12 +122,13 @@ def train(
         shutil.rmtree(checkpoints)
     history = trainer.state.log_history
     summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
+    tokens = trainer.tokens_seen * processes.count()
     return {
         "processes": processes.count(),
         "steps": trainer.state.global_step,
-        "tokens": collator.tokens_seen,
+        "tokens": tokens,
         "seconds": summary["train_runtime"],
-        "tokens_per_second": round(collator.tokens_seen / summary["train_runtime"], 1),
+        "tokens_per_second": round(tokens / summary["train_runtime"], 1),
         "loss": [[e["step"], round(e["loss"], 4)] for e in history if "loss" in e],
         "held_out_loss": [[e["step"], round(e["eval_loss"], 4)] for e in history if "eval_loss" in e],
     }
@@ -132,3 +138,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole: its state file is the last to be written."""
     whole = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda f: int(f.name.split("-")[1]), default=None)
+
+
+def _arguments(checkpoints: Path, arguments: dict[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    try:
+        made = TrainingArguments(str(checkpoints), **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapt.lora: training_arguments: {str(error).splitlines()[0]}") from None
+    if processes.count() == 1:
+        # Several cards in one process would mean DataParallel, which splits a batch behind our attention's back.
+        made._n_gpu = min(made.n_gpu, 1)
+    return made

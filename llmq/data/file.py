@@ -55,8 +55,8 @@ class File(Data):
         wanted = round(len(text) * (1 - self.held_out))
         # The end of a paragraph within the tenth before the wanted place, or that place.
         paragraph = text.rfind("\n\n", int(0.9 * wanted), wanted) if self.held_out else -1
-        border = wanted if paragraph < 0 else paragraph + 2
-        parts = [[{"text": t}] if t.strip() else [] for t in (text[:border], text[border:])]
+        end, start = (paragraph, paragraph + 2) if paragraph >= 0 else (wanted, wanted)
+        parts = [[{"text": t}] if t.strip() else [] for t in (text[:end], text[start:])]
         return rows.make_split(parts[0], parts[1], "text", {})
 
 
@@ -103,14 +103,13 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # a whole document may be one field
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+        reader = csv.reader(stream)
+        head = next(reader, [])
         for row in reader:
             where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: the line does not have the {len(reader.fieldnames or [])} columns of the head"
-                )
-            yield where, row
+            if len(row) != len(head):
+                raise UserError(f"{where}: the line has {len(row)} of the {len(head)} columns of the head")
+            yield where, dict(zip(head, row, strict=True))
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ class Hub(Data):
 
         try:
             data = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
                 f"{str(error).splitlines()[0]}"

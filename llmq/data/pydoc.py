@@ -42,7 +42,7 @@ class Pydoc(Data):
                 ):
                     inside += 1
                 else:
-                    sides[name in held_out].append({"text": topics[name].rstrip() + "\n\n"})
+                    sides[name in held_out].append({"text": topics[name].rstrip()})
         return rows.make_split(*sides, "text", {"inside_another": inside})
 
 

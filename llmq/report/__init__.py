@@ -36,15 +36,13 @@ class Report:
     exhibits: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(
-        cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage], out: Path
-    ) -> "Report":
+    def of(cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage]) -> "Report":
         """The report of stages, each compared with the first."""
         return cls(
             SCHEMA_VERSION,
             json.loads(json.dumps(recipe, default=str)),
             environment,
-            [_stage(s, out) for s in stages],
+            [_stage(s) for s in stages],
             [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
             [c for s in stages[1:] for c in _comparisons(s, stages[0])],
             [{"stage": s.name, **asdict(e)} for s in stages for e in s.exhibits],
@@ -65,7 +63,7 @@ class Report:
         write_text(out / "report.html", html.draw(report))
 
 
-def _stage(stage: Stage, out: Path) -> dict[str, Any]:
+def _stage(stage: Stage) -> dict[str, Any]:
     artifact = stage.artifact
     step = artifact.history[-1] if artifact.history else None
     notes = dict(artifact.notes)

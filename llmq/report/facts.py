@@ -13,11 +13,12 @@ def facts(report: Report) -> Facts:
     """Titled lists of (name, text)."""
     environment = report.environment
     machine = ("processor", "device", "threads", "dtype", "seed", "python", "llmq", "commit", "model_sha256")
+    data = ", ".join(f"{k} sha256 {v[:12]}" for k, v in environment["data_sha256"].items())
     libraries = ", ".join(f"{k} {v}" for k, v in environment["libraries"].items() if v)
     return {
         "Stages": [(s["name"], _stage(s)) for s in report.stages],
         "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows(report)],
-        "Machine": [*((k, str(environment.get(k))) for k in machine), ("libraries", libraries)],
+        "Machine": [*((k, str(environment.get(k))) for k in machine), ("data", data), ("libraries", libraries)],
     }
 
 

@@ -59,7 +59,7 @@ def _cell(measurement: Mapping[str, Any] | None, comparison: Mapping[str, Any] |
         return Cell("—")
     scale = 1e-6 if measurement["unit"] in ("bytes", "parameters") else 1.0
     value = number(measurement["value"] * scale)
-    if measurement["stderr"] is not None:
+    if measurement["stderr"]:
         value += f" ± {number(measurement['stderr'] * scale)}"
     if comparison is None:
         return Cell(value)

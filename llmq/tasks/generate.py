@@ -60,6 +60,7 @@ class Generate(Task):
     def _answer(self, loaded: Loaded, prompt: tuple[int, ...]) -> tuple[str, bool]:
         import torch
 
+        ends = {loaded.processor.eos_token_id, *_as_list(loaded.module.generation_config.eos_token_id)} - {None}
         ids = torch.tensor([prompt], device=loaded.device)
         with torch.inference_mode():
             made = loaded.module.generate(
@@ -68,8 +69,12 @@ class Generate(Task):
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 pad_token_id=loaded.processor.pad_token_id,
-                eos_token_id=loaded.processor.eos_token_id,
+                eos_token_id=sorted(ends),
             )
         new = made[0, len(prompt) :]
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()
-        return text, loaded.processor.eos_token_id in new.tolist()
+        return text, not ends.isdisjoint(new.tolist())
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -19,9 +19,9 @@ def compare_outputs(
         for window in windows:
             ids, _ = padded([window.tokens], device)
             p, q = (
-                m(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (reference, other)
+                m(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for m in (reference, other)
             )
-            divergences.append(float(torch.sum(p.exp() * (p - q), -1, dtype=torch.float64).sum()))
+            divergences.append(float(torch.sum(p.exp() * (p - q))))
             agreements.append(float((p.argmax(-1) == q.argmax(-1)).sum()))
             weights.append(float(len(p)))
     protocol = (

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.errors import LlmqError, UserError
+from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.tasks.harness import OURS, check_names
 from llmq.types import Loaded, Measurement, Samples, Task
 
@@ -69,7 +69,11 @@ class LmEval(Task):
         manager = TaskManager(include_path=paths, include_defaults=False)
         if set(self.tasks) <= set(manager.all_tasks):
             return manager
-        return TaskManager(include_path=paths)
+        manager = TaskManager(include_path=paths)
+        for name in self.tasks:
+            if name not in manager.all_tasks:
+                raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
+        return manager
 
     def _measurements(self, results: Mapping[str, Any]) -> Iterator[Measurement]:
         for task, figures in results["results"].items():
@@ -85,7 +89,7 @@ class LmEval(Task):
                     task,
                     metric if filtered == "none" else f"{metric} ({filtered})",
                     float(value),
-                    "share" if 0 <= value <= 1 else "",
+                    "share" if metric.startswith(("acc", "exact_match", "f1")) else "",
                     "higher" if higher else "lower",
                     n,
                     stderr if isinstance(stderr, float) else None,
@@ -98,7 +102,7 @@ class LmEval(Task):
         limit = f", first {self.limit} questions" if self.limit else ""
         return (
             f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-            f"hash {results.get('task_hashes', {}).get(task, 'none')[:12]}, {shots}-shot{limit}"
+            f"hash {_task_hash(results['samples'].get(task, ()))[:12]}, {shots}-shot{limit}"
         )
 
 
@@ -109,3 +113,10 @@ def _samples(samples: list[Any], metric: str, filtered: str, value: float) -> Sa
     # Only a plain mean can be resampled; lm-eval's other aggregations keep their figure and standard error.
     is_mean = abs(sum(scores) / len(scores) - value) < 1e-9
     return Samples(tuple(float(s) for s in scores)) if is_mean else None
+
+
+def _task_hash(samples: Any) -> str:
+    """As the harness computes it when it writes its own results: questions, prompts and targets."""
+    from lm_eval.utils import hash_string
+
+    return str(hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)))

@@ -23,7 +23,9 @@ class Perplexity(Task):
     part: Literal["held_out", "all"] = "held_out"
     window: PositiveInt = Field(512, ge=2, description="tokens")
     stride: PositiveInt | None = Field(None, description="tokens from one window to the next; the window if unset")
-    bos: bool = Field(False, description="begin each window with the beginning-of-text mark")
+    bos: bool | None = Field(
+        None, description="begin each window with the beginning-of-text mark; as the tokenizer if unset"
+    )
     limit: PositiveInt | None = Field(None, description="windows or examples at most")
     batch_size: PositiveInt = 4
 
@@ -54,27 +56,30 @@ class Perplexity(Task):
         return [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
 
     def _text(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
-        from llmq.tasks.windows import windows_of
+        from llmq.data.tokens import beginning
+        from llmq.tasks.windows import joined, windows_of
 
-        text = "".join(row["text"] for row in rows)
-        windows = windows_of(text, loaded.processor, self.window, self.limit, self.stride, self.bos)
+        bos = bool(beginning(loaded.processor)) if self.bos is None else self.bos
+        windows = windows_of(joined(rows), loaded.processor, self.window, self.limit, self.stride, bos)
         overlap = f"a window every {self.stride} tokens" if self.stride and self.stride < self.window else "no overlap"
-        mark = (
-            "BOS first" if self.bos else "no BOS, the first token of the text or of a window without overlap not scored"
-        )
+        mark = "BOS first" if bos else "no BOS, the first token of the text or of a window without overlap not scored"
         return windows, f"texts joined, {self.window}-token windows, {overlap}, {mark}"
 
     def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
         from llmq.data.tokens import encode_all
         from llmq.tasks.windows import Window
 
-        examples, _ = encode_all(rows[: self.limit], loaded.processor, self.window)
+        examples, counts = encode_all(rows[: self.limit], loaded.processor, self.window)
         windows: list[Window] = []
         for tokens in examples:
             said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
             text = loaded.processor.decode(said, skip_special_tokens=True)
             windows.append(Window(tokens, len(text.split()), len(text.encode())))
-        return windows, f"completions after their prompts with the end-of-text mark, at most {self.window} tokens"
+        lost = f"{counts['truncated']} cut, {counts['prompt_too_long']} left out"
+        return (
+            windows,
+            f"completions after their prompts with the end-of-text mark, at most {self.window} tokens ({lost})",
+        )
 
     def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
         from llmq.statistics import figure, ratio_stderr

@@ -20,7 +20,7 @@ class Size(Task):
             nonzeros += int(values.count_nonzero())
 
         def exact(metric: str, value: int, unit: str, better: Better, convention: str) -> Measurement:
-            return Measurement(self.name, metric, value, unit, better, 1, None, convention)
+            return Measurement(self.name, metric, value, unit, better, 1, 0.0, convention)
 
         return (
             exact(

@@ -2,11 +2,14 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+from llmq.data.rows import Row
 from llmq.data.tokens import IGNORED, Tokens
+from llmq.errors import LlmqError, UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Window:
         return sum(self.tokens.said[1:])
 
 
+def joined(rows: Iterable[Row]) -> str:
+    """Text rows as one text, an empty line between them."""
+    return "\n\n".join(row["text"] for row in rows)
+
+
 def windows_of(
     text: str, tokenizer: Any, length: int, limit: int | None = None, stride: int | None = None, bos: bool = False
 ) -> list[Window]:
@@ -33,6 +41,8 @@ def windows_of(
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    if bos and tokenizer.bos_token_id is None:
+        raise UserError("bos: true, and this tokenizer has no beginning-of-text mark")
     begin = [tokenizer.bos_token_id] if bos else []
     step, body = stride or length, length - len(begin)
     windows: list[Window] = []
@@ -88,4 +98,8 @@ def losses(module: Any, windows: Sequence[Tokens], device: str, batch_size: int)
                         row_logits.float(), row_labels, ignore_index=IGNORED, reduction="sum"
                     )
                 )
+    if not all(map(isfinite, sums)):
+        raise LlmqError(
+            "perplexity: the loss of this model is not a finite number, so its weights or its dtype are broken"
+        )
     return sums
