@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ def cache(*parts: str) -> Path:
     return Path(os.environ.get("LLMQ_CACHE", default)).joinpath(*parts)
 
 
-def make_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Make `folder` by `fill`ing a sibling and renaming it, so that a killed process leaves no half folder."""
+def make_whole(folder: Path, fill: Callable[[Path], None], shared: bool = False) -> Path:
+    """Make `folder` by `fill`ing a sibling and renaming it, so that a killed process leaves no half folder.
+
+    What `fill` left unfinished is there again the next time; not so where the folder is `shared` by several processes,
+    each of which fills its own, and the first to finish wins.
+    """
     if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial" if shared else f".{folder.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         fill(partial)
-        partial.rename(folder)
+        if shared and folder.exists():
+            shutil.rmtree(partial)
+        else:
+            partial.rename(folder)
     return folder
 
 

@@ -136,7 +136,8 @@ def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
     """A GGUF file dequantized to safetensors, made once and kept in the cache under the hash of the file."""
     digest = sha256_files([file])
     try:
-        folder = make_whole(cache("models", f"{file.stem}-{dtype}-{digest[:16]}"), lambda f: _convert(file, dtype, f))
+        kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}")
+        folder = make_whole(kept, lambda f: _convert(file, dtype, f), shared=True)
     except (ValueError, IndexError) as error:  # cut off, or of an architecture that transformers does not know
         raise UserError(f"{str(file)!r} cannot be converted: {str(error).splitlines()[0]}") from None
     stored = json.loads((folder / "gguf.json").read_text())["stored_as"]
