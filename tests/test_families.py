@@ -48,7 +48,7 @@ def test_a_family_is_quantized_tuned_and_measured(family, tiny_llama, tiny_jsonl
 
 
 def test_a_model_that_sees_across_examples_is_trained_one_a_row(tiny_llama, tiny_jsonl, tmp_path):
-    """OPT takes positions from the attention mask; with dropout in its attention it must train by that."""
+    """OPT makes its mask without looking at positions; with dropout in its attention it must train by that mask."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
