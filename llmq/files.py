@@ -57,6 +57,15 @@ def portable_path(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder.resolve()) if path.is_relative_to(run) else str(path)
 
 
+def safetensors_of(folder: Path) -> list[Path]:
+    """The files that hold a model's weights: those that its index names, `model.safetensors`, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    # A repository may hold the same weights twice, as `consolidated.safetensors`; what is loaded is what counts.
+    files = [folder / name for name in sorted(shards)] if (folder / min(shards)).exists() else []
+    return files or sorted(folder.glob("*.safetensors"))
+
+
 def bytes_of(files: Iterable[Path]) -> int:
     """The size of files, in bytes."""
     return sum(f.stat().st_size for f in files)

@@ -96,6 +96,11 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
     if processes.is_first():
         processes.wait(context.device)
     check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
+    for step in recipe.steps:
+        try:
+            step.check_base(base)
+        except UserError as error:
+            raise UserError(f"{recipe.name}: {step.word}: {error}") from None
     data_hashes([*recipe.steps, *recipe.evaluate])
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 

@@ -66,6 +66,9 @@ class Step(Plugin):
     in_every_process: ClassVar[bool] = False
     """Whether the step shares its work out where a run has several processes; others are done by the first."""
 
+    def check_base(self, base: "Artifact") -> None:
+        """Raise `UserError` for what the base, once it is there, shows to be wrong. Called before any step is applied."""
+
     def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
         """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""
         raise NotImplementedError
@@ -215,11 +218,9 @@ class Artifact:
 
     def weight_files(self) -> list[Path]:
         """The files that hold its weights and its adapter."""
-        index = self.weights / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        # A repository may hold the same weights twice, as `consolidated.safetensors`; what is loaded is what counts.
-        files = [self.weights / name for name in sorted(shards)] if (self.weights / min(shards)).exists() else []
-        files = files or sorted(self.weights.glob("*.safetensors"))
+        from llmq.files import safetensors_of
+
+        files = safetensors_of(self.weights)
         return files + ([self.adapter / "adapter_model.safetensors"] if self.adapter else [])
 
     def save(self, folder: Path) -> None:

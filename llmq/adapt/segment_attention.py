@@ -1,11 +1,13 @@
 """Causal attention over packed rows, each example by itself. Pure.
 
 A block-diagonal mask would score every token of a row against every other and throw most away; here each example is a
-small dense product of its own. On a processor the plain products are also twice as fast as the fused kernel.
+small dense product of its own.
 """
 
 from collections.abc import Sequence
 from typing import Any
+
+from llmq.attention import causal
 
 Segment = tuple[int, int, int]
 """Row, first token, end."""
@@ -30,23 +32,11 @@ def attend(query: Any, key: Any, value: Any, scaling: float, segments: Sequence[
 
     rows, _, tokens, _ = query.shape
     if len(segments) == rows and all(end - start == tokens for _, start, end in segments):
-        return _causal(query, key, value, scaling=scaling).transpose(1, 2)
+        return causal(query, key, value, scaling).transpose(1, 2)
     parts = [
-        _causal(*(x[row : row + 1, :, start:end] for x in (query, key, value)), scaling=scaling)
+        causal(*(x[row : row + 1, :, start:end] for x in (query, key, value)), scaling)
         for row, start, end in segments
     ]
     joined = torch.cat(parts, dim=2).transpose(1, 2)
     return joined.reshape(rows, tokens, *joined.shape[2:])
 
-
-def _causal(query: Any, key: Any, value: Any, *, scaling: float) -> Any:
-    import torch
-
-    rows, heads, tokens, d = query.shape
-    groups = key.shape[1]
-    future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
-    grouped = (query * scaling).reshape(rows, groups, heads // groups * tokens, d)
-    scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, tokens, tokens) + future
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    mixed = weights.view(rows, groups, heads // groups * tokens, tokens) @ value
-    return mixed.view(rows, heads, tokens, value.shape[-1])

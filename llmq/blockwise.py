@@ -1,0 +1,236 @@
+"""Changing a model block by block, with one block in memory.
+
+The calibration batches go through the model in lockstep. Each is a forward pass of the model itself, suspended where a
+layer is about to change until all the others have arrived there too; then the layer is changed, and they go on through
+what became of it. So the model runs once, whatever its architecture; a later layer sees the work of the earlier ones;
+and of a batch nothing is kept but what its own pass keeps. A finished block is a file, from which a killed job goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from llmq.attention import tiled
+from llmq.calibration import Gathered
+from llmq.errors import LlmqError, UserError
+from llmq.files import write_json
+from llmq.models.skeleton import Skeleton
+from llmq.terminal import track
+
+BATCH_TOKENS = 2048
+"""Tokens of a calibration batch."""
+REHEARSE = "rehearse"
+
+
+class Method(Protocol):
+    """What is done to the layers of a model."""
+
+    gathers: Literal["hessian", "squares"] | None
+
+    def wants(self, layer: str) -> bool:
+        """Whether it changes this layer."""
+
+    def change(self, layers: Mapping[str, Any], gathered: Any) -> Mapping[str, Mapping[str, Any]]:
+        """The tensors to keep for each of these layers, which share their input, from their weights."""
+
+    def weight(self, layer: str, tensors: Mapping[str, Any]) -> Any:
+        """The weight that the tensors kept for a layer stand for."""
+
+
+def rewrite(
+    source: Skeleton, folder: Path, method: Method, windows: Sequence[Sequence[int]] = (), sequential: bool = True
+) -> None:
+    """Write `source` to `folder` with its layers changed, a safetensors file a block. Goes on where a kill left it."""
+    import torch
+
+    count = len(source.blocks) + 1
+    files = [folder / f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    walk = Walk(source, method, windows, sequential)
+    with torch.no_grad(), walk.under_way():
+        for block, file in zip(track(source.blocks, "blocks"), files, strict=False):
+            source.load(block)
+            if file.exists():
+                walk.go_through(block, file)
+            else:
+                write(walk.change_block(block), file)
+            source.free(block)
+        if not files[-1].exists():
+            head = walk.change_head()
+            outside = {name: tensor for name, tensor in source.outside() if not head or name != f"{source.head}.weight"}
+            write(outside | head, files[-1])
+    write_index(files)
+
+
+class Walk:
+    """The calibration batches on their way through a model."""
+
+    def __init__(self, source: Skeleton, method: Method, windows: Sequence[Sequence[int]], sequential: bool):
+        self.source, self.method, self.sequential = source, method, sequential
+        rows = max(1, BATCH_TOKENS // len(windows[0])) if windows else 1
+        self.batches = [windows[i : i + rows] for i in range(0, len(windows), rows)] if method.gathers else []
+        self.passes: list[Any] = []
+        self.on_input: Callable[[str, Any], None] = lambda layer, inputs: None
+        self.known_groups: dict[tuple[str, ...], list[list[int]]] = {}
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """All batches begun, and waiting before the first block."""
+        self.source.load_outside()
+        for block in map(self.source.module.get_submodule, self.source.blocks):
+            block.forward = partial(_when_told, block.forward)
+        self.source.module.get_submodule(self.source.head).forward = self._arrive_at_head
+        self.passes = [greenlet(partial(self._run, batch)) for batch in self.batches]
+        with tiled(self.source.module):
+            try:
+                self._go_on()
+                yield
+            finally:
+                for one in self.passes:
+                    one.throw(GreenletExit)
+
+    def _run(self, batch: Sequence[Sequence[int]], word: str) -> None:
+        import torch
+
+        self.source.module(input_ids=torch.tensor(batch, device=self.source.device), use_cache=False)
+
+    def _arrive_at_head(self, inputs: Any) -> None:
+        wait()
+        self.on_input(self.source.head, inputs)
+        wait()  # for ever: what the head would say is not needed
+
+    def _go_on(self, word: str = "") -> None:
+        for one in self.passes:
+            one.switch(word)
+            if one.dead:
+                raise LlmqError("a calibration pass ended before the model's last block")
+
+    def go_through(self, block: str, file: Path) -> None:
+        """Go through a block that was changed before."""
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as kept:
+            for layer in filter(self.method.wants, self.source.linears(block)):
+                names = [key for key in kept.keys() if key.startswith(f"{layer}.") and key != f"{layer}.bias"]  # noqa: SIM118
+                self._set(layer, {key.removeprefix(f"{layer}."): kept.get_tensor(key) for key in names})
+        self._go_on()
+
+    def change_block(self, block: str) -> dict[str, Any]:
+        """Change the layers of a loaded block and go through it; all of its tensors as they are to be kept."""
+        linears = self.source.linears(block)
+        wanted = list(filter(self.method.wants, linears))
+        hooks = [m.register_forward_pre_hook(partial(self._hook, name)) for name, m in linears.items()]
+        kept: dict[str, Any] = {}
+        if not self.passes:
+            for layer in wanted:
+                kept |= self._change([layer], None)
+        elif wanted:
+            for group, sums in self._gather(self._groups(block, wanted)):
+                kept |= self._change(group, sums)
+        for hook in hooks:
+            hook.remove()
+        self._go_on()
+        others = self.source.module.get_submodule(block).named_parameters(prefix=block)
+        return {name: p.data for name, p in others if name.removesuffix(".weight") not in wanted} | kept
+
+    def change_head(self) -> dict[str, Any]:
+        """Change the output head where that is wanted, its inputs being all that is still to come."""
+        head = self.source.head
+        if not self.method.wants(head):
+            return {}
+        sums = next(self._gather([[head]]))[1] if self.passes else None
+        return self._change([head], sums)
+
+    def _hook(self, layer: str, module: Any, args: tuple[Any, ...]) -> None:
+        self.on_input(layer, args[0])
+
+    def _groups(self, block: str, wanted: Sequence[str]) -> list[list[str]]:
+        """Layers that are given the same input, in the order they are reached, seen on a rehearsal of one batch."""
+        seen: dict[Any, list[str]] = {}
+        alive = []
+
+        def note(layer: str, inputs: Any) -> None:
+            alive.append(inputs)  # or its memory might be used for the next one
+            seen.setdefault((inputs.data_ptr(), inputs.shape, inputs._version), []).append(layer)
+
+        signature = tuple(layer.removeprefix(block) for layer in wanted)
+        if signature not in self.known_groups:
+            self.on_input = note
+            self.passes[0].switch(REHEARSE)
+            groups = [[wanted.index(layer) for layer in group if layer in wanted] for group in seen.values()]
+            missed = set(wanted).difference(*seen.values())
+            if missed:
+                raise UserError(f"{min(missed)} is not reached by the calibration; leave it out: modules: {{…: skip}}")
+            self.known_groups[signature] = [group for group in groups if group]
+        return [[wanted[i] for i in group] for group in self.known_groups[signature]]
+
+    def _gather(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[Sequence[str], Any]]:
+        """Each group with the sums over its inputs: in turn as they are reached, or all on one rehearsal."""
+        sums = {group[0]: Gathered(self.method.gathers) for group in groups if self.method.gathers}
+
+        def add(layer: str, inputs: Any) -> None:
+            if layer in sums:
+                sums[layer].add(inputs)
+                if self.sequential:
+                    wait()
+
+        self.on_input = add
+        if not self.sequential:
+            self._go_on(REHEARSE)
+            self.on_input = lambda layer, inputs: None
+        for group in groups:
+            if self.sequential:
+                self._go_on()
+            yield group, sums.pop(group[0]).total()
+
+    def _change(self, layers: Sequence[str], sums: Any) -> dict[str, Any]:
+        weights = {layer: self.source.module.get_submodule(layer).weight.data for layer in layers}
+        try:
+            changed = self.method.change(weights, sums)
+        except UserError as error:
+            raise UserError(f"{layers[0]}: {error}") from None
+        for layer, tensors in changed.items():
+            self._set(layer, tensors)
+        return {f"{layer}.{name}": tensor for layer, tensors in changed.items() for name, tensor in tensors.items()}
+
+    def _set(self, layer: str, tensors: Mapping[str, Any]) -> None:
+        if self.passes:
+            weight = self.method.weight(layer, tensors)
+            self.source.set(f"{layer}.weight", weight.to(self.source.device, self.source.dtype).contiguous())
+
+
+def _when_told(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    while wait() == REHEARSE:
+        forward(*args, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def wait() -> Any:
+    """Suspend this pass until it is told to go on; what it is told."""
+    return getcurrent().parent.switch()
+
+
+def write(tensors: Mapping[str, Any], file: Path) -> None:
+    """Write a safetensors file in one step."""
+    from safetensors.torch import save_file
+
+    partial_file = file.with_name(f".{file.name}.partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial_file, {"format": "pt"})
+    partial_file.replace(file)
+
+
+def write_index(files: Sequence[Path]) -> None:
+    """The index beside safetensors files that says which tensor is where."""
+    from safetensors import safe_open
+
+    weight_map, total = {}, 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                weight_map[name] = file.name
+                total += opened.get_tensor(name).nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(files[0].parent / "model.safetensors.index.json", index)

@@ -1,0 +1,94 @@
+"""What a step that looks at activations looks at: the calibration data, and the sums it keeps of them."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
+
+from llmq.errors import UserError
+from llmq.plugin import DataWord
+
+TILE = 192
+"""Columns of a Gram matrix made at a time, or a quarter of all; only tiles up to the diagonal are made."""
+
+
+class Calibrated(BaseModel):
+    """The settings of a step that looks at activations."""
+
+    data: DataWord = Field("pydoc", validate_default=True, description="calibration text; its training part is used")
+    samples: PositiveInt = Field(128, description="calibration windows, drawn at random under the seed")
+    length: PositiveInt = Field(512, description="tokens in a window")
+    true_sequential: bool = Field(True, description="a layer sees what became of those before it in its own block")
+
+    def windows(self, tokenizer: Any, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
+        """Token windows that do not overlap, and notes on them. Raises `UserError` if there is not one token."""
+        from llmq.data.tokens import encode
+        from llmq.tasks.windows import joined
+
+        split = self.data.read()
+        if split.shape == "text":
+            ids = tokenizer(joined(split.train), add_special_tokens=False)["input_ids"]
+        else:
+            ids = [token for row in split.train for token in encode(row, tokenizer).ids]
+        if not ids:
+            raise UserError(f"the calibration data {self.data.word} has no token to calibrate on")
+        starts = range(0, max(1, len(ids) - self.length + 1), self.length)
+        drawn = sorted(random.Random(seed).sample(starts, min(self.samples, len(starts))))
+        windows = [ids[start : start + self.length] for start in drawn]
+        return windows, {
+            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256},
+            "samples": len(windows),
+            "tokens": sum(map(len, windows)),
+        }
+
+
+class Gathered:
+    """Sums over the inputs of a layer: their Gram matrix `X^T X`, or only its diagonal (`squares`)."""
+
+    def __init__(self, what: Literal["hessian", "squares"]):
+        self.what = what
+        self._sum: Any = None
+
+    def add(self, inputs: Any) -> None:
+        """Add activations `[..., features]`, in float32 exact as far as their products are."""
+        import torch
+
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if self._sum is None:
+            width = flat.shape[1]
+            shape = (width, width) if self.what == "hessian" else (width,)
+            self._sum = torch.zeros(shape, dtype=torch.float32, device=flat.device)
+        if self.what == "squares":
+            self._sum += flat.float().square().sum(0)
+            return
+        with products_of_bfloat16(flat.dtype):
+            values = flat.float()
+            tile = max(TILE, values.shape[1] // 4)
+            for start in range(0, values.shape[1], tile):
+                stop = start + tile
+                self._sum[start:stop, :stop] += values[:, start:stop].t() @ values[:, :stop]
+
+    def total(self) -> Any:
+        """The sum: `[features, features]`, or its diagonal `[features]`."""
+        return self._sum if self.what == "squares" else self._sum.tril() + self._sum.tril(-1).t()
+
+
+@contextmanager
+def products_of_bfloat16(dtype: Any) -> Iterator[None]:
+    """Let float32 products on a processor take their factors as bfloat16: twice as fast, and exact if they are.
+
+    Sums stay in float32, which a plain bfloat16 product would round to 8 bits in the end.
+    """
+    import torch
+
+    settings: Any = torch.backends.mkldnn.matmul
+    kept = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = kept
+

@@ -1,0 +1,47 @@
+"""Settings that differ from layer to layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip}`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel
+
+from llmq.errors import UserError, did_you_mean
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
+"""A regular expression that is searched for in the full name of a layer."""
+
+
+def settings_of(layers: Iterable[str], head: str, settings: S, modules: Mapping[str, Literal["skip"] | S]) -> dict[str, S]:
+    """The settings of each layer that is to be changed; the first pattern found in its name counts.
+
+    The output head is changed only where a pattern asks for it. Raises `UserError` for a pattern that no layer matches.
+    """
+    names = [*layers, head]
+    for pattern in modules:
+        if not any(re.search(pattern, name) for name in names):
+            words = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise UserError(f"modules: no layer's name matches {pattern!r}{did_you_mean(pattern, words)}")
+    found: dict[str, S] = {}
+    for name in names:
+        change = next((c for pattern, c in modules.items() if re.search(pattern, name)), None)
+        if change == "skip" or (change is None and name == head):
+            continue
+        found[name] = settings if change is None else overridden(settings, change)
+    return found
+
+
+def overridden(settings: S, change: Any) -> S:
+    """`settings` with what was set of `change`."""
+    return settings.model_copy(update={name: getattr(change, name) for name in change.model_fields_set})

@@ -1,0 +1,100 @@
+"""Opening a GPTQ checkpoint through transformers with our own packed layers."""
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmq.errors import UserError
+from llmq.quantize.gptq_linear import PackedLinear
+
+METHOD = "llmq_packed"
+FORMATS = {"gptq": 1, "gptq_v2": 0}
+"""Checkpoint format -> what its stored zeros lack."""
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a GPTQ checkpoint, to be opened by llmq."""
+
+    def __init__(self, **settings: Any):
+        self.quant_method: Any = METHOD
+        self.settings = {key: value for key, value in settings.items() if key != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {**self.settings, "quant_method": "gptq"}
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `PackedLinear` in place of every linear layer that the checkpoint holds packed."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = (), **kwargs: Any) -> Any:
+        offset = FORMATS[self.quantization_config.settings.get("checkpoint_format", "gptq")]
+        shapes = stored_shapes(checkpoint_files)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear) and f"{name}.qweight" in shapes:
+                inputs, outputs, dtype = layer.in_features, layer.out_features, layer.weight.dtype
+                bits = shapes[f"{name}.qweight"][0] * 32 // inputs
+                groups = shapes[f"{name}.scales"][0]
+                with torch.device("meta"):
+                    packed = PackedLinear(inputs, outputs, layer.bias is not None, bits, groups, offset, dtype)
+                model.set_submodule(name, packed)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer in packed_layers(model):
+            layer.prepare()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Not from here: the checkpoint itself is what to copy."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through a packed layer to what lies before it."""
+        return True
+
+
+def packed_layers(model: Any) -> Iterator[PackedLinear]:
+    """The packed layers of a model."""
+    return (module for module in model.modules() if isinstance(module, PackedLinear))
+
+
+def stored_shapes(files: Iterable[str]) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in safetensors files."""
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            shapes.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
+    return shapes
+
+
+def config_to_open(folder: Path, device: str, trust_remote_code: bool) -> Any:
+    """The configuration of a GPTQ folder that makes transformers open it with our layers; None for any other folder.
+
+    On a GPU where GPTQModel is installed its kernels are the faster ones, and transformers opens the folder by itself.
+    Raises `UserError` for a format of packing that is not read here.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    settings = getattr(config, "quantization_config", None) or {}
+    if settings.get("quant_method") != "gptq":
+        return None
+    if device != "cpu" and importlib.util.find_spec("gptqmodel"):
+        return None
+    stored = settings.get("checkpoint_format", "gptq")
+    if stored not in FORMATS:
+        raise UserError(f"{str(folder)!r} is packed as {stored!r}; what can be opened is {' and '.join(FORMATS)}")
+    config.quantization_config = {**settings, "quant_method": METHOD}
+    return config

@@ -1,0 +1,130 @@
+"""A language model whose repeated blocks stay in their files until they are called for."""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import UserError
+from llmq.files import safetensors_of
+from llmq.types import Artifact
+
+
+class Skeleton:
+    """A model built from its configuration alone. Weights are mapped from safetensors, never read as a whole.
+
+    `blocks` are found by structure: the items of the largest list of modules. Raises `UserError` for a model that has
+    none, or none with plain linear layers.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu", trust_remote_code: bool = False):
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder, self.device, self.dtype = folder, device, getattr(torch, dtype)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            self.module = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            ).eval()
+        self.blocks = _blocks(self.module)
+        if not any(self.linears(block) for block in self.blocks):
+            raise UserError(f"the blocks of {str(folder)!r} ({self.config.model_type}) hold no plain linear layer")
+
+    @classmethod
+    def of(cls, artifact: Artifact, device: str = "cpu") -> "Skeleton":
+        """The skeleton of an artifact's weights."""
+        model: Any = artifact.model
+        return cls(artifact.weights, model.dtype, device, model.trust_remote_code)
+
+    @property
+    def head(self) -> str:
+        """The name of the output head."""
+        head = self.module.get_output_embeddings()
+        return next(name for name, module in self.module.named_modules() if module is head)
+
+    def linears(self, block: str) -> dict[str, Any]:
+        """The linear layers of a block by their full names."""
+        import torch
+
+        modules = self.module.get_submodule(block).named_modules(prefix=block)
+        return {name: module for name, module in modules if type(module) is torch.nn.Linear}
+
+    @cached_property
+    def _stored(self) -> dict[str, Path]:
+        from safetensors import safe_open
+
+        stored = {}
+        for file in safetensors_of(self.folder):
+            with safe_open(file, "pt") as opened:
+                stored.update(dict.fromkeys(opened.keys(), file))
+        return stored
+
+    def _key(self, name: str) -> str | None:
+        # Files saved from the inner model lack its prefix.
+        bare = name.removeprefix(f"{self.module.base_model_prefix}.")
+        return next((key for key in (name, bare) if key in self._stored), None)
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the files in the model's dtype, or None; mapped where it is stored so."""
+        from safetensors import safe_open
+
+        key = self._key(name)
+        if key is None:
+            return None
+        with safe_open(self._stored[key], "pt") as opened:
+            tensor = opened.get_tensor(key)
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def load(self, prefix: str) -> None:
+        """Give a block its weights. Raises `UserError` for one that the files do not hold under its name."""
+        module = self.module.get_submodule(prefix)
+        for name, _ in [*module.named_parameters(prefix=prefix)]:
+            tensor = self.tensor(name)
+            if tensor is None:
+                raise UserError(
+                    f"{str(self.folder)!r} names its tensors otherwise than {type(self.module).__name__} does (there is "
+                    f"no {name!r}); open it with transformers and save it once"
+                )
+            self.set(name, tensor)
+
+    def set(self, name: str, tensor: Any) -> None:
+        """Put a tensor in a parameter's place."""
+        import torch
+
+        owner, _, leaf = name.rpartition(".")
+        self.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def free(self, prefix: str) -> None:
+        """Take a block's weights out of memory again."""
+        self.module.get_submodule(prefix).to("meta")
+
+    def outside(self) -> Iterator[tuple[str, Any]]:
+        """Name and tensor of everything stored that lies outside the blocks."""
+        for name in self.module.state_dict():
+            if not any(name.startswith(f"{block}.") for block in self.blocks):
+                tensor = self.tensor(name)
+                if tensor is not None:
+                    yield name, tensor
+
+    def load_outside(self) -> None:
+        """Give everything outside the blocks its weights, tied ones too."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, tensor in self.outside():
+            if name in parameters:
+                self.set(name, tensor)
+        self.module.tie_weights()
+        for module in self.module.modules():
+            module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+
+
+def _blocks(module: Any) -> list[str]:
+    import torch
+
+    lists = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
+    if not lists:
+        raise UserError(f"{type(module).__name__} has no list of blocks")
+    name = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+    return [f"{name}.{i}" for i in range(len(lists[name]))]

@@ -1,0 +1,66 @@
+"""The GPTQ checkpoint format, as AutoGPTQ, GPTQModel, transformers and vLLM read it.
+
+`qweight` int32 `[inputs * bits / 32, outputs]` holds the codes as a stream of bits along the inputs, `qzeros` int32
+`[groups, outputs * bits / 32]` the zeros less one along the outputs, `scales` float16 `[groups, outputs]`, `g_idx`
+int32 `[inputs]` the group of each input.
+"""
+
+from typing import Any
+
+from llmq.quantize.grid import Quantized
+
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def pack(codes: Any, bits: int) -> Any:
+    """Codes `[n, m]` as a little-endian stream of bits along `n`: int32 `[ceil(n * bits / 32), m]`."""
+    import torch
+
+    count, width = codes.shape
+    padded = torch.zeros(-(-count // 32) * 32, width, dtype=torch.int32, device=codes.device)
+    padded[:count] = codes
+    padded = padded.view(-1, 32, width)
+    words = torch.zeros(len(padded), bits, width, dtype=torch.int32, device=codes.device)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        words[:, word] |= padded[:, place] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= padded[:, place] >> (32 - shift)
+    return words.view(-1, width)[: -(-count * bits // 32)].contiguous()
+
+
+def unpack(words: Any, bits: int, count: int) -> Any:
+    """The `count` codes of each column of a stream: uint8 `[count, m]`."""
+    import torch
+
+    width = words.shape[1]
+    padded = torch.zeros(-(-count // 32) * bits, width, dtype=torch.int32, device=words.device)
+    padded[: len(words)] = words
+    padded = padded.view(-1, bits, width)
+    codes = torch.empty(len(padded), 32, width, dtype=torch.uint8, device=words.device)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        code = padded[:, word] >> shift
+        if shift + bits > 32:
+            code = (code & (2 ** (32 - shift) - 1)) | (padded[:, word + 1] << (32 - shift))
+        codes[:, place] = code & (2**bits - 1)
+    return codes.view(-1, width)[:count]
+
+
+def to_tensors(made: Quantized) -> dict[str, Any]:
+    """The four tensors of one layer."""
+    import torch
+
+    return {
+        "qweight": pack(made.codes, made.bits),
+        "qzeros": pack((made.zeros.t() - 1).to(torch.int32), made.bits).t().contiguous(),
+        "scales": made.scales.half().contiguous(),
+        "g_idx": made.g_idx.to(torch.int32, copy=True),
+    }
+
+
+def from_tensors(tensors: dict[str, Any], bits: int, zero_offset: int = 1) -> Quantized:
+    """The quantized matrix in a layer's four tensors; format `gptq_v2` has no offset in its zeros."""
+    inputs, outputs = len(tensors["g_idx"]), tensors["scales"].shape[1]
+    zeros = (unpack(tensors["qzeros"].t(), bits, outputs).t().int() + zero_offset) % 2**bits
+    return Quantized(unpack(tensors["qweight"], bits, inputs), tensors["scales"], zeros, tensors["g_idx"], bits)

@@ -1,0 +1,128 @@
+"""GPTQ: rounding a matrix input by input, every error made good by the inputs still to come.
+
+Frantar et al. 2022 (arXiv 2210.17323), algorithm 1, on matrices `[inputs, outputs]`, so that what is rounded together
+lies together. The same elimination prunes in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774). Pure functions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llmq.errors import UserError
+from llmq.quantize.grid import Quantized, codes_of, find_grid
+
+BLOCK = 128
+"""Inputs after which the errors are spread over all that are left; 32 within, and one at a time within those."""
+INNER = 32
+DAMP_INCREMENT = 0.0125
+"""What is added to `damp_percent`, times 1, 2, 4, …, until the factorization succeeds."""
+
+
+def elimination(hessian: Any, damp_percent: float) -> tuple[Any, float]:
+    """Rows of the upper Cholesky factor of the inverse Hessian, each divided by its diagonal, and the damping used.
+
+    Row `i` says how an error in input `i` is to be made good by the inputs after it. `hessian` is `X^T X` `[inputs,
+    inputs]`, whole or its lower half. An input that never fires gets the mean curvature and stays uncoupled: it is
+    rounded to nearest. Raises `UserError` for values that are not finite, or if no damping below 1 helps.
+    """
+    import torch
+
+    diagonal = hessian.diagonal().clone()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise UserError("the calibration gives activations that are not finite; look at the model and the data")
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    diagonal[dead] = mean
+    tried, increment = damp_percent, DAMP_INCREMENT
+    # The Cholesky factor of the reversed matrix, reversed, is upper: H = R R^T, so that H^-1 = R^-T R^-1 and the
+    # factor that GPTQ wants is R^-1: one factorization and one triangular inverse in place of three steps.
+    reversed_upper = hessian.tril().t().flip(0, 1)  # its lower half: all that the factorization reads
+    while True:
+        damped = reversed_upper.contiguous()
+        damped.diagonal().copy_((diagonal + tried * mean).flip(0))
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            break
+        tried, increment = tried + increment, increment * 2
+        if tried >= 1:
+            raise UserError(f"the Hessian of the calibration cannot be factorized, even damped by {tried:.2f}")
+    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+    return upper, tried
+
+
+def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None:
+    """Replace row after row of `[inputs, outputs]`, in place, by what `choose(i, row)` makes of it.
+
+    The error of each is spread over the rows below by `upper`; a choice may look at `rows[i : i + m]` as they are by
+    then wherever `m` divides 32 and `i`, or is a multiple of 32 that divides `i`.
+    """
+    import torch
+
+    spread = upper / upper.diagonal().unsqueeze(1)
+    errors = torch.empty(BLOCK, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for start in range(0, len(rows), BLOCK):
+        stop = min(start + BLOCK, len(rows))
+        for first in range(start, stop, INNER):
+            last = min(first + INNER, stop)
+            for i in range(first, last):
+                row, error = rows[i], errors[i - start]
+                chosen = choose(i, row)
+                torch.sub(row, chosen, out=error)
+                row.copy_(chosen)
+                if i + 1 < last:
+                    rows[i + 1 : last].addr_(spread[i, i + 1 : last], error, alpha=-1)
+            made = errors[first - start : last - start]
+            rows[last:stop].addmm_(spread[first:last, last:stop].t(), made, alpha=-1)
+        rows[stop:].addmm_(spread[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+
+
+def solve(
+    weight: Any,
+    upper: Any,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    order: Any = None,
+    static_groups: bool = False,
+    mse: bool = False,
+    keep_zeros: bool = False,
+) -> Quantized:
+    """The matrix `[outputs, inputs]` quantized, given the elimination of its inputs (taken in `order` if given).
+
+    Groups are `group_size` inputs that follow one another as they are rounded (-1: all); `static_groups` fixes them
+    and their grids beforehand in the matrix's own order, so that an order costs nothing at inference.
+    """
+    import torch
+
+    rows = weight.t().contiguous() if order is None else weight.t()[order].contiguous()
+    inputs, outputs = rows.shape
+    size = inputs if group_size == -1 else group_size
+    place = torch.arange(inputs, device=rows.device)
+    g_idx = (order if static_groups and order is not None else place) // size
+    if static_groups:
+        scales, zeros = find_grid(weight.t().contiguous().view(inputs // size, size, outputs), bits, sym, mse)
+    else:
+        scales, zeros = rows.new_empty(2, inputs // size, outputs)
+    groups, point = g_idx.tolist(), rows.new_empty(outputs)
+    low = high = scale = kept = None
+    current = -1
+    if keep_zeros:
+        kept = (rows != 0).to(rows.dtype)
+
+    def choose(i: int, row: Any) -> Any:
+        nonlocal low, high, scale, current
+        if groups[i] != current:
+            current = groups[i]
+            if not static_groups:
+                scales[current], zeros[current] = find_grid(rows[i : i + size], bits, sym, mse)
+            scale, zero = scales[current], zeros[current]
+            low, high = -zero, 2**bits - 1 - zero
+        torch.div(row, scale, out=point).round_().clamp_(low, high).mul_(scale)
+        return point.mul_(kept[i]) if kept is not None else point
+
+    compensate(rows, upper, choose)
+    codes = codes_of(rows, scales, zeros, g_idx)
+    if order is not None:
+        back = order.argsort()
+        codes, g_idx = codes[back], g_idx[back]
+    return Quantized(codes, scales, zeros, g_idx.to(torch.int32), bits)
