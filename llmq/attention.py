@@ -38,7 +38,7 @@ def causal(query: Any, key: Any, value: Any, scaling: float) -> Any:
 
 @contextmanager
 def tiled(model: Any) -> Iterator[None]:
-    """Let a transformers model that would use the fused kernel attend by tiles wherever plain causal attention will do."""
+    """Let a transformers model that would use the fused kernel attend by tiles where plain causal attention will do."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask

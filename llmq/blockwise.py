@@ -70,8 +70,7 @@ class Walk:
 
     def __init__(self, source: Skeleton, method: Method, windows: Sequence[Sequence[int]], sequential: bool):
         self.source, self.method, self.sequential = source, method, sequential
-        rows = max(1, BATCH_TOKENS // len(windows[0])) if windows else 1
-        self.batches = [windows[i : i + rows] for i in range(0, len(windows), rows)] if method.gathers else []
+        self.batches = in_batches(windows) if method.gathers else []
         self.passes: list[Any] = []
         self.on_input: Callable[[str, Any], None] = lambda layer, inputs: None
         self.known_groups: dict[tuple[str, ...], list[list[int]]] = {}
@@ -200,6 +199,12 @@ class Walk:
         if self.passes:
             weight = self.method.weight(layer, tensors)
             self.source.set(f"{layer}.weight", weight.to(self.source.device, self.source.dtype).contiguous())
+
+
+def in_batches(windows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Windows, all of one length, in batches of about `BATCH_TOKENS`."""
+    rows = max(1, BATCH_TOKENS // len(windows[0]))
+    return [windows[i : i + rows] for i in range(0, len(windows), rows)]
 
 
 def _when_told(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.plugin import DataWord
+from llmq.types import Artifact
 
 TILE = 192
 """Columns of a Gram matrix made at a time, or a quarter of all; only tiles up to the diagonal are made."""
@@ -22,11 +23,14 @@ class Calibrated(BaseModel):
     length: PositiveInt = Field(512, description="tokens in a window")
     true_sequential: bool = Field(True, description="a layer sees what became of those before it in its own block")
 
-    def windows(self, tokenizer: Any, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
+    def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
         """Token windows that do not overlap, and notes on them. Raises `UserError` if there is not one token."""
         from llmq.data.tokens import encode
+        from llmq.models.hugging_face import load_tokenizer
         from llmq.tasks.windows import joined
 
+        model: Any = artifact.model
+        tokenizer = load_tokenizer(artifact.weights, model.trust_remote_code)
         split = self.data.read()
         if split.shape == "text":
             ids = tokenizer(joined(split.train), add_special_tokens=False)["input_ids"]
@@ -91,4 +95,3 @@ def products_of_bfloat16(dtype: Any) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = kept
-

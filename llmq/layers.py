@@ -23,7 +23,9 @@ Pattern = Annotated[str, AfterValidator(_regular_expression)]
 """A regular expression that is searched for in the full name of a layer."""
 
 
-def settings_of(layers: Iterable[str], head: str, settings: S, modules: Mapping[str, Literal["skip"] | S]) -> dict[str, S]:
+def settings_of(
+    layers: Iterable[str], head: str, settings: S, modules: Mapping[str, Literal["skip"] | S]
+) -> dict[str, S]:
     """The settings of each layer that is to be changed; the first pattern found in its name counts.
 
     The output head is changed only where a pattern asks for it. Raises `UserError` for a pattern that no layer matches.
@@ -43,5 +45,6 @@ def settings_of(layers: Iterable[str], head: str, settings: S, modules: Mapping[
 
 
 def overridden(settings: S, change: Any) -> S:
-    """`settings` with what was set of `change`."""
-    return settings.model_copy(update={name: getattr(change, name) for name in change.model_fields_set})
+    """`settings` with what was set of `change`. Raises `ValueError` if the two do not go together."""
+    both = {**settings.model_dump(exclude_unset=True), **change.model_dump(exclude_unset=True)}
+    return type(settings).model_validate(both)

@@ -67,7 +67,7 @@ class Step(Plugin):
     """Whether the step shares its work out where a run has several processes; others are done by the first."""
 
     def check_base(self, base: "Artifact") -> None:
-        """Raise `UserError` for what the base, once it is there, shows to be wrong. Called before any step is applied."""
+        """Raise `UserError` for what the base, once it is there, shows to be wrong; called before the first step."""
 
     def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
         """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""

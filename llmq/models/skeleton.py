@@ -1,14 +1,18 @@
 """A language model whose repeated blocks stay in their files until they are called for."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of
+from llmq.files import safetensors_of, write_json
+from llmq.models.hugging_face import PATTERNS
 from llmq.types import Artifact
+
+OUR_OWN = ("artifact.json", "measurements.json", "gguf.json", "quantize_config.json")
 
 
 class Skeleton:
@@ -43,7 +47,7 @@ class Skeleton:
     def head(self) -> str:
         """The name of the output head."""
         head = self.module.get_output_embeddings()
-        return next(name for name, module in self.module.named_modules() if module is head)
+        return next(str(name) for name, module in self.module.named_modules() if module is head)
 
     def linears(self, block: str) -> dict[str, Any]:
         """The linear layers of a block by their full names."""
@@ -85,8 +89,8 @@ class Skeleton:
             tensor = self.tensor(name)
             if tensor is None:
                 raise UserError(
-                    f"{str(self.folder)!r} names its tensors otherwise than {type(self.module).__name__} does (there is "
-                    f"no {name!r}); open it with transformers and save it once"
+                    f"{str(self.folder)!r} holds no {name!r}, as {type(self.module).__name__} calls it; "
+                    "open it with transformers and save it once"
                 )
             self.set(name, tensor)
 
@@ -108,6 +112,15 @@ class Skeleton:
                 tensor = self.tensor(name)
                 if tensor is not None:
                     yield name, tensor
+
+    def copy_side_files(self, folder: Path, **changes: Any) -> None:
+        """Copy everything that holds no weights (tokenizer, chat template, code), and the changed configuration."""
+        for file in (file for pattern in PATTERNS for file in self.folder.glob(pattern)):
+            if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in OUR_OWN:
+                shutil.copyfile(file, folder / file.name)
+        config = json.loads((self.folder / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        write_json(folder / "config.json", {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes})
 
     def load_outside(self) -> None:
         """Give everything outside the blocks its weights, tied ones too."""

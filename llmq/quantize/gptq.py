@@ -25,23 +25,17 @@ class Gptq(GridStep, Calibrated, Step):
 
     desc_act: bool = Field(True, description="inputs of the largest activations first")
     static_groups: bool = Field(True, description="groups fixed beforehand: desc_act then costs nothing at inference")
-    damp_percent: float = Field(0.01, gt=0, lt=1, description="of the mean curvature; raised where it does not suffice")
+    damp_percent: float = Field(0.05, gt=0, lt=1, description="of the mean curvature; raised where it does not suffice")
     keep_sparsity: bool | None = Field(None, description="zeros stay zero; if unset, where a prune step came before")
-
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        self.grids(Skeleton.of(base))
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Calibrate, and write the quantized model to `folder`; goes on after a kill where the last block ended."""
         from llmq.blockwise import rewrite
-        from llmq.models.hugging_face import load_tokenizer
         from llmq.quantize.grid_settings import write_config
 
-        model: Any = artifact.model
         source = Skeleton.of(artifact, context.device)
         grids = self.grids(source)
-        windows, calibration = self.windows(load_tokenizer(artifact.weights, model.trust_remote_code), context.seed)
+        windows, calibration = self.windows(artifact, context.seed)
         method = _Gptq(grids, self, any(word.startswith("prune.") for word in artifact.history))
         rewrite(source, folder, method, windows, self.true_sequential)
         write_config(
@@ -79,7 +73,7 @@ class _Gptq(RoundToNearest):
         upper, damping = elimination(hessian, self.step.damp_percent)
         if damping != self.step.damp_percent:
             self.dampings |= dict.fromkeys(layers, damping)
-        changed = {}
+        changed: dict[str, dict[str, Any]] = {}
         # Those on one grid are solved side by side: the time of a solution is the number of its inputs.
         for grid in dict.fromkeys(self.grids[name] for name in layers):
             names = [name for name in layers if self.grids[name] == grid]
@@ -89,9 +83,9 @@ class _Gptq(RoundToNearest):
                 grid.bits,
                 grid.group_size,
                 grid.sym,
+                grid.mse,
                 order,
                 self.step.static_groups,
-                grid.mse,
                 self.keep_zeros,
             )
             parts = made.split([len(layers[name]) for name in names])

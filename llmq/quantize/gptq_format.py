@@ -5,6 +5,7 @@
 int32 `[inputs]` the group of each input.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmq.quantize.grid import Quantized
@@ -59,8 +60,13 @@ def to_tensors(made: Quantized) -> dict[str, Any]:
     }
 
 
-def from_tensors(tensors: dict[str, Any], bits: int, zero_offset: int = 1) -> Quantized:
+def from_tensors(tensors: Mapping[str, Any], bits: int, zero_offset: int = 1) -> Quantized:
     """The quantized matrix in a layer's four tensors; format `gptq_v2` has no offset in its zeros."""
     inputs, outputs = len(tensors["g_idx"]), tensors["scales"].shape[1]
-    zeros = (unpack(tensors["qzeros"].t(), bits, outputs).t().int() + zero_offset) % 2**bits
+    words = tensors["qzeros"].t()
+    if bits != 3:
+        # Others take one from whole words: a zero of 0 borrows from its neighbour, and comes back the same way.
+        words = words + zero_offset * sum(1 << shift for shift in range(0, 31, bits))
+        zero_offset = 0
+    zeros = (unpack(words, bits, outputs).t().int() + zero_offset) % 2**bits
     return Quantized(unpack(tensors["qweight"], bits, inputs), tensors["scales"], zeros, tensors["g_idx"], bits)

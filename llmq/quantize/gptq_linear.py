@@ -20,7 +20,7 @@ TILE = 64
 """Outputs that the packed layout interleaves: 32 in the low half of a byte, 32 in the high half."""
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear):  # type: ignore[misc]
     """A linear layer whose weight is packed as the GPTQ format has it. Its `weight` is unpacked at every look."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, bits: int, groups: int, zero_offset: int, dtype: Any):
@@ -52,14 +52,14 @@ class PackedLinear(nn.Linear):
         return from_tensors({name: getattr(self, name) for name in TENSORS}, self.bits, self.zero_offset)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The float weight `[outputs, inputs]` in the dtype that the layer computes in."""
         if not self.planes:
             return self.quantized().weight().to(self.compute_dtype)
         rows = sum(plane.unpacked() for plane in self.planes)
         if self.order is not None:
-            rows = rows[self.order.argsort()]  # type: ignore[index]
-        return rows.t()  # type: ignore[union-attr]
+            rows = rows[self.order.argsort()]
+        return rows.t()
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`; the gradient goes to the input alone."""
@@ -84,7 +84,7 @@ class PackedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-class Plane(nn.Module):
+class Plane(nn.Module):  # type: ignore[misc]
     """Codes of 4 bits, packed for the processor's int4 product: weight = `(code - 8) * scale + shift`."""
 
     def __init__(self, codes: Tensor, scales: Tensor, shifts: Tensor):
@@ -119,7 +119,7 @@ class Plane(nn.Module):
         return codes
 
 
-class _Unpacking(torch.autograd.Function):
+class _Unpacking(torch.autograd.Function):  # type: ignore[misc]
     """The product of many rows, its weight unpacked anew for the gradient rather than kept."""
 
     @staticmethod
@@ -160,7 +160,9 @@ def planes_of(made: Quantized, order: Tensor) -> "nn.ModuleList":
     if made.bits == 8:
         # (16 high + low - zero) s = (high - 8) 16 s + (low - 8) s + (136 - zero) s
         parts = [(codes >> 4, 16 * scales, torch.zeros_like(scales)), (codes & 15, scales, (136 - zeros) * scales)]
-    return nn.ModuleList(Plane(c, s.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)) for c, s, z in parts)
+    return nn.ModuleList(
+        Plane(c, s.repeat_interleave(repeats, 0), z.repeat_interleave(repeats, 0)) for c, s, z in parts
+    )
 
 
 def layout_is_known() -> bool:

@@ -53,8 +53,8 @@ def elimination(hessian: Any, damp_percent: float) -> tuple[Any, float]:
 def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None:
     """Replace row after row of `[inputs, outputs]`, in place, by what `choose(i, row)` makes of it.
 
-    The error of each is spread over the rows below by `upper`; a choice may look at `rows[i : i + m]` as they are by
-    then wherever `m` divides 32 and `i`, or is a multiple of 32 that divides `i`.
+    The error of each is spread over the rows below by `upper`. A choice finds `rows[i : i + m]` as they are by then if
+    `m` divides `i`, and divides 32 or is a multiple of it.
     """
     import torch
 
@@ -82,44 +82,43 @@ def solve(
     bits: int,
     group_size: int,
     sym: bool,
+    mse: bool = False,
     order: Any = None,
     static_groups: bool = False,
-    mse: bool = False,
     keep_zeros: bool = False,
 ) -> Quantized:
     """The matrix `[outputs, inputs]` quantized, given the elimination of its inputs (taken in `order` if given).
 
-    Groups are `group_size` inputs that follow one another as they are rounded (-1: all); `static_groups` fixes them
-    and their grids beforehand in the matrix's own order, so that an order costs nothing at inference.
+    Groups are `group_size` inputs that follow one another as they are rounded (-1: all), their grids found when the
+    block of 128 that holds them begins. `static_groups` fixes groups and grids beforehand in the matrix's own order, so
+    that an order costs nothing at inference.
     """
     import torch
 
-    rows = weight.t().contiguous() if order is None else weight.t()[order].contiguous()
+    columns = weight.t()
+    rows = (columns if order is None else columns[order]).contiguous()
     inputs, outputs = rows.shape
     size = inputs if group_size == -1 else group_size
     place = torch.arange(inputs, device=rows.device)
     g_idx = (order if static_groups and order is not None else place) // size
+    scales, zeros = rows.new_empty(2, inputs // size, outputs)
     if static_groups:
-        scales, zeros = find_grid(weight.t().contiguous().view(inputs // size, size, outputs), bits, sym, mse)
-    else:
-        scales, zeros = rows.new_empty(2, inputs // size, outputs)
-    groups, point = g_idx.tolist(), rows.new_empty(outputs)
-    low = high = scale = kept = None
-    current = -1
-    if keep_zeros:
-        kept = (rows != 0).to(rows.dtype)
+        scales[:], zeros[:] = find_grid(columns.contiguous().view(-1, size, outputs), bits, sym, mse)
+    groups, point = g_idx.tolist(), torch.empty_like(rows[0])
+    kept = (rows != 0).to(rows.dtype) if keep_zeros else None
+    step = max(BLOCK, size)
 
     def choose(i: int, row: Any) -> Any:
-        nonlocal low, high, scale, current
-        if groups[i] != current:
-            current = groups[i]
-            if not static_groups:
-                scales[current], zeros[current] = find_grid(rows[i : i + size], bits, sym, mse)
-            scale, zero = scales[current], zeros[current]
-            low, high = -zero, 2**bits - 1 - zero
+        if i % step == 0 and not static_groups:
+            of = slice(i // size, (i + step) // size)
+            scales[of], zeros[of] = find_grid(rows[i : i + step].view(-1, size, outputs), bits, sym, mse)
+        if i == 0 or groups[i] != groups[i - 1] or i % step == 0:
+            now[:] = scales[groups[i]], -zeros[groups[i]], 2**bits - 1 - zeros[groups[i]]
+        scale, low, high = now
         torch.div(row, scale, out=point).round_().clamp_(low, high).mul_(scale)
-        return point.mul_(kept[i]) if kept is not None else point
+        return point if kept is None else point.mul_(kept[i])
 
+    now: list[Any] = [None] * 3
     compensate(rows, upper, choose)
     codes = codes_of(rows, scales, zeros, g_idx)
     if order is not None:

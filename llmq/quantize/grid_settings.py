@@ -1,9 +1,8 @@
 """What `quantize.gptq` and `quantize.rtn` share: the grid's settings, its checks, and the checkpoint they write."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,10 +10,10 @@ from llmq import __version__
 from llmq.errors import UserError
 from llmq.files import write_json
 from llmq.layers import Pattern, settings_of
-from llmq.models.hugging_face import copy_side_files
 from llmq.models.skeleton import Skeleton
 from llmq.quantize import gptq_format
 from llmq.quantize.grid import Quantized, round_to_nearest
+from llmq.types import Artifact
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -27,7 +26,7 @@ class Grid(BaseModel):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, -1] = Field(64, description="inputs that share a scale; -1: all of them")
     sym: bool = Field(True, description="the zero in the middle of the grid")
-    mse: bool = Field(False, description="shrink each range to where the squared error is least")
+    mse: bool = Field(True, description="shrink each range to where the squared error is least")
 
 
 class GridStep(Grid):
@@ -36,6 +35,10 @@ class GridStep(Grid):
     modules: dict[Pattern, Literal["skip"] | Grid] = Field(
         {}, description="by regular expression: {down_proj: {bits: 8}, lm_head: {bits: 4}, 'layers.0.': skip}"
     )
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for settings that the shapes of its layers do not allow."""
+        self.grids(Skeleton.of(base))
 
     def grids(self, source: Skeleton) -> dict[str, Grid]:
         """The grid of each layer to be quantized. Raises `UserError` for one whose shape it cannot hold."""
@@ -55,7 +58,9 @@ def check_shape(name: str, layer: Any, grid: Grid) -> None:
     if grid.group_size > 0 and inputs % grid.group_size:
         can = [size for size in GROUP_SIZES if inputs % size == 0]
         cure = f"{' and '.join(map(str, can))} {'are' if len(can) > 1 else 'is'}" if can else "-1 takes the whole row"
-        raise UserError(f"group_size {grid.group_size} of {name}: {inputs} is not divisible by {grid.group_size}; {cure}")
+        raise UserError(
+            f"group_size {grid.group_size} of {name}: {inputs} is not divisible by {grid.group_size}; {cure}"
+        )
     for count, side in ((inputs, "inputs"), (outputs, "outputs")):
         if count * grid.bits % 32:
             raise UserError(
@@ -92,7 +97,6 @@ class RoundToNearest:
 
 def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step: GridStep, **settings: Any) -> None:
     """Everything beside the weights: configuration, `quantize_config.json`, tokenizer."""
-    copy_side_files(source.folder, folder)
     head = source.head in grids
     config = {
         **{name: getattr(step, name) for name in ("bits", "group_size", "sym")},
@@ -105,12 +109,8 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
         "meta": {"quantizer": [f"llmq:{__version__}"]},
     }
     write_json(folder / "quantize_config.json", config)
-    model_config = json.loads((source.folder / "config.json").read_text())
-    model_config.pop("torch_dtype", None)
-    model_config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": config}
-    if head:
-        model_config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", model_config)
+    untied = {"tie_word_embeddings": False} if head else {}
+    source.copy_side_files(folder, quantization_config=config, **untied)
 
 
 def dynamic(source: Skeleton, grids: Mapping[str, Grid], step: GridStep) -> dict[str, dict[str, Any]]:

@@ -19,10 +19,6 @@ class Rtn(GridStep, Step):
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
     leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
 
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        self.grids(Skeleton.of(base))
-
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the rounded model to `folder`."""
         from llmq.blockwise import rewrite
