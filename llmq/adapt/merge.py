@@ -26,6 +26,7 @@ class Merge(Step):
     data: DataWord = Field("pydoc", validate_default=True, description="held-out text for the comparison")
     tokens: PositiveInt = Field(4096, description="how many held-out tokens to compare on")
     window: PositiveInt = 256
+    keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
 
     def check(self) -> None:
@@ -49,7 +50,10 @@ class Merge(Step):
         model: Any = artifact.model
         module = load_causal_lm(artifact.weights, "float32", context.device, model.trust_remote_code)
         module = dequantized(module) if artifact.packed else module
+        zeros = _zeros(module) if self.keep_sparsity else {}
         module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
+        for name, places in zeros.items():
+            module.get_parameter(name).data[places] = 0
         module.to(getattr(torch, self.dtype or model.dtype)).save_pretrained(folder)
         load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
 
@@ -64,3 +68,8 @@ class Merge(Step):
         with adapted.open(device) as a, merged.open(device) as b:
             windows = windows_of(text, a.processor, self.window, max(1, self.tokens // self.window))
             return compare_outputs(a.module, b.module, windows, device, self.word, "base + adapter", "merged")
+
+
+def _zeros(module: Any) -> dict[str, Any]:
+    """Where the matrices of a model are zero, by parameter."""
+    return {name: p == 0 for name, p in module.named_parameters() if p.ndim == 2}

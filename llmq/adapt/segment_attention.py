@@ -33,9 +33,9 @@ def attend(query: Any, key: Any, value: Any, scaling: float, segments: Sequence[
     rows, _, tokens, _ = query.shape
     if len(segments) == rows and all(end - start == tokens for _, start, end in segments):
         return causal(query, key, value, scaling).transpose(1, 2)
-    parts = [
-        causal(*(x[row : row + 1, :, start:end] for x in (query, key, value)), scaling=scaling)
-        for row, start, end in segments
-    ]
+    parts = []
+    for row, start, end in segments:
+        q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
+        parts.append(causal(q, k, v, scaling))
     joined = torch.cat(parts, dim=2).transpose(1, 2)
     return joined.reshape(rows, tokens, *joined.shape[2:])

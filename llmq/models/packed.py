@@ -57,6 +57,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             layer.prepare()
         return model
 
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, PackedLinear):
+                dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                dense.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+                dense.bias = layer.bias
+                model.set_submodule(name, dense)
+        return model
+
     def is_serializable(self) -> bool:
         """Not from here: the checkpoint itself is what to copy."""
         return False

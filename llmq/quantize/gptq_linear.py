@@ -45,7 +45,7 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
             self.order = order
         self.planes = planes_of(made, order)
         for name in TENSORS:
-            setattr(self, name, None)
+            delattr(self, name)
 
     def quantized(self) -> Quantized:
         """What the four tensors of the format hold."""

@@ -14,10 +14,13 @@ class Size(Task):
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Counted on the files and on the opened module."""
-        parameters, nonzeros = 0, 0
-        for values in dense_weights(loaded.module):
+        parameters = nonzeros = saved = 0
+        for values, bits in dense_weights(loaded.module):
+            left = int(values.count_nonzero())
             parameters += values.numel()
-            nonzeros += int(values.count_nonzero())
+            nonzeros += left
+            saved += max(0, (values.numel() * bits - values.numel() - left * bits) // 8)
+        on_disk = bytes_of(loaded.artifact.weight_files())
 
         def exact(metric: str, value: int, unit: str, better: Better, convention: str) -> Measurement:
             return Measurement(self.name, metric, value, unit, better, 1, 0.0, convention)
@@ -25,7 +28,7 @@ class Size(Task):
         return (
             exact(
                 "bytes_on_disk",
-                bytes_of(loaded.artifact.weight_files()),
+                on_disk,
                 "bytes",
                 "lower",
                 "safetensors files of the weights and of the adapter, if there is one",
@@ -39,6 +42,13 @@ class Size(Task):
             ),
             exact("parameters", parameters, "parameters", "lower", "as they multiply: a packed weight counts unpacked"),
             exact("nonzeros", nonzeros, "parameters", "lower", "parameters whose value, unpacked, is not zero"),
+            exact(
+                "sparse_bytes",
+                on_disk - saved,
+                "bytes",
+                "lower",
+                "not a file: what the files would hold if each tensor kept a bitmap and its non-zeros where that is less",
+            ),
         )
 
 
@@ -69,19 +79,23 @@ def unique(tensors: Iterable[Any]) -> list[Any]:
     return list({t.untyped_storage().data_ptr(): t for t in tensors if t.numel()}.values())
 
 
-def dense_weights(module: Any) -> Iterator[Any]:
-    """Every parameter with its values, packed ones unpacked one at a time."""
+def dense_weights(module: Any) -> Iterator[tuple[Any, int]]:
+    """Every parameter with its values, packed ones unpacked one at a time, and the bits that a value is stored in."""
+    from llmq.quantize.gptq_linear import PackedLinear
+
     seen: set[int] = set()
     for layer in module.modules():
+        if isinstance(layer, PackedLinear):
+            yield layer.weight, layer.bits
         for parameter in layer.parameters(recurse=False):
             if parameter.data_ptr() not in seen:
                 seen.add(parameter.data_ptr())
                 yield _unpacked(parameter)
 
 
-def _unpacked(parameter: Any) -> Any:
+def _unpacked(parameter: Any) -> tuple[Any, int]:
     if getattr(parameter, "quant_state", None) is None:
-        return parameter.data
+        return parameter.data, parameter.element_size() * 8
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(parameter.data, parameter.quant_state)
+    return dequantize_4bit(parameter.data, parameter.quant_state), 4

@@ -1,0 +1,196 @@
+"""Whatever is wrong with a quantization or a pruning: one line that quotes it and says the cure, and nothing written."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import apply, base_of, reshaped
+from test_bad_input import Bad, Files, assert_one_line, here, listing, recipe, write  # noqa: F401
+
+from llmq import cli
+
+CALIBRATED = ("quantize.gptq", "prune.wanda", "prune.sparsegpt", "prune.layers")
+FLOAT = (*CALIBRATED, "quantize.rtn", "prune.magnitude")
+NEEDED = {"prune.layers": "drop: 1"}
+"""What a step cannot do without."""
+
+
+def one(name: str, word: str, settings: str, *says: str, files: Files | None = None) -> list[Bad]:
+    """A recipe whose only step is set wrong."""
+    return recipe(f"{word}-{name}", f"steps:\n- {word}: {{{settings}}}\n", "r.yaml:4", *says, files=files)
+
+
+def after(first: str, word: str, *says: str) -> list[Bad]:
+    """A recipe whose second step cannot stand on its first."""
+    steps = f"steps:\n- {first}\n- {word}: {{{NEEDED.get(word, '')}}}\n"
+    return recipe(f"{word}-after-{first.partition(':')[0]}", steps, "r.yaml:5", f"'{word}'", *says)
+
+
+# One step of each kind; the others take these settings from the same class.
+GRID, SPARSE, DAMPED = "quantize.gptq", "prune.wanda", "prune.sparsegpt"
+SETTINGS = [
+    *one("bits-5", GRID, "bits: 5", "bits: 5", "2, 3, 4 or 8"),
+    *one("group-48", GRID, "group_size: 48", "group_size: 48", "32, 64, 128 or -1"),
+    *one("sparsity-99", SPARSE, "sparsity: 0.99", "sparsity: 0.99", "less than or equal to 0.95"),
+    *one("sparsity-below-0", SPARSE, "sparsity: -0.1", "sparsity: -0.1", "greater than or equal to 0"),
+    *one("pattern-2-3", SPARSE, "pattern: '2:3'", "'2:3'", "m is one of 2, 4, 8, 16, 32"),
+    *one("pattern-5-4", SPARSE, "pattern: '5:4'", "'5:4'", "n less than m"),
+    *one("pattern-0-4", SPARSE, "pattern: '0:4'", "'0:4'", "n less than m"),
+    *one("pattern-foo", SPARSE, "pattern: foo", "'foo'", "'unstructured' nor n:m", "'2:4'"),
+    *one("both", SPARSE, "sparsity: 0.3, pattern: '2:4'", "sparsity 0.3", "pattern '2:4', 0.5"),
+    *one("both-in-a-layer", SPARSE, "pattern: '2:4', modules: {up: {sparsity: 0.3}}", "sparsity 0.3", "'2:4', 0.5"),
+    *(bad for word in (GRID, DAMPED) for bad in one("damp-0", word, "damp_percent: 0", "damp_percent: 0", "than 0")),
+    *(bad for word in (GRID, DAMPED) for bad in one("damp-1.5", word, "damp_percent: 1.5", "damp_percent: 1.5", "1")),
+    *one("samples-0", GRID, "samples: 0", "samples: 0", "greater than 0"),
+    *one("length-0", GRID, "length: 0", "length: 0", "greater than 0"),
+    *one("data-missing", GRID, "data: no.jsonl", "there is no file 'no.jsonl'"),
+    *one("data-empty", GRID, "data: d.jsonl", "d.jsonl", "no rows", files={"d.jsonl": ""}),
+    *one("text-empty", GRID, "data: d.txt", "d.txt", "the file is empty", files={"d.txt": "\n"}),
+    *one("drop-0", "prune.layers", "drop: 0", "drop: 0", "greater than 0"),
+    *one("drop-what", "prune.layers", "", "'drop' of prune.layers is needed"),
+    *one("no-expression", GRID, "modules: {'down_proj(': skip}", "'down_proj('", "no regular expression"),
+    *one("no-expression", SPARSE, "modules: {'*proj': skip}", "'*proj'", "no regular expression"),
+    *one("key-of-a-layer", GRID, "modules: {down_proj: {bitz: 8}}", "'bitz'", "down_proj", "did you mean 'bits'?"),
+    *one("key-of-a-layer", SPARSE, "modules: {up: {sparsty: 0.3}}", "'sparsty'", "up", "did you mean 'sparsity'?"),
+    *one("value-of-a-layer", GRID, "modules: {down_proj: {bits: 7}}", "down_proj", "7", "2, 3, 4 or 8"),
+    *one("value-of-a-layer", SPARSE, "modules: {up: {sparsity: 1}}", "up", "1", "less than or equal to 0.95"),
+    *one("word-of-a-layer", GRID, "modules: {down_proj: skp}", "down_proj", "'skp'", "'skip'"),
+    *one("layers-in-a-list", GRID, "modules: [down_proj]", "['down_proj']", "valid dictionary"),
+]
+# YAML reads 2:4 as 124, minutes and seconds.
+UNQUOTED = [
+    *one("pattern-unquoted", SPARSE, "pattern: 2:4", "pattern", "'2:4'", "quotes"),
+    *recipe("pattern-override", "steps:\n- prune.wanda\n", "'2:4'", "quotes", overrides="prune.wanda.pattern=2:4"),
+]
+ORDER = [
+    *(bad for word in FLOAT for bad in after("quantize.bnb", word, "needs float weights", "put it first")),
+    *(bad for word in FLOAT for bad in after("adapt.lora: {data: pydoc}", word, "put adapt.merge before it")),
+    *after("quantize.gptq", "quantize.rtn", "needs float weights"),
+    *after("quantize.rtn", "prune.wanda", "needs float weights"),
+]
+
+
+@pytest.mark.parametrize("bad", [*SETTINGS, *UNQUOTED, *ORDER], ids=lambda bad: bad.name)
+def test_wrong_settings_are_seen_in_the_recipe(bad, here, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(sys, "argv", ["llmq", *bad.argv])
+    write(bad.files, here)
+    before = listing(here)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert_one_line(bad, stop.value.code, *capsys.readouterr())
+    assert listing(here) == before
+
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama, tmp_path_factory) -> Models:
+    """Tiny models, each of them odd in one way, made when they are first asked for."""
+    root = tmp_path_factory.mktemp("odd-models")
+
+    def model(name: str) -> Path:
+        if not (root / name).exists():
+            MAKERS[name](tiny_llama, root / name)
+        return root / name
+
+    return model
+
+
+def gpt2(like: Path, folder: Path) -> None:
+    """A GPT-2, whose blocks hold no plain linear layer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=403, n_embd=64, n_layer=2, n_head=4)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+
+
+MAKERS: dict[str, Callable[[Path, Path], object]] = {
+    "of 576": lambda like, to: reshaped(like, to, hidden_size=576, num_attention_heads=9, num_key_value_heads=3),
+    "of 50": lambda like, to: reshaped(like, to, intermediate_size=50),
+    "of 27": lambda like, to: reshaped(like, to, intermediate_size=27),
+    "packed": lambda like, to: apply("quantize.rtn", base_of(like), to, group_size=32),
+    "gpt2": gpt2,
+}
+LLAMA = "of 50"
+MISSPELT = ("'down_prj'", "did you mean 'down_proj'?")
+SHOWN_BY_THE_BASE = {
+    **{f"{w} 576 by 128": ("of 576", w, "group_size: 128", "576 is not divisible by 128; 64 and 32 are") for w in GRID},
+    "50 inputs by 32": ("of 50", "quantize.gptq", "group_size: 32, modules: {gate_proj: skip, up_proj: skip}",
+                        "model.layers.0.mlp.down_proj", "50 is not divisible by 32; -1 takes the whole row"),
+    **{f"{w} of 50 outputs": ("of 50", w, "group_size: 32", "bits 4 of model.layers.0.mlp.gate_proj", "50 × 4",
+                              "modules: {gate_proj: skip}") for w in GRID},
+    **{f"{w} 2:4 of 50 inputs": ("of 50", w, "pattern: '2:4'", "pattern '2:4' of model.layers.0.mlp.down_proj",
+                                 "50 is not divisible by 4", "2") for w in SPARSE},
+    "1:2 of 27 inputs": ("of 27", "prune.magnitude", "pattern: '1:2'", "27 is not divisible by 2", "modules:", "skip"),
+    **{f"{w} no such layer": (LLAMA, w, "modules: {down_prj: skip}", *MISSPELT) for w in GRID + SPARSE},
+    **{f"{w} no layer left": (LLAMA, w, "modules: {layers: skip}", "skips every layer", "leave one")
+       for w in GRID + SPARSE},
+    "drop all": (LLAMA, "prune.layers", "drop: 2", "drop 2", "2 blocks", "drop 1 at most"),
+    "drop more": (LLAMA, "prune.layers", "drop: 7", "drop 7", "2 blocks", "drop 1 at most"),
+    **{f"{w} packed": ("packed", w, NEEDED.get(w, ""), f"'{w}' needs float weights", "name a float model")
+       for w in FLOAT},
+    **{f"{w} gpt2": ("gpt2", w, NEEDED.get(w, ""), "gpt2", "no plain linear layer") for w in FLOAT},
+}  # fmt: skip
+
+
+def refusal(word: str, settings: str, model: Path, here: Path, monkeypatch, capsys) -> str:  # noqa: F811
+    """The last line that `llmq run` says of a recipe of one step."""
+    weights = json.dumps(str(model))
+    text = f"model: {{causal_lm: {{weights: {weights}}}}}\nsteps:\n- {word}: {{{settings}}}\n"
+    write({"r.yaml": text}, here)
+    monkeypatch.setattr(sys, "argv", ["llmq", "run", "r.yaml"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.count("llmq: ") == 1
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", SHOWN_BY_THE_BASE)
+def test_what_the_base_shows_to_be_wrong_is_seen_before_anything_is_written(
+    name,
+    here,  # noqa: F811
+    models,
+    monkeypatch,
+    capsys,
+):
+    model, word, settings, *says = SHOWN_BY_THE_BASE[name]
+    line = refusal(word, settings, models(model), here, monkeypatch, capsys)
+    for fragment in ("llmq: ", word, *says):
+        assert fragment in line
+    assert list(listing(here)) == ["r.yaml"]
+
+
+BROKEN = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def broken(tiny_llama, tmp_path_factory) -> Path:
+    """The tiny Llama with one weight that is not a number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("broken")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.get_submodule(BROKEN).weight.data[3, 5] = float("nan")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("word", FLOAT)
+def test_weights_that_are_no_numbers_are_named_by_their_layer(word, broken, tiny_jsonl, here, monkeypatch, capsys):  # noqa: F811
+    settings = {
+        "quantize.rtn": "group_size: 32",
+        "prune.magnitude": "",
+        "prune.layers": f"drop: 1, length: 32, data: {tiny_jsonl}",
+    }
+    line = refusal(word, settings.get(word, f"length: 32, data: {tiny_jsonl}"), broken, here, monkeypatch, capsys)
+    assert (BROKEN if word != "prune.layers" else "model.layers.1") in line
+    assert "not finite" in line
+    assert not list(here.glob(f"runs/*/1-{word}"))
