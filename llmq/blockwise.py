@@ -18,6 +18,7 @@ from llmq.attention import tiled
 from llmq.calibration import Gathered
 from llmq.errors import LlmqError, UserError
 from llmq.files import write_json
+from llmq.measure import trim
 from llmq.models.skeleton import Skeleton
 from llmq.terminal import track
 
@@ -58,6 +59,7 @@ def rewrite(
             else:
                 write(walk.change_block(block), file)
             source.free(block)
+            trim(source.device)  # or freed pieces between living ones would add up, block after block
         if not files[-1].exists():
             head = walk.change_head()
             outside = {name: tensor for name, tensor in source.outside() if not head or name != f"{source.head}.weight"}

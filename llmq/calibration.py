@@ -76,7 +76,9 @@ class Gathered:
 
     def total(self) -> Any:
         """The sum: `[features, features]`, or its diagonal `[features]`."""
-        return self._sum if self.what == "squares" else self._sum.tril() + self._sum.tril(-1).t()
+        if self.what == "hessian":
+            self._sum.tril_().add_(self._sum.tril(-1).t())
+        return self._sum
 
 
 @contextmanager

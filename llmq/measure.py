@@ -74,12 +74,17 @@ def synchronize(device: str) -> None:
 
 def release_memory(device: str) -> None:
     """Give what Python and the allocators hold but do not use back to the system."""
+    gc.collect()
+    trim(device)
+
+
+def trim(device: str) -> None:
+    """Give what the allocators hold but do not use back to the system."""
     import ctypes
     import platform
 
     import torch
 
-    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":

@@ -69,8 +69,7 @@ class _Gptq(RoundToNearest):
         from llmq.quantize.gptq_solver import elimination, solve
 
         order = gathered.diagonal().argsort(descending=True, stable=True) if self.step.desc_act else None
-        hessian = gathered if order is None else gathered[order][:, order]
-        upper, damping = elimination(hessian, self.step.damp_percent)
+        upper, damping = elimination(gathered, self.step.damp_percent, order)
         if damping != self.step.damp_percent:
             self.dampings |= dict.fromkeys(layers, damping)
         changed: dict[str, dict[str, Any]] = {}

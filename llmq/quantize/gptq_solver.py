@@ -17,12 +17,12 @@ DAMP_INCREMENT = 0.0125
 """What is added to `damp_percent`, times 1, 2, 4, …, until the factorization succeeds."""
 
 
-def elimination(hessian: Any, damp_percent: float) -> tuple[Any, float]:
-    """Rows of the upper Cholesky factor of the inverse Hessian, each divided by its diagonal, and the damping used.
+def elimination(hessian: Any, damp_percent: float, order: Any = None) -> tuple[Any, float]:
+    """The upper Cholesky factor of the inverse of a damped Hessian, its inputs in `order`, and the damping used.
 
-    Row `i` says how an error in input `i` is to be made good by the inputs after it. `hessian` is `X^T X` `[inputs,
-    inputs]`, whole or its lower half. An input that never fires gets the mean curvature and stays uncoupled: it is
-    rounded to nearest. Raises `UserError` for values that are not finite, or if no damping below 1 helps.
+    Row `i`, divided by its diagonal, says how an error in input `i` is made good by the inputs after it. `hessian` is
+    `X^T X` `[inputs, inputs]`. An input that never fires gets the mean curvature and stays uncoupled: it is rounded to
+    nearest. Raises `UserError` for values that are not finite, or if no damping below 1 helps.
     """
     import torch
 
@@ -32,22 +32,24 @@ def elimination(hessian: Any, damp_percent: float) -> tuple[Any, float]:
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     diagonal[dead] = mean
-    tried, increment = damp_percent, DAMP_INCREMENT
     # The Cholesky factor of the reversed matrix, reversed, is upper: H = R R^T, so that H^-1 = R^-T R^-1 and the
     # factor that GPTQ wants is R^-1: one factorization and one triangular inverse in place of three steps.
-    reversed_upper = hessian.tril().t().flip(0, 1)  # its lower half: all that the factorization reads
+    backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = backwards.flip(0)
+    tried, increment = damp_percent, DAMP_INCREMENT
     while True:
-        damped = reversed_upper.contiguous()
-        damped.diagonal().copy_((diagonal + tried * mean).flip(0))
-        factor, info = torch.linalg.cholesky_ex(damped)
+        factor = hessian[backwards.unsqueeze(1), backwards]
+        factor.diagonal().copy_((diagonal + tried * mean)[backwards])
+        factor, info = torch.linalg.cholesky_ex(factor)
         if int(info) == 0:
             break
         tried, increment = tried + increment, increment * 2
         if tried >= 1:
             raise UserError(f"the Hessian of the calibration cannot be factorized, even damped by {tried:.2f}")
-    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
-    return upper, tried
+    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    return inverse.flip(0, 1), tried
 
 
 def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None:
@@ -58,7 +60,7 @@ def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None
     """
     import torch
 
-    spread = upper / upper.diagonal().unsqueeze(1)
+    diagonal = upper.diagonal().tolist()
     errors = torch.empty(BLOCK, rows.shape[1], dtype=rows.dtype, device=rows.device)
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
@@ -67,13 +69,12 @@ def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None
             for i in range(first, last):
                 row, error = rows[i], errors[i - start]
                 chosen = choose(i, row)
-                torch.sub(row, chosen, out=error)
+                torch.sub(row, chosen, out=error).div_(diagonal[i])
                 row.copy_(chosen)
-                if i + 1 < last:
-                    rows[i + 1 : last].addr_(spread[i, i + 1 : last], error, alpha=-1)
+                rows[i + 1 : last].addr_(upper[i, i + 1 : last], error, alpha=-1)
             made = errors[first - start : last - start]
-            rows[last:stop].addmm_(spread[first:last, last:stop].t(), made, alpha=-1)
-        rows[stop:].addmm_(spread[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+            rows[last:stop].addmm_(upper[first:last, last:stop].t(), made, alpha=-1)
+        rows[stop:].addmm_(upper[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
 
 
 def solve(
