@@ -49,6 +49,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 groups = shapes[f"{name}.scales"][0]
                 with torch.device("meta"):
                     packed = PackedLinear(inputs, outputs, layer.bias is not None, bits, groups, offset, dtype)
+                packed._is_hf_initialized = True  # or transformers would fill what it takes for a weight
                 model.set_submodule(name, packed)
         return model
 

@@ -56,10 +56,8 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
         """The float weight `[outputs, inputs]` in the dtype that the layer computes in."""
         if not self.planes:
             return self.quantized().weight().to(self.compute_dtype)
-        rows = sum(plane.unpacked() for plane in self.planes)
-        if self.order is not None:
-            rows = rows[self.order.argsort()]
-        return rows.t()
+        rows = unpacked(self.planes)
+        return rows.t() if self.order is None else rows[self.order.argsort()].t()
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`; the gradient goes to the input alone."""
@@ -70,8 +68,8 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
         if not self.planes or rows > ROWS or input.dtype != torch.bfloat16:
             return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
         flat = input.reshape(rows, self.in_features)
-        if self.order is not None:
-            flat = flat[:, self.order]
+        # The kernel takes rows for lying one after another.
+        flat = flat.contiguous() if self.order is None else flat[:, self.order]
         made = self.planes[0].product(flat)
         for plane in self.planes[1:]:
             made = made + plane.product(flat)
@@ -91,6 +89,7 @@ class Plane(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.outputs = codes.shape[1]
         self.group = len(codes) // len(scales)
+        self.shifted = bool(shifts.any())
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().int().contiguous(), 1)
         self.register_buffer("packed", packed)
         self.register_buffer("scales", torch.stack([scales, shifts], -1).bfloat16().contiguous())
@@ -100,23 +99,33 @@ class Plane(nn.Module):  # type: ignore[misc]
         made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
         return made
 
-    def unpacked(self) -> Tensor:
-        """The weight `[inputs, outputs]` in bfloat16."""
+    def codes(self) -> Tensor:
+        """The codes `[inputs, outputs]` less 8, in bfloat16."""
         inputs = self.packed.shape[1] * 2
         whole = self.outputs // TILE * TILE
-        codes = torch.empty(inputs, self.outputs, dtype=torch.bfloat16)
+        made = torch.empty(inputs, self.outputs, dtype=torch.bfloat16)
         flat = self.packed.view(-1)
-        tiles = flat[: whole * inputs // 2].view(-1, inputs, TILE // 2)
-        into = codes[:, :whole].view(inputs, -1, 2, TILE // 2)
-        into[:, :, 0] = (tiles & 15).transpose(0, 1)
-        into[:, :, 1] = (tiles >> 4).transpose(0, 1)
-        if whole < self.outputs:  # an incomplete tile is packed pair by pair
-            rest = flat[whole * inputs // 2 :].view(inputs, -1)
-            codes[:, whole::2], codes[:, whole + 1 :: 2] = rest & 15, rest >> 4
-        grouped = codes.view(len(self.scales), self.group, self.outputs)
-        scales, shifts = (self.scales[..., i].unsqueeze(1) for i in (0, 1))
-        grouped.sub_(8).mul_(scales).add_(shifts)
-        return codes
+        low, high = ((part.view(torch.int8) - 8) for part in (flat & 15, flat >> 4))
+        for half, codes in enumerate((low, high)):
+            tiles = codes[: whole * inputs // 2].view(-1, inputs, TILE // 2)
+            made[:, :whole].view(inputs, -1, 2, TILE // 2)[:, :, half] = tiles.transpose(0, 1)
+            # An incomplete tile is packed pair by pair.
+            made[:, whole + half :: 2] = codes[whole * inputs // 2 :].view(inputs, -1)
+        return made
+
+
+def unpacked(planes: Any) -> Tensor:
+    """The weight `[inputs, outputs]` of all planes in bfloat16: whole numbers until the scale rounds them, once."""
+    made: Tensor = planes[0].codes()
+    for plane in planes[1:]:
+        made.mul_(16).add_(plane.codes())
+    last = planes[-1]
+    scales, shifts = last.scales.unbind(-1)
+    grouped = made.view(len(scales), last.group, last.outputs)
+    if last.shifted:
+        grouped += (shifts / scales).round().unsqueeze(1)
+    grouped *= scales.unsqueeze(1)
+    return made
 
 
 class _Unpacking(torch.autograd.Function):  # type: ignore[misc]
@@ -156,8 +165,11 @@ def planes_of(made: Quantized, order: Tensor) -> "nn.ModuleList":
     codes, scales = made.codes[order], made.scales.float()
     repeats = len(codes) // len(scales) // kernel_group(len(codes), len(scales))
     zeros = made.zeros.float()
-    parts = [(codes, scales, (8 - zeros) * scales)]
-    if made.bits == 8:
+    middle = 2 ** (made.bits - 1)
+    if made.bits < 8:
+        # The middle of the grid to the middle of the plane: what is left to shift is nothing on a symmetric grid.
+        parts = [(codes + (8 - middle), scales, (middle - zeros) * scales)]
+    else:
         # (16 high + low - zero) s = (high - 8) 16 s + (low - 8) s + (136 - zero) s
         parts = [(codes >> 4, 16 * scales, torch.zeros_like(scales)), (codes & 15, scales, (136 - zeros) * scales)]
     return nn.ModuleList(
@@ -166,13 +178,13 @@ def planes_of(made: Quantized, order: Tensor) -> "nn.ModuleList":
 
 
 def layout_is_known() -> bool:
-    """Whether this processor's packed layout is the one that `Plane.unpacked` reads."""
+    """Whether this processor's packed layout is the one that `Plane.codes` reads."""
     global _known
     if _known is None:
         _known = False
         codes = torch.randint(16, (64, 3 * TILE + 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        plane = Plane(codes, torch.ones(2, codes.shape[1]), torch.full((2, codes.shape[1]), 8.0))
-        _known = torch.equal(plane.unpacked(), codes.bfloat16())
+        plane = Plane(codes, torch.ones(2, codes.shape[1]), torch.zeros(2, codes.shape[1]))
+        _known = torch.equal(plane.codes(), codes.bfloat16() - 8)
     return _known
 
 
