@@ -44,7 +44,8 @@ def tiled(model: Any) -> Iterator[None]:
     from transformers.masking_utils import sdpa_mask
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
-        scaling, special = kwargs.get("scaling"), any(kwargs.get(k) is not None for k in SPECIAL)
+        scaling = kwargs.get("scaling")
+        special = kwargs.get("dropout") or any(kwargs.get(k) is not None for k in SPECIAL)
         same = query.shape[2] == key.shape[2] and query.device.type == "cpu"
         if mask is not None or special or not same or scaling is None or not getattr(module, "is_causal", False):
             made: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, mask, **kwargs)

@@ -96,5 +96,4 @@ def sparsegpt(weight, rows, share, of_each):
                 gone[:, i : i + step] = ranks < round(share * scores.size)
         error = np.where(gone[:, i], left[:, i], 0)
         left -= np.outer(error, rows[i]) / pivots[i]
-        left[gone[:, i], i] = 0
-    return left
+    return np.where(gone, 0, left)

@@ -1,13 +1,12 @@
-"""Whatever is wrong with a quantization or a pruning: one line that quotes it and says the cure, and nothing written."""
+"""Whatever is wrong with a quantization or a pruning: one line that quotes it, exit code 2, and nothing written."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import apply, base_of, reshaped
-from test_bad_input import Bad, Files, assert_one_line, here, listing, recipe, write  # noqa: F401
+from test_bad_input import Bad, Files, assert_one_line, listing, recipe, write
 
 from llmq import cli
 
@@ -72,18 +71,68 @@ ORDER = [
 ]
 
 
+@pytest.fixture
+def ended(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in an empty folder; its exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmq", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize("bad", [*SETTINGS, *UNQUOTED, *ORDER], ids=lambda bad: bad.name)
-def test_wrong_settings_are_seen_in_the_recipe(bad, here, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(sys, "argv", ["llmq", *bad.argv])
-    write(bad.files, here)
-    before = listing(here)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert_one_line(bad, stop.value.code, *capsys.readouterr())
-    assert listing(here) == before
+def test_wrong_settings_are_seen_in_the_recipe(bad, ended, tmp_path):
+    write(bad.files, tmp_path)
+    before = listing(tmp_path)
+    assert_one_line(bad, *ended(*bad.argv))
+    assert listing(tmp_path) == before
 
 
 Models = Callable[[str], Path]
+BROKEN = "model.layers.1.mlp.up_proj"
+
+
+def gpt2(like: Path, folder: Path) -> None:
+    """A model whose blocks hold no plain linear layer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=403, n_embd=64, n_layer=2, n_head=4)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+
+
+def opt(like: Path, folder: Path) -> None:
+    """A model that knows 64 positions and no more."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=403, max_position_embeddings=64, num_attention_heads=4, **shape)
+    OPTForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+
+
+def broken(like: Path, folder: Path) -> None:
+    """The tiny Llama with one weight that is not a number."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(reshaped(like, folder))
+    model.get_submodule(BROKEN).weight.data[3, 5] = float("nan")
+    model.save_pretrained(folder)
+
+
+MAKERS: dict[str, Callable[[Path, Path], object]] = {
+    "of 576": lambda like, to: reshaped(like, to, hidden_size=576, num_attention_heads=9, num_key_value_heads=3),
+    "of 50": lambda like, to: reshaped(like, to, intermediate_size=50),
+    "of 27": lambda like, to: reshaped(like, to, intermediate_size=27),
+    "packed": lambda like, to: apply("quantize.rtn", base_of(like), to, group_size=32),
+    "gpt2": gpt2,
+    "opt": opt,
+    "broken": broken,
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,98 +148,75 @@ def models(tiny_llama, tmp_path_factory) -> Models:
     return model
 
 
-def gpt2(like: Path, folder: Path) -> None:
-    """A GPT-2, whose blocks hold no plain linear layer."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=403, n_embd=64, n_layer=2, n_head=4)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
-
-
-MAKERS: dict[str, Callable[[Path, Path], object]] = {
-    "of 576": lambda like, to: reshaped(like, to, hidden_size=576, num_attention_heads=9, num_key_value_heads=3),
-    "of 50": lambda like, to: reshaped(like, to, intermediate_size=50),
-    "of 27": lambda like, to: reshaped(like, to, intermediate_size=27),
-    "packed": lambda like, to: apply("quantize.rtn", base_of(like), to, group_size=32),
-    "gpt2": gpt2,
-}
-LLAMA = "of 50"
 MISSPELT = ("'down_prj'", "did you mean 'down_proj'?")
 SHOWN_BY_THE_BASE = {
-    **{f"{w} 576 by 128": ("of 576", w, "group_size: 128", "576 is not divisible by 128; 64 and 32 are") for w in GRID},
-    "50 inputs by 32": ("of 50", "quantize.gptq", "group_size: 32, modules: {gate_proj: skip, up_proj: skip}",
-                        "model.layers.0.mlp.down_proj", "50 is not divisible by 32; -1 takes the whole row"),
-    **{f"{w} of 50 outputs": ("of 50", w, "group_size: 32", "bits 4 of model.layers.0.mlp.gate_proj", "50 × 4",
-                              "modules: {gate_proj: skip}") for w in GRID},
-    **{f"{w} 2:4 of 50 inputs": ("of 50", w, "pattern: '2:4'", "pattern '2:4' of model.layers.0.mlp.down_proj",
-                                 "50 is not divisible by 4", "2") for w in SPARSE},
-    "1:2 of 27 inputs": ("of 27", "prune.magnitude", "pattern: '1:2'", "27 is not divisible by 2", "modules:", "skip"),
-    **{f"{w} no such layer": (LLAMA, w, "modules: {down_prj: skip}", *MISSPELT) for w in GRID + SPARSE},
-    **{f"{w} no layer left": (LLAMA, w, "modules: {layers: skip}", "skips every layer", "leave one")
-       for w in GRID + SPARSE},
-    "drop all": (LLAMA, "prune.layers", "drop: 2", "drop 2", "2 blocks", "drop 1 at most"),
-    "drop more": (LLAMA, "prune.layers", "drop: 7", "drop 7", "2 blocks", "drop 1 at most"),
-    **{f"{w} packed": ("packed", w, NEEDED.get(w, ""), f"'{w}' needs float weights", "name a float model")
-       for w in FLOAT},
+    "576 by 128": ("of 576", GRID, "group_size: 128", "q_proj", "576 is not divisible by 128; 64 and 32 are"),
+    "50 by 32": ("of 50", GRID, "group_size: 32, modules: {gate_proj: skip, up_proj: skip}",
+                 "model.layers.0.mlp.down_proj", "50 is not divisible by 32; -1 takes the whole row"),
+    "50 outputs": ("of 50", GRID, "group_size: 32", "bits 4 of model.layers.0.mlp.gate_proj", "50 × 4", ": skip}"),
+    "2:4 of 50": ("of 50", SPARSE, "pattern: '2:4'", "model.layers.0.mlp.down_proj", "50 is not divisible by 4", " 2"),
+    "1:2 of 27": ("of 27", SPARSE, "pattern: '1:2'", "27 is not divisible by 2", "modules: {", ": skip}"),
+    "grid of no such layer": ("of 50", GRID, "modules: {down_prj: {bits: 8}}", *MISSPELT),
+    "sparsity of no such layer": ("of 50", SPARSE, "modules: {down_prj: skip}", *MISSPELT),
+    "no layer to quantize": ("of 50", GRID, "modules: {layers: skip}", "skips every layer", "leave one"),
+    "no layer to prune": ("of 50", SPARSE, "length: 32, modules: {layers: skip}", "skips every layer", "leave one"),
+    "drop all": ("of 50", "prune.layers", "drop: 2", "drop 2", "2 blocks", "drop 1 at most"),
+    "drop more": ("of 50", "prune.layers", "drop: 7", "drop 7", "2 blocks", "drop 1 at most"),
+    "too long": ("opt", GRID, "group_size: 32, length: 65", "length", "65", "64 positions"),
+    "too long to drop": ("opt", "prune.layers", "drop: 1, length: 65", "length", "65", "64 positions"),
+    **{f"{w} packed": ("packed", w, NEEDED.get(w, ""), "needs float weights", "name a float model") for w in FLOAT},
     **{f"{w} gpt2": ("gpt2", w, NEEDED.get(w, ""), "gpt2", "no plain linear layer") for w in FLOAT},
 }  # fmt: skip
 
 
-def refusal(word: str, settings: str, model: Path, here: Path, monkeypatch, capsys) -> str:  # noqa: F811
-    """The last line that `llmq run` says of a recipe of one step."""
-    weights = json.dumps(str(model))
-    text = f"model: {{causal_lm: {{weights: {weights}}}}}\nsteps:\n- {word}: {{{settings}}}\n"
-    write({"r.yaml": text}, here)
-    monkeypatch.setattr(sys, "argv", ["llmq", "run", "r.yaml"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.count("llmq: ") == 1
-    return err.splitlines()[-1]
+@pytest.fixture
+def refusal(ended, models, tmp_path) -> Callable[[str, str, str], str]:
+    """Runs a recipe of one step on an odd model; the last line of what it says."""
+
+    def run(model: str, word: str, settings: str) -> str:
+        text = f"model: {{causal_lm: {{weights: {models(model)}}}}}\nsteps:\n- {word}: {{{settings}}}\n"
+        write({"r.yaml": text}, tmp_path)
+        code, out, err = ended("run", "r.yaml")
+        *before, line = err.splitlines()
+        assert code == 2, err
+        assert out == ""
+        assert line.startswith("llmq: ")
+        assert "Traceback" not in err
+        assert not any(said.startswith("llmq: ") for said in before)
+        return line
+
+    return run
 
 
 @pytest.mark.parametrize("name", SHOWN_BY_THE_BASE)
-def test_what_the_base_shows_to_be_wrong_is_seen_before_anything_is_written(
-    name,
-    here,  # noqa: F811
-    models,
-    monkeypatch,
-    capsys,
-):
+def test_what_the_base_shows_to_be_wrong_is_seen_before_anything_is_written(name, refusal, tmp_path):
     model, word, settings, *says = SHOWN_BY_THE_BASE[name]
-    line = refusal(word, settings, models(model), here, monkeypatch, capsys)
-    for fragment in ("llmq: ", word, *says):
+    line = refusal(model, word, settings)
+    for fragment in (word, *says):
         assert fragment in line
-    assert list(listing(here)) == ["r.yaml"]
+    assert list(listing(tmp_path)) == ["r.yaml"]
 
 
-BROKEN = "model.layers.1.mlp.up_proj"
+SHORT = "length: 32, data: d.txt"
+UNHEALTHY = {
+    "quantize.gptq": f"group_size: 32, {SHORT}",
+    "quantize.rtn": "group_size: 32",
+    "prune.wanda": SHORT,
+    "prune.sparsegpt": SHORT,
+    "prune.layers": f"drop: 1, {SHORT}",
+}
 
 
-@pytest.fixture(scope="module")
-def broken(tiny_llama, tmp_path_factory) -> Path:
-    """The tiny Llama with one weight that is not a number."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("broken")
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.get_submodule(BROKEN).weight.data[3, 5] = float("nan")
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("word", FLOAT)
-def test_weights_that_are_no_numbers_are_named_by_their_layer(word, broken, tiny_jsonl, here, monkeypatch, capsys):  # noqa: F811
-    settings = {
-        "quantize.rtn": "group_size: 32",
-        "prune.magnitude": "",
-        "prune.layers": f"drop: 1, length: 32, data: {tiny_jsonl}",
-    }
-    line = refusal(word, settings.get(word, f"length: 32, data: {tiny_jsonl}"), broken, here, monkeypatch, capsys)
-    assert (BROKEN if word != "prune.layers" else "model.layers.1") in line
+@pytest.mark.parametrize("word", UNHEALTHY)
+def test_weights_that_are_no_numbers_are_named(word, refusal, tmp_path):
+    write({"d.txt": "The quick brown fox jumps over the lazy dog. " * 20}, tmp_path)
+    line = refusal("broken", word, UNHEALTHY[word])
+    assert ("model.layers.1" if word == "prune.layers" else BROKEN) in line
     assert "not finite" in line
-    assert not list(here.glob(f"runs/*/1-{word}"))
+    assert not list(tmp_path.glob(f"runs/*/1-{word}"))
+
+
+def test_data_without_a_calibration_token_is_refused(refusal, tmp_path):
+    write({"d.txt": "a"}, tmp_path)
+    data = "data: {file: {path: d.txt, held_out: 0.9}}"
+    assert "the calibration data data.file has no token" in refusal("of 50", "prune.wanda", data)

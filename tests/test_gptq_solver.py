@@ -1,6 +1,6 @@
 """The GPTQ solver against the paper's equations done slowly, and where it must equal plain rounding."""
 
-from functools import cache
+from functools import cache, partial
 
 import gptq_reference
 import numpy as np
@@ -13,7 +13,7 @@ from llmq.errors import UserError
 from llmq.quantize.gptq_solver import elimination, solve
 from llmq.quantize.grid import round_to_nearest
 
-quickly = settings(max_examples=25, deadline=None, database=None)
+quickly = settings(max_examples=15, deadline=None, database=None)
 DAMP = 0.01
 SHAPES = {
     32: [(32, 3), (160, 5)],
@@ -32,12 +32,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@cache
 def problem(inputs, outputs, seed=0):
-    """A weight and the Hessian of correlated inputs, in float64."""
+    """A weight and the Hessian of strongly correlated inputs, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
-    samples = torch.randn(3 * inputs, inputs, generator=generator, dtype=torch.float64) @ mix
-    return torch.randn(outputs, inputs, generator=generator, dtype=torch.float64), samples.t() @ samples
+    randn = partial(torch.randn, generator=generator, dtype=torch.float64)
+    causes = -(-inputs // 6)
+    samples = randn(3 * inputs, causes) @ randn(causes, inputs) + causes**0.5 / 10 * randn(3 * inputs, inputs)
+    return randn(outputs, inputs), samples.t() @ samples
 
 
 def in_order(hessian, desc_act):
@@ -47,7 +49,7 @@ def in_order(hessian, desc_act):
 
 def gptq(weight, hessian, bits=4, group_size=-1, sym=True, mse=False, desc_act=False, damp=DAMP, **kwargs):
     order = in_order(hessian, desc_act)
-    upper, _ = elimination(hessian[order][:, order], damp)
+    upper, _ = elimination(hessian, damp, order)
     return solve(weight, upper, bits, group_size, sym, mse, order if desc_act else None, **kwargs)
 
 
@@ -76,19 +78,24 @@ def assert_same(made, theirs):
 @pytest.mark.parametrize("desc_act", [False, True], ids=["in-order", "desc_act"])
 @pytest.mark.parametrize("mse", [False, True], ids=["range", "mse"])
 @pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])
-@pytest.mark.parametrize(("group_size", "shape"), [(g, shape) for g, shapes in SHAPES.items() for shape in shapes])
+@pytest.mark.parametrize("group_size", SHAPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_and_grids_are_those_of_the_paper(bits, group_size, shape, sym, mse, desc_act, static_groups):
-    weight, hessian = problem(*shape)
-    made = gptq(weight, hessian, bits, group_size, sym, mse, desc_act, static_groups=static_groups)
-    rows, order = eliminated(*shape, desc_act)
-    codes, scales, zeros, groups = gptq_reference.gptq(
-        weight.numpy(), rows, bits, group_size, sym, mse, order, static_groups
-    )
-    np.testing.assert_array_equal(made.codes.t().numpy(), codes)
-    np.testing.assert_array_equal(made.scales.t().numpy(), scales)
-    np.testing.assert_array_equal(made.zeros.t().numpy(), zeros)
-    np.testing.assert_array_equal(made.g_idx.numpy(), groups)
+def test_codes_and_grids_are_those_of_the_paper(bits, group_size, sym, mse, desc_act, static_groups):
+    for shape in SHAPES[group_size]:
+        weight, hessian = problem(*shape)
+        rows, order = eliminated(*shape, desc_act)
+        theirs = gptq_reference.gptq(weight.numpy(), rows, bits, group_size, sym, mse, order, static_groups)
+        made = gptq(weight.clone(), hessian, bits, group_size, sym, mse, desc_act, static_groups=static_groups)
+        for mine, its in zip((made.codes, made.scales, made.zeros, made.g_idx), theirs, strict=True):
+            np.testing.assert_array_equal(mine.t().numpy(), its, f"{shape}")
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (64, 1), (64, 3)])
+def test_the_weight_given_is_left_as_it_was(shape):
+    given, hessian = problem(*shape)
+    weight = given.clone()
+    gptq(weight, hessian)
+    assert torch.equal(weight, given)
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 37, 128, 200])
@@ -96,8 +103,9 @@ def test_codes_and_grids_are_those_of_the_paper(bits, group_size, shape, sym, ms
 def test_the_factor_is_the_upper_cholesky_factor_of_the_damped_inverse(inputs, damp):
     _, hessian = problem(inputs, 1)
     upper, used = elimination(hessian, damp)
-    inverse = torch.linalg.inv(hessian + damp * hessian.diagonal().mean() * torch.eye(inputs))
-    torch.testing.assert_close(upper, torch.linalg.cholesky(inverse, upper=True), rtol=1e-7, atol=1e-12)
+    inverse = torch.linalg.inv(hessian + damp * hessian.diagonal().mean() * torch.eye(inputs, dtype=torch.float64))
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(upper, expected, rtol=0, atol=1e-11 * float(expected.max()))
     assert used == damp
 
 
@@ -108,11 +116,13 @@ def test_rows_of_the_factor_are_those_of_the_inverse_once_the_inputs_before_are_
         np.testing.assert_allclose(upper[i, i:].numpy(), row[i:] / np.sqrt(row[i]), rtol=1e-7, atol=1e-12)
 
 
-def test_only_the_lower_half_of_the_hessian_is_read_and_nothing_is_written():
-    _, hessian = problem(40, 1)
-    before = hessian.clone()
-    assert torch.equal(elimination(hessian, DAMP)[0], elimination(hessian.tril(), DAMP)[0])
-    assert torch.equal(hessian, before)
+def test_inputs_are_eliminated_in_the_order_given_and_the_hessian_is_left_as_it_was():
+    hessian = problem(40, 1)[1].clone()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    (mine, used), (its, same) = elimination(hessian, DAMP, order), elimination(hessian[order][:, order], DAMP)
+    torch.testing.assert_close(mine, its)
+    assert used == same
+    assert torch.equal(hessian, problem(40, 1)[1])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,7 @@ def test_a_hessian_that_no_damping_helps_is_named():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_named(value):
-    _, hessian = problem(8, 1)
+    hessian = torch.eye(8)
     hessian[3, 3] = value
     with pytest.raises(UserError, match="not finite"):
         elimination(hessian, DAMP)
@@ -161,7 +171,7 @@ def test_without_one_token_or_with_boundless_damping_it_is_rounding_to_nearest(
 
 
 def test_a_dead_input_is_rounded_to_nearest_and_the_others_as_without_it():
-    weight, hessian = problem(150, 4)
+    weight, hessian = (x.clone() for x in problem(150, 4))
     dead, others = 70, torch.arange(150) != 70
     hessian[dead] = hessian[:, dead] = 0
     weight[:, dead] /= 100  # and so has no part in the grid
@@ -170,6 +180,8 @@ def test_a_dead_input_is_rounded_to_nearest_and_the_others_as_without_it():
     torch.testing.assert_close(upper[others][:, others], expected)
     assert (upper[dead, dead + 1 :] == 0).all()
     assert (upper[:dead, dead] == 0).all()
+    mean = hessian.diagonal().sum() / 149
+    torch.testing.assert_close(upper[dead, dead], (mean * (1 + DAMP)).rsqrt())
     assert used == DAMP
     made = gptq(weight, hessian)
     assert torch.equal(made.codes[others], gptq(weight[:, others], hessian[others][:, others]).codes)
@@ -189,18 +201,18 @@ def test_one_token_will_do(desc_act):
 @pytest.mark.parametrize("static_groups", [False, True])
 @pytest.mark.parametrize("keep_zeros", [False, True])
 @quickly
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, -1]), st.booleans(), st.booleans(), st.integers(0, 1000))
+@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, -1]), st.booleans(), st.booleans(), st.integers(0, 1000))
 def test_it_is_no_worse_than_rounding_to_nearest_and_keeps_zeros(
     keep_zeros, static_groups, desc_act, bits, group_size, sym, mse, seed
 ):
-    weight, hessian = problem(192, 8, seed)
-    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5] = 0
+    weight, hessian = problem(96, 64, seed)
+    if keep_zeros:
+        weight = weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5)
     made = gptq(
         weight, hessian, bits, group_size, sym, mse, desc_act, static_groups=static_groups, keep_zeros=keep_zeros
     )
     assert harm(weight, made, hessian) <= harm(weight, round_to_nearest(weight, bits, group_size, sym, mse), hessian)
-    if keep_zeros:
-        assert (made.weight()[weight == 0] == 0).all()
+    assert not keep_zeros or (made.weight()[weight == 0] == 0).all()
 
 
 @quickly

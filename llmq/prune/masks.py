@@ -40,7 +40,9 @@ def sparsegpt(weight: Any, upper: Any, share: float, of_each: tuple[int, int] | 
     `upper` is the elimination of its inputs (`gptq_solver.elimination`). What goes is chosen where the error
     `w^2 / [H^-1]` is least: among 128 inputs of all outputs, or in each n:m group, as the weights are by then.
     """
-    rows = weight.t().contiguous()
+    import torch
+
+    rows = weight.t().clone(memory_format=torch.contiguous_format)
     curvature = upper.diagonal().square().unsqueeze(1)
     step = of_each[1] if of_each else BLOCK
     kept = rows.new_empty(step, rows.shape[1])

@@ -123,7 +123,7 @@ def unpacked(planes: Any) -> Tensor:
     scales, shifts = last.scales.unbind(-1)
     grouped = made.view(len(scales), last.group, last.outputs)
     if last.shifted:
-        grouped += (shifts / scales).round().unsqueeze(1)
+        grouped += (shifts.float() / scales.float()).round().unsqueeze(1)
     grouped *= scales.unsqueeze(1)
     return made
 
@@ -162,7 +162,7 @@ def kernel_group(inputs: int, groups: int) -> int:
 
 def planes_of(made: Quantized, order: Tensor) -> "nn.ModuleList":
     """The planes of a matrix whose inputs are taken in `order`, so that its groups lie together."""
-    codes, scales = made.codes[order], made.scales.float()
+    codes, scales = made.codes[order], made.scales.bfloat16().float()
     repeats = len(codes) // len(scales) // kernel_group(len(codes), len(scales))
     zeros = made.zeros.float()
     middle = 2 ** (made.bits - 1)

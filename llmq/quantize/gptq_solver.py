@@ -97,7 +97,7 @@ def solve(
     import torch
 
     columns = weight.t()
-    rows = (columns if order is None else columns[order]).contiguous()
+    rows = (columns if order is None else columns[order]).clone(memory_format=torch.contiguous_format)
     inputs, outputs = rows.shape
     size = inputs if group_size == -1 else group_size
     place = torch.arange(inputs, device=rows.device)

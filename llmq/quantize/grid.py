@@ -66,7 +66,7 @@ def _grid(low: Any, high: Any, bits: int, sym: bool) -> tuple[Any, Any]:
 
     top = 2**bits - 1
     # Files keep float16 and kernels take bfloat16; a scale that both can hold is the same everywhere.
-    scale = ((high - low) / top).bfloat16().half().clamp(min=2.0**-24).to(low.dtype)
+    scale = ((high - low) / top).bfloat16().half().clamp(2.0**-24, 65280).to(low.dtype)
     if sym:
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     # The GPTQ format keeps `zero - 1`, and its readers carry a stored -1 into the neighbouring zero.

