@@ -57,13 +57,13 @@ def rewrite(
             if file.exists():
                 walk.go_through(block, file)
             else:
-                write(walk.change_block(block), file)
+                write(source.as_in_files(walk.change_block(block)), file)
             source.free(block)
             trim(source.device)  # or freed pieces between living ones would add up, block after block
         if not files[-1].exists():
             head = walk.change_head()
             outside = {name: tensor for name, tensor in source.outside() if not head or name != f"{source.head}.weight"}
-            write(outside | head, files[-1])
+            write(source.as_in_files(outside | head), files[-1])
     write_index(files)
 
 
@@ -115,8 +115,9 @@ class Walk:
 
         with safe_open(file, "pt") as kept:
             for layer in filter(self.method.wants, self.source.linears(block)):
-                names = [key for key in kept.keys() if key.startswith(f"{layer}.") and key != f"{layer}.bias"]  # noqa: SIM118
-                self._set(layer, {key.removeprefix(f"{layer}."): kept.get_tensor(key) for key in names})
+                prefix = f"{self.source.file_name(layer)}."
+                names = [key for key in kept.keys() if key.startswith(prefix) and key != f"{prefix}bias"]  # noqa: SIM118
+                self._set(layer, {key.removeprefix(prefix): kept.get_tensor(key) for key in names})
         self._go_on()
 
     def change_block(self, block: str) -> dict[str, Any]:
@@ -189,6 +190,9 @@ class Walk:
 
     def _change(self, layers: Sequence[str], sums: Any) -> dict[str, Any]:
         weights = {layer: self.source.module.get_submodule(layer).weight.data for layer in layers}
+        for layer, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise UserError(f"{layer}: its weights are not finite numbers; look at the model")
         try:
             changed = self.method.change(weights, sums)
         except UserError as error:

@@ -1,10 +1,10 @@
 """Settings that differ from layer to layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip}`."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from llmq.errors import UserError, did_you_mean
 
@@ -21,6 +21,30 @@ def _regular_expression(pattern: str) -> str:
 
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
 """A regular expression that is searched for in the full name of a layer."""
+
+
+def skip_or(cls: type[BaseModel]) -> BeforeValidator:
+    """What reads the settings of one pattern: the word `skip`, or some of the settings of `cls`."""
+    return BeforeValidator(_reader(cls))
+
+
+def _reader(cls: type[BaseModel]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value == "skip" or isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is neither 'skip' nor settings: {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise ValueError(f"unknown key {key!r}{did_you_mean(key, cls.model_fields)}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{key}: {first['input']!r} is wrong: {message}" if key else message) from None
+
+    return read
 
 
 def settings_of(

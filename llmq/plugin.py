@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
 from llmq.errors import UserError, did_you_mean
 from llmq.types import Plugin
@@ -101,4 +101,8 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, Plugin):
         word, settings = value.word.split(".", 1)[1], to_plain(value)
         return {word: settings} if settings else word
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, dict):
+        return {key: _plain_value(its) for key, its in value.items()}
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

@@ -1,6 +1,6 @@
 """Peak memory of quantize.gptq on the model in a folder, above that of the process with everything imported, in MiB.
 
-    python tests/memory_probe.py WARM_UP_MODEL MODEL SAMPLES LENGTH
+python tests/memory_probe.py WARM_UP_MODEL MODEL SAMPLES LENGTH
 """
 
 import json
@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from helpers import CPU, apply, base_of
+from helpers import apply, base_of
 
 from llmq import environment
 from llmq.measure import release_memory

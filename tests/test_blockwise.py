@@ -1,5 +1,7 @@
 """The walk through a model block by block, and the steps that take it, against plain transformers."""
 
+import json
+
 import pytest
 import torch
 from helpers import apply, base_of, logits_of, reshaped, some_ids
@@ -255,9 +257,11 @@ def assert_same_files(one, other):
 def restored(module, folder, bits):
     """A dense model with what the files of a folder stand for put into its layers."""
     tensors = stored(folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored_as = config.get("quantization_config", {}).get("checkpoint_format", "gptq")
     for name, layer in module.named_modules():
         if f"{name}.qweight" in tensors:
-            packed = from_tensors({part: tensors[f"{name}.{part}"] for part in TENSORS}, bits)
+            packed = from_tensors({part: tensors[f"{name}.{part}"] for part in TENSORS}, bits, stored_as)
             layer.weight.data = packed.weight().to(layer.weight.dtype)
         elif f"{name}.weight" in tensors:
             layer.weight.data = tensors[f"{name}.weight"].to(layer.weight.dtype)

@@ -115,11 +115,11 @@ def codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(stream.reshape(len(words), -1, bits) @ (1 << np.arange(bits)))
 
 
-def unpacked(tensors: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
+def unpacked(tensors: dict[str, torch.Tensor], layer: str, lacking: int) -> torch.Tensor:
     """The float weight `[outputs, inputs]` of a packed layer, by the definition of the format."""
     words, zeros, scales, g_idx = (tensors[f"{layer}.{part}"] for part in PARTS)
     bits, groups = len(words) * 32 // len(g_idx), g_idx.long()
-    return (codes(words.t(), bits) - 1 - codes(zeros, bits)[groups].t()) * scales[groups].t().float()
+    return (codes(words.t(), bits) - lacking - codes(zeros, bits)[groups].t()) * scales[groups].t().float()
 
 
 def dense(packed: Path, folder: Path) -> Path:
@@ -127,9 +127,9 @@ def dense(packed: Path, folder: Path) -> Path:
     tensors = stored(packed)
     layers = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
     state = {key: tensor.float() for key, tensor in tensors.items() if not key.endswith(PARTS)}
-    state |= {f"{layer}.weight": unpacked(tensors, layer).contiguous() for layer in layers}
     config = json.loads((packed / "config.json").read_text())
-    del config["quantization_config"]
+    lacking = {"gptq": 1, "gptq_v2": 0}[config.pop("quantization_config")["checkpoint_format"]]
+    state |= {f"{layer}.weight": unpacked(tensors, layer, lacking).contiguous() for layer in layers}
     folder.mkdir()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))

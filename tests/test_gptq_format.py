@@ -160,4 +160,4 @@ def test_version_two_stores_zeros_as_they_are(bits):
     zeros = some(bits, 2, 32)
     words = [stream(row, bits) for row in zeros.tolist()]
     tensors = {**to_tensors(with_zeros(zeros, bits)), "qzeros": torch.tensor(words, dtype=torch.int32)}
-    assert torch.equal(from_tensors(tensors, bits, zero_offset=0).zeros, zeros.int())
+    assert torch.equal(from_tensors(tensors, bits, stored_as="gptq_v2").zeros, zeros.int())

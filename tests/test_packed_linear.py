@@ -44,7 +44,7 @@ def quantized(inputs, outputs, bits=4, group_size=-1, sym=True, ordered=False):
 def layer_of(made, bias=None, dtype=torch.bfloat16, prepared=True):
     """The layer over a matrix's four tensors."""
     inputs, outputs = made.codes.shape
-    layer = PackedLinear(inputs, outputs, bias is not None, made.bits, len(made.scales), 1, dtype)
+    layer = PackedLinear(inputs, outputs, bias is not None, made.bits, len(made.scales), "gptq", dtype)
     layer.load_state_dict(to_tensors(made) | ({} if bias is None else {"bias": bias}))
     if prepared:
         layer.prepare()

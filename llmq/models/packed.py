@@ -13,11 +13,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import UserError
+from llmq.models.skeleton import module_names
+from llmq.quantize.gptq_format import ZERO_OFFSETS
 from llmq.quantize.gptq_linear import PackedLinear
 
 METHOD = "llmq_packed"
-FORMATS = {"gptq": 1, "gptq_v2": 0}
-"""Checkpoint format -> what its stored zeros lack."""
 
 
 @register_quantization_config(METHOD)
@@ -40,15 +40,17 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = (), **kwargs: Any) -> Any:
-        offset = FORMATS[self.quantization_config.settings.get("checkpoint_format", "gptq")]
+        stored_as = self.quantization_config.settings.get("checkpoint_format", "gptq")
         shapes = stored_shapes(checkpoint_files)
+        layers = [key.removesuffix(".qweight") for key in shapes if key.endswith(".qweight")]
+        file_names = {its: file for file, its in module_names(model, layers).items()}
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, torch.nn.Linear) and f"{name}.qweight" in shapes:
+            if isinstance(layer, torch.nn.Linear) and name in file_names:
                 inputs, outputs, dtype = layer.in_features, layer.out_features, layer.weight.dtype
-                bits = shapes[f"{name}.qweight"][0] * 32 // inputs
-                groups = shapes[f"{name}.scales"][0]
+                bits = shapes[f"{file_names[name]}.qweight"][0] * 32 // inputs
+                groups = shapes[f"{file_names[name]}.scales"][0]
                 with torch.device("meta"):
-                    packed = PackedLinear(inputs, outputs, layer.bias is not None, bits, groups, offset, dtype)
+                    packed = PackedLinear(inputs, outputs, layer.bias is not None, bits, groups, stored_as, dtype)
                 packed._is_hf_initialized = True  # or transformers would fill what it takes for a weight
                 model.set_submodule(name, packed)
         return model
@@ -104,7 +106,7 @@ def config_to_open(folder: Path, device: str, trust_remote_code: bool) -> Any:
     if device != "cpu" and importlib.util.find_spec("gptqmodel"):
         return None
     stored = settings.get("checkpoint_format", "gptq")
-    if stored not in FORMATS:
-        raise UserError(f"{str(folder)!r} is packed as {stored!r}; what can be opened is {' and '.join(FORMATS)}")
+    if stored not in ZERO_OFFSETS:
+        raise UserError(f"{str(folder)!r} is packed as {stored!r}; what can be opened is {' and '.join(ZERO_OFFSETS)}")
     config.quantization_config = {**settings, "quant_method": METHOD}
     return config

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,28 +57,39 @@ class Skeleton:
         return {name: module for name, module in modules if type(module) is torch.nn.Linear}
 
     @cached_property
-    def _stored(self) -> dict[str, Path]:
+    def _stored(self) -> dict[str, tuple[Path, str]]:
+        """File and key of every stored tensor, by the name that the module has for it."""
         from safetensors import safe_open
 
-        stored = {}
+        files = {}
         for file in safetensors_of(self.folder):
             with safe_open(file, "pt") as opened:
-                stored.update(dict.fromkeys(opened.keys(), file))
-        return stored
+                files.update(dict.fromkeys(opened.keys(), file))
+        layers = {key.rpartition(".")[0] for key in files}
+        names = module_names(self.module, layers)
+        return {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": (files[key], key) for key in files}
 
-    def _key(self, name: str) -> str | None:
-        # Files saved from the inner model lack its prefix.
-        bare = name.removeprefix(f"{self.module.base_model_prefix}.")
-        return next((key for key in (name, bare) if key in self._stored), None)
+    @cached_property
+    def _file_names(self) -> dict[str, str]:
+        return {name.rpartition(".")[0]: key.rpartition(".")[0] for name, (_, key) in self._stored.items()}
+
+    def file_name(self, name: str) -> str:
+        """What the files call a module or a tensor of it: `embed_out` for a GPT-NeoX's `lm_head`."""
+        owner, _, leaf = name.rpartition(".")
+        return self._file_names.get(name) or f"{self._file_names.get(owner, owner)}.{leaf}".removeprefix(".")
+
+    def as_in_files(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors under the names that the files have for them."""
+        return {self.file_name(name): tensor for name, tensor in tensors.items()}
 
     def tensor(self, name: str) -> Any:
         """A tensor of the files in the model's dtype, or None; mapped where it is stored so."""
         from safetensors import safe_open
 
-        key = self._key(name)
-        if key is None:
+        if name not in self._stored:
             return None
-        with safe_open(self._stored[key], "pt") as opened:
+        file, key = self._stored[name]
+        with safe_open(file, "pt") as opened:
             tensor = opened.get_tensor(key)
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
@@ -88,11 +99,12 @@ class Skeleton:
         for name, _ in [*module.named_parameters(prefix=prefix)]:
             tensor = self.tensor(name)
             if tensor is None:
-                raise UserError(
-                    f"{str(self.folder)!r} holds no {name!r}, as {type(self.module).__name__} calls it; "
-                    "open it with transformers and save it once"
-                )
+                raise UserError(self._lacks(name))
             self.set(name, tensor)
+
+    def _lacks(self, name: str) -> str:
+        called = f"{name!r}, as {type(self.module).__name__} calls it"
+        return f"{str(self.folder)!r} holds no {called}; open it with transformers and save it once"
 
     def set(self, name: str, tensor: Any) -> None:
         """Put a tensor in a parameter's place."""
@@ -129,8 +141,26 @@ class Skeleton:
             if name in parameters:
                 self.set(name, tensor)
         self.module.tie_weights()
+        blocks = tuple(f"{block}." for block in self.blocks)
+        for name, parameter in self.module.named_parameters():
+            if parameter.is_meta and not name.startswith(blocks):
+                raise UserError(self._lacks(name))
         for module in self.module.modules():
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+
+
+def module_names(module: Any, layers: Iterable[str]) -> dict[str, str]:
+    """What a transformers model calls the layers of a file: it renames what older files hold, and adds its prefix."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [r for r in get_model_conversion_mapping(module) if isinstance(r, WeightRenaming)]
+    known = dict(module.state_dict())
+    names = {}
+    for layer in layers:
+        name, _ = rename_source_key(f"{layer}.weight", renamings, [], module.base_model_prefix, known)
+        names[layer] = name.removesuffix(".weight")
+    return names
 
 
 def _blocks(module: Any) -> list[str]:

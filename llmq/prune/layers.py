@@ -1,12 +1,13 @@
 """Pruning of whole blocks."""
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.calibration import Calibrated
+from llmq.calibration import Calibrated, check_length
 from llmq.errors import UserError
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Context, Step
@@ -26,7 +27,7 @@ class Layers(Calibrated, Step):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` if no block would be left."""
-        self._checked(Skeleton.of(base))
+        check_length(self, self._checked(Skeleton.of(base)))
 
     def _checked(self, source: Skeleton) -> Skeleton:
         blocks = len(source.blocks)
@@ -49,8 +50,8 @@ class Layers(Calibrated, Step):
         for new, (old, file) in enumerate(zip(kept, files, strict=False)):
             block, renamed = source.blocks[old], source.blocks[new]
             tensors = source.module.get_submodule(block).named_parameters(prefix=renamed)
-            write({name: tensor.data for name, tensor in tensors}, file)
-        write(dict(source.outside()), files[-1])
+            write(source.as_in_files({name: tensor.data for name, tensor in tensors}), file)
+        write(source.as_in_files(dict(source.outside())), files[-1])
         write_index(files)
         if len(Skeleton.of(artifact.then(self, weights=folder)).blocks) != len(kept):
             raise UserError(f"{source.config.model_type} does not take its number of blocks from its configuration")
@@ -84,6 +85,9 @@ def influence_of_blocks(source: Skeleton, windows: list[list[int]]) -> list[floa
         for batch in track(in_batches(windows), "influence of blocks"):
             source.module(input_ids=torch.tensor(batch, device=source.device), use_cache=False, logits_to_keep=1)
     tokens = sum(map(len, windows))
+    for block, total in zip(source.blocks, sums, strict=True):
+        if not isfinite(total):
+            raise UserError(f"{block}: what it makes of the calibration is not finite; look at the model")
     return [1 - total / tokens for total in sums]
 
 

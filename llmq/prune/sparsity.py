@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llmq.blockwise import rewrite
+from llmq.calibration import check_length
 from llmq.errors import UserError
-from llmq.layers import Pattern, overridden, settings_of
+from llmq.layers import Pattern, overridden, settings_of, skip_or
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Context, Step
 
@@ -23,6 +24,16 @@ class Sparsity(BaseModel):
 
     sparsity: float = Field(0.5, ge=0, le=0.95, description="share of the weights that become zero")
     pattern: str = Field("unstructured", description="or n:m, such as 2:4: n of every m neighbouring inputs stay")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):  # YAML takes 2:4 for two minutes and four seconds
+            raise ValueError(
+                f"{value} is what YAML makes of {value // 60}:{value % 60}; write it in quotes, "
+                f"'{value // 60}:{value % 60}'"
+            )
+        return value
 
     @model_validator(mode="after")
     def _pattern_is_known(self) -> "Sparsity":
@@ -47,7 +58,7 @@ class Sparsity(BaseModel):
 class PruneStep(Sparsity):
     """The settings of a step that prunes single weights."""
 
-    modules: dict[Pattern, Literal["skip"] | Sparsity] = Field(
+    modules: dict[Pattern, Annotated[Literal["skip"] | Sparsity, skip_or(Sparsity)]] = Field(
         {}, description="by regular expression: {down_proj: {sparsity: 0.3}, 'layers.0.': skip}"
     )
 
@@ -63,12 +74,16 @@ class PruneStep(Sparsity):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        self.sparsities(Skeleton.of(base))
+        source = Skeleton.of(base)
+        self.sparsities(source)
+        check_length(self, source)
 
     def sparsities(self, source: Skeleton) -> dict[str, Sparsity]:
         """The sparsity of each layer to be pruned. Raises `UserError` for one that its pattern does not divide."""
         linears = {name: layer for block in source.blocks for name, layer in source.linears(block).items()}
         found = settings_of(linears, source.head, self._own(), self.modules)
+        if not found:
+            raise UserError("modules: skips every layer; leave one to prune")
         for name, its in found.items():
             inputs = source.module.get_submodule(name).in_features
             if its.of_each and inputs % its.of_each[1]:

@@ -88,5 +88,7 @@ class _Gptq(RoundToNearest):
                 self.keep_zeros,
             )
             parts = made.split([len(layers[name]) for name in names])
-            changed |= {name: gptq_format.to_tensors(part) for name, part in zip(names, parts, strict=True)}
+            changed |= {
+                name: gptq_format.to_tensors(part, self.format) for name, part in zip(names, parts, strict=True)
+            }
         return changed

@@ -2,7 +2,7 @@
 
 `qweight` int32 `[inputs * bits / 32, outputs]` holds the codes as a stream of bits along the inputs, `qzeros` int32
 `[groups, outputs * bits / 32]` the zeros less one along the outputs, `scales` float16 `[groups, outputs]`, `g_idx`
-int32 `[inputs]` the group of each input.
+int32 `[inputs]` the group of each input. Format `gptq_v2` keeps the zeros as they are.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from typing import Any
 
 from llmq.quantize.grid import Quantized
 
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+"""Checkpoint format -> what its stored zeros lack."""
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -48,20 +50,22 @@ def unpack(words: Any, bits: int, count: int) -> Any:
     return codes.view(-1, width)[:count]
 
 
-def to_tensors(made: Quantized) -> dict[str, Any]:
+def to_tensors(made: Quantized, stored_as: str = "gptq") -> dict[str, Any]:
     """The four tensors of one layer."""
     import torch
 
+    zeros = made.zeros.t() - ZERO_OFFSETS[stored_as]
     return {
         "qweight": pack(made.codes, made.bits),
-        "qzeros": pack((made.zeros.t() - 1).to(torch.int32), made.bits).t().contiguous(),
+        "qzeros": pack(zeros.to(torch.int32), made.bits).t().contiguous(),
         "scales": made.scales.half().contiguous(),
         "g_idx": made.g_idx.to(torch.int32, copy=True),
     }
 
 
-def from_tensors(tensors: Mapping[str, Any], bits: int, zero_offset: int = 1) -> Quantized:
-    """The quantized matrix in a layer's four tensors; format `gptq_v2` has no offset in its zeros."""
+def from_tensors(tensors: Mapping[str, Any], bits: int, stored_as: str = "gptq") -> Quantized:
+    """The quantized matrix in a layer's four tensors."""
+    zero_offset = ZERO_OFFSETS[stored_as]
     inputs, outputs = len(tensors["g_idx"]), tensors["scales"].shape[1]
     words = tensors["qzeros"].t()
     if bits != 3:

@@ -23,9 +23,9 @@ TILE = 64
 class PackedLinear(nn.Linear):  # type: ignore[misc]
     """A linear layer whose weight is packed as the GPTQ format has it. Its `weight` is unpacked at every look."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, bits: int, groups: int, zero_offset: int, dtype: Any):
+    def __init__(self, inputs: int, outputs: int, bias: bool, bits: int, groups: int, stored_as: str, dtype: Any):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits, self.zero_offset = inputs, outputs, bits, zero_offset
+        self.in_features, self.out_features, self.bits, self.stored_as = inputs, outputs, bits, stored_as
         shapes = (inputs * bits // 32, outputs), (groups, outputs * bits // 32), (groups, outputs), (inputs,)
         dtypes = torch.int32, torch.int32, torch.float16, torch.int32
         for name, shape, its in zip(TENSORS, shapes, dtypes, strict=True):
@@ -49,7 +49,7 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
 
     def quantized(self) -> Quantized:
         """What the four tensors of the format hold."""
-        return from_tensors({name: getattr(self, name) for name in TENSORS}, self.bits, self.zero_offset)
+        return from_tensors({name: getattr(self, name) for name in TENSORS}, self.bits, self.stored_as)
 
     @property
     def weight(self) -> Tensor:

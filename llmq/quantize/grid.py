@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHRINKAGES = 32
+SHRINKAGES = 16
 SMALLEST = 0.5
 """The scale search tries this many scales, from the full range down to this share of it."""
 

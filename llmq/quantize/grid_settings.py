@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmq import __version__
+from llmq.calibration import check_length
 from llmq.errors import UserError
 from llmq.files import write_json
-from llmq.layers import Pattern, settings_of
+from llmq.layers import Pattern, settings_of, skip_or
 from llmq.models.skeleton import Skeleton
 from llmq.quantize import gptq_format
 from llmq.quantize.grid import Quantized, round_to_nearest
@@ -32,13 +33,15 @@ class Grid(BaseModel):
 class GridStep(Grid):
     """The settings of a step that writes the GPTQ format."""
 
-    modules: dict[Pattern, Literal["skip"] | Grid] = Field(
+    modules: dict[Pattern, Annotated[Literal["skip"] | Grid, skip_or(Grid)]] = Field(
         {}, description="by regular expression: {down_proj: {bits: 8}, lm_head: {bits: 4}, 'layers.0.': skip}"
     )
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        self.grids(Skeleton.of(base))
+        source = Skeleton.of(base)
+        self.grids(source)
+        check_length(self, source)
 
     def grids(self, source: Skeleton) -> dict[str, Grid]:
         """The grid of each layer to be quantized. Raises `UserError` for one whose shape it cannot hold."""
@@ -76,6 +79,7 @@ class RoundToNearest:
 
     def __init__(self, grids: Mapping[str, Grid]):
         self.grids = grids
+        self.format = format_of(grids)
 
     def wants(self, layer: str) -> bool:
         """Whether it has a grid."""
@@ -83,7 +87,7 @@ class RoundToNearest:
 
     def change(self, layers: Mapping[str, Any], gathered: Any) -> dict[str, dict[str, Any]]:
         """The four tensors of each layer."""
-        return {name: gptq_format.to_tensors(self.quantize(name, w.float())) for name, w in layers.items()}
+        return {name: gptq_format.to_tensors(self.quantize(name, w.float()), self.format) for name, w in layers.items()}
 
     def quantize(self, layer: str, weight: Any) -> Quantized:
         """One matrix, by the grid of its layer."""
@@ -92,7 +96,12 @@ class RoundToNearest:
 
     def weight(self, layer: str, tensors: Mapping[str, Any]) -> Any:
         """The float matrix that the four tensors stand for."""
-        return gptq_format.from_tensors(tensors, self.grids[layer].bits).weight()
+        return gptq_format.from_tensors(tensors, self.grids[layer].bits, self.format).weight()
+
+
+def format_of(grids: Mapping[str, Grid]) -> str:
+    """`gptq`, or `gptq_v2` where a zero point can matter: GPTQModel trusts only its own files with it in the former."""
+    return "gptq" if all(grid.sym for grid in grids.values()) else "gptq_v2"
 
 
 def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step: GridStep, **settings: Any) -> None:
@@ -103,7 +112,7 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
         **settings,
         "lm_head": head,
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": format_of(grids),
         "pack_dtype": "int32",
         "dynamic": dynamic(source, grids, step) or None,
         "meta": {"quantizer": [f"llmq:{__version__}"]},
@@ -116,12 +125,11 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
 def dynamic(source: Skeleton, grids: Mapping[str, Grid], step: GridStep) -> dict[str, dict[str, Any]]:
     """What differs from layer to layer, as GPTQModel and vLLM read it: `+:` overrides, `-:` leaves out."""
     found: dict[str, dict[str, Any]] = {}
-    for block in source.blocks:
-        for name in source.linears(block):
-            its = grids.get(name)
-            pattern = name.replace(".", r"\.")
-            if its is None:
-                found[f"-:{pattern}$"] = {}
-            elif (its.bits, its.group_size, its.sym) != (step.bits, step.group_size, step.sym):
-                found[f"+:{pattern}$"] = {key: getattr(its, key) for key in ("bits", "group_size", "sym")}
+    for name in (*(name for block in source.blocks for name in source.linears(block)), source.head):
+        its = grids.get(name)
+        pattern = source.file_name(name).replace(".", r"\.")
+        if its is None and name != source.head:
+            found[f"-:{pattern}$"] = {}
+        elif its and (its.bits, its.group_size, its.sym) != (step.bits, step.group_size, step.sym):
+            found[f"+:{pattern}$"] = {key: getattr(its, key) for key in ("bits", "group_size", "sym")}
     return found

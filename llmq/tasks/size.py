@@ -47,7 +47,7 @@ class Size(Task):
                 on_disk - saved,
                 "bytes",
                 "lower",
-                "not a file: what the files would hold if each tensor kept a bitmap and its non-zeros where that is less",
+                "no file: the files' size if each tensor kept a bitmap and its non-zeros where that is less",
             ),
         )
 
