@@ -42,7 +42,7 @@ def grid(weights, bits, sym, mse):
     nothing = high == low
     low, high = np.where(nothing, -1, low), np.where(nothing, 1, high)
     tried = []
-    for share in 1 - np.arange(33 if mse else 1) / 64:
+    for share in 1 - np.arange(17 if mse else 1) / 32:
         scale = bfloat16((share * high - share * low) / top)
         zero = np.full_like(scale, 2 ** (bits - 1)) if sym else np.clip(np.round(-share * low / scale), 1, top)
         codes = np.clip(np.round(weights / scale[:, None]) + zero[:, None], 0, top)
