@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmq.quantize.gptq_format import TENSORS, from_tensors
 from llmq.quantize.grid import Quantized
 
-ROWS = 128
+ROWS = 80
 """Up to this many rows the packed product is the faster one (`scripts/bench_packed`)."""
 KERNEL_GROUPS = (256, 128, 64, 32)
 TILE = 64
@@ -120,7 +120,7 @@ def unpacked(planes: Any) -> Tensor:
     for plane in planes[1:]:
         made.mul_(16).add_(plane.codes())
     last = planes[-1]
-    scales, shifts = last.scales.unbind(-1)
+    scales, shifts = (each.contiguous() for each in last.scales.unbind(-1))  # or the product takes four times as long
     grouped = made.view(len(scales), last.group, last.outputs)
     if last.shifted:
         grouped += (shifts.float() / scales.float()).round().unsqueeze(1)
