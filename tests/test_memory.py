@@ -31,8 +31,8 @@ def test_peak_memory_is_flat_in_depth(tiny_llama, tmp_path):
         folder = reshaped(tiny_llama, tmp_path / str(blocks), num_hidden_layers=blocks, **shape)
         peaks[blocks] = probe(tiny_llama, folder, 16, 256)["peak"]
     print(peaks)
-    # Eighteen blocks more are 61 MiB of weights; the same model measured twice differs by up to 30.
-    assert max(peaks.values()) <= 1.3 * min(peaks.values()), peaks
+    # Eighteen blocks more are 61 MiB of weights; the same model measured twice differs by up to 40.
+    assert peaks[24] - peaks[6] < 0.75 * 61, peaks
 
 
 @pytest.mark.slow
