@@ -22,8 +22,8 @@ from llmq.measure import trim
 from llmq.models.skeleton import Skeleton
 from llmq.terminal import track
 
-BATCH_TOKENS = 2048
-"""Tokens of a calibration batch."""
+BATCH_TOKENS = 512
+"""Tokens of a calibration batch: more take more memory, and are no faster."""
 REHEARSE = "rehearse"
 
 
