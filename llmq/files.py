@@ -66,6 +66,12 @@ def safetensors_of(folder: Path) -> list[Path]:
     return files or sorted(folder.glob("*.safetensors"))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights: an exported graph and its constants, or safetensors."""
+    graph = folder / "model.xml"
+    return [graph, graph.with_suffix(".bin")] if graph.exists() else safetensors_of(folder)
+
+
 def bytes_of(files: Iterable[Path]) -> int:
     """The size of files, in bytes."""
     return sum(f.stat().st_size for f in files)

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,17 +48,20 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
         names = ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(recipe.steps, 1))]
-        measured = names if recipe.stages == "all" else [names[0], names[-1]]
+        compared = names[recipe.baseline_stage :]
+        measured = compared if recipe.stages == "all" else list(dict.fromkeys((compared[0], compared[-1])))
         stages: dict[str, Stage] = {}
         for name, step in zip(names, (None, *recipe.steps), strict=True):
             artifact = make_stage(step, artifact, out / name, context)
             stages[name] = Stage(name, artifact, artifact.measurements)
             if name in measured and first:
-                stages[name] = question(stages[name], recipe.evaluate, out / name, context.device)
+                base = stages[measured[0]].artifact
+                stages[name] = question(stages[name], recipe.evaluate, out, context.device, base)
         if not first:
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
-        return finish(recipe.plain(), [*recipe.steps, *recipe.evaluate], stages, out, context)
+        parts = [*recipe.steps, *recipe.evaluate]
+        return finish(recipe.plain(), parts, stages, measured[0], out, context)
 
 
 def evaluate(
@@ -67,9 +70,10 @@ def evaluate(
     """Question models that exist already; the first of them is the base."""
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
-        stages = {name: question(Stage(name, a), tasks, out / name, context.device) for name, a in artifacts.items()}
+        first, base = next(iter(artifacts.items()))
+        stages = {name: question(Stage(name, a), tasks, out, context.device, base) for name, a in artifacts.items()}
         stages |= take_times(stages, tasks, context.device)
-        return finish(asked, tasks, stages, out, context)
+        return finish(asked, tasks, stages, first, out, context)
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -139,24 +143,44 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     return Artifact.load(folder)
 
 
-def question(stage: Stage, tasks: Sequence[Task], folder: Path, device: str) -> Stage:
-    """Put every task to one stage, opened alone; kept in its folder and not asked again on resuming."""
+def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact) -> Stage:
+    """Put every task to one stage, open alone, then beside `base`; kept in its folder, not asked again on resuming."""
+    folder = out / stage.name
     kept = folder / "measurements.json"
     if not kept.exists():
         folder.mkdir(exist_ok=True)
-        measurements: list[Measurement] = list(stage.artifact.measurements)
-        exhibits: list[Exhibit] = []
-        with stage.artifact.open(device) as loaded:
+        answers: list[Measurement | Exhibit] = list(stage.artifact.measurements)
+        with ExitStack() as opened:
+            loaded = opened.enter_context(stage.artifact.open(device))
             for name, task in named(tasks).items():
-                ask(name, task, loaded, stage.name, measurements, exhibits)
+                answers += ask(name, task, task.score(loaded), stage.name)
+            beside = {n: t for n, t in named(tasks).items() if type(t).against is not Task.against}
+            if beside and stage.artifact != base:
+                other = opened.enter_context(base.open(device))
+                for name, task in beside.items():
+                    answers += ask(name, task, task.against(loaded, other), stage.name)
+        measurements = [a for a in answers if isinstance(a, Measurement)]
+        exhibits = [keep_picture(a, out, stage.name) for a in answers if isinstance(a, Exhibit)]
         write_samples(measurements, folder / "samples")
-        write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": [asdict(e) for e in exhibits]})
+        write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": exhibits})
     data = json.loads(kept.read_text())
     return replace(
         stage,
         measurements=tuple(measurement_from(m) for m in data["measurements"]),
         exhibits=tuple(Exhibit(**e) for e in data["exhibits"]),
     )
+
+
+def keep_picture(exhibit: Exhibit, out: Path, stage: str) -> dict[str, Any]:
+    """The exhibit as JSON holds it, its picture a file beside the stage's measurements."""
+    data = {k: v for k, v in asdict(exhibit).items() if k != "picture"}
+    if exhibit.picture:
+        name = re.sub(r"[^\w.-]+", "-", f"{exhibit.task}-{exhibit.title}")
+        data["file"] = f"{stage}/pictures/{name}.png"
+        file = out / data["file"]
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(exhibit.picture)
+    return data
 
 
 def named(tasks: Sequence[Task]) -> dict[str, Task]:
@@ -173,16 +197,11 @@ def filed(task: str, name: str, asked: Task) -> str:
     return name if task == asked.name else task
 
 
-def ask(
-    name: str, task: Task, loaded: Loaded, stage: str, measurements: list[Measurement], exhibits: list[Exhibit]
-) -> None:
-    """Put one task to an opened stage, and say what came of it."""
+def ask(name: str, task: Task, answers: Iterable[Measurement | Exhibit], stage: str) -> Iterator[Measurement | Exhibit]:
+    """What a task answers, filed under its name; says how long that took."""
     began = time.perf_counter()
-    for answer in task.score(loaded):
-        if isinstance(answer, Exhibit):
-            exhibits.append(replace(answer, task=filed(answer.task, name, task)))
-        else:
-            measurements.append(replace(answer, task=filed(answer.task, name, task)))
+    for answer in answers:
+        yield replace(answer, task=filed(answer.task, name, task))
     say(f"  {stage}  {name:<14} {time.perf_counter() - began:6.1f} s")
 
 
@@ -220,14 +239,19 @@ def _clocks(tasks: Sequence[Task], loaded: Loaded) -> Iterator[Clock]:
 
 
 def finish(
-    asked: Mapping[str, Any], parts: Sequence[Plugin], stages: Mapping[str, Stage], out: Path, context: Context
+    asked: Mapping[str, Any],
+    parts: Sequence[Plugin],
+    stages: Mapping[str, Stage],
+    baseline: str,
+    out: Path,
+    context: Context,
 ) -> Report:
     """Build the report and write its faces."""
-    base = next(iter(stages.values())).artifact
+    base = stages[baseline].artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
     facts["data_sha256"] = data_hashes(parts)
     facts["dtype"] = getattr(base.model, "dtype", None)
-    report = Report.of(asked, facts, list(stages.values()))
+    report = Report.of(asked, facts, list(stages.values()), baseline)
     report.write(out)
     return report

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from llmq import plugin
 from llmq.errors import UserError, did_you_mean, explain
 from llmq.files import bundled
-from llmq.types import Model, Plugin, Step, Task
+from llmq.types import Data, Model, Plugin, Step, Task
 
 Place = tuple[str | int, ...]
 DEEPEST = 32
@@ -30,6 +30,14 @@ class Recipe(BaseModel):
     device: str = "auto"
     threads: PositiveInt | None = None
     stages: Literal["all", "ends"] = "all"
+    baseline: str | None = None
+    """The step whose stage all later ones are set beside, where the untouched base is a net yet to be trained."""
+
+    @property
+    def baseline_stage(self) -> int:
+        """The number of the stage that the others are set beside; those before it are not measured."""
+        words = [step.word for step in self.steps]
+        return words.index(self.baseline) + 1 if self.baseline else 0
 
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
@@ -43,7 +51,7 @@ class Recipe(BaseModel):
             "steps": [entry(s, whole=True) for s in self.steps],
             "evaluate": [entry(t, whole=False) for t in self.evaluate],
         }
-        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages")}
+        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline")}
         return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
 
 
@@ -202,6 +210,12 @@ def parse(source: Source, name: str) -> Recipe:
     others = {k: v for k, v in data.items() if k not in parts}
     recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
     check_order(recipe.model.kind, recipe.steps, source)
+    words = [step.word for step in recipe.steps]
+    if recipe.baseline and words.count(recipe.baseline) != 1:
+        raise UserError(
+            f"{source.where(('baseline',))}: baseline {recipe.baseline!r} is not one of this recipe's steps"
+            f"{did_you_mean(recipe.baseline, words)}"
+        )
     return recipe
 
 
@@ -271,8 +285,10 @@ def _data_within(settings: Mapping[str, Any], loc: Place) -> str | None:
 
 
 def _suits(part: Step | Task, kind: str, where: str) -> None:
-    if kind not in part.suits:
-        raise UserError(f"{where}: {part.word!r} suits {', '.join(sorted(part.suits))}, and this model is a {kind}")
+    for asked in (part, getattr(part, "data", None)):
+        if isinstance(asked, Step | Task | Data) and kind not in asked.suits:
+            suited = ", ".join(sorted(asked.suits))
+            raise UserError(f"{where}: {asked.word!r} suits {suited}, and this model is a {kind}")
 
 
 CURES = {

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llmq import plugin
 from llmq.errors import UserError
 from llmq.recipe import Source, suite_tasks
@@ -24,7 +26,10 @@ def stages_of(target: str, model: str, asked: Any) -> tuple[dict[str, Bring], Se
         found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
         if not found:
             raise UserError(f"{target!r} is a run without a whole stage")
-        artifacts = {f.name: _load(f) for f in found}
+        baseline = yaml.safe_load((folder / "recipe.yaml").read_text()).get("baseline")
+        # Stages before the one that the others are set beside are nets yet to be trained.
+        first = next((i for i, f in enumerate(found) if baseline and f.name.endswith(f"-{baseline}")), 0)
+        artifacts = {f.name: _load(f) for f in found[first:]}
     else:
         opener: Any = plugin.build({model: {"weights": target}}, "models")
         opener.check()

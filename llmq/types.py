@@ -42,7 +42,6 @@ class Model(Plugin):
     """How to open weights of one family."""
 
     kind: ClassVar[str]
-    weights: str
 
     def base(self, context: Context) -> "Artifact":
         """Bring the weights to this machine and return them untouched."""
@@ -50,6 +49,10 @@ class Model(Plugin):
 
     def open(self, artifact: "Artifact", device: str) -> "Loaded":
         """Load an artifact of this family, of any stage, ready for inference."""
+        raise NotImplementedError
+
+    def clocks(self, loaded: "Loaded", speed: Any) -> "Iterable[Clock]":
+        """The units of work that tell how fast this family is; `speed` is the task that asks, with its settings."""
         raise NotImplementedError
 
 
@@ -75,7 +78,7 @@ class Step(Plugin):
 
 
 class Task(Plugin):
-    """A question to a model. It overrides `score`, or `clocks`, or both."""
+    """A question to a model. It overrides at least one of `score`, `against` and `clocks`."""
 
     suits: ClassVar[frozenset[str]]
 
@@ -86,6 +89,10 @@ class Task(Plugin):
 
     def score(self, loaded: "Loaded") -> "Iterable[Measurement | Exhibit]":
         """Answer about one stage that is open alone."""
+        return ()
+
+    def against(self, loaded: "Loaded", base: "Loaded") -> "Iterable[Measurement | Exhibit]":
+        """Answer about a stage beside the stage that all are compared with; both are open, and they differ."""
         return ()
 
     def clocks(self, loaded: "Loaded") -> "Iterable[Clock]":
@@ -102,10 +109,14 @@ class Split:
     shape: str
     counts: Mapping[str, int]
     sha256: str
+    classes: tuple[str, ...] = ()
+    """What the labels of the examples stand for, where they have labels."""
 
 
 class Data(Plugin):
-    """A source of examples."""
+    """A source of examples for the kinds of models that it suits."""
+
+    suits: ClassVar[frozenset[str]]
 
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""
@@ -143,13 +154,18 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Something to look at: what a stage made of one input. The report sets the stages side by side."""
+    """Something to look at: what a stage made of one input. The report sets the stages side by side.
+
+    `picture` is a PNG; the pipeline keeps it as a file of the run and puts its path in `file`.
+    """
 
     task: str
     title: str
     input: str
-    output: str
+    output: str = ""
     reference: str = ""
+    picture: bytes = field(default=b"", compare=False, repr=False)
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -218,9 +234,9 @@ class Artifact:
 
     def weight_files(self) -> list[Path]:
         """The files that hold its weights and its adapter."""
-        from llmq.files import safetensors_of
+        from llmq.files import weight_files
 
-        files = safetensors_of(self.weights)
+        files = weight_files(self.weights)
         return files + ([self.adapter / "adapter_model.safetensors"] if self.adapter else [])
 
     def save(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -25,6 +26,8 @@ class Docstrings(Data):
 
     The prompt is the function without its docstring, the completion the docstring's first paragraph. Split by module.
     """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of the modules set aside")
     max_characters: int = Field(1200, ge=100, description="leave longer functions out")

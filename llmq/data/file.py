@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class File(Data):
 
     A .txt file is one text, whose last `held_out` share is set aside at a paragraph's end.
     """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     path: Path
     columns: dict[str, str] = Field({}, description="our column names -> the file's, such as {prompt: query}")

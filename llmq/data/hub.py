@@ -1,5 +1,7 @@
 """Rows of a data set on the Hugging Face hub."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from llmq.data import rows
@@ -9,6 +11,8 @@ from llmq.types import Data, Split
 
 class Hub(Data):
     """Rows of a hub data set, or of one in the local hub cache, through `datasets`."""
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     path: str
     name: str | None = None

@@ -1,6 +1,7 @@
 """The reference text that every Python carries."""
 
 import hashlib
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ class Pydoc(Data):
     Some topics are chapters of others ("if" is part of "compound"). Topics that share a paragraph are kept on one side
     of the split, and a text that stands twice is used once.
     """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of the characters set aside")
 

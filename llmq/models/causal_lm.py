@@ -1,11 +1,12 @@
 """Language models that transformers opens."""
 
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmq.models import hugging_face
-from llmq.types import Artifact, Context, Loaded, Model
+from llmq.types import Artifact, Clock, Context, Loaded, Model
 
 
 class CausalLM(Model):
@@ -39,3 +40,9 @@ class CausalLM(Model):
             module = PeftModel.from_pretrained(module, artifact.adapter).eval()
         tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
         return Loaded(module, tokenizer, device, artifact)
+
+    def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
+        """One prefill of `prompt_tokens`, and one decode of `new_tokens`."""
+        from llmq.models.generation import clocks
+
+        return clocks(loaded, speed.name, speed.prompt_tokens, speed.new_tokens, speed.rounds)

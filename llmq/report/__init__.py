@@ -36,17 +36,26 @@ class Report:
     exhibits: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage]) -> "Report":
-        """The report of stages, each compared with the first."""
+    def of(
+        cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage], baseline: str
+    ) -> "Report":
+        """The report of stages, each compared with the one called `baseline`."""
+        base = next(s for s in stages if s.name == baseline)
         return cls(
             SCHEMA_VERSION,
             json.loads(json.dumps(recipe, default=str)),
             environment,
             [_stage(s) for s in stages],
             [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
-            [c for s in stages[1:] for c in _comparisons(s, stages[0])],
-            [{"stage": s.name, **asdict(e)} for s in stages for e in s.exhibits],
+            [c for s in stages if s is not base for c in _comparisons(s, base)],
+            [{"stage": s.name, **_without_picture(e)} for s in stages for e in s.exhibits],
         )
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of the stages that were measured, in their order."""
+        asked = {m["stage"] for m in self.measurements}
+        return [s["name"] for s in self.stages if s["name"] in asked]
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
@@ -60,7 +69,7 @@ class Report:
         write_json(out / "report.json", asdict(self))
         report = Report.read(out)
         write_text(out / "report.md", markdown.draw(report))
-        write_text(out / "report.html", html.draw(report))
+        write_text(out / "report.html", html.draw(report, out))
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
@@ -74,6 +83,10 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "seconds": notes.pop("seconds", 0.0),
         "notes": notes,
     }
+
+
+def _without_picture(exhibit: Exhibit) -> dict[str, Any]:
+    return {k: v for k, v in asdict(exhibit).items() if k != "picture"}
 
 
 def _without_samples(measurement: Measurement) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def _training(report: Report) -> str:
                 label=f"{stage['name']}, held-out",
             )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    units = dict.fromkeys(s["notes"]["training"].get("loss_unit", "nats a token") for s in trained)
+    axes.set_ylabel(f"loss, {', '.join(units)}")
     axes.legend(frameon=False, fontsize=8.5)
     return _svg(figure)
 

@@ -1,5 +1,6 @@
 """The report as one self-contained page."""
 
+import base64
 from pathlib import Path
 
 from llmq.report import Report, charts
@@ -8,9 +9,12 @@ from llmq.report.markdown import exhibits
 from llmq.report.table import LEGEND, TITLE, rows, summary
 
 
-def draw(report: Report) -> str:
-    """The page, with its pictures inside."""
+def draw(report: Report, folder: Path) -> str:
+    """The page, with its pictures inside; those of exhibits are read from the run's `folder`."""
     from jinja2 import Environment, FileSystemLoader
+
+    def inside(file: str) -> str:
+        return f"data:image/png;base64,{base64.b64encode((folder / file).read_bytes()).decode()}"
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(
@@ -21,5 +25,6 @@ def draw(report: Report) -> str:
         legend=LEGEND,
         charts=charts.draw(report),
         exhibits=exhibits(report),
+        inside=inside,
         facts=facts(report),
     )

@@ -1,5 +1,7 @@
 """The report as Markdown."""
 
+from collections.abc import Mapping
+
 from llmq.report import Report
 from llmq.report.facts import facts
 from llmq.report.table import LEGEND, TITLE, rows, summary
@@ -7,7 +9,7 @@ from llmq.report.table import LEGEND, TITLE, rows, summary
 
 def table(report: Report) -> str:
     """The table of stages alone."""
-    names = [s["name"] for s in report.stages]
+    names = report.measured
     lines = [f"| task | metric | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
     for row in rows(report):
         arrow = "↑" if row.better == "higher" else "↓"
@@ -25,11 +27,18 @@ def draw(report: Report) -> str:
     if report.exhibits:
         parts.append("## Side by side")
     for title, group in exhibits(report).items():
-        parts.append(f"### {title}\n\n```text\n{group[0]['input']}\n```")
-        parts += [f"- **{e['stage']}**: {e['output'] or '(nothing)'}" for e in group]
+        parts.append(f"### {title}")
+        if group[0]["input"]:
+            parts.append(f"```text\n{group[0]['input']}\n```")
+        parts += [f"- **{e['stage']}**: {_shown(e)}" for e in group]
         if group[0]["reference"]:
             parts.append(f"- **reference**: {group[0]['reference']}")
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(exhibit: Mapping[str, str]) -> str:
+    picture = f"![{exhibit['title']}]({exhibit['file']})" if exhibit["file"] else ""
+    return " ".join(filter(None, (picture, exhibit["output"]))) or "(nothing)"
 
 
 def exhibits(report: Report) -> dict[str, list[dict[str, str]]]:

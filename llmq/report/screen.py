@@ -18,8 +18,8 @@ def show(report: Report, console: Console | None = None) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "metric"):
         table.add_column(name, style="dim" if name == "task" else "")
-    for stage in report.stages:
-        table.add_column(stage["name"], justify="right")
+    for name in report.measured:
+        table.add_column(name, justify="right")
     last = ""
     for row in rows(report):
         metric = f"{row.metric}{f' ({row.unit})' if row.unit else ''} {'↑' if row.better == 'higher' else '↓'}"

@@ -14,7 +14,17 @@ LEGEND = (
 
 
 TITLE = "What it cost"
-HEADLINE = ("bytes_on_disk", "token_perplexity", "acc", "decode_tokens_per_second")
+HEADLINE = (
+    "bytes_on_disk",
+    "token_perplexity",
+    "acc",
+    "top1",
+    "map",
+    "frechet_distance",
+    "psnr",
+    "decode_tokens_per_second",
+    "images_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Row:
 
 def rows(report: Report) -> Iterator[Row]:
     """The rows in the order in which things were measured."""
-    stages = [s["name"] for s in report.stages]
+    stages = report.measured
     found = {(m["stage"], m["task"], m["metric"]): m for m in report.measurements}
     compared = {(c["stage"], c["task"], c["metric"]): c for c in report.comparisons}
     for task, metric in dict.fromkeys((m["task"], m["metric"]) for m in report.measurements):
@@ -79,10 +89,10 @@ def number(value: float) -> str:
 def summary(report: Report) -> list[str]:
     """One line a stage: the ratios to the base that most people look for first."""
     lines = []
-    for stage in report.stages[1:]:
+    for name in report.measured[1:]:
         found: dict[str, str] = {}
         for c in report.comparisons:
-            if c["stage"] == stage["name"] and c["metric"] in HEADLINE and c["ratio"] is not None:
+            if c["stage"] == name and c["metric"] in HEADLINE and c["ratio"] is not None:
                 found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({c['verdict']})")
-        lines.append(f"{stage['name']}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
+        lines.append(f"{name}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
     return lines

@@ -1,0 +1,170 @@
+"""What the families of image models share: random or given weights at rest, opening, timing, and how they learn."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from llmq.data.images import Example
+from llmq.errors import UserError
+from llmq.files import cache, make_whole, sha256_files, sha256_text
+from llmq.types import Artifact, Clock, Context, Loaded, Reading, Split
+
+KINDS = frozenset({"classifier", "detector", "gan", "super-resolution"})
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a family is trained unless a recipe says otherwise."""
+
+    learning_rate: float
+    batch_size: int
+    loss_unit: str
+    optim: Literal["adam", "adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    augment: Literal["none", "flip", "dihedral"] = "none"
+
+
+@dataclass(frozen=True)
+class Player:
+    """One side of a training: the module that learns, and the loss of a batch that it lowers."""
+
+    name: str
+    module: Any
+    loss: Callable[[Mapping[str, Any]], Any]
+
+
+class Vision(BaseModel):
+    """A family of image models. A family says its `network`, `prepare`, `example`, `players`, `batch` and `validate`.
+
+    A module maps one float tensor to a tensor, or to a tuple of tensors, so that a graph of it can be exported; what
+    follows (boxes out of scores, pixels out of numbers) is the family's own and stays in float.
+    """
+
+    learning: ClassVar[Learning]
+
+    weights: str | None = Field(
+        None, description="a .safetensors file, a folder with model.safetensors, or a built-in word; random if unset"
+    )
+
+    def check(self) -> None:
+        """Raise `UserError` for weights that are not there or cannot be opened."""
+        if self.weights is not None:
+            from llmq.models.state import check_weights
+
+            check_weights(self.weights)
+
+    def network(self) -> Any:
+        """The network of these settings with random weights, float32."""
+        raise NotImplementedError
+
+    def pretrained(self) -> Mapping[str, Any] | None:
+        """The tensors of `weights` by the names that the network has for them; None if it is to begin at random."""
+        if self.weights is None:
+            return None
+        from llmq.models.state import read_state
+
+        return read_state(self.weights)
+
+    def source(self) -> str:
+        """What tells these weights from others, and a person where they come from."""
+        if self.weights is None:
+            return "random weights"
+        path = Path(self.weights).expanduser()
+        return f"{self.weights}" + (f" {sha256_files([path])[:16]}" if path.is_file() else "")
+
+    def base(self, context: Context) -> Artifact:
+        """The network at rest in the cache: its given weights, or random ones under the run's seed."""
+        import torch
+
+        where = self.source()
+        about = [type(self).__module__, self.model_dump_json(), where, str(context.seed), torch.__version__]
+        folder = cache("models", f"{type(self).__name__.lower()}-{sha256_text(*about)[:16]}")
+        make_whole(folder, lambda partial_folder: self._fill(partial_folder, context.seed), shared=True)
+        note = where if self.weights else f"{where}, seed {context.seed}"
+        return Artifact(model=self, weights=folder, notes={"source": note})  # type: ignore[arg-type]
+
+    def _fill(self, folder: Path, seed: int) -> None:
+        import torch
+
+        from llmq.models.state import load_strictly, save_network
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = self.network()
+        given = self.pretrained()
+        if given is not None:
+            load_strictly(network, given, str(self.weights))
+        save_network(network, folder)
+
+    def open(self, artifact: Artifact, device: str) -> Loaded:
+        """The network in evaluation mode, or the exported graph; `processor` turns images into its input."""
+        from llmq.models.state import open_network
+
+        if artifact.runtime == "openvino":
+            from llmq.models.exported import ExportedModule
+
+            module: Any = ExportedModule(artifact.weights)
+        else:
+            module = open_network(self.network(), artifact.weights).eval().to(device)
+        return Loaded(module, self.prepare, device, artifact)
+
+    def prepare(self, images: Sequence[Any]) -> Any:
+        """Images uint8 `(height, width, channels)` as the float input `(n, channels, height, width)`."""
+        raise NotImplementedError
+
+    def example(self, batch_size: int) -> Any:
+        """An input of the usual size, for exporting and timing; the same numbers each time."""
+        raise NotImplementedError
+
+    def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
+        """One batch through the module."""
+        import torch
+
+        inputs = self.example(speed.batch_size).to(loaded.device)
+        size = "x".join(map(str, inputs.shape))
+        readings = (
+            Reading("latency_p50", "ms", "lower", lambda s: 1000 * s),
+            Reading("latency_p95", "ms", "lower", lambda s: 1000 * s, quantile=0.95),
+            Reading("images_per_second", "images/s", "higher", lambda s: speed.batch_size / s),
+        )
+        protocol = f"input {size} float32, {torch.get_num_threads()} threads, {loaded.device}"
+        return [Clock(speed.name, partial(_run, loaded.module, inputs), readings, protocol, 3, speed.rounds)]
+
+    def check_split(self, split: Split) -> None:
+        """Raise `UserError` for data that this network cannot learn from, or be asked about."""
+
+    def players(self, network: Any) -> list[Player]:
+        """Who learns what from a batch; most families have one player, a GAN two, which take turns."""
+        raise NotImplementedError
+
+    def batch(self, examples: Sequence[Example], rng: Any, augment: str, crop: int | None) -> dict[str, Any]:
+        """The tensors of a batch to learn from, made of examples under a numpy generator `rng`."""
+        raise NotImplementedError
+
+    def validate_on(self, loaded: Loaded, examples: Sequence[Example]) -> tuple[str, float]:
+        """Name and value of the figure that a person watches while this family learns."""
+        raise NotImplementedError
+
+
+def _run(module: Any, inputs: Any) -> None:
+    import torch
+
+    with torch.inference_mode():
+        module(inputs)
+
+
+def in_batches(examples: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Examples, `size` at a time."""
+    return ([examples[j] for j in range(i, min(i + size, len(examples)))] for i in range(0, len(examples), size))
+
+
+def the_shape(split: Split, wanted: str, word: str) -> Split:
+    """`split` if its examples are of the wanted shape. Raises `UserError` if not."""
+    if split.shape != wanted:
+        raise UserError(f"{word}: its examples are {split.shape}, and {wanted} is needed")
+    return split
