@@ -84,7 +84,7 @@ def _training(report: Report) -> str:
         axes.plot(
             *zip(*curves["loss"], strict=True), color=colour, alpha=0.45, lw=1.2, label=f"{stage['name']}, training"
         )
-        if curves["held_out_loss"]:
+        if curves.get("held_out_loss"):
             axes.plot(
                 *zip(*curves["held_out_loss"], strict=True),
                 "o-",

@@ -1,0 +1,167 @@
+"""The training loop of every image model."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmq.errors import LlmqError
+from llmq.models.vision import Player
+from llmq.terminal import Bar
+from llmq.types import Loaded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: every setting decided."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup: int
+    optim: str
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float | None
+    augment: str
+    crop: int | None
+    autocast: bool
+    channels_last: bool
+    eval_steps: int
+    save_steps: int
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: a linear warm-up, then the schedule down to 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        factors = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+        return self.learning_rate * factors[self.schedule]
+
+    def optimizer(self, module: Any) -> Any:
+        """The optimizer of a player's parameters."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if self.optim == "sgd":
+            return torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optim]
+        return cls(parameters, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+
+
+def order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of a step: each epoch visits all in an order of its own, and its rest begins the next."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {p // n for p in places}}
+    return [int(orders[p // n][p % n]) for p in places]
+
+
+def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan: Plan, folder: Path) -> dict[str, Any]:
+    """Train the opened network in place; returns the history. Raises `LlmqError` if a loss is not finite."""
+    model: Any = loaded.artifact.model
+    network = loaded.module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        players: list[Player] = model.players(network)
+    order_in_memory = torch.channels_last if plan.channels_last else torch.contiguous_format
+    for player in players:
+        player.module.to(loaded.device, memory_format=order_in_memory).train()
+    optimizers = [plan.optimizer(player.module) for player in players]
+    checkpoint = folder / "checkpoint.pt"
+    done, history = _resume(checkpoint, players, optimizers)
+    bar, began = Bar("training", plan.steps, start=done), time.perf_counter()
+    for step in range(done, plan.steps):
+        losses = _step(loaded, examples, players, optimizers, plan, step)
+        _record(history, players, losses, step + 1, plan)
+        if held_out and ((step + 1) % plan.eval_steps == 0 or step + 1 == plan.steps):
+            network.eval()
+            metric, value = model.validate_on(loaded, held_out)
+            network.train()
+            history["held_out"].append([step + 1, round(value, 5)])
+            history["metric"] = metric
+        seen = f" · {history['metric']} {history['held_out'][-1][1]:.4g}" if history["held_out"] else ""
+        speed = (step + 1 - done) * plan.batch_size / (time.perf_counter() - began)
+        bar.advance(" · ".join(f"{p.name} {v:.4f}" for p, v in zip(players, losses, strict=True)) + seen)
+        if (step + 1) % plan.save_steps == 0 and step + 1 < plan.steps:
+            _save(checkpoint, players, optimizers, step + 1, history)
+    bar.close()
+    checkpoint.unlink(missing_ok=True)
+    network.eval().to(memory_format=torch.contiguous_format)
+    rates = {"seconds": round(time.perf_counter() - began, 2), "examples_per_second": round(speed, 1)}
+    return {"steps": plan.steps, "examples": plan.steps * plan.batch_size, **rates, **history}
+
+
+def _step(
+    loaded: Loaded, examples: Sequence[Any], players: list[Player], optimizers: list[Any], plan: Plan, step: int
+) -> list[float]:
+    model: Any = loaded.artifact.model
+    chosen = [examples[i] for i in order(len(examples), plan.batch_size, plan.seed, step)]
+    made = model.batch(chosen, np.random.default_rng([plan.seed, step, 1]), plan.augment, plan.crop)
+    batch = {name: _placed(value, loaded.device, plan.channels_last) for name, value in made.items()}
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((plan.seed << 20) + step)  # dropout and latents
+        for player, optimizer in zip(players, optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(loaded.device.split(":")[0], torch.bfloat16, enabled=plan.autocast):
+                loss = player.loss(batch)
+            loss.backward()
+            if plan.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(player.module.parameters(), plan.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.item())
+    if not all(map(math.isfinite, losses)):
+        raise LlmqError(f"training: the loss of step {step + 1} is not a finite number; lower learning_rate")
+    return losses
+
+
+def _placed(value: Any, device: str, channels_last: bool) -> Any:
+    """A tensor, or tensors in lists and dicts, on the device."""
+    if isinstance(value, dict):
+        return {k: _placed(v, device, channels_last) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(v, device, channels_last) for v in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    images = channels_last and value.ndim == 4
+    return value.to(device, memory_format=torch.channels_last if images else torch.preserve_format)
+
+
+def _record(history: dict[str, Any], players: list[Player], losses: list[float], step: int, plan: Plan) -> None:
+    """Keep the mean loss of about 40 stretches; of several players the last one's, who is what is kept of them."""
+    history["running"] = [*history["running"], losses[-1]]
+    if step % max(1, plan.steps // 40) == 0 or step == plan.steps:
+        history["loss"].append([step, round(sum(history["running"]) / len(history["running"]), 5)])
+        history["running"] = []
+    if step == plan.steps:
+        history.pop("running")
+
+
+def _save(path: Path, players: list[Player], optimizers: list[Any], step: int, history: dict[str, Any]) -> None:
+    state = {
+        "step": step,
+        "history": history,
+        "players": [p.module.state_dict() for p in players],
+        "optimizers": [o.state_dict() for o in optimizers],
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path, players: list[Player], optimizers: list[Any]) -> tuple[int, dict[str, Any]]:
+    if not path.exists():
+        return 0, {"loss": [], "held_out": [], "metric": "", "running": []}
+    state = torch.load(path, weights_only=True)
+    for player, kept in zip(players, state["players"], strict=True):
+        player.module.load_state_dict(kept)
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+    return state["step"], state["history"]
