@@ -47,8 +47,8 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
-        names = ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(recipe.steps, 1))]
-        compared = names[recipe.baseline_stage :]
+        names = recipe.stage_names
+        compared = names[recipe.baseline_stages[0] :]
         measured = compared if recipe.stages == "all" else list(dict.fromkeys((compared[0], compared[-1])))
         stages: dict[str, Stage] = {}
         for name, step in zip(names, (None, *recipe.steps), strict=True):

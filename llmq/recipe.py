@@ -31,13 +31,22 @@ class Recipe(BaseModel):
     threads: PositiveInt | None = None
     stages: Literal["all", "ends"] = "all"
     baseline: str | None = None
-    """The step whose stage all later ones are set beside, where the untouched base is a net yet to be trained."""
+    """The stage that all later ones are set beside, where the untouched base is a net yet to be trained.
+
+    Written as its step's word, or, where that stands twice, as the stage is called: `1-adapt.train`.
+    """
 
     @property
-    def baseline_stage(self) -> int:
-        """The number of the stage that the others are set beside; those before it are not measured."""
-        words = [step.word for step in self.steps]
-        return words.index(self.baseline) + 1 if self.baseline else 0
+    def stage_names(self) -> list[str]:
+        """What the stages are called: `0-base`, `1-quantize.bnb`, …"""
+        return ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(self.steps, 1))]
+
+    @property
+    def baseline_stages(self) -> list[int]:
+        """The numbers of the stages that `baseline` can mean: one, in a recipe that was checked."""
+        if self.baseline is None:
+            return [0]
+        return [i for i, name in enumerate(self.stage_names) if self.baseline in (name, name.partition("-")[2])]
 
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
@@ -210,11 +219,10 @@ def parse(source: Source, name: str) -> Recipe:
     others = {k: v for k, v in data.items() if k not in parts}
     recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
     check_order(recipe.model.kind, recipe.steps, source)
-    words = [step.word for step in recipe.steps]
-    if recipe.baseline and words.count(recipe.baseline) != 1:
+    if len(recipe.baseline_stages) != 1:
         raise UserError(
-            f"{source.where(('baseline',))}: baseline {recipe.baseline!r} is not one of this recipe's steps"
-            f"{did_you_mean(recipe.baseline, words)}"
+            f"{source.where(('baseline',))}: baseline {recipe.baseline!r} is not one stage of this recipe"
+            f"{did_you_mean(str(recipe.baseline), recipe.stage_names)}"
         )
     return recipe
 

