@@ -1,0 +1,157 @@
+"""adapt.train: one loop, whatever learns; the same weights from the same seed, killed or not."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU
+
+from llmq import plugin
+from llmq.adapt import loop
+from llmq.adapt.train import Train
+from llmq.data.images import Example, make_split
+from llmq.errors import LlmqError
+from llmq.models.vision import Learning, Player, Vision
+from llmq.types import Data, Model
+
+
+class Slopes(Data):
+    """Images whose label is whether they grow brighter to the right."""
+
+    suits: ClassVar[frozenset[str]] = frozenset({"classifier"})
+
+    def read(self) -> Any:
+        rng = np.random.default_rng(0)
+        examples = []
+        for i in range(24):
+            ramp = np.linspace(0, 200, 8)[None, :, None] * np.ones((8, 1, 1))
+            image = (ramp if i % 2 else ramp[:, ::-1]) + rng.uniform(0, 50, (8, 8, 1))
+            examples.append(Example(str(i), image.astype(np.uint8), label=i % 2))
+        return make_split(examples[:20], examples[20:], "image/label", ["slopes"])
+
+
+class Tiny(Vision, Model):
+    """A convolution, a norm, dropout, and as many players as asked for, the later ones judging the first."""
+
+    kind: ClassVar[str] = "classifier"
+    learning: ClassVar[Learning] = Learning(1e-2, 4, "nats an image")
+    judges: int = 0
+    broken: bool = False
+
+    def network(self) -> Any:
+        layers = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()
+        return torch.nn.Sequential(*layers, torch.nn.Dropout(0.2), torch.nn.Linear(144, 2))
+
+    def prepare(self, images: Any) -> Any:
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+    def players(self, network: Any) -> list[Player]:
+        def loss(batch: Any) -> Any:
+            logits = network(batch["images"])
+            return torch.nn.functional.cross_entropy(logits, batch["labels"]) / (0 if self.broken else 1)
+
+        judges = [torch.nn.Linear(64, 1) for _ in range(self.judges)]
+        others = [
+            Player(f"judge {i}", j, lambda b, j=j: j(b["images"].flatten(1)).square().mean() * 1e-3)
+            for i, j in enumerate(judges)
+        ]
+        return [*others, Player("loss", network, loss)]
+
+    def batch(self, examples: Any, rng: Any, augment: str, crop: int | None) -> dict[str, Any]:
+        noise = torch.from_numpy(rng.normal(0, 0.01, (len(examples), 1, 8, 8)).astype(np.float32))
+        labels = torch.tensor([e.label for e in examples])
+        return {"images": self.prepare([e.image for e in examples]) + noise, "labels": labels}
+
+    def validate_on(self, loaded: Any, examples: Any) -> tuple[str, float]:
+        with torch.no_grad():
+            right = loaded.module(self.prepare([e.image for e in examples])).argmax(1)
+        return "top1", float((right == torch.tensor([e.label for e in examples])).float().mean())
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setattr(plugin, "load", lambda word: {"test_train": Tiny}[word])
+
+
+def trained(folder: Any, model: Any = None, **settings: Any) -> Any:
+    """What training leaves."""
+    folder.mkdir(exist_ok=True)
+    step = Train.model_construct(**{**Train(data=Slopes(), max_steps=12).__dict__, **settings})
+    return step.apply((model or Tiny()).base(CPU), folder, CPU)
+
+
+def weights(artifact: Any) -> bytes:
+    return (artifact.weights / "model.safetensors").read_bytes()
+
+
+def test_it_learns_and_says_what_it_did(tmp_path):
+    made = trained(tmp_path / "a", max_steps=60)
+    told = made.notes["training"]
+    assert told["loss"][-1][1] < 0.3 * told["loss"][0][1]
+    assert told["held_out"][-1] == [60, 1.0]
+    assert (told["metric"], told["steps"], told["examples"], told["batch_size"]) == ("top1", 60, 240, 4)
+    with made.open("cpu") as loaded:
+        assert Tiny().validate_on(loaded, Slopes().read().held_out) == ("top1", 1.0)
+    assert not list((tmp_path / "a").glob("checkpoint*"))
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_is_watched(tmp_path):
+    one = weights(trained(tmp_path / "a"))
+    torch.rand(3)
+    assert weights(trained(tmp_path / "b", held_out_examples=0, save_steps=5)) == one
+    assert weights(trained(tmp_path / "c", seed=1)) != one
+
+
+@pytest.mark.parametrize("judges", [0, 1])
+@pytest.mark.parametrize("killed_at", [1, 4, 11])
+def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch, judges, killed_at):
+    model = Tiny(judges=judges)
+    whole = weights(trained(tmp_path / "whole", model))
+    step = loop._step
+
+    def die(*args: Any) -> Any:
+        if args[-1] == killed_at:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "killed", model)
+    made = trained(tmp_path / "killed", model)
+    assert weights(made) == whole
+    assert made.notes["training"]["loss"][-1][0] == 12
+
+
+def test_a_loss_that_is_no_number_ends_the_job(tmp_path):
+    with pytest.raises(LlmqError, match="the loss of step 1 is not a finite number; lower learning_rate"):
+        trained(tmp_path / "a", Tiny(broken=True))
+
+
+def test_bfloat16_products_and_channels_last_learn_alike(tmp_path):
+    plain = trained(tmp_path / "a", max_steps=40).notes["training"]["loss"][-1][1]
+    for name, settings in (("b", {"autocast": True}), ("c", {"channels_last": True})):
+        assert trained(tmp_path / name, max_steps=40, **settings).notes["training"]["loss"][-1][1] == pytest.approx(
+            plain, abs=0.1
+        )
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (8, 8), (3, 5)])
+def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(n, size):
+    places = [p for step in range(3 * n) for p in loop.order(n, size, 0, step)]
+    epochs = [tuple(places[i : i + n]) for i in range(0, len(places) - n + 1, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_the_rate_warms_up_and_ends_near_nothing():
+    common = dict.fromkeys(loop.Plan.__dataclass_fields__, 0) | {"steps": 100, "warmup": 10, "learning_rate": 1.0}
+    for schedule in ("cosine", "linear"):
+        plan = loop.Plan(**common | {"schedule": schedule})
+        rates = [plan.rate(step) for step in range(100)]
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert max(rates) == rates[10] == 1.0
+        assert rates[-1] < 0.02
+    assert {loop.Plan(**common | {"schedule": "constant", "warmup": 0}).rate(s) for s in (0, 50, 99)} == {1.0}
