@@ -49,6 +49,8 @@ class Vision(BaseModel):
     """
 
     learning: ClassVar[Learning]
+    any_size: ClassVar[bool] = False
+    """Whether the network takes images of any height and width, as an exported graph of it then must too."""
 
     weights: str | None = Field(
         None, description="a .safetensors file, a folder with model.safetensors, or a built-in word; random if unset"
@@ -123,6 +125,19 @@ class Vision(BaseModel):
     def example(self, batch_size: int) -> Any:
         """An input of the usual size, for exporting and timing; the same numbers each time."""
         raise NotImplementedError
+
+    def calibration(self, split: Split | None, samples: int, seed: int) -> Iterable[Any]:
+        """Inputs such as the network will see, one image each: `samples` of the training images, drawn under a seed.
+
+        Raises `UserError` where there is no data, or none that fits.
+        """
+        if split is None:
+            raise UserError("it needs 'data' to calibrate on, such as the data that the network was trained on")
+        self.check_split(split)
+        import numpy as np
+
+        rows = np.random.default_rng(seed).permutation(len(split.train))[:samples]
+        return (self.prepare([split.train[int(row)].image]) for row in rows)
 
     def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
         """One batch through the module."""

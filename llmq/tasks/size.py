@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from llmq.files import bytes_of
+from llmq.models.vision import KINDS
 from llmq.types import Better, Loaded, Measurement, Task
 
 
 class Size(Task):
     """Bytes on disk and in memory, parameters, and how many of them are not zero. Exact figures."""
 
-    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    suits: ClassVar[frozenset[str]] = KINDS | {"causal-lm"}
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Counted on the files and on the opened module."""
@@ -31,14 +32,14 @@ class Size(Task):
                 on_disk,
                 "bytes",
                 "lower",
-                "safetensors files of the weights and of the adapter, if there is one",
+                "safetensors files of the weights and of the adapter, if there is one; graph and constants if exported",
             ),
             exact(
                 "bytes_in_memory",
                 sum(t.untyped_storage().nbytes() for t in unique(held(loaded.module))),
                 "bytes",
                 "lower",
-                "parameters, buffers and the scales of packed weights as allocated; tied ones once",
+                "parameters, buffers and scales of packed weights as allocated, or a graph's constants; tied ones once",
             ),
             exact("parameters", parameters, "parameters", "lower", "as they multiply: a packed weight counts unpacked"),
             exact("nonzeros", nonzeros, "parameters", "lower", "parameters whose value, unpacked, is not zero"),

@@ -1,0 +1,138 @@
+"""An exported graph that is called like the torch module it was made from, run by OpenVINO on the processor."""
+
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError, UserError
+
+GRAPH = "model.xml"
+PRECISION = ["runtime_options", "INFERENCE_PRECISION_HINT"]
+"""Where a graph says what its float parts are computed in. Unsaid it is float32: OpenVINO's own choice would be
+bfloat16 on one processor and float32 on the next."""
+SHAPES = 8
+"""How many input shapes stay compiled. A static graph is up to a fifth faster than one for all shapes."""
+
+
+def openvino() -> Any:
+    """The library, imported so that it reports nothing home: without `openvino_telemetry` it has nobody to tell."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        raise UserError("this needs OpenVINO; install llmq-suite[openvino]") from None
+    return openvino
+
+
+class ExportedModule(nn.Module):  # type: ignore[misc]
+    """The graph in a folder's `model.xml`: one float tensor in, a tensor or a tuple of tensors out.
+
+    It is compiled for each shape of input that comes, for as many threads as torch has then. Weights are parameters,
+    and what says how their integers are coded are buffers; both lie in the graph's own memory: do not write to them.
+    """
+
+    def __init__(self, graph: Any):
+        """Of a folder, or of a graph in memory."""
+        super().__init__()
+        self.core = openvino().Core()
+        self.graph = self.core.read_model(graph / GRAPH) if isinstance(graph, Path) else graph
+        precision = self.graph.get_rt_info(PRECISION).astype(str) if self.graph.has_rt_info(PRECISION) else "f32"
+        self.options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        self.compiled: OrderedDict[tuple[Any, int], _Compiled] = OrderedDict()
+        weights, others = [], []
+        for constant, is_weight in constants(self.graph):
+            (weights if is_weight else others).append(_as_tensor(constant))
+        self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in weights)
+        for i, tensor in enumerate(others):
+            self.register_buffer(f"constant_{i}", tensor)
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What the graph makes of an input; the outputs are the caller's own memory, on the device of the input."""
+        held = inputs.detach().to("cpu", torch.float32).contiguous()
+        outputs = self._for(tuple(held.shape))(held)
+        if inputs.device.type != "cpu":
+            outputs = [t.to(inputs.device) for t in outputs]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _for(self, shape: tuple[int, ...]) -> "_Compiled":
+        key = shape, torch.get_num_threads()
+        if key not in self.compiled:
+            wanted = self.graph.input(0).partial_shape
+            if not wanted.compatible(openvino().PartialShape(list(shape))):
+                raise LlmqError(f"the exported graph takes inputs of {wanted}, and this one is {list(shape)}")
+            if len(self.compiled) == SHAPES:
+                self.compiled.popitem(last=False)
+            graph = self.graph.clone()
+            graph.reshape(list(shape))
+            options = {**self.options, "INFERENCE_NUM_THREADS": key[1]}
+            self.compiled[key] = _Compiled(self.core.compile_model(graph, "CPU", options))
+        self.compiled.move_to_end(key)
+        return self.compiled[key]
+
+
+class _Compiled:
+    """A graph compiled for one shape, with neither input nor outputs copied."""
+
+    def __init__(self, compiled: Any):
+        self.tensor = openvino().Tensor
+        self.request = compiled.create_infer_request()
+        self.shapes = [(tuple(o.shape), getattr(torch, o.element_type.to_dtype().name)) for o in compiled.outputs]
+
+    def __call__(self, held: Tensor) -> list[Tensor]:
+        # The outputs are new at each call: what the graph gave the last time must outlive the next.
+        outputs = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes]
+        self.request.set_input_tensor(self.tensor(held.numpy(), shared_memory=True))
+        for i, output in enumerate(outputs):
+            self.request.set_output_tensor(i, self.tensor(output.numpy(), shared_memory=True))
+        self.request.infer(share_outputs=True)
+        return outputs
+
+
+def _as_tensor(constant: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to; nobody does
+        return torch.from_numpy(constant.data)
+
+
+def constants(graph: Any) -> Iterator[tuple[Any, bool]]:
+    """Every constant of a graph, and whether it is a weight: a number that multiplies or is added, not its coding."""
+    for operation in graph.get_ordered_ops():
+        if operation.get_type_name() == "Constant":
+            yield operation, _is_weight(operation)
+
+
+def _is_weight(constant: Any) -> bool:
+    kind = constant.get_element_type().get_type_name()
+    return kind in ("f32", "f16", "i8") and not any(_is_coding(user, constant) for user in users(constant))
+
+
+def _is_coding(user: Any, constant: Any) -> bool:
+    """Whether `user` takes the constant for a range, a scale or a zero point of integers."""
+    if user.get_type_name() == "FakeQuantize":
+        return True
+    if user.get_type_name() == "Convert":
+        return any(_is_coding(after, user) for after in users(user))
+    if user.get_type_name() not in ("Multiply", "Subtract"):
+        return False
+    others = [v.get_source_output().get_node() for v in user.inputs()]
+    return any(o != constant and is_unpacked(o) for o in others)
+
+
+def is_unpacked(operation: Any) -> bool:
+    """Whether an operation turns integers that are stored into floats."""
+    if operation.get_type_name() == "Subtract":
+        return is_unpacked(operation.input_value(0).get_node())
+    stored = operation.input_value(0).get_node() if operation.get_type_name() == "Convert" else None
+    return stored is not None and stored.get_element_type().get_type_name() in ("i8", "u8")
+
+
+def users(operation: Any) -> list[Any]:
+    """The operations that take what this one gives."""
+    return [target.get_node() for output in operation.outputs() for target in output.get_target_inputs()]

@@ -1,0 +1,146 @@
+"""From a torch module to a graph that runs elsewhere: export, its two files, and whether a quantization was one."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from llmq.environment import library_version
+from llmq.errors import LlmqError, UserError
+from llmq.files import bytes_of, weight_files
+from llmq.models.exported import GRAPH, PRECISION, ExportedModule, openvino
+from llmq.quantize.likeness import Likeness
+from llmq.types import Artifact, Step
+
+PARITY = 1e-3
+"""How far an exported graph may be from its module, as a share of the largest output."""
+
+
+def nncf() -> Any:
+    """The library, imported after OpenVINO was kept from reporting home, and told to be quiet."""
+    openvino()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA
+    try:
+        import nncf
+    except ModuleNotFoundError:
+        raise UserError("this needs NNCF; install llmq-suite[openvino]") from None
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the bars and warnings of the exporting libraries off the screen."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quantized_stage(
+    step: Step,
+    artifact: Artifact,
+    folder: Path,
+    change: Callable[[Any], Any],
+    inputs: Sequence[Any] = (),
+    compute_dtype: str = "float32",
+    float16: bool = False,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+) -> Artifact:
+    """Export `artifact`, `change` the graph, write it to `folder`, and judge it on `inputs` (or the usual example).
+
+    Raises `LlmqError` and leaves no file where nothing shrank, nothing changed, or little of the output is left.
+    """
+    model: Any = artifact.model
+    with artifact.open("cpu") as loaded:
+        graph = export(loaded.module, model)
+    changed = change(graph.clone())
+    if compute_dtype == "bfloat16":
+        changed.set_rt_info("bf16", PRECISION)
+    write_graph(changed, folder, float16)
+    try:
+        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)])
+    except LlmqError:
+        for file in weight_files(folder):
+            file.unlink()
+        raise
+    notes = {"format": "OpenVINO IR", "openvino": library_version("openvino"), **notes, **facts}
+    return artifact.then(step, weights=folder, runtime="openvino", packed=True, notes=notes)
+
+
+def export(module: Any, model: Any) -> Any:
+    """The graph of a module of the family `model`, any batch size. Raises `LlmqError` if it computes something else."""
+    example = model.example(1)
+    try:
+        with quietly():
+            graph = openvino().convert_model(module, example_input=example)
+            graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
+    except RuntimeError as error:
+        raise LlmqError(f"{model.word} cannot be exported: {str(error).strip().splitlines()[-1]}") from None
+    rows, columns = example.shape[-2:]
+    inputs = [example, model.example(2)]
+    inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
+    exported = ExportedModule(graph)
+    for x in inputs:
+        with torch.inference_mode():
+            truth, found = as_tuple(module(x)), as_tuple(exported(x))
+        for i, (t, f) in enumerate(zip(truth, found, strict=True)):
+            off = float((f - t).abs().max() / t.abs().max().clamp_min(1e-12)) if f.shape == t.shape else float("inf")
+            if not off <= PARITY:
+                raise LlmqError(
+                    f"{model.word} was exported wrongly: for an input {list(x.shape)} the graph's output {i} is off by "
+                    f"{off:.1e} of its largest value, more than {PARITY:g}"
+                )
+    return graph
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    """The outputs of a module that has one or several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
+    """Write `model.xml` and `model.bin`, the same bytes for the same graph."""
+    # A name that nobody gave counts the operations of the whole process.
+    for i, operation in enumerate(graph.get_ordered_ops()):
+        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{i}")
+    path = folder / GRAPH
+    openvino().save_model(graph, path, compress_to_fp16=float16)
+    path.write_text(re.sub(r">\s+<", "><", path.read_text()))  # a sixth of it is indentation
+
+
+def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+    """What a quantization did to file and output. Raises `LlmqError` with these facts if it was none."""
+    before, after = bytes_of(artifact.weight_files()), bytes_of(weight_files(folder))
+    if after >= before:
+        raise LlmqError(f"{word} shrank nothing: {after:,} bytes, and {before:,} before")
+    exact, changed = ExportedModule(graph), ExportedModule(folder)
+    likenesses: list[Likeness] = []
+    for x in inputs:
+        pairs = list(zip(as_tuple(exact(x)), as_tuple(changed(x)), strict=True))
+        likenesses = likenesses or [Likeness() for _ in pairs]
+        for likeness, (truth, found) in zip(likenesses, pairs, strict=True):
+            likeness.add(truth, found)
+    worst = max(likenesses, key=lambda its: its.relative_error)
+    facts = f"{before / after:.2f}x smaller, relative error {worst.relative_error:.3g} on {len(inputs)} inputs"
+    if all(likeness.error == 0 for likeness in likenesses):
+        raise LlmqError(f"{word} changed no output: {facts}")
+    for i, likeness in enumerate(likenesses):
+        if likeness.is_garbage:
+            raise LlmqError(
+                f"{word} spoilt the model: output {i} keeps {likeness.kept:.0%} of the variance of its float32 values "
+                f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); keep some layers in float"
+            )
+    return {
+        "size_ratio": round(before / after, 4),
+        "relative_error": [round(its.relative_error, 6) for its in likenesses],
+        "variance_kept": [round(its.kept, 6) for its in likenesses],
+        "judged_on": len(inputs),
+    }

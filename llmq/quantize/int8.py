@@ -1,0 +1,98 @@
+"""Full static int8 of an image model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.errors import UserError, did_you_mean
+from llmq.models.vision import KINDS
+from llmq.plugin import DataWord
+from llmq.types import Artifact, Context, Step
+
+JUDGED = 16
+"""Calibration inputs that the result is judged on."""
+
+
+class Int8(Step):
+    """Int8 weights and activations (Jacob et al. 2018), their ranges seen on calibration data, by NNCF.
+
+    Works on the exported graph; OpenVINO runs it, here and elsewhere. What follows the network, such as a detector's
+    boxes, stays in float.
+    """
+
+    suits: ClassVar[frozenset[str]] = KINDS
+    requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
+    leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
+
+    data: DataWord | None = Field(None, description="its training images calibrate; a gan needs none, it draws latents")
+    samples: PositiveInt = Field(100, description="images, or latents, that ranges are taken from")
+    preset: Literal["performance", "mixed"] = Field(
+        "performance", description="symmetric activations; mixed: asymmetric ones, which fit lopsided values better"
+    )
+    fast_bias_correction: bool = Field(True, description="false: exact and many times slower")
+    ignored: tuple[str, ...] = Field((), description="layers kept in float: names in the network, or their beginnings")
+    model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had."""
+        if self.data is not None:
+            self.data.check()
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for a network that needs data and has none, or cannot see it."""
+        self._inputs(base, 1, 0)
+
+    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
+        """Export, calibrate, and write the quantized graph."""
+        from llmq.environment import library_version
+        from llmq.quantize.exporting import quantized_stage
+
+        inputs = self._inputs(artifact, self.samples, context.seed)
+        about: dict[str, Any] = {"samples": len(inputs), "seed": context.seed}
+        if self.data is not None:
+            about["data"] = {"word": self.data.word, "sha256": self.data.read().sha256}
+        notes = {"nncf": library_version("nncf"), "calibration": about}
+        return quantized_stage(
+            self, artifact, folder, lambda graph: self._quantized(graph, inputs), inputs[:JUDGED], notes=notes
+        )
+
+    def _inputs(self, artifact: Artifact, samples: int, seed: int) -> list[Any]:
+        model: Any = artifact.model
+        inputs = list(model.calibration(self.data.read() if self.data is not None else None, samples, seed))
+        if not inputs:
+            raise UserError("the calibration data has no training image")
+        return inputs
+
+    def _quantized(self, graph: Any, inputs: list[Any]) -> Any:
+        from llmq.quantize.exporting import nncf, quietly
+
+        library = nncf()
+        names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored)
+        transformer = library.ModelType.TRANSFORMER if self.model_type else None
+        with quietly():
+            return library.quantize(
+                graph,
+                library.Dataset(inputs, lambda x: x.numpy()),
+                preset=library.QuantizationPreset(self.preset),
+                subset_size=len(inputs),
+                fast_bias_correction=self.fast_bias_correction,
+                model_type=transformer,
+                ignored_scope=library.IgnoredScope(names=names, validate=False) if names else None,
+            )
+
+
+PREFIX = "__module."
+
+
+def ignored_names(operations: list[str], ignored: tuple[str, ...]) -> list[str]:
+    """The operations of the layers that `ignored` names. Raises `UserError` for a name that the network lacks."""
+    layers = {name: name.removeprefix(PREFIX).partition("/")[0] for name in operations if name.startswith(PREFIX)}
+    found = []
+    for wanted in ignored:
+        its = [name for name, layer in layers.items() if f"{layer}.".startswith(f"{wanted}.")]
+        if not its:
+            raise UserError(f"ignored: the network has no layer {wanted!r}{did_you_mean(wanted, set(layers.values()))}")
+        found += its
+    return found
