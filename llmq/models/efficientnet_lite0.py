@@ -23,7 +23,8 @@ def lite0_file() -> Path:
 def state_of_lite0(network: Any) -> dict[str, Any]:
     """The tensors by the names that timm's network has for them.
 
-    The file has the same tensors in the same order under other names. Raises `UserError` at the first whose shape differs.
+    The file holds the same tensors in the same order under other names. Raises `UserError` at the first that differs
+    in shape, or in the last part of its name.
     """
     import torch
 
@@ -32,6 +33,6 @@ def state_of_lite0(network: Any) -> dict[str, Any]:
     if len(given) != len(own):
         raise UserError(f"{WORD!r} has {len(given)} tensors, and {ARCHITECTURE} has {len(own)}; install {REQUIREMENT}")
     for (name, tensor), (theirs, value) in zip(own.items(), given.items(), strict=True):
-        if tensor.shape != value.shape:
+        if (tensor.shape, name.rpartition(".")[2]) != (value.shape, theirs.rpartition(".")[2]):
             raise UserError(f"{WORD!r}: {theirs!r} is {tuple(value.shape)}, and {name!r} of timm {tuple(tensor.shape)}")
     return dict(zip(own, given.values(), strict=True))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from llmq.data.images import Example
 from llmq.errors import UserError
-from llmq.files import cache, make_whole, sha256_files, sha256_text
+from llmq.files import cache, make_whole, safetensors_of, sha256_files, sha256_text
 from llmq.types import Artifact, Clock, Context, Loaded, Reading, Split
 
 KINDS = frozenset({"classifier", "detector", "gan", "super-resolution"})
@@ -80,7 +80,7 @@ class Vision(BaseModel):
         if self.weights is None:
             return "random weights"
         path = Path(self.weights).expanduser()
-        return f"{self.weights}" + (f" {sha256_files([path])[:16]}" if path.is_file() else "")
+        return f"{self.weights} {sha256_files(safetensors_of(path) if path.is_dir() else [path])[:16]}"
 
     def base(self, context: Context) -> Artifact:
         """The network at rest in the cache: its given weights, or random ones under the run's seed."""
