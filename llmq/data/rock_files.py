@@ -1,0 +1,59 @@
+"""The DRSRD1 data set as published: PNG slices of rock in folders."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmq.data.images import Example, read_image
+from llmq.errors import UserError
+
+Pair = tuple[Path, Path]
+
+
+def read_grey(path: Path) -> Any:
+    """A slice as uint8 `(height, width, 1)`; of three equal channels one. Raises `UserError` if they are unlike."""
+    image = read_image(path, 3)
+    if (image != image[..., :1]).any():
+        raise UserError(f"{path}: its colour channels are unlike, and rock is grey; save it in grey")
+    return image[..., :1].copy()
+
+
+def open_pair(pair: Pair) -> Example:
+    """A pair of files as an example."""
+    low, high = pair
+    return Example(f"{high.parent.name}/{high.name}", read_grey(low), high=read_grey(high))
+
+
+def find_pairs(root: Path, part: str, subset: str, kernel: str, scale: int) -> list[Pair]:
+    """The (low, high) files of one part, each with its partner and of a size that fits it.
+
+    `sandstone2D_train_HR/0001.png` goes with `sandstone2D_train_LR_default_X4/0001x4.png`. Raises `UserError` for the
+    first file that is missing, unreadable, or of another size.
+    """
+    folder = root / f"{subset}_{part}_HR"
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}; unpack DRSRD1 there, or set path to where it is")
+    lows = root / f"{subset}_{part}_LR_{kernel}_X{scale}"
+    pairs = [(lows / f"{high.stem}x{scale}.png", high) for high in sorted(folder.glob("*.png"))]
+    if not pairs:
+        raise UserError(f"{folder}: there is no *.png in it")
+    for low, high in pairs:
+        if not low.is_file():
+            raise UserError(f"{high}: its partner {str(low)!r} is missing; unpack that folder whole, too")
+        (narrow, short), (wide, tall) = (_size(f, f.stat().st_mtime_ns) for f in (low, high))
+        if (wide, tall) != (narrow * scale, short * scale):
+            should = f"{narrow * scale} x {short * scale}"
+            raise UserError(f"{low}: {narrow} x {short}, and {high} is {wide} x {tall}; at scale {scale} {should}")
+    return pairs
+
+
+@cache
+def _size(path: Path, changed: int) -> tuple[int, int]:
+    # Off the head of the file; cached, as every stage asks for its data set again.
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return opened.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
