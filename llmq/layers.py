@@ -48,13 +48,14 @@ def _reader(cls: type[BaseModel]) -> Callable[[Any], Any]:
 
 
 def settings_of(
-    layers: Iterable[str], head: str, settings: S, modules: Mapping[str, Literal["skip"] | S]
+    layers: Iterable[str], head: str | None, settings: S, modules: Mapping[str, Literal["skip"] | S]
 ) -> dict[str, S]:
     """The settings of each layer that is to be changed; the first pattern found in its name counts.
 
-    The output head is changed only where a pattern asks for it. Raises `UserError` for a pattern that no layer matches.
+    The output head, where there is one apart, is changed only if a pattern asks for it. Raises `UserError` for a
+    pattern that no layer matches.
     """
-    names = [*layers, head]
+    names = [*layers, *([head] if head else [])]
     for pattern in modules:
         if not any(re.search(pattern, name) for name in names):
             words = {part for name in names for part in name.split(".") if not part.isdigit()}

@@ -38,6 +38,7 @@ HEAVY = {
     "timm",
     "tokenizers",
     "torch",
+    "torch_pruning",
     "torchmetrics",
     "torchvision",
     "transformers",
