@@ -1,0 +1,204 @@
+"""Scenes of digits: scikit-learn's handwritten digits on a cluttered canvas, painted from a seed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from llmq.data.images import Example
+
+EDGE = 0.35  # of the strongest ink; fainter pixels are no part of a digit's box
+TRIES = 12  # places looked at for a digit before it is left out
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes a scene hard; the fields of `data.scenes` say what each means."""
+
+    size: int
+    digits: tuple[int, int]
+    scale: tuple[float, float]
+    contrast: tuple[float, float]
+    overlap: float
+    clutter: int
+    noise: float
+    tilt: float
+
+
+@cache
+def glyphs() -> tuple[Any, Any]:
+    """All 1,797 digits as float32 `(n, 8, 8)` of ink from 0 to 1, in the order of their writers, and their labels."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+
+
+def paint(name: str, seed: tuple[int, ...], sources: range, how: Difficulty) -> Example:
+    """The scene of a seed, its digits taken from `sources`; boxes hug the ink that EDGE tells."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    canvas = _background(rng, how)
+    for _ in range(rng.integers(how.clutter + 1)):
+        _clutter(rng, canvas, sources, how)
+    boxes: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
+    for _ in range(rng.integers(how.digits[0], how.digits[1] + 1)):
+        which = int(rng.integers(sources.start, sources.stop))
+        ink = _ink(which, rng, how)
+        box = _place(rng, ink.shape, boxes, how)
+        if box is not None:
+            _blend(canvas, ink, box, _colour_against(rng, canvas, box, how))
+            boxes.append(box)
+            labels.append(int(glyphs()[1][which]))
+    start = int(rng.integers(len(_noise(canvas.size)) - canvas.size + 1))
+    canvas += (how.noise * rng.random()) * _noise(canvas.size)[start : start + canvas.size].reshape(canvas.shape)
+    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return Example(name, image, boxes=np.array(boxes, np.float32).reshape(-1, 4), labels=np.array(labels, np.int64))
+
+
+@cache
+def _noise(size: int) -> Any:
+    """White noise to cut pieces of `size` from: to draw as much for every scene would be most of its time."""
+    import numpy as np
+
+    return np.random.default_rng(0).standard_normal(size + (1 << 20), np.float32)
+
+
+def _background(rng: Any, how: Difficulty) -> Any:
+    """A colour that drifts over the canvas; with clutter, a coarse texture on it."""
+    import numpy as np
+
+    grids = [2] + ([int(rng.integers(4, 17))] if how.clutter else [])
+    canvas = np.full((how.size, how.size, 3), 0.15 + 0.7 * rng.random(), np.float32)
+    for n in grids:
+        canvas += _resized((rng.random((n, n, 3), np.float32) - 0.5) * 0.3, how.size)
+    return canvas.clip(0, 1)
+
+
+def _resized(image: Any, size: int) -> Any:
+    """A coarse picture `(h, w, c)` as `(size, size, c)`, bilinear."""
+    import numpy as np
+
+    rows, columns = (_weights(n, size) for n in image.shape[:2])
+    return np.ascontiguousarray((rows @ image.transpose(2, 0, 1) @ columns.T).transpose(1, 2, 0))
+
+
+@cache
+def _weights(source: int, target: int) -> Any:
+    """The matrix `(target, source)` of bilinear resizing, sample centres aligned."""
+    import numpy as np
+
+    at = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(source)[None])).astype(np.float32)
+
+
+@cache
+def _glyph(which: int) -> Any:
+    """A digit cut to its ink with a blank pixel around it, as a picture of floats."""
+    import numpy as np
+    from PIL import Image
+
+    glyph = glyphs()[0][which]
+    rows, columns = np.flatnonzero(glyph.any(1)), np.flatnonzero(glyph.any(0))
+    return Image.fromarray(np.pad(glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1))
+
+
+def _ink(which: int, rng: Any, how: Difficulty) -> Any:
+    """A digit at a random height, width and tilt, cut to its ink: float32 `(h, w)` from 0 to 1."""
+    import numpy as np
+    from PIL import Image
+
+    glyph = _glyph(which)
+    unit = math.exp(rng.uniform(*map(math.log, how.scale))) / (glyph.height - 2)
+    across, angle = unit * rng.uniform(0.85, 1.2), math.radians(rng.uniform(-how.tilt, how.tilt))
+    cos, sin = math.cos(angle), math.sin(angle)
+    width = math.ceil(glyph.width * across * cos + glyph.height * unit * abs(sin))
+    height = math.ceil(glyph.height * unit * cos + glyph.width * across * abs(sin))
+    # From a pixel of the picture back to one of the glyph: turned about the middles, then scaled.
+    to_glyph = (
+        *(cos / across, sin / across, glyph.width / 2 - (cos * width + sin * height) / 2 / across),
+        *(-sin / unit, cos / unit, glyph.height / 2 - (cos * height - sin * width) / 2 / unit),
+    )
+    turned = glyph.transform((width, height), Image.Transform.AFFINE, to_glyph, Image.Resampling.BILINEAR)
+    ink = (np.asarray(turned) * 1.3).clip(0, 1)
+    seen = ink > EDGE
+    rows, columns = seen.any(1).nonzero()[0], seen.any(0).nonzero()[0]
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _place(rng: Any, shape: tuple[int, int], taken: list[Any], how: Difficulty) -> Any:
+    """A box `(x0, y0, x1, y1)` within the canvas that hides no more of another than `overlap`, or None."""
+    height, width = shape
+    if max(shape) > how.size:
+        return None
+    for _ in range(TRIES):
+        x, y = (int(rng.integers(how.size - n + 1)) for n in (width, height))
+        box = (x, y, x + width, y + height)
+        if all(_hidden(box, other) <= how.overlap for other in taken):
+            return box
+    return None
+
+
+def _hidden(box: Any, other: Any) -> float:
+    """The share of the smaller of two boxes that lies within the other."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    smaller = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
+    return max(0, width) * max(0, height) / smaller
+
+
+def _blend(canvas: Any, ink: Any, box: Any, colour: Any) -> None:
+    part = canvas[box[1] : box[3], box[0] : box[2]]
+    part += ink[..., None] * (colour - part)
+
+
+def _colour_against(rng: Any, canvas: Any, box: Any, how: Difficulty) -> Any:
+    """A tinted colour lighter or darker than the mean under `box`: a random share of the way to white or to black."""
+    import numpy as np
+
+    under = canvas[box[1] : box[3], box[0] : box[2]].mean((0, 1))
+    lighter = rng.random() < 1.5 - 2 * under.mean()  # never where there is little room
+    contrast = rng.uniform(*how.contrast) - 0.2 * rng.random(3) * rng.random()
+    return (under + (lighter - under) * contrast.clip(how.contrast[0] / 2)).astype(np.float32)
+
+
+def _clutter(rng: Any, canvas: Any, sources: range, how: Difficulty) -> None:
+    """One thing that is no digit: a stroke, an outline, or a torn digit."""
+    kinds: tuple[Callable[..., Any], ...] = (_stroke, _outline, _torn)
+    ink = kinds[int(rng.integers(len(kinds)))](rng, sources, how)
+    box = _place(rng, ink.shape, [], how)
+    if box is not None:
+        _blend(canvas, ink, box, _colour_against(rng, canvas, box, how))
+
+
+def _drawn(rng: Any, how: Difficulty, draw: Callable[[Any, float, float, int], None]) -> Any:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    width, height = (int(n) for n in np.exp(rng.uniform(*np.log(how.scale), 2)))
+    image = Image.new("L", (width + 1, height + 1))
+    draw(ImageDraw.Draw(image), width, height, int(rng.integers(1, 4)))
+    return np.asarray(image, np.float32) / 255
+
+
+def _stroke(rng: Any, sources: range, how: Difficulty) -> Any:
+    flip = bool(rng.integers(2))
+    return _drawn(rng, how, lambda d, w, h, thick: d.line((0, h * flip, w, h * (not flip)), fill=255, width=thick))
+
+
+def _outline(rng: Any, sources: range, how: Difficulty) -> Any:
+    start = int(rng.integers(360))
+    return _drawn(rng, how, lambda d, w, h, thick: d.arc((0, 0, w, h), start, start + 200, fill=255, width=thick))
+
+
+def _torn(rng: Any, sources: range, how: Difficulty) -> Any:
+    """A digit whose quarters have changed places: ink of the same kind, but no digit."""
+    import numpy as np
+
+    ink = _ink(int(rng.integers(sources.start, sources.stop)), rng, how)
+    height, width = ink.shape
+    return np.roll(ink[:, ::-1], (height // 2, width // 2), (0, 1))
