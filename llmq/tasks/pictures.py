@@ -34,16 +34,18 @@ def show(panel: Any, image: Any, title: str = "") -> None:
     panel.set_title(title, fontsize=8.5, color=INK)
 
 
-def show_differences(figure: Any, axes: Sequence[Any], differences: Sequence[Any], titles: Sequence[str]) -> None:
+def show_differences(
+    figure: Any, axes: Sequence[Any], differences: Sequence[Any], titles: Sequence[str], top: float | None = None
+) -> None:
     """Absolute differences `(height, width)` in grey levels, all on one scale with one colour bar.
 
-    The scale ends at the 99.5th percentile of the largest, so that one bad pixel does not blacken the rest.
+    The scale ends at `top`, or the 99.5th percentile of the largest: one bad pixel does not blacken the rest.
     """
     import numpy as np
 
-    top = max(1.0, *(float(np.percentile(d, 99.5)) for d in differences))
+    end = max(1.0, *(float(np.percentile(d, 99.5)) for d in differences)) if top is None else max(1.0, top)
     for panel, difference, title in zip(axes, differences, titles, strict=True):
-        drawn = panel.imshow(difference, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        drawn = panel.imshow(difference, cmap="magma", vmin=0, vmax=end, interpolation="nearest")
         panel.set_title(title, fontsize=8.5, color=INK)
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.85, pad=0.01)
     bar.set_label("grey levels of 255", fontsize=8)

@@ -1,0 +1,120 @@
+"""How near an upscaled image is to the true one."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.errors import UserError
+from llmq.plugin import DataWord
+from llmq.types import Exhibit, Loaded, Measurement, Task
+
+if TYPE_CHECKING:
+    from llmq.tasks.upscaled import Upscaled
+
+SSIM_SIDE = 11  # pixels; a window of SSIM
+
+
+class SuperResolution(Task):
+    """PSNR and SSIM of held-out images against the truth, bicubic's on the same images, and the gain in dB."""
+
+    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+
+    data: DataWord = Field("rock", validate_default=True)
+    channel: Literal["all", "y"] = Field("all", description="of colour images: every channel, or Y of YCbCr (BT.601)")
+    border: int | None = Field(None, ge=0, description="pixels cut off on each side before scoring; the scale if unset")
+    limit: PositiveInt | None = Field(None, description="images at most")
+    pictures: int = Field(2, ge=0, description="images shown")
+    view: PositiveInt = Field(96, description="pixels of the square shown: where bicubic errs most")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had."""
+        self.data.check()
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
+        """Every image upscaled and scored; the first of them shown."""
+        from llmq.tasks.upscaled import PROTOCOL, upscaled
+
+        model: Any = loaded.artifact.model
+        split = self.data.read()
+        scenes = upscaled(loaded, split, self.limit)
+        border = model.scale if self.border is None else self.border
+        for scene in scenes:
+            if min(scene.truth.shape[:2]) - 2 * border < SSIM_SIDE:
+                raise UserError(f"{scene.name}: {scene.truth.shape[:2]} less a border of {border} is under {SSIM_SIDE}")
+        channel = "Y of YCbCr (BT.601)" if self.channel == "y" else "all channels"
+        protocol = (
+            f"x{model.scale}, data range 255, {channel}, {border}-pixel border cropped, mean over images; {PROTOCOL}; "
+            f"{self.data.word} held out, sha256 {split.sha256[:12]}"
+        )
+        yield from self._figures(scenes, border, protocol)
+        for scene in scenes[: self.pictures]:
+            yield self._shown(scene, model.scale)
+
+    def _figures(self, scenes: Sequence["Upscaled"], border: int, protocol: str) -> Iterator[Measurement]:
+        from llmq.tasks.image_quality import SSIM_PROTOCOL, luma, psnr, ssim, without_border
+        from llmq.tasks.upscaled import mean_of
+
+        def seen(image: Any) -> Any:
+            return without_border(luma(image) if self.channel == "y" else image, border)
+
+        scores: dict[str, list[float]] = {}
+        for scene in scenes:
+            for prefix, image in (("", scene.model), ("bicubic_", scene.bicubic)):
+                scores.setdefault(f"{prefix}psnr", []).append(psnr(seen(image), seen(scene.truth), 255))
+                scores.setdefault(f"{prefix}ssim", []).append(ssim(seen(image), seen(scene.truth), 255))
+        gains = [own - its for own, its in zip(scores["psnr"], scores["bicubic_psnr"], strict=True)]
+        for metric, values in {**scores, "psnr_gain": gains}.items():
+            is_ssim = metric.endswith("ssim")
+            convention = f"SSIM, {SSIM_PROTOCOL}, {protocol}" if is_ssim else f"PSNR, {protocol}"
+            convention += ("; bicubic: a = -0.5" if "bicubic" in metric else "") + (
+                "; the network's less bicubic's" if metric == "psnr_gain" else ""
+            )
+            yield mean_of(self.name, metric, values, "" if is_ssim else "dB", "higher", convention)
+
+    def _shown(self, scene: "Upscaled", scale: int) -> Exhibit:
+        from llmq.tasks.image_quality import psnr
+
+        height, width = scene.low.shape[:2]
+        made = f"PSNR {psnr(scene.model, scene.truth, 255):.2f} dB; bicubic {psnr(scene.bicubic, scene.truth, 255):.2f}"
+        picture = _picture(scene, self.view, scale)
+        return Exhibit(self.name, scene.name, f"{width} x {height} pixels, x{scale}", made, picture=picture)
+
+
+def _picture(scene: "Upscaled", view: int, scale: int) -> bytes:
+    """Low, bicubic, model and truth above, the differences of the two in the middle below them, on one scale.
+
+    The scale follows bicubic's differences, so that it is the same for every stage.
+    """
+    import numpy as np
+
+    from llmq.tasks.pictures import panels, png, show, show_differences
+
+    def difference(image: Any) -> Any:
+        return np.abs(image.astype(float) - scene.truth).mean(2)
+
+    window = _worst(difference(scene.bicubic), view, scale)
+    low = tuple(slice(s.start // scale, s.stop // scale) for s in window)
+    figure, axes = panels(2, 4, 1.9, 2.0)
+    images = {"low": scene.low[low], "bicubic": scene.bicubic[window], "model": scene.model[window]}
+    for panel, (title, image) in zip(axes[0], {**images, "truth": scene.truth[window]}.items(), strict=True):
+        show(panel, image, title)
+    differences = [difference(image)[window] for image in (scene.bicubic, scene.model)]
+    titles = [
+        f"|{name} - truth|, mean {d.mean():.1f}" for name, d in zip(("bicubic", "model"), differences, strict=True)
+    ]
+    top = float(np.percentile(differences[0], 99.5))
+    show_differences(figure, axes[1, 1:3], differences, titles, top)
+    return png(figure)
+
+
+def _worst(difference: Any, side: int, scale: int) -> tuple[slice, slice]:
+    """The square, on whole low-resolution pixels, where the differences are greatest."""
+    import numpy as np
+
+    sides = [min(side, size) // scale * scale for size in difference.shape]
+    sums = np.pad(difference.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    h, w = sides
+    inside = (sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w])[::scale, ::scale]
+    top, left = (int(i) * scale for i in np.unravel_index(inside.argmax(), inside.shape))
+    return slice(top, top + h), slice(left, left + w)
