@@ -1,0 +1,45 @@
+"""Handwritten digits that every machine has."""
+
+import hashlib
+from functools import cache
+from typing import ClassVar
+
+from pydantic import Field
+
+from llmq.data.images import Example, make_split
+from llmq.types import Data, Split
+
+
+class Digits(Data):
+    """scikit-learn's 1,797 real digits: 8x8 pixels, grey, ten classes (the test part of UCI's optical digits).
+
+    A seeded share of each class is held out; the same writers stand on both sides. Ink is white, 17 levels on [0, 255].
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"classifier", "gan"})
+
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of each class set aside")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    def read(self) -> Split:
+        """The digits, in an order of their own."""
+        return _read(self.held_out, self.seed)
+
+
+@cache
+def _read(held_out: float, seed: int) -> Split:
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
+    order = np.random.default_rng(seed).permutation(len(images))
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    kept = {label: round((1 - held_out) * int(np.sum(found.target == label))) for label in range(10)}
+    for i in order.tolist():
+        label = int(found.target[i])
+        sides[kept[label] <= 0].append(Example(f"digit {i}", images[i], label))
+        kept[label] -= 1
+    content = hashlib.sha256(images.tobytes() + found.target.astype(np.uint8).tobytes()).hexdigest()
+    digest = [content, str(held_out), str(seed)]
+    return make_split(*sides, "image/label", digest, [str(label) for label in range(10)])

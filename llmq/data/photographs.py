@@ -1,0 +1,83 @@
+"""Photographs that every machine has."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from llmq.data.images import Example, make_split, read_image
+from llmq.errors import UserError
+from llmq.files import sha256_files
+from llmq.types import Data, Split
+
+SMALLEST, LARGEST = 96, 224
+CARRIED = (
+    ("sklearn", "datasets/images/china.jpg", 1),
+    ("sklearn", "datasets/images/flower.jpg", 1),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", 0),
+)
+"""The package, its file, and the axis along which the photograph is parted: 0 upper and lower, 1 left and right."""
+
+
+class Photographs(Data):
+    """Seeded crops of three real photographs (temple, flower, portrait) that scikit-learn and matplotlib carry.
+
+    They have no labels: enough to calibrate a network, or to see how often two agree. Crops for training come from two
+    thirds of each photograph, held-out ones from the rest. Crops of one photograph overlap: a standard error over them
+    is too small for photographs at large.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector"})
+
+    train: PositiveInt = Field(192, description="crops to calibrate with")
+    held_out: PositiveInt = Field(96, description="crops to be asked about")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    def check(self) -> None:
+        """Raise `UserError` for a package that is not installed."""
+        for _ in _files():
+            pass
+
+    def read(self) -> Split:
+        """Crops of 96 to 224 pixels, the photographs in turn."""
+        return _read(self.train, self.held_out, self.seed)
+
+
+def _files() -> list[Path]:
+    from importlib.util import find_spec
+
+    files = []
+    for package, name, _ in CARRIED:
+        spec = find_spec(package)
+        path = Path(spec.origin).parent / name if spec and spec.origin else None
+        if path is None or not path.is_file():
+            raise UserError(
+                f"{name} is carried by {package}, which is not installed here; use data.image_folder instead"
+            )
+        files.append(path)
+    return files
+
+
+@cache
+def _read(train: int, held_out: int, seed: int) -> Split:
+    import numpy as np
+
+    files = _files()
+    regions: tuple[list[Any], list[Any]] = ([], [])
+    for file, (_, _, axis) in zip(files, CARRIED, strict=True):
+        image = read_image(file)
+        for side, part in zip(regions, np.split(image, [image.shape[axis] * 2 // 3], axis=axis), strict=True):
+            side.append(part)
+    names = [file.stem for file in files]
+    crops = [
+        [_crop(names[i % 3], its[i % 3], np.random.default_rng([seed, side, i])) for i in range(n)]
+        for side, (its, n) in enumerate(zip(regions, (train, held_out), strict=True))
+    ]
+    return make_split(crops[0], crops[1], "image", [sha256_files(files), str(train), str(held_out), str(seed)])
+
+
+def _crop(name: str, region: Any, rng: Any) -> Example:
+    side = int(rng.integers(SMALLEST, min(LARGEST, *region.shape[:2]) + 1))
+    top, left = (int(rng.integers(0, length - side + 1)) for length in region.shape[:2])
+    return Example(f"{name} {left},{top} {side}", region[top : top + side, left : left + side])
