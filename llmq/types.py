@@ -128,18 +128,23 @@ class Samples:
     """The per-sample scores behind a figure, in an order that is the same for every stage.
 
     The figure is the sum of `values` over the sum of `weights` (`mean`), its exponential (`exp`), or a quantile of the
-    values (`quantile`). Without weights each sample weighs 1.
+    values (`quantile`). Without weights each sample weighs 1. `clusters` numbers the document of each sample where
+    several share one: what is drawn anew is then the document.
     """
 
     values: tuple[float, ...]
     weights: tuple[float, ...] | None = None
     statistic: Literal["mean", "exp", "quantile"] = "mean"
     quantile: float = 0.5
+    clusters: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure with everything needed to believe it. A standard error of 0 says that it is exact, None unknown."""
+    """One figure with everything needed to believe it. A standard error of 0 says that it is exact, None unknown.
+
+    `chance` is what blind guessing would score, where that is known: 1 in 4 choices, or the size of a vocabulary.
+    """
 
     task: str
     metric: str
@@ -150,6 +155,7 @@ class Measurement:
     stderr: float | None
     convention: str
     samples: Samples | None = field(default=None, compare=False, repr=False)
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -277,5 +283,6 @@ def measurement_from(data: Mapping[str, Any]) -> Measurement:
     samples = data.get("samples")
     if samples:
         weights = tuple(samples["weights"]) if samples["weights"] else None
-        samples = Samples(tuple(samples["values"]), weights, samples["statistic"], samples["quantile"])
+        clusters = tuple(samples["clusters"]) if samples.get("clusters") else None
+        samples = Samples(tuple(samples["values"]), weights, samples["statistic"], samples["quantile"], clusters)
     return Measurement(**{**data, "samples": samples})
