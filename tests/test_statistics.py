@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmq import proportions
+from llmq.proportions import Table
 from llmq.statistics import (
     compare,
     figure,
     paired_intervals,
-    paired_proportions,
     quantile_stderr,
     ratio_stderr,
     verdict,
@@ -29,6 +30,11 @@ def shares(gained, lost, both, neither):
     return tuple(a), tuple(b)
 
 
+def shares_interval(a, b):
+    """The interval of the difference of two shares."""
+    return proportions.difference(Table.of(a, b))[1]
+
+
 def measured(value, better="lower", stderr=0.0, samples=None):
     return Measurement("size", "bytes", value, "bytes", better, 1, stderr, "exact", samples)
 
@@ -43,18 +49,49 @@ def test_interval_of_a_mean_of_normal_differences_is_the_t_interval():
     assert high == pytest.approx(differences.mean() + margin, abs=0.08 * margin)
 
 
-def test_interval_of_a_skewed_mean_is_bias_corrected_and_accelerated_as_scipys_is():
+def studentised_by_hand(values, resamples=20_000):
+    """The bootstrap-t interval of a mean, one resample at a time in plain arithmetic."""
+    rng = np.random.default_rng(12)
+    n, mean, stderr = len(values), values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+    drawn = [rng.choice(values, n) for _ in range(resamples)]
+    t = [(d.mean() - mean) / (d.std(ddof=1) / math.sqrt(n)) for d in drawn]
+    left, right = np.quantile(t, (0.025, 0.975))
+    return mean - right * stderr, mean - left * stderr
+
+
+def test_interval_of_a_skewed_mean_is_the_studentised_one_where_that_is_wider():
     stats = pytest.importorskip("scipy.stats")
-    differences = np.random.default_rng(11).lognormal(0, 1.2, 30)
-    base = np.zeros(30)
-    interval, _ = paired_intervals(Samples(tuple(differences)), Samples(tuple(base)))
-    ends = {}
-    for method in ("BCa", "percentile"):
-        found = stats.bootstrap((differences,), np.mean, method=method, n_resamples=20_000, rng=1)
-        ends[method] = tuple(found.confidence_interval)
-    width = ends["BCa"][1] - ends["BCa"][0]
-    assert interval == pytest.approx(ends["BCa"], abs=0.03 * width)
-    assert interval[1] > ends["percentile"][1] + 0.05 * width  # or else this would prove nothing
+    differences = np.random.default_rng(11).lognormal(0, 1.2, 40)
+    (low, high), _ = paired_intervals(Samples(tuple(differences)), Samples((0.0,) * 40))
+    t = stats.t.interval(0.95, 39, differences.mean(), stats.sem(differences))
+    by_hand = studentised_by_hand(differences)
+    width = t[1] - t[0]
+    assert low == pytest.approx(t[0], abs=1e-9)
+    assert high == pytest.approx(by_hand[1], abs=0.06 * width)
+    assert high > t[1] + 0.1 * width  # or else this would prove nothing
+
+
+def test_with_many_samples_the_interval_is_that_of_scipys_bca():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(13)
+    base = rng.normal(3, 1, 1500)
+    differences = rng.exponential(1, 1500)
+    interval, _ = paired_intervals(Samples(tuple(base + differences)), Samples(tuple(base)))
+    bca = stats.bootstrap((differences,), np.mean, method="BCa", n_resamples=5000, rng=1).confidence_interval
+    assert interval == pytest.approx(tuple(bca), abs=0.06 * (bca.high - bca.low))
+
+
+def test_samples_of_one_document_are_drawn_together():
+    """Ten windows of each of 30 documents that all move alike tell no more than 30 windows."""
+    rng = np.random.default_rng(14)
+    moved = rng.normal(0.2, 1, 30)
+    base = rng.normal(0, 1, 300)
+    clusters = tuple(int(i) for i in np.repeat(np.arange(30), 10))
+    a, b = (Samples(tuple(x), clusters=clusters) for x in (base + np.repeat(moved, 10), base))
+    thirty = paired_intervals(Samples(tuple(moved)), Samples((0.0,) * 30))[0]
+    assert paired_intervals(a, b)[0] == pytest.approx(thirty, abs=1e-9)
+    alone_low, alone_high = paired_intervals(Samples(a.values), Samples(b.values))[0]
+    assert alone_high - alone_low < 0.5 * (thirty[1] - thirty[0])
 
 
 def test_pairing_makes_the_interval_as_narrow_as_the_differences():
@@ -125,7 +162,7 @@ def test_the_interval_of_shares_covers_the_truth():
 
 def test_paired_proportions_equal_agresti_and_min_by_hand():
     # 9 gained, 3 lost, 40 pairs; half a pair more in each of four cells: 9.5 - 3.5 of 42.
-    low, high = paired_proportions(*shares(9, 3, 20, 8))
+    low, high = shares_interval(*shares(9, 3, 20, 8))
     middle = 6 / 42
     margin = 1.959964 * math.sqrt(13 - 36 / 42) / 42
     assert (low, high) == pytest.approx((middle - margin, middle + margin), abs=1e-6)
@@ -136,8 +173,8 @@ def test_paired_proportions_equal_agresti_and_min_by_hand():
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(1, 30))
 def test_paired_proportions_turn_round_when_the_stages_are_swapped(gained, lost, both, neither):
     a, b = shares(gained, lost, both, neither)
-    low, high = paired_proportions(a, b)
-    assert paired_proportions(b, a) == pytest.approx((-high, -low))
+    low, high = shares_interval(a, b)
+    assert shares_interval(b, a) == pytest.approx((-high, -low))
     assert low <= (gained - lost) / (len(a) + 2) <= high
 
 
@@ -152,7 +189,7 @@ def test_intervals_turn_round_when_the_stages_are_swapped(pairs):
 @quickly
 @given(st.lists(scores, min_size=1, max_size=20), st.sampled_from(["mean", "exp", "quantile"]))
 def test_identical_samples_are_the_same(values, statistic):
-    same = Samples(tuple(values), statistic=statistic)
+    same = Samples((*values, 0.5), statistic=statistic)
     interval, ratio = paired_intervals(same, same)
     assert (interval, ratio) == ((0.0, 0.0), (1.0, 1.0))
     assert verdict(interval, "higher") == verdict(interval, "lower") == "same"
@@ -171,7 +208,15 @@ def test_three_lost_of_sixty_and_none_gained_is_undecided():
     comparison = compare(stage, base)
     assert comparison.ci95[0] < 0 < comparison.ci95[1]
     assert comparison.verdict == "undecided"
-    assert comparison.ratio_ci95 is None
+    assert comparison.ratio_ci95[0] < 1 < comparison.ratio_ci95[1]
+
+
+def test_the_same_answers_to_every_question_leave_room_for_others_to_differ():
+    answers = Samples((1.0,) * 30 + (0.0,) * 20)
+    found = compare(measured(0.6, "higher", 0.07, answers), measured(0.6, "higher", 0.07, answers))
+    assert found.verdict == "same"
+    assert found.ci95 == pytest.approx((-1.959964 / 52, 1.959964 / 52), abs=1e-6)  # (0.5 + 0.5)^½ of 52
+    assert found.p == 1.0
 
 
 def test_twelve_lost_of_sixty_and_none_gained_is_worse():

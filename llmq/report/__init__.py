@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.files import write_json, write_text
-from llmq.statistics import compare
+from llmq.statistics import compare, corrected
 from llmq.types import Artifact, Exhibit, Measurement
 
 SCHEMA_VERSION = 1
@@ -47,7 +47,7 @@ class Report:
             environment,
             [_stage(s) for s in stages],
             [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
-            [c for s in stages if s is not base for c in _comparisons(s, base)],
+            _comparisons([s for s in stages if s is not base], base),
             [{"stage": s.name, **_without_picture(e)} for s in stages for e in s.exhibits],
         )
 
@@ -90,10 +90,11 @@ def _without_picture(exhibit: Exhibit) -> dict[str, Any]:
 
 
 def _without_samples(measurement: Measurement) -> dict[str, Any]:
-    return {k: v for k, v in asdict(measurement).items() if k != "samples"}
+    return {k: v for k, v in asdict(measurement).items() if k not in ("samples", "chance")}
 
 
-def _comparisons(stage: Stage, base: Stage) -> list[dict[str, Any]]:
+def _comparisons(stages: Sequence[Stage], base: Stage) -> list[dict[str, Any]]:
     known = {(m.task, m.metric): m for m in base.measurements}
-    pairs = [(m, known[m.task, m.metric]) for m in stage.measurements if (m.task, m.metric) in known]
-    return [{"stage": stage.name, "against": base.name, **asdict(compare(m, b))} for m, b in pairs]
+    pairs = [(s, m, known[m.task, m.metric]) for s in stages for m in s.measurements if (m.task, m.metric) in known]
+    found = corrected([compare(m, b) for _, m, b in pairs])
+    return [{"stage": s.name, "against": base.name, **asdict(c)} for (s, _, _), c in zip(pairs, found, strict=True)]

@@ -9,7 +9,8 @@ from llmq.report import Report
 MARKS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?"}
 LEGEND = (
     "▲ better, ▼ worse than the base, = the same, ? undecided: the 95 % interval of the paired difference "
-    "contains 0. ×: ratio to the base. ±: one standard error."
+    "contains 0, or would if all comparisons of the table were to hold at once (Holm). ×: ratio to the base. "
+    "±: one standard error."
 )
 
 

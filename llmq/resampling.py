@@ -1,0 +1,177 @@
+"""Intervals of smooth figures by resampling whole pairs. Pure: arrays in, numbers out.
+
+Two intervals are taken and the wider end of each is kept: the t interval, which a heavy tail does not fool, and the
+studentised bootstrap (Hall 1988; Efron & Tibshirani 1993, section 12.5), which follows a skewed distribution. Alone,
+either fails with 20 samples: in 2,000 simulated runs 95 % intervals of a mean held the truth in
+
+    distribution        BCa    t      studentised  both
+    normal              0.93   0.96   0.95         0.96
+    exponential         0.91   0.91   0.94         0.95
+    log-normal (0.5)    0.91   0.93   0.94         0.95
+    Laplace             0.90   0.96   0.93         0.96
+    one in five not 0   0.81   0.86   0.83         0.94
+
+The last line is how graded answers differ: most pairs do not. The t interval takes its degrees of freedom from the
+pairs that differ from the commonest, since the others say nothing of how those scatter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+
+Array = Any
+Interval = tuple[float, float]
+LEVEL = 0.95
+RESAMPLES = 5000
+ENOUGH = 5_000
+"""Rows beyond which the t interval needs no correction: that of the skewness falls with one over their number."""
+CHUNK = 4_000_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A function of a mean, and its derivative: the figures of two stages are compared on it."""
+
+    of: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
+
+
+PLAIN = Scale(lambda m: m, np.ones_like)
+EXP = Scale(np.exp, np.exp)
+LOG = Scale(np.log, lambda m: 1 / m)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of rows as `sum(values) / sum(weights)`, with the sign that it enters a contrast with."""
+
+    values: Array
+    weights: Array
+    sign: float = 1.0
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return float(self.values.sum() / self.weights.sum())
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A sum of means on a scale, its standard error, its 95 % interval, and the two-sided p of its being 0."""
+
+    value: float
+    stderr: float
+    low: float
+    high: float
+    p: float
+
+
+class Resampled:
+    """Means over the same rows, and the sums that decide each of their resamples."""
+
+    def __init__(self, means: Sequence[Mean], seed: int):
+        self.means = means
+        self.n = len(means[0].values)
+        # As deviations from the mean: or else the variance of 1,000 ± 0.001 would drown in rounding.
+        parts = [column for m in means for column in (m.values - m.value * m.weights, m.weights)]
+        self._columns = np.stack(parts, axis=1).astype(np.float64)
+        self._pairs = list(combinations_with_replacement(range(len(parts)), 2))
+        products = np.stack([self._columns[:, i] * self._columns[:, j] for i, j in self._pairs], axis=1)
+        everything = np.concatenate([self._columns, products], axis=1)
+        self._whole = everything.sum(0)[None]
+        self._drawn = _sums(everything, seed) if self.n <= ENOUGH else None
+
+    def contrast(self, scale: Scale) -> Contrast | None:
+        """The sum of the means on `scale`; `None` where some resample leaves the scale, such as the log of 0."""
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            stderr = float(self._shift_and_stderr(self._whole, scale)[1][0])
+            value = sum(m.sign * float(scale.of(np.float64(m.value))) for m in self.means)
+            drawn = None if self._drawn is None else self._shift_and_stderr(self._drawn, scale)
+        if not np.isfinite([value, stderr]).all() or (drawn and not np.isfinite(drawn).all()):
+            return None
+        if stderr <= 1e-12 * max(abs(float(scale.of(np.float64(m.value)))) for m in self.means):
+            return Contrast(value, 0.0, value, value, float(value == 0))
+        freedom = max(1, self.n - _commonest(self._influence(scale)))
+        return _both(value, stderr, freedom, drawn, self.n)
+
+    def _coefficients(self, sums: Array, scale: Scale) -> tuple[Array, Array]:
+        """How each column enters the linearised contrast (resamples, columns), and the contrast's shift."""
+        coefficients, shift = np.empty((len(sums), 2 * len(self.means))), np.zeros(len(sums))
+        for i, m in enumerate(self.means):
+            weight = sums[:, 2 * i + 1]
+            moved = sums[:, 2 * i] / weight
+            slope = m.sign * scale.slope(m.value + moved) / weight
+            coefficients[:, 2 * i], coefficients[:, 2 * i + 1] = slope, -slope * moved
+            shift += m.sign * (scale.of(m.value + moved) - scale.of(np.float64(m.value)))
+        return coefficients, shift
+
+    def _shift_and_stderr(self, sums: Array, scale: Scale) -> tuple[Array, Array]:
+        g, shift = self._coefficients(sums, scale)
+        moments = sums[:, 2 * len(self.means) :]
+        variance = sum((1 + (i != j)) * g[:, i] * g[:, j] * moments[:, k] for k, (i, j) in enumerate(self._pairs))
+        return shift, np.sqrt(np.maximum(variance, 0) * self.n / (self.n - 1))
+
+    def _influence(self, scale: Scale) -> Array:
+        return self._columns @ self._coefficients(self._whole, scale)[0][0]
+
+
+def _both(value: float, stderr: float, freedom: float, drawn: tuple[Array, Array] | None, n: int) -> Contrast:
+    half, p = t_quantile((1 + LEVEL) / 2, freedom) * stderr, t_two_sided(value / stderr, freedom)
+    low, high = value - half, value + half
+    if drawn:
+        # A resample of equal rows has no spread; taken at its word it would make the interval endless.
+        t = drawn[0] / np.maximum(drawn[1], stderr / n**0.5)
+        left, right = np.quantile(t, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        low, high = min(low, value - float(right) * stderr), max(high, value - float(left) * stderr)
+        # No resample beyond says no more than that p is small; the t distribution then says how small.
+        tail = min(np.mean(t >= value / stderr), np.mean(t <= value / stderr))
+        p = max(p, min(1.0, 2 * float(tail)))
+    return Contrast(value, stderr, low, high, p)
+
+
+def _sums(columns: Array, seed: int) -> Array:
+    """The sums of the columns over each resample of the rows, (resamples, columns)."""
+    return np.concatenate([counts.astype(np.float64) @ columns for counts in _counts(len(columns), seed)])
+
+
+@lru_cache(maxsize=2)  # all figures of a task have the same number of samples, and drawing costs most of the time
+def _counts(n: int, seed: int) -> list[Array]:
+    """How often each of `n` rows stands in each resample, in chunks of (resamples, n)."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK // n)
+    drawn = []
+    for start in range(0, RESAMPLES, chunk):
+        k = min(chunk, RESAMPLES - start)
+        cells = rng.integers(0, n, (k, n)) + n * np.arange(k)[:, None]
+        drawn.append(np.bincount(cells.ravel(), minlength=k * n).reshape(k, n).astype(np.uint8))
+    return drawn
+
+
+def _commonest(values: Array) -> int:
+    """How many of the values are the commonest one, rounding aside."""
+    size = np.abs(values).max()
+    return int(np.unique(np.round(values / size, 9) if size else values, return_counts=True)[1].max())
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """The quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, level))
+
+
+def t_two_sided(t: float, freedom: float) -> float:
+    """The two-sided p of Student's t."""
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(freedom, -abs(t)))
+
+
+def quantile_spread(figures: Callable[[Array], Array], n: int, seed: int, resamples: int = 1000) -> float:
+    """The bootstrap standard error of a figure that is no function of means; `figures` of (resamples, n) rows."""
+    rng = np.random.default_rng(seed)
+    return float(figures(rng.integers(0, n, (resamples, n))).std(ddof=1))
