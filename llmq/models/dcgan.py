@@ -77,28 +77,31 @@ class Dcgan(Vision, Model):
         """Latents."""
         return self.latents(batch_size, 0, "example")
 
-    def calibration(self, split: Split | None, n: int, seed: int) -> Iterator[Any]:
-        """`n` latents, one at a time; a generator is calibrated on noise, whatever data there is."""
-        yield from self.latents(n, seed, "calibration").split(1)
+    def calibration(self, split: Split | None, samples: int, seed: int) -> Iterator[Any]:
+        """Latents, one at a time; a generator is calibrated on noise, whatever data there is."""
+        yield from self.latents(samples, seed, "calibration").split(1)
 
-    def probes(self, split: Split | None, n: int, seed: int) -> Iterator[Any]:
-        """`n` latents to compare stages on, in batches."""
-        yield from self.latents(n, seed).split(BATCH)
-
-    def pictured(self, outputs: Any) -> Any:
-        """What the network made, as float images `(n, height, width, channels)` on [0, 1]."""
-        return outputs.float().clamp(-1, 1).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
+    def pictures(self, loaded: Loaded, split: Split | None, n: int, seed: int) -> Iterator[Any]:
+        """What a stage makes of `n` latents that are the same for every stage: grey levels, float64 on [0, 255]."""
+        return self._made(loaded, self.latents(n, seed))
 
     def generate(self, loaded: Loaded, latents: Any) -> list[Any]:
         """Images uint8 `(64, 64, channels)`, one of each latent."""
+        return [image.round().astype("uint8") for image in self._made(loaded, latents)]
+
+    def framed(self, images: Sequence[Any]) -> list[Any]:
+        """Real images uint8 as the generator would have to make them, `(64, 64, channels)`."""
+        return [
+            grey.round().astype("uint8") for part in in_batches(images, BATCH) for grey in _grey(self.prepare(part))
+        ]
+
+    def _made(self, loaded: Loaded, latents: Any) -> Iterator[Any]:
         import torch
 
-        images: list[Any] = []
-        with torch.inference_mode():
-            for part in latents.split(BATCH):
-                made = self.pictured(loaded.module(part.to(loaded.device)))
-                images += list((made * 255).round().astype("uint8"))
-        return images
+        for part in latents.split(BATCH):
+            with torch.inference_mode():
+                made = loaded.module(part.to(loaded.device))
+            yield from _grey(made)
 
     def check_split(self, split: Split) -> None:
         """Raise `UserError` for data without images, or with images of other channels."""
@@ -158,6 +161,11 @@ class Dcgan(Vision, Model):
 
 def _faces() -> Path:
     return carried(BUILT_IN, "gan_face_generate", "weights.tar", "gan-face-generate==1.1.1")
+
+
+def _grey(outputs: Any) -> Any:
+    """The network's numbers on [-1, 1] as grey levels `(n, height, width, channels)`, float64 on [0, 255]."""
+    return outputs.double().clamp(-1, 1).add(1).mul(127.5).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _square(image: Any) -> Any:

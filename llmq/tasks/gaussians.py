@@ -33,8 +33,8 @@ def frechet_with_stderr(first: Any, second: Any, groups: int = 10) -> tuple[floa
 
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     whole = frechet_distance(a, b)
-    group_a, group_b = (np.arange(len(rows)) % groups for rows in (a, b))
-    without = np.array([frechet_distance(a[group_a != g], b[group_b != g]) for g in range(groups)])
+    kept = [[np.arange(len(rows)) % groups != g for rows in (a, b)] for g in range(groups)]
+    without = np.array([frechet_distance(a[of_a], b[of_b]) for of_a, of_b in kept])
     return whole, float(np.sqrt((groups - 1) * np.mean((without - without.mean()) ** 2)))
 
 

@@ -1,0 +1,93 @@
+"""What a compressed model still makes of the same input."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from llmq.plugin import DataWord
+from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Task
+
+MOST = 100.0
+"""dB that an image counts at most, so that the mean with an unchanged one is a number: differences of 0.003 grey levels."""
+
+
+class Fidelity(Task):
+    """PSNR and SSIM of what a stage makes against what the base makes of the same input or latent.
+
+    Says nothing about whether either is good; that is the part of `frechet` and `super_resolution`.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"gan", "super-resolution"})
+
+    data: DataWord | None = Field(None, description="whose held-out images are the input; a gan draws latents instead")
+    n: PositiveInt = Field(64, description="inputs, or latents")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the latents")
+    shown: int = Field(8, ge=0, description="images to look at")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had."""
+        if self.data:
+            self.data.check()
+
+    def score(self, loaded: Loaded) -> Iterable[Exhibit]:
+        """The first images, to look at."""
+        images = list(self._pictures(loaded, self.shown))
+        if images:
+            yield Exhibit(self.name, "Images made", "", self._inputs(), picture=_grid([images], [""]))
+
+    def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
+        """Both figures, and base, stage and their difference one above the other."""
+        from llmq.tasks.image_quality import SSIM_PROTOCOL, psnr, ssim
+
+        pairs: list[tuple[Any, Any]] = []
+        near: list[float] = []
+        alike: list[float] = []
+        for ours, theirs in zip(self._pictures(loaded, self.n), self._pictures(base, self.n), strict=True):
+            near.append(min(MOST, psnr(ours, theirs, 255)))
+            alike.append(ssim(ours, theirs, 255))
+            pairs += [(theirs, ours)] * (len(pairs) < self.shown)
+        between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
+        range_ = "data range 255, all channels"
+        yield self._measured("psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")
+        yield self._measured("ssim", alike, "", "higher", f"SSIM, {range_}, {SSIM_PROTOCOL}; {between}")
+        if pairs:
+            rows = [[a for a, _ in pairs], [b for _, b in pairs]]
+            yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=_grid(rows, ["base", "stage"]))
+
+    def _pictures(self, loaded: Loaded, n: int) -> Iterable[Any]:
+        model: Any = loaded.artifact.model
+        return islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n)
+
+    def _inputs(self) -> str:
+        return f"held-out images of {self.data.word}" if self.data else f"the same latents, seed {self.seed}"
+
+    def _measured(
+        self, metric: str, values: Sequence[float], unit: str, better: Better, convention: str
+    ) -> Measurement:
+        from llmq.statistics import ratio_stderr
+
+        mean, stderr = ratio_stderr(values)
+        return Measurement(
+            self.name, metric, mean, unit, better, len(values), stderr, convention, Samples(tuple(values))
+        )
+
+
+def _grid(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> bytes:
+    """Rows of images of grey levels; of two rows also how far they are apart, on one scale."""
+    import numpy as np
+
+    from llmq.tasks.pictures import panels, png, show, show_differences
+
+    two = len(rows) == 2
+    figure, axes = panels(len(rows) + two, len(rows[0]), 1.0, 1.05)
+    for line, images, name in zip(axes, rows, names, strict=False):
+        for panel, image in zip(line, images, strict=True):
+            show(panel, np.clip(image, 0, 255).round().astype(np.uint8))
+        line[0].set_ylabel(name, fontsize=8.5)
+    if two:
+        differences = [np.abs(a - b).mean(2) for a, b in zip(*rows, strict=True)]
+        show_differences(figure, axes[-1], differences, [""] * len(differences))
+        axes[-1][0].set_ylabel("difference", fontsize=8.5)
+    return png(figure)
