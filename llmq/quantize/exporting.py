@@ -76,13 +76,14 @@ def quantized_stage(
 
 def export(module: Any, model: Any) -> Any:
     """The graph of a module of the family `model`, any batch size. Raises `LlmqError` if it computes something else."""
+    library = openvino()
     example = model.example(1)
     try:
         with quietly():
-            graph = openvino().convert_model(module, example_input=example)
+            graph = library.convert_model(module, example_input=example)
             graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
-    except RuntimeError as error:
-        raise LlmqError(f"{model.word} cannot be exported: {str(error).strip().splitlines()[-1]}") from None
+    except (RuntimeError, library.frontend.OpConversionFailure) as error:
+        raise LlmqError(f"{model.word} cannot be exported: {' '.join(str(error).split())}") from None
     rows, columns = example.shape[-2:]
     inputs = [example, model.example(2)]
     inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
@@ -107,7 +108,8 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
 
 def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
     """Write `model.xml` and `model.bin`, the same bytes for the same graph."""
-    # A name that nobody gave counts the operations of the whole process.
+    # A name that nobody gave counts the graphs, or the operations, of the whole process.
+    graph.set_friendly_name("graph")
     for i, operation in enumerate(graph.get_ordered_ops()):
         if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
             operation.set_friendly_name(f"{operation.get_type_name()}_{i}")

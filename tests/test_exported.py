@@ -1,0 +1,193 @@
+"""An exported graph is called like the module that it was made from, here and by plain OpenVINO."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from llmq import plugin
+from llmq.errors import LlmqError
+from llmq.models import exported
+from llmq.models.exported import ExportedModule, openvino
+from llmq.quantize.exporting import export, write_graph
+from tests.exported_families import SIDE, Heads, TwoHeads, base
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A module with two outputs."""
+    torch.manual_seed(0)
+    return TwoHeads(8).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(network, tmp_path_factory):
+    """Its graph."""
+    folder = tmp_path_factory.mktemp("graph")
+    write_graph(export(network, Heads()), folder)
+    return folder
+
+
+@pytest.fixture
+def graph(folder) -> ExportedModule:
+    """Its graph, opened."""
+    return ExportedModule(folder)
+
+
+def images(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, SIDE, SIDE), (5, 3, SIDE, SIDE), (2, 3, 9, 31), (1, 3, 1, 1)])
+def test_it_says_what_the_module_says_for_any_batch_and_size(network, graph, shape):
+    with torch.no_grad():
+        truth = network(images(*shape))
+    found = graph(images(*shape))
+    assert isinstance(found, tuple)
+    for t, f in zip(truth, found, strict=True):
+        assert f.shape == t.shape
+        assert f.dtype == t.dtype
+        torch.testing.assert_close(f, t, atol=1e-5, rtol=1e-5)
+
+
+def test_one_output_is_a_tensor(tmp_path):
+    write_graph(export(nn.Conv2d(3, 2, 1).eval(), Heads()), tmp_path)
+    assert isinstance(ExportedModule(tmp_path)(images(1, 3, 4, 4)), torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x.double(),
+        lambda x: x.requires_grad_(),
+        lambda x: torch.cat([x, x])[1:],
+        lambda x: x.expand(1, 3, SIDE, SIDE),
+    ],
+)
+def test_the_memory_of_an_input_may_be_any(graph, change):
+    x = images(1, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        truth = graph(x.clone())
+    assert all(torch.equal(f, t) for f, t in zip(graph(change(x.clone())), truth, strict=True))
+
+
+def test_what_it_gave_outlives_the_next_call(graph):
+    first = graph(images(1, 3, SIDE, SIDE))
+    kept = [t.clone() for t in first]
+    first_input = images(1, 3, SIDE, SIDE)
+    graph(images(1, 3, SIDE, SIDE, seed=2))
+    assert all(torch.equal(f, k) for f, k in zip(first, kept, strict=True))
+    again = graph(first_input)
+    assert all(torch.equal(a, k) for a, k in zip(again, kept, strict=True))
+    for output in again:
+        output.zero_()  # the caller's own
+    assert torch.equal(first_input, images(1, 3, SIDE, SIDE))
+
+
+def test_few_shapes_stay_compiled_and_threads_are_those_of_torch(graph, monkeypatch):
+    monkeypatch.setattr(exported, "SHAPES", 2)
+    for side in (4, 5, 4, 6, 4):
+        graph(images(1, 3, side, side))
+    assert [shape[-1] for shape, _ in graph.compiled] == [6, 4]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        graph(images(1, 3, 4, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert [threads for _, threads in graph.compiled] == [before, before + 1]
+
+
+def test_an_input_that_does_not_fit_is_named(graph):
+    with pytest.raises(LlmqError, match=r"takes inputs of \[\?,3,\?,\?\], and this one is \[1, 4, 16, 16\]$"):
+        graph(images(1, 4, SIDE, SIDE))
+    with pytest.raises(LlmqError, match=r"this one is \[3, 16, 16\]$"):
+        graph(images(3, SIDE, SIDE))
+
+
+def test_plain_openvino_opens_the_file_and_says_the_same(graph, folder):
+    core = openvino().Core()
+    compiled = core.compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = images(2, 3, SIDE, SIDE)
+    for plain, ours in zip(compiled(x.numpy()).values(), graph(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(plain), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_float32_is_float32_wherever_it_runs(graph):
+    compiled = graph._for((1, 3, SIDE, SIDE)).request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+
+
+def test_the_same_graph_is_written_in_the_same_bytes(network, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_graph(export(network, Heads()), tmp_path / name)
+        written.append([(tmp_path / name / f"model.{end}").read_bytes() for end in ("xml", "bin")])
+    assert written[0] == written[1]
+
+
+def test_size_counts_a_graph_as_it_counts_a_module(tmp_path):
+    artifact = base(tmp_path / "base")
+    size = plugin.build({"tasks.size": {}})
+    with artifact.open("cpu") as loaded:
+        with torch.no_grad():
+            loaded.module.trunk[0].weight[:, 0] = 0
+        write_graph(export(loaded.module, artifact.model), tmp_path)
+        before = {m.metric: m.value for m in size.score(loaded)}
+    with artifact.then(size, weights=tmp_path, runtime="openvino").open("cpu") as loaded:
+        after = {m.metric: m.value for m in size.score(loaded)}
+    for metric in ("parameters", "nonzeros"):
+        assert after[metric] == before[metric]
+    assert after["nonzeros"] == after["parameters"] - 96 * 9
+    assert before["bytes_in_memory"] <= after["bytes_in_memory"] < before["bytes_in_memory"] + 1000
+    assert after["bytes_on_disk"] == sum((tmp_path / f"model.{end}").stat().st_size for end in ("xml", "bin"))
+
+
+class BakesTheBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * len(list(x))
+
+
+class BakesTheSize(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.shape[3])
+
+
+class Unsupported(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x.mean(1)).real
+
+
+@pytest.mark.parametrize("module", [BakesTheBatch(), BakesTheSize()])
+def test_a_graph_that_computes_something_else_is_an_error(module):
+    with pytest.raises(LlmqError, match=r"was exported wrongly: for an input \[.*\] the graph's output 0 is off by"):
+        export(module, Heads())
+
+
+def test_a_module_that_cannot_be_exported_is_one_line():
+    with pytest.raises(LlmqError, match=r"cannot be exported: .*eig") as error:
+        export(Unsupported(), Heads())
+    assert "\n" not in str(error.value)
+
+
+def test_nobody_phones_home(tmp_path):
+    code = """
+import socket, sys
+def refuse(*arguments, **named):
+    raise SystemExit("a socket")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from llmq.quantize.exporting import nncf
+from llmq.models.exported import openvino
+import torch
+nncf(), openvino().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1))
+assert sys.modules["openvino_telemetry"] is None
+"""
+    surroundings = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "intel").exists()

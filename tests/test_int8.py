@@ -1,0 +1,288 @@
+"""Float16, int8 weights and full int8 of image models: what they write, what they refuse."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq import plugin, recipe
+from llmq.data.images import Example, make_split
+from llmq.errors import LlmqError, UserError
+from llmq.files import weight_files
+from llmq.models.exported import openvino
+from llmq.quantize.exporting import export, quantized_stage
+from llmq.quantize.int8 import ignored_names
+from llmq.quantize.likeness import Likeness
+from llmq.types import Artifact, Context, Data, Split
+from tests.exported_families import SIDE, Heads, TwoHeads, base
+
+CPU = Context("cpu", 0)
+STEPS = ("quantize.float16", "quantize.dynamic", "quantize.int8")
+
+
+class Noise(Data):
+    """Eight random images."""
+
+    suits = frozenset({"detector"})
+    channels: int = 3
+    shape: str = "image/boxes"
+    n: int = 8
+
+    def read(self) -> Split:
+        rng = np.random.default_rng(0)
+        made = [
+            Example(str(i), rng.integers(0, 256, (SIDE, SIDE, self.channels), dtype=np.uint8)) for i in range(self.n)
+        ]
+        return make_split(made, [], self.shape, ["noise"])
+
+
+def step(word: str, **settings: Any) -> Any:
+    data = {"data": Noise()} if word == "quantize.int8" else {}
+    return plugin.build({word: {**data, **settings}})
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> Artifact:
+    """A family with two outputs, at rest."""
+    return base(tmp_path_factory.mktemp("heads") / "base")
+
+
+@pytest.fixture(scope="module")
+def made(heads, tmp_path_factory) -> dict[str, Artifact]:
+    """What each of the three makes of it."""
+    stages = {}
+    for word in STEPS:
+        folder = tmp_path_factory.mktemp(word)
+        stages[word] = step(word).apply(heads, folder, CPU)
+    return stages
+
+
+def said(artifact: Artifact, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with artifact.open("cpu") as loaded, torch.inference_mode():
+        return loaded.module(inputs)
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("word", "smaller", "error"),
+    [("quantize.float16", 1.8, 1e-3), ("quantize.dynamic", 3.0, 0.02), ("quantize.int8", 2.5, 0.06)],
+)
+def test_a_stage_is_smaller_and_says_nearly_the_same(heads, made, word, smaller, error):
+    stage = made[word]
+    assert (stage.runtime, stage.packed) == ("openvino", True)
+    assert [f.name for f in stage.weight_files()] == ["model.xml", "model.bin"]
+    assert stage.notes["size_ratio"] > smaller
+    x = torch.cat(list(Heads().calibration(Noise().read(), 3, 7)))
+    for truth, found in zip(said(heads, x), said(stage, x), strict=True):
+        assert 0 < relative_error(found, truth) < error
+    assert all(0 < e < error for e in stage.notes["relative_error"])
+    assert all(k > 0.97 for k in stage.notes["variance_kept"])
+
+
+@pytest.mark.parametrize("word", STEPS)
+def test_plain_openvino_opens_it_and_says_the_same(made, word):
+    core = openvino().Core()
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if word == "quantize.dynamic" else "f32"}
+    compiled = core.compile_model(str(made[word].weights / "model.xml"), "CPU", precision)
+    x = Heads().example(1)
+    for plain, ours in zip(compiled(x.numpy()).values(), said(made[word], x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(plain), ours, atol=0.02, rtol=0.02)
+
+
+def test_int8_is_integer_arithmetic_in_the_graph(made):
+    graph = openvino().Core().read_model(made["quantize.int8"].weights / "model.xml")
+    types = [operation.get_type_name() for operation in graph.get_ops()]
+    assert types.count("FakeQuantize") == 3  # the input, and what two layers give: heads share theirs
+    stored = [o.get_element_type().get_type_name() for o in graph.get_ops() if o.get_type_name() == "Constant"]
+    assert stored.count("i8") == 4  # each convolution
+
+
+def test_the_notes_say_what_was_done(made):
+    notes = made["quantize.int8"].notes
+    assert notes["calibration"] == {
+        "samples": 8,
+        "seed": 0,
+        "data": {"word": notes["calibration"]["data"]["word"], "sha256": Noise().read().sha256},
+    }
+    assert notes["nncf"]
+    assert notes["openvino"]
+    assert notes["judged_on"] == 8
+
+
+@pytest.mark.parametrize("word", STEPS)
+def test_the_same_seed_gives_the_same_bytes(heads, made, word, tmp_path):
+    again = step(word).apply(heads, tmp_path, CPU)
+    for a, b in zip(again.weight_files(), made[word].weight_files(), strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_layer_can_be_left_in_float(heads, tmp_path):
+    stage = step("quantize.int8", ignored=["far", "trunk.0"]).apply(heads, tmp_path, CPU)
+    graph = openvino().Core().read_model(stage.weights / "model.xml")
+    stored = [o.get_element_type().get_type_name() for o in graph.get_ops() if o.get_type_name() == "Constant"]
+    assert stored.count("i8") == 2
+
+
+def test_an_ignored_layer_that_is_not_there_is_named():
+    operations = ["__module.head/aten::conv/Conv", "__module.tail.2/aten::conv/Conv", "Multiply_3"]
+    assert ignored_names(operations, ("tail",)) == ["__module.tail.2/aten::conv/Conv"]
+    with pytest.raises(UserError, match="ignored: the network has no layer 'hed'; did you mean 'head'"):
+        ignored_names(operations, ("hed",))
+    with pytest.raises(UserError, match=r"no layer 'tail\.22'"):
+        ignored_names(operations, ("tail.22",))
+
+
+def test_a_gan_calibrates_on_latents_and_reopens_to_the_same_images(tmp_path):
+    gan = plugin.build({"models.dcgan": {"features": 16}})
+    stage = plugin.build({"quantize.int8": {"samples": 10}}).apply(gan.base(CPU), tmp_path, CPU)
+    stage.save(tmp_path)
+    x = gan.example(2)
+    assert torch.equal(said(stage, x), said(Artifact.load(tmp_path), x))
+    assert relative_error(said(stage, x), said(gan.base(CPU), x)) < 0.2
+
+
+# What is no quantization.
+
+
+def refused(artifact: Artifact, folder: Path, change: Any, **settings: Any) -> str:
+    with pytest.raises(LlmqError) as error:
+        quantized_stage(step("quantize.float16"), artifact, folder, change, **settings)
+    assert error.value.exit_code == 4
+    assert not list(folder.iterdir())
+    return str(error.value)
+
+
+def test_what_shrinks_nothing_is_refused_with_the_facts(heads, tmp_path):
+    message = refused(heads, tmp_path, lambda graph: graph)
+    assert message.startswith("quantize.float16 shrank nothing: ")
+    assert f"{sum(f.stat().st_size for f in weight_files(heads.weights)):,} before" in message
+
+
+def test_what_changes_nothing_is_refused(tmp_path):
+    artifact = base(tmp_path / "base")
+    with artifact.open("cpu") as loaded:
+        for parameter in loaded.module.parameters():
+            parameter.data = parameter.data.half().float()
+        loaded.module.far.bias.data.zero_()  # the graph adds it to a constant
+        from llmq.models.state import save_network
+
+        save_network(loaded.module, artifact.weights)
+    (tmp_path / "stage").mkdir()
+    message = refused(artifact, tmp_path / "stage", lambda graph: graph, float16=True)
+    assert message.startswith("quantize.float16 changed no output: ")
+
+
+@pytest.mark.parametrize("spoil", ["other", "nan", "constant"])
+def test_garbage_is_refused(heads, tmp_path, spoil):
+    torch.manual_seed(5)
+    other = TwoHeads(96).eval()
+    with torch.no_grad():
+        if spoil == "nan":
+            other.near.bias[0] = math.nan
+        if spoil == "constant":
+            other.near.weight.zero_()
+
+    def change(graph: Any) -> Any:
+        return openvino().convert_model(other, example_input=Heads().example(1))
+
+    message = refused(heads, tmp_path, change, float16=True)
+    assert message.startswith("quantize.float16 spoilt the model: output 0 keeps ")
+
+
+def test_a_failed_quantization_leaves_the_folder_of_a_run_unfinished(heads, tmp_path, monkeypatch):
+    from llmq.pipeline import make_stage
+
+    monkeypatch.setattr("llmq.quantize.float16._as_it_is", lambda graph: export(TwoHeads(96).eval(), Heads()))
+    with pytest.raises(LlmqError, match="spoilt the model"):
+        make_stage(step("quantize.float16"), heads, tmp_path / "1-quantize.float16", CPU)
+    assert not (tmp_path / "1-quantize.float16").exists()
+
+
+# What a user can get wrong.
+
+
+def test_data_is_needed_unless_a_family_draws_its_own():
+    artifact = Artifact(Heads(), Path())
+    with pytest.raises(UserError, match="it needs 'data' to calibrate on"):
+        plugin.build({"quantize.int8": {}}).check_base(artifact)
+    plugin.build({"quantize.int8": {}}).check_base(Artifact(plugin.build({"models.dcgan": {}}), Path()))
+
+
+def test_data_of_another_shape_is_seen_before_anything_runs():
+    artifact = Artifact(Heads(), Path())
+    with pytest.raises(UserError, match="its examples are image/label, and image/boxes is needed"):
+        step("quantize.int8", data=Noise(shape="image/label")).check_base(artifact)
+    with pytest.raises(UserError, match="has no training image"):
+        step("quantize.int8", data=Noise(n=0)).check_base(artifact)
+
+
+JOB = "model: {{dcgan: {{}}}}\nsteps:\n- {}\n- {}\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (("quantize.int8", "quantize.float16"), "4: 'quantize.float16' needs float weights, and these are packed"),
+        (("quantize.float16", "quantize.int8"), "4: 'quantize.int8' needs float weights, and these are packed"),
+        (("quantize.int8: {preset: fast}", "quantize.float16"), "3: preset: 'fast' of quantize.int8 is wrong"),
+        (("quantize.int8: {sampels: 3}", "quantize.float16"), "3: unknown key 'sampels' .* did you mean 'samples'"),
+        (("quantize.int8: {samples: 0}", "quantize.float16"), "3: samples: 0 of quantize.int8 is wrong"),
+        (("quantize.int8: {data: pydoc}", "quantize.float16"), "3: 'data.pydoc' suits causal-lm.* is a gan"),
+    ],
+)
+def test_a_recipe_is_checked_before_anything_runs(tmp_path, steps, message):
+    (tmp_path / "job.yaml").write_text(JOB.format(*steps))
+    with pytest.raises(UserError, match=rf"job\.yaml:{message}"):
+        recipe.load(str(tmp_path / "job.yaml"))
+
+
+@pytest.mark.parametrize("word", STEPS)
+def test_a_language_model_is_refused(tmp_path, word):
+    (tmp_path / "job.yaml").write_text(f"model: {{causal_lm: {{weights: org/name}}}}\nsteps:\n- {word}\n")
+    with pytest.raises(UserError, match=rf"job\.yaml:3: '{word}' suits .* and this model is a causal-lm"):
+        recipe.load(str(tmp_path / "job.yaml"))
+
+
+# The yardstick.
+
+FINITE = st.floats(-100, 100, width=32)
+
+
+@given(st.lists(st.tuples(FINITE, FINITE), min_size=2, max_size=40), st.integers(1, 39))
+def test_likeness_is_the_closed_form_however_it_is_cut(pairs, cut):
+    truth, found = (np.array(side, dtype=np.float64) for side in zip(*pairs, strict=True))
+    likeness = Likeness()
+    for part in (slice(cut), slice(cut, None)):
+        likeness.add(torch.from_numpy(truth[part]), torch.from_numpy(found[part]))
+    residual, spread = ((found - truth) ** 2).sum(), ((truth - truth.mean()) ** 2).sum()
+    if spread > 1e-6:
+        assert likeness.kept == pytest.approx(1 - residual / spread, rel=1e-6, abs=1e-6)
+        assert likeness.relative_error == pytest.approx(np.linalg.norm(found - truth) / np.linalg.norm(truth), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "garbage"),
+    [
+        ([0.0, 1.0, 2.0], [0.1, 1.0, 1.9], False),
+        ([0.0, 1.0, 2.0], [1.0, 1.0, 1.0], True),
+        ([0.0, 1.0, 2.0], [2.0, 1.0, 0.0], True),
+        ([0.0, 1.0, 2.0], [0.0, 1.0, math.nan], True),
+        ([0.0, 1.0, 2.0], [0.0, 1.0, math.inf], True),
+        ([5.0, 5.0, 5.0], [5.1, 4.9, 5.0], False),
+        ([5.0, 5.0, 5.0], [0.0, 0.0, 0.0], True),
+        ([0.0, 0.0], [0.0, 0.0], False),
+        ([0.0, 0.0], [0.0, 0.1], True),
+    ],
+)
+def test_garbage(truth, found, garbage):
+    likeness = Likeness()
+    likeness.add(torch.tensor(truth), torch.tensor(found))
+    assert likeness.is_garbage == garbage
