@@ -3,7 +3,7 @@
 import io
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,8 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.tasks.harness import OURS, check_names
-from llmq.types import Loaded, Measurement, Samples, Task
+from llmq.tasks.harness_results import measurements
+from llmq.types import Loaded, Measurement, Task
 
 
 class LmEval(Task):
@@ -60,7 +61,7 @@ class LmEval(Task):
                 f"lm_eval {', '.join(self.tasks)}: the data is not on this machine and the hub does not "
                 f"give it: {str(error).strip().splitlines()[0]}"
             ) from error
-        return list(self._measurements(results))
+        return list(measurements(results, self.limit))
 
     def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager
@@ -74,49 +75,3 @@ class LmEval(Task):
             if name not in manager.all_tasks:
                 raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
         return manager
-
-    def _measurements(self, results: Mapping[str, Any]) -> Iterator[Measurement]:
-        for task, figures in results["results"].items():
-            samples = sorted(results["samples"].get(task, ()), key=lambda s: int(s["doc_id"]))
-            n = results["n-samples"].get(task, {}).get("effective", len(samples))
-            for key, value in figures.items():
-                metric, _, filtered = key.partition(",")
-                if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                stderr = figures.get(f"{metric}_stderr,{filtered}")
-                higher = results["higher_is_better"].get(task, {}).get(metric, True)
-                yield Measurement(
-                    task,
-                    metric if filtered == "none" else f"{metric} ({filtered})",
-                    float(value),
-                    "share" if metric.startswith(("acc", "exact_match", "f1")) else "",
-                    "higher" if higher else "lower",
-                    n,
-                    stderr if isinstance(stderr, float) else None,
-                    self._convention(results, task),
-                    _samples(samples, metric, filtered, float(value)),
-                )
-
-    def _convention(self, results: Mapping[str, Any], task: str) -> str:
-        shots = results["n-shot"].get(task, 0)
-        limit = f", first {self.limit} questions" if self.limit else ""
-        return (
-            f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-            f"hash {_task_hash(results['samples'].get(task, ()))[:12]}, {shots}-shot{limit}"
-        )
-
-
-def _samples(samples: list[Any], metric: str, filtered: str, value: float) -> Samples | None:
-    scores = [s[metric] for s in samples if s.get("filter", "none") == filtered and metric in s]
-    if not scores or not all(isinstance(s, int | float) for s in scores):
-        return None
-    # Only a plain mean can be resampled; lm-eval's other aggregations keep their figure and standard error.
-    is_mean = abs(sum(scores) / len(scores) - value) < 1e-9
-    return Samples(tuple(float(s) for s in scores)) if is_mean else None
-
-
-def _task_hash(samples: Any) -> str:
-    """As the harness computes it when it writes its own results: questions, prompts and targets."""
-    from lm_eval.utils import hash_string
-
-    return str(hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)))

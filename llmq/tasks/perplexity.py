@@ -1,6 +1,7 @@
 """How surprised a model is by text."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -53,7 +54,9 @@ class Perplexity(Task):
             "word": [w.words for w in windows],
             "byte": [w.bytes for w in windows],
         }
-        return [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
+        vocabulary = float(loaded.module.config.get_text_config().vocab_size)
+        found = [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
+        return [replace(m, chance=vocabulary) if m.metric == "token_perplexity" else m for m in found]
 
     def _text(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
         from llmq.data.tokens import beginning
