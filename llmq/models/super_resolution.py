@@ -110,6 +110,16 @@ class SuperResolution(Vision):
             high[place] = 255.0 * (made.mean(2, keepdims=True) if channels < made.shape[2] else made)
         return high
 
+    def pictures(self, loaded: Loaded, split: Split | None, n: int, seed: int) -> Iterator[Any]:
+        """What a stage makes of the first `n` held-out images: grey levels, float64 on [0, 255].
+
+        Raises `UserError` without data, or where it does not fit.
+        """
+        if split is None:
+            raise UserError(f"{type(self).__module__.rpartition('.')[2]} needs 'data' to make images of")
+        self.check_split(split)
+        return (self.upscale(loaded, pair.image).clip(0, 255) for pair in split.held_out[:n])
+
     @property
     def _overlap(self) -> int:
         return self.reach if self.overlap is None else self.overlap
