@@ -76,6 +76,8 @@ class ImageFolder(Data):
         if self.labels is False or (self.labels is None and not any(folders)):
             return ()
         for part, names in zip(parts, folders, strict=True):
+            if not names:
+                raise UserError(f"{str(part)!r} has no class folders; labels: false takes images without labels")
             loose = [path.name for path in sorted(part.iterdir()) if _is_image(path)]
             if loose:
                 raise UserError(f"{part / loose[0]}: lies beside class folders, in none; move it, or set labels: false")
@@ -85,8 +87,6 @@ class ImageFolder(Data):
                     f"{part / unknown[0]}: class {unknown[0]!r} is not in {parts[0].name!r}"
                     f"{did_you_mean(unknown[0], folders[0])}"
                 )
-            if not names:
-                raise UserError(f"{str(part)!r} has no class folders; labels: false takes images without labels")
         return tuple(folders[0])
 
 
