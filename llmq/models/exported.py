@@ -46,7 +46,8 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
         precision = self.graph.get_rt_info(PRECISION).astype(str) if self.graph.has_rt_info(PRECISION) else "f32"
         self.options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         self.compiled: OrderedDict[tuple[Any, int], _Compiled] = OrderedDict()
-        weights, others = [], []
+        weights: list[Tensor] = []
+        others: list[Tensor] = []
         for constant, is_weight in constants(self.graph):
             (weights if is_weight else others).append(_as_tensor(constant))
         self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in weights)

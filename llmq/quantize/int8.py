@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from llmq.errors import UserError, did_you_mean
 from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Context, Step
+from llmq.types import Artifact, Context, Split, Step
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""
@@ -42,30 +42,35 @@ class Int8(Step):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for a network that needs data and has none, or cannot see it."""
-        self._inputs(base, 1, 0)
+        self._inputs(base, self._split(), 1, 0)
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Export, calibrate, and write the quantized graph."""
         from llmq.environment import library_version
         from llmq.quantize.exporting import quantized_stage
 
-        inputs = self._inputs(artifact, self.samples, context.seed)
+        split = self._split()
+        inputs = self._inputs(artifact, split, self.samples, context.seed)
         about: dict[str, Any] = {"samples": len(inputs), "seed": context.seed}
-        if self.data is not None:
-            about["data"] = {"word": self.data.word, "sha256": self.data.read().sha256}
+        if self.data is not None and split is not None:
+            about["data"] = {"word": self.data.word, "sha256": split.sha256}
         notes = {"nncf": library_version("nncf"), "calibration": about}
         return quantized_stage(
-            self, artifact, folder, lambda graph: self._quantized(graph, inputs), inputs[:JUDGED], notes=notes
+            self, artifact, folder, lambda graph: self.quantized(graph, inputs), inputs[:JUDGED], notes=notes
         )
 
-    def _inputs(self, artifact: Artifact, samples: int, seed: int) -> list[Any]:
+    def _split(self) -> Split | None:
+        return self.data.read() if self.data is not None else None
+
+    def _inputs(self, artifact: Artifact, split: Split | None, samples: int, seed: int) -> list[Any]:
         model: Any = artifact.model
-        inputs = list(model.calibration(self.data.read() if self.data is not None else None, samples, seed))
+        inputs = list(model.calibration(split, samples, seed))
         if not inputs:
             raise UserError("the calibration data has no training image")
         return inputs
 
-    def _quantized(self, graph: Any, inputs: list[Any]) -> Any:
+    def quantized(self, graph: Any, inputs: list[Any]) -> Any:
+        """The graph with int8 weights and activations, their ranges those of `inputs`."""
         from llmq.quantize.exporting import nncf, quietly
 
         library = nncf()
