@@ -1,16 +1,18 @@
 """What a compressed model still makes of the same input."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from math import isfinite
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.errors import LlmqError
 from llmq.plugin import DataWord
 from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Task
 
 MOST = 100.0
-"""dB that an image counts at most, so that the mean with an unchanged one is a number: differences of 0.003 grey levels."""
+"""dB that an image counts at most, where it is off by 0.003 grey levels, so that unchanged ones have a mean."""
 
 
 class Fidelity(Task):
@@ -56,9 +58,12 @@ class Fidelity(Task):
             rows = [[a for a, _ in pairs], [b for _, b in pairs]]
             yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=_grid(rows, ["base", "stage"]))
 
-    def _pictures(self, loaded: Loaded, n: int) -> Iterable[Any]:
+    def _pictures(self, loaded: Loaded, n: int) -> Iterator[Any]:
         model: Any = loaded.artifact.model
-        return islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n)
+        for image in islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n):
+            if not isfinite(float(image.sum())):  # a PSNR of no number would pass for the largest
+                raise LlmqError(f"{self.name}: the stage makes values that are not finite numbers")
+            yield image
 
     def _inputs(self) -> str:
         return f"held-out images of {self.data.word}" if self.data else f"the same latents, seed {self.seed}"
