@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from llmq.report import Report
 
 app = typer.Typer(
-    help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed.",
+    help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed. "
+    "Of a gate: 1 failed, 3 undecided.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -125,6 +127,43 @@ def evaluate(
 
 
 @app.command()
+def compare(targets: list[str], as_json: Json = False) -> None:
+    """Set runs, stages or lm-eval's results_*.json side by side: differences, intervals, verdicts.
+
+    A single run shows its stages; of several runs the last stage of each is taken. The first is what others are held
+    against.
+    """
+    from llmq import compare
+    from llmq.report import verdicts
+
+    found = compare.side_by_side(compare.targets(targets))
+    if as_json:
+        typer.echo(json.dumps(verdicts.comparison_as_data(found)))
+    else:
+        verdicts.show_comparison(found)
+
+
+@app.command()
+def gate(
+    target: Annotated[str, typer.Argument(metavar="RUN")],
+    rule: Annotated[list[str], typer.Option(help="'perplexity <= 1.03x base', 'acc >= base - 1.0pt', 'psnr >= 30'.")],
+    stage: Annotated[str | None, typer.Option(help="The stage to judge; the last if unset.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a run by rules, by the interval and never by the point.
+
+    Exit codes: 0 all pass, 1 one fails or the base itself is broken, 3 undecided: too few samples.
+    """
+    from llmq.gate import of_run
+    from llmq.report import verdicts
+
+    told = verdicts.gate_as_data(of_run(target, rule, stage))
+    if as_json:
+        typer.echo(json.dumps(told))
+    _end_gate(told, as_json)
+
+
+@app.command()
 def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe without running it."""
     from llmq import pipeline
@@ -139,43 +178,23 @@ def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> No
 @app.command(name="list")
 def list_words(as_json: Json = False) -> None:
     """List every word, recipe and suite."""
-    from llmq import plugin
-    from llmq.files import bundled
+    from llmq import listing
 
-    found = {"words": plugin.words()}
-    for kind, pattern in (("recipes", "*/*.yaml"), ("evals", "*.yaml")):
-        files = sorted(bundled(kind).glob(pattern))
-        found[kind] = {str(f.relative_to(bundled(kind)).with_suffix("")): _what(f) for f in files}
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for title, entries in found.items():
-        typer.echo(title)
-        for name, what in entries.items():
-            typer.echo(f"  {name:<22} {what}")
-
-
-def _what(file: Path) -> str:
-    return file.read_text().split("\n", 1)[0].removeprefix("# What:").strip()
+    found = listing.everything()
+    typer.echo(json.dumps(found) if as_json else listing.as_text(found))
 
 
 @app.command()
 def show(word: str, as_json: Json = False) -> None:
     """Show the settings of a word (quantize.bnb), or a recipe (text/quickstart)."""
-    from llmq import plugin
+    from llmq import listing, plugin
     from llmq import recipe as recipes
 
     if "/" in word:
         typer.echo(recipes.find("recipes", word).read_text(), nl=False)
         return
     cls = plugin.load(word)
-    if as_json:
-        typer.echo(json.dumps(cls.model_json_schema()))
-        return
-    typer.echo(f"{word}: {cls.__doc__}\n")
-    for name, field in cls.model_fields.items():
-        default = "needed" if field.is_required() else f"= {field.default!r}"
-        typer.echo(f"  {name:<30} {default:<16} {field.description or ''}".rstrip())
+    typer.echo(json.dumps(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
 
 
 @app.command(name="copy")
@@ -196,8 +215,9 @@ def copy_recipe(recipe: str, folder: Path) -> None:
 def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
     from llmq import pipeline
     from llmq import recipe as recipes
+    from llmq.source import Source
 
-    source = recipes.Source("command line", plain)
+    source = Source("command line", plain)
     for override in overrides or ():
         recipes.apply_override(source, override)
     job = recipes.parse(source, name)
@@ -212,6 +232,17 @@ def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool) -> None:
     report = pipeline.run(job, folder, resume)
     if report:
         _show(report, folder, as_json)
+        _end_gate(report.gate, as_json)
+
+
+def _end_gate(told: Mapping[str, Any] | None, as_json: bool) -> None:
+    """Say what a gate comes to, if there was one, and end with its code."""
+    from llmq.report import verdicts
+
+    if told and not as_json:
+        verdicts.show_gate(told)
+    if told and told["exit_code"]:
+        raise typer.Exit(told["exit_code"])
 
 
 def _fresh(out: Path | None, name: str) -> Path:

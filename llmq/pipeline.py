@@ -11,11 +11,14 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, measure, processes
+from llmq import environment, gate, measure, processes
 from llmq.errors import UserError
 from llmq.files import make_whole, sha256_files, write_json, write_text
-from llmq.recipe import Recipe, Source, check_order
+from llmq.recipe import Recipe, check_order
 from llmq.report import Report, Stage
+from llmq.report.verdicts import gate_as_data
+from llmq.rules import Rule
+from llmq.source import Source
 from llmq.terminal import logged_to, say
 from llmq.types import (
     Artifact,
@@ -57,11 +60,12 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
             if name in measured and first:
                 base = stages[measured[0]].artifact
                 stages[name] = question(stages[name], recipe.evaluate, out, context.device, base)
+                gate.check(recipe.rules, stages[name].measurements, has_clocks(recipe.evaluate) or name != measured[0])
         if not first:
             return None
-        stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, context.device)
+        stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, out, context.device)
         parts = [*recipe.steps, *recipe.evaluate]
-        return finish(recipe.plain(), parts, stages, measured[0], out, context)
+        return finish(recipe.plain(), parts, stages, measured[0], out, context, recipe.rules)
 
 
 def evaluate(
@@ -72,7 +76,7 @@ def evaluate(
     with logged_to(out / "log.txt"):
         first, base = next(iter(artifacts.items()))
         stages = {name: question(Stage(name, a), tasks, out, context.device, base) for name, a in artifacts.items()}
-        stages |= take_times(stages, tasks, context.device)
+        stages |= take_times(stages, tasks, out, context.device)
         return finish(asked, tasks, stages, first, out, context)
 
 
@@ -219,15 +223,23 @@ def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
             write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 
 
-def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], device: str) -> dict[str, Stage]:
-    """Time all stages in turn, all of them open at once; the stages with what the clocks say added."""
-    if not any(type(task).clocks is not Task.clocks for task in tasks):
+def has_clocks(tasks: Iterable[Task]) -> bool:
+    """Whether one of them times the stages, once all are there."""
+    return any(type(task).clocks is not Task.clocks for task in tasks)
+
+
+def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, device: str) -> dict[str, Stage]:
+    """Time all stages in turn, all of them open at once; the stages with what the clocks say added, and kept."""
+    if not has_clocks(tasks):
         return dict(stages)
     began = time.perf_counter()
     with ExitStack() as open_stages:
         loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
         clocks = {stage: list(_clocks(tasks, model)) for stage, model in loaded.items()}
         taken = measure.interleave(clocks, device)
+    for name, measurements in taken.items():
+        write_samples(measurements, out / name / "samples")
+        write_json(out / name / "clocks.json", {"measurements": [asdict(m) for m in measurements]})
     say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
     return {n: replace(stages[n], measurements=(*stages[n].measurements, *taken[n])) for n in stages}
 
@@ -245,13 +257,20 @@ def finish(
     baseline: str,
     out: Path,
     context: Context,
+    rules: Sequence[Rule] = (),
 ) -> Report:
-    """Build the report and write its faces."""
+    """Build the report with the verdicts on the last stage, and write its faces."""
     base = stages[baseline].artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
     facts["data_sha256"] = data_hashes(parts)
     facts["dtype"] = getattr(base.model, "dtype", None)
     report = Report.of(asked, facts, list(stages.values()), baseline)
-    report.write(out)
+    try:
+        if rules:
+            last = stages[report.measured[-1]]
+            verdicts = gate.judge(rules, last.name, last.measurements, stages[baseline].measurements)
+            report = replace(report, gate=gate_as_data(verdicts))
+    finally:  # a rule that names nothing measured must not cost the report
+        report.write(out)
     return report

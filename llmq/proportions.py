@@ -71,4 +71,4 @@ def mcnemar(table: Table) -> float:
     changed, fewer = table.gained + table.lost, min(table.gained, table.lost)
     if changed > 1000:  # the sums of the exact one need integers of hundreds of digits, and change nothing
         return 2 * NormalDist().cdf(-max(0, abs(table.gained - table.lost) - 1) / sqrt(changed))
-    return min(1.0, 2 * sum(comb(changed, k) for k in range(fewer + 1)) / 2**changed)
+    return min(1.0, 2 * sum(comb(changed, k) for k in range(fewer + 1)) / float(2**changed))

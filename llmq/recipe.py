@@ -1,7 +1,6 @@
 """YAML -> `Recipe`. Every check happens here, before anything runs."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from llmq import plugin
 from llmq.errors import UserError, did_you_mean, explain
 from llmq.files import bundled
+from llmq.rules import Rule, read_rule
+from llmq.source import Place, Source, read
 from llmq.types import Data, Model, Plugin, Step, Task
-
-Place = tuple[str | int, ...]
-DEEPEST = 32
 
 
 class Recipe(BaseModel):
@@ -35,6 +33,8 @@ class Recipe(BaseModel):
 
     Written as its step's word, or, where that stands twice, as the stage is called: `1-adapt.train`.
     """
+    gate: tuple[str, ...] = ()
+    """What the last stage must keep to, such as `perplexity <= 1.03x base`."""
 
     @property
     def stage_names(self) -> list[str]:
@@ -48,6 +48,11 @@ class Recipe(BaseModel):
             return [0]
         return [i for i, name in enumerate(self.stage_names) if self.baseline in (name, name.partition("-")[2])]
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The gate's rules, read."""
+        return tuple(map(read_rule, self.gate))
+
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
 
@@ -60,24 +65,8 @@ class Recipe(BaseModel):
             "steps": [entry(s, whole=True) for s in self.steps],
             "evaluate": [entry(t, whole=False) for t in self.evaluate],
         }
-        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline")}
+        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline", "gate")}
         return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
-
-
-@dataclass
-class Source:
-    """Plain data, and the line of the file where each part of it stands."""
-
-    name: str
-    data: Any
-    lines: dict[Place, int] = field(default_factory=dict)
-
-    def where(self, place: Place) -> str:
-        """`file:line` of the innermost known part of `place`."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        line = self.lines.get(place, 0)
-        return f"{self.name}:{line}" if line > 0 else self.name if line == 0 else "command line"
 
 
 def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -109,41 +98,6 @@ def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
     root = bundled(kind)
     files = sorted(root.glob("*/*.yaml")) if kind == "recipes" else sorted(root.glob("*.yaml"))
     return {str(f.relative_to(root).with_suffix("")): f for f in files}
-
-
-def read(path: Path) -> Source:
-    """Parse YAML, keeping line numbers."""
-    try:
-        node = yaml.compose(path.read_text(), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    source = Source(str(path), None)
-    source.data = _plain(node, (), source) if node else {}
-    return source
-
-
-def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
-    source.lines.setdefault(place, node.start_mark.line + 1)
-    if len(place) > DEEPEST:
-        raise UserError(f"{source.where(place)}: nested deeper than any recipe; does an alias (*) stand inside itself?")
-    if isinstance(node, yaml.MappingNode):
-        data: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in data:
-                raise UserError(f"{source.name}:{line}: {key!r} stands twice; keep one")
-            source.lines[(*place, key)] = line
-            data[key] = _plain(value_node, (*place, key), source)
-        return data
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, (*place, i), source) for i, child in enumerate(node.value)]
-    try:
-        return yaml.SafeLoader("").construct_document(node)
-    except (yaml.YAMLError, ValueError):  # a tag that is not YAML's own, a thirteenth month
-        raise UserError(f"{source.where(place)}: {node.value!r} cannot be read as {node.tag!r}") from None
 
 
 def apply_override(source: Source, override: str) -> None:
@@ -224,7 +178,18 @@ def parse(source: Source, name: str) -> Recipe:
             f"{source.where(('baseline',))}: baseline {recipe.baseline!r} is not one stage of this recipe"
             f"{did_you_mean(str(recipe.baseline), recipe.stage_names)}"
         )
+    _check_gate(recipe, source)
     return recipe
+
+
+def _check_gate(recipe: Recipe, source: Source) -> None:
+    for i, rule in enumerate(recipe.gate):
+        try:
+            read_rule(rule)
+        except UserError as error:
+            raise UserError(f"{source.where(('gate', i))}: {error}") from None
+    if recipe.gate and not recipe.evaluate:
+        raise UserError(f"{source.where(('gate',))}: a gate judges what is measured; say what to 'evaluate'")
 
 
 def suite_tasks(suite: Any, source: Source, kind: str) -> tuple[Task, ...]:

@@ -1,7 +1,7 @@
 """What a gate is asked: one bound on one figure. Only the grammar; nothing is measured here."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmq.errors import UserError
 
@@ -47,20 +47,20 @@ class Rule:
         return (value < self.bound) == self.at_most
 
 
-def parse(text: str) -> Rule:
+def read_rule(text: str) -> Rule:
     """Read `perplexity <= 1.03x base`. Raises `UserError` with the grammar."""
     whole = RULE.fullmatch(text.strip())
     if not whole:
         raise UserError(f"rule {text!r} cannot be read: {GRAMMAR}")
     sign, bound = whole["sign"], whole["bound"].strip()
-    sides = {"metric": whole["metric"].strip(), "at_most": sign in ("<=", "<", "≤"), "strict": sign in ("<", ">")}
+    rule = Rule(text, whole["metric"].strip(), sign in ("<=", "<", "≤"), sign in ("<", ">"))
     if found := TIMES.fullmatch(bound):
-        return Rule(text, **sides, factor=float(found["number"]))
+        return replace(rule, factor=float(found["number"]))
     found = OFFSET.fullmatch(bound) or PLAIN.fullmatch(bound)
     if not found:
         raise UserError(f"rule {text!r}: {bound!r} is no bound: {GRAMMAR}")
     unit = found["unit"] or ""
     size = float(found["number"] or 0) * UNITS[unit] * (-1 if found["minus"] in ("-", "−") else 1)
     if found.re is OFFSET:
-        return Rule(text, **sides, offset=size, unit=unit)
-    return Rule(text, **sides, number=size, unit=unit)
+        return replace(rule, offset=size, unit=unit)
+    return replace(rule, number=size, unit=unit)

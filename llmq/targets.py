@@ -9,7 +9,8 @@ import yaml
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.recipe import Source, suite_tasks
+from llmq.recipe import suite_tasks
+from llmq.source import Source
 from llmq.types import Artifact, Context, Task
 
 Bring = Callable[[Context], Artifact]

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq import proportions
+from llmq.estimates import figure
 from llmq.proportions import Table
 from llmq.statistics import (
     compare,
-    figure,
     paired_intervals,
     quantile_stderr,
     ratio_stderr,

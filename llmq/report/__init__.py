@@ -34,6 +34,8 @@ class Report:
     measurements: Sequence[Mapping[str, Any]]
     comparisons: Sequence[Mapping[str, Any]]
     exhibits: Sequence[Mapping[str, Any]]
+    gate: Mapping[str, Any] | None = None
+    """The verdicts on the rules of the recipe, where it has some."""
 
     @classmethod
     def of(

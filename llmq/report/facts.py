@@ -5,6 +5,7 @@ from typing import Any
 
 from llmq.report import Report
 from llmq.report.table import rows
+from llmq.report.verdicts import sentence
 
 Facts = dict[str, list[tuple[str, str]]]
 
@@ -15,7 +16,8 @@ def facts(report: Report) -> Facts:
     machine = ("processor", "device", "threads", "dtype", "seed", "python", "llmq", "commit", "model_sha256")
     data = ", ".join(f"{k} sha256 {v[:12]}" for k, v in environment["data_sha256"].items())
     libraries = ", ".join(f"{k} {v}" for k, v in environment["libraries"].items() if v)
-    return {
+    gate = {"Gate": [(v["verdict"], sentence(v)) for v in report.gate["rules"]]} if report.gate else {}
+    return gate | {
         "Stages": [(s["name"], _stage(s)) for s in report.stages],
         "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows(report)],
         "Machine": [*((k, str(environment.get(k))) for k in machine), ("data", data), ("libraries", libraries)],

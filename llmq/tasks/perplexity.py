@@ -85,7 +85,8 @@ class Perplexity(Task):
         )
 
     def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
-        from llmq.statistics import figure, ratio_stderr
+        from llmq.estimates import figure
+        from llmq.statistics import ratio_stderr
 
         samples = Samples(tuple(sums), tuple(float(c) for c in counts), "exp")
         value = float(figure(samples)[0])

@@ -1,0 +1,123 @@
+"""Results side by side: differences with intervals, and a refusal where two figures do not speak of the same thing."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmq import power, results, statistics
+from llmq.errors import UserError
+from llmq.estimates import unpaired
+from llmq.results import Key, Result
+from llmq.statistics import Comparison
+from llmq.types import Measurement
+
+HARNESS = re.compile(r"^lm-eval [^,]+, ")  # the version of the task, and the hash of what was asked, say enough
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A figure that both have and that is not compared."""
+
+    result: str
+    task: str
+    metric: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Results beside the first of them. The verdicts are corrected for all comparisons of the table (Holm)."""
+
+    results: Sequence[Result]
+    comparisons: Sequence[tuple[str, Comparison]]
+    refusals: Sequence[Refusal]
+
+
+def targets(names: Sequence[str]) -> list[Result]:
+    """What to set side by side: the stages of a single run; of several runs the last stage of each.
+
+    Raises `UserError` for what is not there, and where there are not two.
+    """
+    read = {name: results.read(name) for name in names}
+    if len(names) == 1:
+        found = read[names[0]]
+        if len(found) < 2:
+            raise UserError(f"{names[0]!r} is one result; name another to compare it with")
+        return found
+    last = [(name, found[-1], len(found) > 1) for name, found in read.items()]
+    labels = [_label(name, result, whole) for name, result, whole in last]
+    # The same run twice, or two of one name, would be one column.
+    unique = labels if len(set(labels)) == len(labels) else [name for name, _, _ in last]
+    if len(unique) < 2:
+        raise UserError(f"{names[0]!r} is named twice; name another to compare it with")
+    return [replace(result, name=label) for label, (_, result, _) in zip(unique, last, strict=True)]
+
+
+def _label(name: str, result: Result, whole: bool) -> str:
+    return f"{Path(name).resolve().name}/{result.name}" if whole else result.name
+
+
+def side_by_side(found: Sequence[Result], seed: int = 0) -> SideBySide:
+    """Every result beside the first. Raises `UserError` with the reasons where nothing at all can be compared."""
+    first, *others = found
+    compared: list[tuple[str, Comparison]] = []
+    refusals: list[Refusal] = []
+    for other in others:
+        for key, measurement in other.figures.items():
+            if key not in first.figures:
+                continue
+            reason = unlike(first, other, key)
+            if reason:
+                refusals.append(Refusal(other.name, *key, reason))
+            else:
+                compared.append((other.name, _comparison(measurement, first.figures[key], seed)))
+    if not compared:
+        why = "; ".join(dict.fromkeys(f"{r.task} {r.metric}: {r.reason}" for r in refusals))
+        raise UserError(f"{others[0].name!r} cannot be compared with {first.name!r}: {why or _nothing_shared(found)}")
+    verdicts = statistics.corrected([c for _, c in compared])
+    return SideBySide(found, [(name, c) for (name, _), c in zip(compared, verdicts, strict=True)], refusals)
+
+
+def _nothing_shared(found: Sequence[Result]) -> str:
+    tasks = [", ".join(dict.fromkeys(m.task for m in r.measurements)) or "nothing" for r in found[:2]]
+    return f"they share no figure ({tasks[1]} against {tasks[0]})"
+
+
+def unlike(first: Result, other: Result, key: Key) -> str:
+    """Why the two figures of this task and metric are not comparable, or nothing."""
+    a, b = first.figures[key], other.figures[key]
+    if first.run == other.run:
+        return ""
+    if key in first.timed or key in other.timed:
+        return "timed in different runs, so not in turn; run both as stages of one recipe"
+    for what, x, y in (("units", b.unit, a.unit), ("directions", b.better, a.better)):
+        if x != y:
+            return f"unlike {what}, {x} against {y}"
+    protocols = [HARNESS.sub("", m.convention) for m in (b, a)]
+    if protocols[0] != protocols[1]:
+        return _what_differs(*protocols)
+    if b.samples and a.samples and len(b.samples.values) != len(a.samples.values):
+        return f"unlike samples, {len(b.samples.values)} against {len(a.samples.values)}"
+    return ""
+
+
+def _what_differs(x: str, y: str) -> str:
+    parts = [[p.strip() for p in re.split(r"[,;]", protocol)] for protocol in (x, y)]
+    only = [", ".join(p for p in mine if p not in theirs) or "not said" for mine, theirs in (parts, parts[::-1])]
+    return f"unlike protocols, {only[0]!r} against {only[1]!r}"
+
+
+def _comparison(m: Measurement, base: Measurement, seed: int) -> Comparison:
+    found = statistics.compare(m, base, seed)
+    loose = None if found.ci95 or (m.samples and base.samples) else unpaired(m, base)
+    if not loose:
+        return found
+    return replace(
+        found,
+        ci95=loose.interval,
+        verdict=statistics.verdict(loose.interval, m.better),
+        p=loose.p,
+        detectable=power.detectable(loose.stderr),
+        needed=loose.needed(0.0),
+    )

@@ -1,0 +1,209 @@
+"""Verdicts on rules: by the interval, never by the point.
+
+Each rule is judged by its own 95 % interval. A gate passes where all of its rules pass, so several rules make a false
+pass rarer, not likelier, and need no correction.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from llmq import estimates, power, results
+from llmq.errors import UserError, did_you_mean
+from llmq.estimates import Estimate
+from llmq.report.table import HEADLINE
+from llmq.results import Key
+from llmq.rules import Rule, read_rule
+from llmq.types import Measurement
+
+Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
+EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 1, "base-unhealthy": 1, "undecided": 3}
+"""More samples can settle what is undecided; of a base that is broken they can say nothing, so that one fails."""
+ORDER: Sequence[Outcome] = ("fail", "base-unhealthy", "undecided", "pass")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one rule comes to: the ratio, difference or figure that it speaks of, with its interval.
+
+    `needed` is how many samples would settle it if the figure stays where it is; `fine` how many would see `grain`,
+    a percentage point or one part in a hundred.
+    """
+
+    rule: str
+    stage: str
+    task: str
+    metric: str
+    verdict: Outcome
+    kind: Literal["ratio", "difference", "figure"]
+    value: float
+    ci95: tuple[float, float] | None
+    bound: float
+    unit: str
+    points: bool
+    n: int
+    reason: str = ""
+    needed: int | None = None
+    grain: float | None = None
+    fine: int | None = None
+
+
+def judge(
+    rules: Iterable[Rule], stage: str, found: Sequence[Measurement], base: Sequence[Measurement]
+) -> list[Verdict]:
+    """The verdict on each rule. `found` and `base` are the same list where the base is set beside itself.
+
+    Raises `UserError` for a rule that names no figure, or several.
+    """
+    before = {(m.task, m.metric): m for m in base}
+    broken = next(filter(None, (_unhealthy(m) for m in base if m.better == "lower")), "")
+    return [_judge(rule, stage, resolve(rule, found), before, found is base, broken) for rule in rules]
+
+
+def of_run(target: str, texts: Iterable[str], stage: str | None = None) -> list[Verdict]:
+    """The verdicts on one stage of a run, the last if unset, beside the stage that the run sets all others beside.
+
+    Raises `UserError` for what is no run, or a stage that it has not.
+    """
+    rules = [read_rule(text) for text in texts]
+    folder = Path(target)
+    if not (folder / "report.json").is_file():
+        results.read(target)  # says what is wrong with it, if it is nothing at all
+        raise UserError(f"{target!r} is no run: a gate needs a folder with a report.json, its base among the stages")
+    stages = results.run(folder)
+    name = stage or list(stages)[-1]
+    if name not in stages:
+        raise UserError(f"run {target!r} has no measured stage {name!r}{did_you_mean(name, stages)}")
+    base = next(iter(stages.values()))
+    return judge(rules, name, stages[name].measurements, base.measurements)
+
+
+def overall(verdicts: Sequence[Verdict]) -> Outcome:
+    """The worst of them; all must pass."""
+    return min((v.verdict for v in verdicts), key=ORDER.index, default="pass")
+
+
+def resolve(rule: Rule, found: Iterable[Measurement]) -> Measurement:
+    """The figure that a rule names: by task and metric, by either, or by a part that only one of them has.
+
+    Of the figures of one task the one that people mean is taken: the size on disk, the perplexity a token, `acc`.
+    """
+    known = {f"{m.task} {m.metric}": m for m in found}
+    names = _candidates(rule, known)
+    leading = [name for name in names if known[name].metric in HEADLINE]
+    if len(names) == 1 or len(leading) == 1:
+        return known[(names if len(names) == 1 else leading)[0]]
+    if names:
+        raise UserError(f"rule {rule.text!r}: {rule.metric!r} can mean {', '.join(map(repr, names))}; name one")
+    near = {*known, *(m.task for m in known.values()), *(m.metric for m in known.values())}
+    raise UserError(f"rule {rule.text!r}: nothing measured is called {rule.metric!r}{did_you_mean(rule.metric, near)}")
+
+
+def check(rules: Iterable[Rule], found: Sequence[Measurement], more: bool) -> None:
+    """Raise `UserError` for a rule that names none or several of these figures; `more` says that others will come."""
+    for rule in rules:
+        if not more or _candidates(rule, {f"{m.task} {m.metric}": m for m in found}):
+            resolve(rule, found)
+
+
+def _candidates(rule: Rule, known: Mapping[str, Measurement]) -> list[str]:
+    word = rule.metric.replace("/", " ").replace(":", " ").lower()
+    whole = [name for name in known if name.lower() == word]
+    either = [name for name, m in known.items() if word in (m.task.lower(), m.metric.lower())]
+    return whole or either or [name for name in known if word in name.lower()]
+
+
+def _judge(
+    rule: Rule, stage: str, m: Measurement, before: Mapping[Key, Measurement], is_base: bool, broken: str
+) -> Verdict:
+    rule = _in_unit_of(rule, m)
+    b = before.get((m.task, m.metric))
+    kind: Any = "figure" if not rule.is_relative else "difference" if rule.factor is None else "ratio"
+    plain = Verdict(
+        rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, _is_share(m), m.n
+    )
+    if rule.is_relative and b is None:
+        return replace(plain, reason="the base was not asked this")
+    if b and rule.is_relative:
+        if kind == "ratio" and b.value <= 0:
+            return replace(plain, reason=f"the base's figure is {b.value:g}, and no ratio to it means anything")
+        plain = replace(plain, value=m.value / b.value if kind == "ratio" else m.value - b.value)
+        if sick := broken or _unhealthy(b):
+            return replace(plain, verdict="base-unhealthy", reason=sick)
+    estimate = _exact(plain) if is_base and rule.is_relative else _estimate(kind, m, b, plain)
+    return _decide(plain, rule, estimate) if estimate else replace(plain, reason=_why_not(m, b))
+
+
+def _estimate(kind: str, m: Measurement, b: Measurement | None, plain: Verdict) -> Estimate | None:
+    if m.stderr == 0 and (kind == "figure" or (b and b.stderr == 0)):
+        return _exact(plain)
+    if kind == "figure" or b is None:
+        return estimates.alone(m.samples) if m.samples else estimates.by_stderr(m)
+    if m.samples and b.samples and len(m.samples.values) == len(b.samples.values):
+        return (estimates.ratio if kind == "ratio" else estimates.difference)(m.samples, b.samples)
+    return estimates.unpaired(m, b, as_ratio=kind == "ratio")
+
+
+def _exact(plain: Verdict) -> Estimate:
+    return Estimate(plain.value, plain.value, plain.value, 0.0, plain.n)
+
+
+def _decide(plain: Verdict, rule: Rule, e: Estimate) -> Verdict:
+    worse, better = (e.high, e.low) if rule.at_most else (e.low, e.high)
+    told = replace(plain, value=e.value, ci95=e.interval)
+    if not (isfinite(e.low) and isfinite(e.high)):
+        return replace(told, ci95=None, reason="the samples are too few for an interval", needed=None)
+    if rule.allows(worse):
+        return replace(told, verdict="pass")
+    if not rule.allows(better):
+        return replace(told, verdict="fail")
+    grain = 0.01 if e.log or plain.points else 0.01 * abs(e.value or rule.bound)
+    return replace(
+        told,
+        needed=e.needed(rule.bound),
+        grain=grain or None,
+        fine=power.needed(e.stderr, e.n, grain) if grain else None,
+    )
+
+
+def _why_not(m: Measurement, b: Measurement | None) -> str:
+    if m.n < 2:
+        return "one measurement has no interval; measure it more than once"
+    missing = m.samples is None or (b is not None and b.samples is None)
+    return "neither samples nor a standard error are known" if missing else "these samples allow no interval"
+
+
+def _unhealthy(base: Measurement) -> str:
+    """Why nothing can be judged by this base, or nothing."""
+    if not isfinite(base.value):
+        return f"the base's {base.metric} is {base.value}"
+    if base.chance is None:
+        return ""
+    e = (estimates.alone(base.samples) if base.samples else None) or estimates.by_stderr(base)
+    at_chance = (
+        base.chance >= (e.low if e else base.value)
+        if base.better == "higher"
+        else base.chance <= (e.high if e else base.value)
+    )
+    if not at_chance:
+        return ""
+    guess = "guessing scores" if base.better == "higher" else "guessing evenly among its tokens scores"
+    figure = f"{base.metric} of {base.value:.4g} ({base.n} samples)"
+    return f"the base's own {figure} is not told from chance: {guess} {base.chance:.4g}"
+
+
+def _in_unit_of(rule: Rule, m: Measurement) -> Rule:
+    """The rule with its bound in the unit of the figure. Raises `UserError` where that has another kind of unit."""
+    share = _is_share(m) or m.unit == "%"
+    kinds = {"pt": share, "%": share, "": True}
+    if not kinds.get(rule.unit, m.unit == "bytes"):
+        raise UserError(f"rule {rule.text!r}: {m.task} {m.metric} is in {m.unit!r}, not in {rule.unit}")
+    if m.unit == "%" and rule.unit in ("pt", "%"):
+        return replace(rule, offset=100 * rule.offset, number=None if rule.number is None else 100 * rule.number)
+    return rule
+
+
+def _is_share(m: Measurement) -> bool:
+    return m.unit.startswith("share") or (m.unit == "" and 0 <= m.value <= 1)

@@ -1,0 +1,137 @@
+"""Comparisons and the verdicts of a gate, on a terminal and as data."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmq.compare import SideBySide
+from llmq.gate import EXIT_CODES, Verdict, overall
+from llmq.report.table import MARKS, number
+from llmq.statistics import Comparison
+from llmq.types import Measurement
+
+COLOURS = {"better": "green", "pass": "green", "worse": "red", "fail": "red", "base-unhealthy": "red"}
+LEGEND = (
+    "Each figure with its difference from the first column and the 95 % interval of that difference, from pairs of the "
+    "same samples. ▲ better, ▼ worse, = the same, ? undecided: the interval contains 0, or would if all comparisons "
+    "of the table were to hold at once (Holm). sees: the smallest true difference that 4 of 5 such samples show."
+)
+
+
+def console() -> Console:
+    """Where nobody watches there is no width to fit."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def show_comparison(found: SideBySide, out: Console | None = None) -> None:
+    """Print one table: a row a figure, a column a result."""
+    out = out or console()
+    first, *others = found.results
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("task", style="dim")
+    table.add_column("metric")
+    for result in found.results:
+        table.add_column(result.name, justify="right")
+    table.add_column("sees", justify="right", style="dim")
+    compared = {(name, c.task, c.metric): c for name, c in found.comparisons}
+    last = ""
+    for (task, metric), base in first.figures.items():
+        row = [compared.get((o.name, task, metric)) for o in others]
+        if not any(row):
+            continue
+        cells = [_cell(c, o.figures[task, metric]) if c else "—" for c, o in zip(row, others, strict=True)]
+        arrow, scale, unit = "↑" if base.better == "higher" else "↓", *_scaled(base)
+        seen = [c.detectable for c in row if c and c.detectable]
+        sees = f"±{number(max(seen) * scale)}" if seen else ""
+        name = f"{metric}{f' ({unit})' if unit else ''} {arrow}"
+        table.add_row("" if task == last else task, escape(name), number(base.value * scale), *cells, sees)
+        last = task
+    out.print(table)
+    out.print(LEGEND, style="dim", soft_wrap=True)
+    for refusal in found.refusals:
+        out.print(f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}", markup=False)
+
+
+def _scaled(m: Measurement) -> tuple[float, str]:
+    units = {"bytes": (1e-6, "MB"), "parameters": (1e-6, "M")}
+    return units.get(m.unit, (1.0, m.unit))
+
+
+def _cell(c: Comparison, m: Measurement) -> str:
+    scale = _scaled(m)[0]
+    ends = (
+        f" \\[{_signed(c.ci95[0] * scale)}, {_signed(c.ci95[1] * scale)}]" if c.ci95 and c.ci95[0] < c.ci95[1] else ""
+    )
+    text = f"{number(m.value * scale)}  {_signed(c.difference * scale)}{ends} {MARKS[c.verdict]}"
+    return f"[{COLOURS[c.verdict]}]{text}[/]" if c.verdict in COLOURS else text
+
+
+def _signed(value: float) -> str:
+    return "0" if value == 0 else f"{'+' if value > 0 else '-'}{number(abs(value))}"
+
+
+def comparison_as_data(found: SideBySide) -> dict[str, Any]:
+    """The table as JSON holds it."""
+    first = found.results[0].name
+    return {
+        "against": first,
+        "results": [r.name for r in found.results],
+        "measurements": [
+            {"result": r.name, **{k: v for k, v in asdict(m).items() if k != "samples"}}
+            for r in found.results
+            for m in r.measurements
+        ],
+        "comparisons": [{"result": name, "against": first, **asdict(c)} for name, c in found.comparisons],
+        "refused": [asdict(r) for r in found.refusals],
+    }
+
+
+def gate_as_data(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The verdicts as JSON holds them."""
+    outcome = overall(verdicts)
+    return {"verdict": outcome, "exit_code": EXIT_CODES[outcome], "rules": [asdict(v) for v in verdicts]}
+
+
+def show_gate(told: Mapping[str, Any], out: Console | None = None) -> None:
+    """Print one line a rule, and the verdict on all; `told` is that of `gate_as_data`."""
+    out = out or console()
+    for v in told["rules"]:
+        mark = f"[{COLOURS[v['verdict']]}]" if v["verdict"] in COLOURS else "[yellow]"
+        out.print(f"{mark}{v['verdict']:<15}[/]{escape(sentence(v))}", soft_wrap=True)
+    if len(told["rules"]) > 1:
+        out.print(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", style="bold", soft_wrap=True)
+
+
+def sentence(v: Mapping[str, Any]) -> str:
+    """A rule, what was found, and what it would take to decide."""
+    return "; ".join(_parts(v))
+
+
+def _parts(v: Mapping[str, Any]) -> Iterator[str]:
+    seen = f"{_shown(v['value'], v)}"
+    if v["ci95"] and v["ci95"][0] < v["ci95"][1]:
+        seen += f" [{_shown(v['ci95'][0], v)}, {_shown(v['ci95'][1], v)}]"
+    yield f"{v['rule']}: {v['task']} {v['metric']} {seen}{' of the base' if v['kind'] == 'ratio' else ''}"
+    if v["reason"]:
+        yield v["reason"]
+    if v["verdict"] == "undecided" and v["ci95"]:
+        yield f"{v['n']:,} samples are too few"
+        if v["needed"]:
+            yield f"about {v['needed']:,} would settle it, if the figure stays where it is"
+        else:
+            yield "the figure lies on its bound, which no number of samples settles"
+        if v["fine"]:
+            yield f"to see {'1 pt' if v['points'] and v['kind'] != 'ratio' else '1 %'} takes {v['fine']:,}"
+
+
+def _shown(value: float, v: Mapping[str, Any]) -> str:
+    if v["kind"] == "ratio":
+        return f"{value:.4g}x"
+    if v["kind"] == "difference":
+        return f"{100 * value:+.2f} pt" if v["points"] else f"{value:+.4g}"
+    return f"{value / 1e6:,.4g} MB" if v["unit"] == "bytes" else f"{value:.4g}"

@@ -1,0 +1,129 @@
+"""What was measured, read again: of a run, of one of its stages, or out of the files of lm-eval's command line."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import UserError, did_you_mean
+from llmq.types import Measurement, measurement_from
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one model. Those of one `run` were taken together, its clocks in turn."""
+
+    name: str
+    run: Path
+    measurements: tuple[Measurement, ...]
+    timed: frozenset[Key] = frozenset()
+    """The figures of clocks, which only pair within their run."""
+
+    @property
+    def figures(self) -> dict[Key, Measurement]:
+        """The measurements by task and metric."""
+        return {(m.task, m.metric): m for m in self.measurements}
+
+
+def run(folder: Path) -> dict[str, Result]:
+    """The measured stages of a run in their order; the first is the one that the others are set beside."""
+    report = _json(folder / "report.json")
+    try:
+        stages = list(dict.fromkeys(m["stage"] for m in report["measurements"]))
+    except (KeyError, TypeError):
+        raise UserError(f"{str(folder / 'report.json')!r} is no report of llmq") from None
+    if not stages:
+        raise UserError(f"{str(folder)!r}: nothing was measured in this run; give its recipe something to 'evaluate'")
+    return {name: _stage(folder / name, report) for name in stages}
+
+
+def read(target: str) -> list[Result]:
+    """What `target` names: all stages of a run, one stage, or the results of lm-eval's command line."""
+    path = Path(target)
+    if not path.exists():
+        raise UserError(f"there is no run, stage or result file {target!r}{did_you_mean(path.name, _near(path))}")
+    if path.is_file():
+        return [_harness(path)]
+    if (path / "report.json").is_file():
+        return list(run(path).values())
+    if (path / "measurements.json").is_file():
+        whole = path.resolve().parent
+        if (whole / "report.json").is_file():
+            return [_stage(path.resolve(), _json(whole / "report.json"))]
+        return [Result(path.name, whole, tuple(_kept(path / "measurements.json")))]
+    files = sorted(path.rglob("results_*.json"))
+    if len(files) == 1:
+        return [_harness(files[0])]
+    if files:
+        raise UserError(f"{target!r} holds {len(files)} result files; name one, such as {str(files[-1])!r}")
+    if (path / "recipe.yaml").is_file():
+        raise UserError(f"{target!r} is a run without a report; finish it with: llmq run … --out {target} --resume")
+    raise UserError(f"{target!r} is no run or stage of llmq, and holds no results_*.json of lm-eval")
+
+
+def _near(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
+    kept, clocks = folder / "measurements.json", folder / "clocks.json"
+    timed = list(_kept(clocks)) if clocks.is_file() else []
+    found = [*(_kept(kept) if kept.is_file() else ()), *timed]
+    have = {(m.task, m.metric) for m in found}
+    # Reports of before the clocks were kept hold their figures alone.
+    bare = [measurement_from(_without_stage(m)) for m in report["measurements"] if m["stage"] == folder.name]
+    rest = [m for m in bare if (m.task, m.metric) not in have]
+    return Result(
+        folder.name, folder.resolve().parent, (*found, *rest), frozenset((m.task, m.metric) for m in (*timed, *rest))
+    )
+
+
+def _without_stage(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in entry.items() if k != "stage"}
+
+
+def _kept(file: Path) -> Iterator[Measurement]:
+    try:
+        for entry in _json(file)["measurements"]:
+            yield measurement_from(entry)
+    except (KeyError, TypeError):
+        raise UserError(f"{str(file)!r} holds no measurements of llmq") from None
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
+
+
+def _harness(file: Path) -> Result:
+    """A `results_*.json` with the `samples_*.jsonl` beside it that bear the same date."""
+    from llmq.tasks.harness_results import measurements
+
+    results = _json(file)
+    if not isinstance(results, dict) or not {"results", "versions", "lm_eval_version"} <= results.keys():
+        raise UserError(f"{str(file)!r} is no result file of lm-eval (results_*.json) and no run of llmq")
+    date = file.stem.rpartition("_")[2]
+    samples = {task: _lines(file.parent / f"samples_{task}_{date}.jsonl") for task in results["results"]}
+    config = results.get("config") or {}
+    found = measurements({**results, "samples": {t: s for t, s in samples.items() if s}}, config.get("limit"))
+    name = Path(str(results.get("model_name") or file.stem)).name
+    return Result(f"{name} (lm-eval)", file.resolve(), tuple(found))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: not JSON: {error.msg.lower()}") from None
+    return rows
