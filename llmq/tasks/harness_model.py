@@ -1,0 +1,95 @@
+"""The language model that lm-eval asks: questions become the tokens of lm-eval's own class, answered faster."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from llmq.tasks import decoding, scoring
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """An opened causal model. What contexts share is computed once, and no score depends on the batch size."""
+
+    def __init__(self, module: Any, tokenizer: Any, device: str, batch_size: int | None = None):
+        super().__init__()
+        self.module, self.tokenizer, self._device, self.batch_size = module, tokenizer, device, batch_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest text that the model takes, in tokens."""
+        return int(resolve_max_length(self.module.config, self.tokenizer))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text mark."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer."""
+        return str(self.tokenizer.name_or_path)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; the beginning-of-text mark is not put twice."""
+        special: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            special = {"add_special_tokens": False}
+        return list(self.tokenizer.encode(string, **special))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's chat template writes it."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[scoring.Score]:
+        # A text that is too long loses its beginning.
+        asked = [
+            scoring.Request(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
+            for _, context, continuation in requests
+        ]
+        return scoring.score(self.module, asked, self._device, self.batch_size)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts; one longer than the model takes is cut, and each token scored once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            cut = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, cut):
+                windows.append((None, list(context), list(continuation)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (total, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += total
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model goes on with after each context, up to the first of its stop sequences."""
+        end = self.tokenizer.decode(self.eot_token_id)
+        jobs = []
+        for context, settings in (request.args for request in requests):
+            wanted = normalize_gen_kwargs(settings, 256)
+            stops = handle_stop_sequences(wanted.pop("until", None), eos=end)
+            most = wanted.pop("max_gen_toks")
+            ids = self.tok_encode(context)[-(self.max_length - most) :]
+            jobs.append(decoding.Job(tuple(ids), tuple(stops), most, wanted))
+        return decoding.generate(self.module, self.tokenizer, jobs, self._device, self.batch_size)
