@@ -73,7 +73,7 @@ def _background(rng: Any, how: Difficulty) -> Any:
     import numpy as np
 
     grids = [2] + ([int(rng.integers(4, 17))] if how.clutter else [])
-    canvas = np.full((how.size, how.size, 3), 0.15 + 0.7 * rng.random(), np.float32)
+    canvas: Any = np.full((how.size, how.size, 3), 0.15 + 0.7 * rng.random(), np.float32)
     for n in grids:
         canvas += _resized((rng.random((n, n, 3), np.float32) - 0.5) * 0.3, how.size)
     return canvas.clip(0, 1)
@@ -148,7 +148,7 @@ def _hidden(box: Any, other: Any) -> float:
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
     smaller = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-    return max(0, width) * max(0, height) / smaller
+    return float(max(0, width) * max(0, height) / smaller)
 
 
 def _blend(canvas: Any, ink: Any, box: Any, colour: Any) -> None:

@@ -15,9 +15,9 @@ from llmq.types import Loaded, Split
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image: numpy `boxes` `(n, 4)` as x0, y0, x1, y1 in its pixels, `scores` and `labels` `(n,)`.
+    """What was found in one image, best first: numpy `boxes` `(n, 4)`, `scores` and `labels` `(n,)`.
 
-    The best come first.
+    A box is x0, y0, x1, y1 in pixels of the image as it was given.
     """
 
     boxes: Any

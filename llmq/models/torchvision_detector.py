@@ -108,6 +108,10 @@ class TorchvisionDetector(Detector, Model):
         classes = self.class_count() + self._background
         return build(self.architecture, self._backbone, classes, self._size, self._is_coco, options)
 
+    def source(self) -> str:
+        """What tells these weights from others, and a person where they come from."""
+        return f"torchvision {self.weights}" if self.weights in HUB else super().source()
+
     def network(self) -> Any:
         """Backbone and heads, or both stages of Faster R-CNN."""
         from llmq.models.torchvision_networks import Heads, TwoStages

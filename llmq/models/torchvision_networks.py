@@ -1,7 +1,7 @@
 """torchvision's detectors, taken apart: the heads that a graph is exported of, and what is done with their output.
 
-A detector of torchvision is backbone, heads, anchors, losses and selection in one. `Heads` holds what has weights, under
-torchvision's own names; `Selection` is the rest, which makes detections of what the heads say.
+A detector of torchvision is backbone, heads, anchors, losses and selection in one. `Heads` holds what has weights,
+under torchvision's own names; `Selection` is the rest, which makes detections of what the heads say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ Options = Mapping[str, Any]
 SMALL_ANCHORS = (10.0, 16.0, 26.0, 42.0)  # pixels; a detector on the small backbone has one level
 
 
-class SmallBackbone(nn.Sequential):
+class SmallBackbone(nn.Sequential):  # type: ignore[misc]
     """Two strided convolutions and two residual blocks: 0.3 M parameters, one feature map at stride 8."""
 
     def __init__(self, channels: int = 96, out_channels: int = 64) -> None:
@@ -111,7 +111,7 @@ def _faster_rcnn(backbone: str, classes: int, norm: Any, options: Options) -> nn
 BOX_OPTIONS = ("score_thresh", "nms_thresh", "detections_per_img")
 
 
-class Prepared(nn.Module):
+class Prepared(nn.Module):  # type: ignore[misc]
     """In the place of torchvision's transform: images that are normalised, resized and padded already."""
 
     def forward(self, images: Any, targets: Any = None) -> tuple[ImageList, Any]:
@@ -125,7 +125,7 @@ class Prepared(nn.Module):
         return result
 
 
-class Floating(nn.Module):
+class Floating(nn.Module):  # type: ignore[misc]
     """A head whose output is float32 under autocast too: bfloat16 knows coordinates above 128 to a whole pixel."""
 
     def __init__(self, head: nn.Module) -> None:
@@ -141,7 +141,7 @@ class Floating(nn.Module):
         return self.head.compute_loss(*args)
 
 
-class Heads(nn.Module):
+class Heads(nn.Module):  # type: ignore[misc]
     """Backbone and head of a one-stage detector: a tensor to the tuple of the head's tensors, sorted by name."""
 
     def __init__(self, detector: Any) -> None:
@@ -162,7 +162,7 @@ class Heads(nn.Module):
         return lambda images, targets: sum(detector(images, targets).values())
 
 
-class TwoStages(nn.Module):
+class TwoStages(nn.Module):  # type: ignore[misc]
     """Faster R-CNN, whole: a tensor to boxes `(n, most, 4)`, labels and scores `(n, most)`, padded with scores of -1.
 
     What its second stage looks at depends on what the first has found, which no graph of fixed shapes can hold.
@@ -227,7 +227,7 @@ class Selection:
         self.detector.backbone = None
 
     def fit(self, images: Sequence[Any], targets: Any) -> tuple[Any, list[Any], Any]:
-        """torchvision's transform: images uint8 `(h, w, 3)` in one square tensor, what each takes of it, and targets."""
+        """torchvision's transform: images uint8 `(h, w, 3)` in one square, what each takes of it, and targets."""
         floats = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
         fitted, targets = self.transform(floats, targets)
         return fitted.tensors, fitted.image_sizes, targets

@@ -1,7 +1,7 @@
 """COCO's average precision in numpy: what each image contributes, so that images can be left out one at a time.
 
-The protocol is that of pycocotools (Lin et al. 2014): detections take the free box of their class that they overlap most,
-best score first; precision is made monotone and read at 101 levels of recall; classes without a box do not count.
+The protocol is that of pycocotools (Lin et al. 2014): detections, best score first, take the free box of their class
+that they overlap most; precision is made monotone and read at 101 levels of recall; classes without a box do not count.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Match:
     ) -> "Match":
         """Set `found` (boxes, scores, labels) beside the true boxes, those within `area` (square pixels) counting."""
         outside = ~_within(boxes, area)
-        parts = []
+        parts: list[Any] = []
         for label in np.unique(found.labels):
             best = np.flatnonzero(found.labels == label)
             best = best[np.argsort(-found.scores[best], kind="stable")][:MOST]
@@ -51,10 +51,15 @@ class Match:
             ignored |= ~hits & ~_within(found.boxes[best], area)
             parts.append((found.labels[best], found.scores[best], hits, ignored))
         if not parts:
-            none = np.zeros((len(thresholds), 0), bool)
+            none: Any = np.zeros((len(thresholds), 0), bool)
             parts = [(np.zeros(0, np.int64), np.zeros(0, np.float32), none, none)]
-        columns = [np.concatenate(column, -1) for column in zip(*parts, strict=True)]
-        return cls(*columns, labels[~outside])
+        columns: Any = [np.concatenate(column, -1) for column in zip(*parts, strict=True)]
+        return cls(columns[0], columns[1], columns[2], columns[3], labels[~outside])
+
+    def at(self, threshold: int) -> "Match":
+        """The same image at one of its thresholds, by number."""
+        row = slice(threshold, threshold + 1)
+        return Match(self.labels, self.scores, self.hits[row], self.ignored[row], self.wanted)
 
 
 def _within(boxes: Any, area: tuple[float, float]) -> Any:
@@ -72,9 +77,9 @@ def overlap(a: Any, b: Any) -> Any:
 
 def _assigned(overlaps: Any, outside: Any, thresholds: Any) -> tuple[Any, Any]:
     """Which detections (rows, best first) hit a box, and whether that box does not count: two of `(thresholds, n)`."""
-    hits = np.zeros((len(thresholds), len(overlaps)), bool)
+    hits: Any = np.zeros((len(thresholds), len(overlaps)), bool)
     ignored = np.zeros_like(hits)
-    free = np.ones((len(thresholds), len(outside)), bool)
+    free: Any = np.ones((len(thresholds), len(outside)), bool)
     rows = np.arange(len(thresholds))
     for d in np.flatnonzero(overlaps.max(1, initial=0) >= thresholds[0]):
         # A box that counts is taken before any that does not, whatever the overlap.
@@ -118,7 +123,7 @@ def _table(matches: Sequence[Match], label: int) -> tuple[Any, Any, int, Any, An
     hits = np.concatenate([m.hits[:, k] for m, k in zip(matches, kept, strict=True)], 1)[:, order]
     ignored = np.concatenate([m.ignored[:, k] for m, k in zip(matches, kept, strict=True)], 1)[:, order]
     images = np.repeat(np.arange(len(matches)), [k.sum() for k in kept])[order]
-    boxes = np.repeat(np.arange(len(matches)), [(m.wanted == label).sum() for m in matches])
+    boxes: Any = np.repeat(np.arange(len(matches)), [(m.wanted == label).sum() for m in matches])
     return hits, ignored, len(boxes), images, boxes
 
 

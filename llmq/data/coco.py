@@ -1,0 +1,62 @@
+"""Images with boxes, as COCO or as YOLO writes them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from llmq.errors import UserError
+from llmq.types import Data, Split
+
+
+class Coco(Data):
+    """Images with boxes out of a COCO annotation file (JSON), or a YOLO data set (`data.yaml` and a text per image).
+
+    Every image is looked at and every box checked before anything is learned; images are decoded when they are asked
+    for. Boxes of crowds and boxes without area are left out and counted. Classes are in the order of their numbers.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"detector"})
+
+    path: str = Field(description="a COCO annotation file, a YOLO data.yaml, or the folder that holds one")
+    images: str | None = Field(None, description="folder of a COCO file's images; looked for beside it if unset")
+    held_out: str | float = Field(
+        0.1, description="a second COCO file, or the share set aside where no file and no 'val' says so"
+    )
+
+    def check(self) -> None:
+        """Raise `UserError` for files and folders that are not there."""
+        from llmq.data.yolo_text import find_yaml
+
+        for name, value in (("path", self.path), ("images", self.images), ("held_out", self.held_out)):
+            if isinstance(value, str) and not Path(value).expanduser().exists():
+                raise UserError(f"{name}: there is no {value!r}")
+        if isinstance(self.held_out, float | int) and not 0 < self.held_out < 1:
+            raise UserError(f"held_out: {self.held_out} is no share between 0 and 1")
+        file = find_yaml(Path(self.path).expanduser())
+        if file.suffix not in (".json", ".yaml", ".yml"):
+            raise UserError(f"path: {self.path!r} is neither a COCO annotation file (.json) nor a YOLO data.yaml")
+        if file.suffix != ".json" and (self.images or isinstance(self.held_out, str)):
+            raise UserError(f"'images' and a held_out file go with a COCO file; {file.name!r} says its own folders")
+
+    def read(self) -> Split:
+        """All annotations, checked."""
+        from llmq.data.boxed_images import divided, split_of
+        from llmq.data.coco_json import read_coco
+        from llmq.data.yolo_text import find_yaml, read_yolo
+
+        self.check()
+        file = find_yaml(Path(self.path).expanduser())
+        if file.suffix != ".json":
+            parts = list(read_yolo(file).values())
+        else:
+            images = Path(self.images).expanduser() if self.images else None
+            files = [file] + ([Path(self.held_out).expanduser()] if isinstance(self.held_out, str) else [])
+            parts = [read_coco(one, images) for one in files]
+            if parts[-1].classes != parts[0].classes:
+                raise UserError(f"{files[1]}: its categories are not those of {files[0]}; both need the same")
+        left_out = sum((Counter(part.left_out) for part in parts), Counter())
+        counts = {name: left_out[name] for name in parts[0].left_out}
+        sides = (parts[0].items, parts[1].items) if len(parts) == 2 else divided(parts[0].items, float(self.held_out))
+        return split_of(*sides, parts[0].classes, counts)

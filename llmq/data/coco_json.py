@@ -1,0 +1,116 @@
+"""Annotation files as COCO has them: one JSON with images, annotations and categories."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq.data.boxed_images import Box, Item, Part, facts, within
+from llmq.errors import UserError
+
+
+def read_coco(file: Path, images: Path | None) -> Part:
+    """The images of an annotation file with their boxes; boxes of crowds and boxes without area are left out.
+
+    Raises `UserError` naming file and annotation for a category or an image that is not there, a box outside its
+    image, or an image of another size than the file says.
+    """
+    data = _read(file)
+    labels = {c["id"]: n for n, c in enumerate(sorted(data["categories"], key=lambda c: c["id"]))}
+    classes = [str(c["name"]) for c in sorted(data["categories"], key=lambda c: c["id"])]
+    folder = images or _folder(file, data["images"])
+    paths = {image["id"]: _path(file, folder, image) for image in data["images"]}
+    boxes: dict[Any, list[tuple[Box, int]]] = {image["id"]: [] for image in data["images"]}
+    left_out = {"crowds_left_out": 0, "empty_boxes_left_out": 0}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    for annotation in data["annotations"]:
+        where = f"{file}: annotation {annotation.get('id')}"
+        image_id = annotation.get("image_id")
+        if image_id not in boxes:
+            raise UserError(f"{where}: there is no image {image_id!r} among 'images'; add it, or remove the annotation")
+        if annotation.get("category_id") not in labels:
+            raise UserError(
+                f"{where}: category_id {annotation.get('category_id')!r} is not among 'categories' "
+                f"({_few(labels)}); add it there, or correct the annotation"
+            )
+        if annotation.get("iscrowd"):
+            left_out["crowds_left_out"] += 1
+            continue
+        box = within(_corners(annotation.get("bbox"), where), *sizes[image_id], f"{where}: bbox {annotation['bbox']}")
+        if box is None:
+            left_out["empty_boxes_left_out"] += 1
+        else:
+            boxes[image_id].append((box, labels[annotation["category_id"]]))
+    items = [
+        Item(
+            str(image["file_name"]),
+            paths[image["id"]],
+            tuple(box for box, _ in boxes[image["id"]]),
+            tuple(label for _, label in boxes[image["id"]]),
+        )
+        for image in data["images"]
+    ]
+    return Part(items, tuple(classes), left_out)
+
+
+NEEDED: Mapping[str, Sequence[str]] = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}; is the file whole?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 text, so no COCO annotation file") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: holds no JSON object with images, annotations and categories")
+    for name, keys in NEEDED.items():
+        entries = data.get(name)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{file}: has no list of {name!r}, so it is no COCO annotation file of objects")
+        for number, entry in enumerate(entries):
+            if missing := [key for key in keys if key not in entry]:
+                raise UserError(f"{file}: {name}[{number}] (id {entry.get('id')!r}) has no {missing[0]!r}")
+    return data
+
+
+def _corners(bbox: Any, where: str) -> tuple[float, float, float, float]:
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(v, int | float) for v in bbox)):
+        raise UserError(f"{where}: bbox {bbox!r} is not [x, y, width, height] in pixels")
+    x, y, width, height = bbox
+    return x, y, x + width, y + height
+
+
+def _folder(file: Path, images: Sequence[Mapping[str, Any]]) -> Path:
+    """Where the images of `annotations/instances_val2017.json` are: beside it, in `images`, or in `../val2017`."""
+    part = file.stem.rpartition("_")[2]
+    places = [file.parent, file.parent / "images", file.parent.parent / part, file.parent.parent / "images" / part]
+    places += [file.parent / part, file.parent.parent / "images"]
+    first = str(images[0]["file_name"]) if images else ""
+    return next((place for place in places if (place / first).is_file()), file.parent)
+
+
+def _path(file: Path, folder: Path, image: Mapping[str, Any]) -> Path:
+    path = folder / str(image["file_name"])
+    if not path.is_file():
+        raise UserError(
+            f"{file}: image {image['id']}: there is no file {str(path)!r}; name their folder with 'images', "
+            "or remove the image from the annotations"
+        )
+    width, height, _ = facts(path)
+    if (width, height) != (image["width"], image["height"]):
+        raise UserError(
+            f"{file}: image {image['id']}: {path.name!r} is {width} x {height} pixels, and here it is "
+            f"{image['width']} x {image['height']}; its boxes would not fit: correct the one or the other"
+        )
+    return path
+
+
+def _few(labels: Mapping[Any, int]) -> str:
+    known = sorted(labels)
+    return ", ".join(map(str, known)) if len(known) <= 12 else f"{known[0]} to {known[-1]}"
