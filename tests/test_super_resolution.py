@@ -1,0 +1,273 @@
+"""Super-resolution networks: sizes of the papers, tiles, batches, and what is kept reopens to the same."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmq import plugin
+from llmq.data.degrade import bicubic
+from llmq.data.images import Example
+from llmq.errors import UserError
+from llmq.models.super_resolution_networks import Bicubic
+from llmq.models.weight_norm import with_weight_norm, without_weight_norm
+from llmq.types import Artifact, Exhibit, Split
+from tests.helpers import CPU, apply
+
+FULL_EDSR = {"n_resblocks": 32, "n_feats": 256, "res_scale": 0.1}
+COUNTS = [
+    ({"edsr": {"channels": 3}}, 1_517_571),
+    ({"edsr": {}}, 1_515_265),
+    ({"edsr": {"channels": 3, **FULL_EDSR}}, 43_089_923),
+    ({"srresnet": {"channels": 3}}, 1_549_462),
+    ({"srresnet": {}}, 1_528_724),
+    ({"wdsr": {"variant": "A", "scale": 2, "channels": 3}}, 1_190_100),
+    ({"wdsr": {"channels": 3}}, 316_816),
+    ({"wdsr": {}}, 303_696),
+    ({"srcnn": {}}, 64 * 81 + 64 + 64 * 32 + 32 + 32 * 25 + 1),
+    ({"srcnn": {"kernel": 5}}, 57_281),
+]
+SMALL = {
+    "srcnn": {},
+    "srresnet": {"n_resblocks": 1, "n_feats": 8},
+    "edsr": {"n_resblocks": 1, "n_feats": 8},
+    "wdsr": {"n_resblocks": 1, "n_feats": 8},
+}
+VARIANTS = [*SMALL.items(), ("wdsr", {**SMALL["wdsr"], "variant": "A"}), ("edsr", {**SMALL["edsr"], "res_scale": 0.1})]
+
+
+def model_of(word: str, **its):
+    return plugin.build({word: its}, "models")
+
+
+def opened(word: str, **its):
+    return model_of(word, **its).base(CPU).open("cpu")
+
+
+def grey(seed: int, height: int, width: int, channels: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels)).astype(np.uint8)
+
+
+def pair(seed: int, low: int, scale: int) -> Example:
+    """A pair whose high image is the low one, each pixel `scale` times."""
+    image = grey(seed, low, low + 3)
+    return Example(f"pair {seed}", image, high=image.repeat(scale, 0).repeat(scale, 1))
+
+
+@pytest.mark.parametrize(("written", "count"), COUNTS, ids=lambda x: json.dumps(x) if isinstance(x, dict) else "")
+def test_a_network_has_as_many_parameters_as_in_its_paper(written, count):
+    with torch.device("meta"):
+        network = plugin.build(written, "models").network()
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize(("word", "its"), VARIANTS, ids=lambda x: str(x))
+def test_every_scale_and_both_numbers_of_channels(word, its, scale):
+    for channels in (1, 3):
+        network = model_of(word, **its, scale=scale, channels=channels).network().eval()
+        made = network(torch.rand(2, channels, 7, 9))
+        assert made.shape == (2, channels, 7 * scale, 9 * scale)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_convolution_that_interpolates_does_what_resizing_does(scale):
+    image = grey(0, 11, 8, 2)
+    made = Bicubic(scale)(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(made, bicubic(image, scale), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize(("word", "its"), VARIANTS, ids=lambda x: str(x))
+def test_no_input_beyond_its_reach_changes_an_output(word, its, scale):
+    model = model_of(word, **its, scale=scale)
+    network = model.network().double().eval()
+    side = 2 * model.reach + 9
+    image = torch.rand(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+    middle = side // 2
+    network(image)[..., middle * scale : (middle + 1) * scale, middle * scale : (middle + 1) * scale].sum().backward()
+    places = image.grad[0, 0].abs().nonzero() - middle
+    assert 1 <= places.abs().max() <= model.reach
+
+
+@pytest.mark.parametrize(("word", "its"), VARIANTS, ids=lambda x: str(x))
+def test_tiles_make_the_image_that_the_whole_makes(word, its):
+    low = grey(1, 37, 50)
+    with opened(word, **its) as whole:
+        expected = whole.artifact.model.upscale(whole, low)
+    with opened(word, **its, tile=16) as tiled:
+        made = tiled.artifact.model.upscale(tiled, low)
+    np.testing.assert_allclose(made, expected, atol=1e-2)
+    assert made.shape == (148, 200, 1)
+
+
+def test_too_small_an_overlap_shows_only_at_the_seams():
+    low = grey(2, 48, 48)
+    its = {**SMALL["edsr"], "scale": 2}
+    with opened("edsr", **its) as whole, opened("edsr", **its, tile=24, overlap=1) as tiled:
+        expected = whole.artifact.model.upscale(whole, low)
+        off = np.abs(tiled.artifact.model.upscale(tiled, low) - expected)
+    reach = 2 * tiled.artifact.model.reach
+    assert off.max() > 1e-2
+    assert off[: 48 - reach, : 48 - reach].max() < 1e-2
+
+
+def test_a_grey_image_goes_through_a_network_of_three_channels():
+    low = grey(3, 9, 12)
+    with opened("edsr", **SMALL["edsr"], channels=3) as loaded:
+        model = loaded.artifact.model
+        made = model.upscale(loaded, low)
+        with torch.inference_mode():
+            direct = loaded.module(model.prepare([low.repeat(3, 2)]))[0].mean(0).numpy() * 255
+    np.testing.assert_allclose(made[..., 0], direct, atol=1e-3)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "dihedral"])
+def test_a_batch_is_made_of_partners_and_of_its_generator_alone(augment):
+    model = model_of("edsr", scale=3)
+    examples = [pair(i, 20, 3) for i in range(6)]
+    made = model.batch(examples, np.random.default_rng(5), augment, 8)
+    again = model.batch(examples, np.random.default_rng(5), augment, 8)
+    assert made["low"].shape == (6, 1, 8, 8)
+    assert torch.equal(made["low"].repeat_interleave(3, 2).repeat_interleave(3, 3), made["high"])
+    assert all(torch.equal(made[name], again[name]) for name in made)
+    assert 0 <= float(made["low"].min()) < 0.1 < 0.9 < float(made["low"].max()) <= 1
+
+
+def test_augmentation_turns_and_mirrors_in_all_eight_ways():
+    model = model_of("edsr", scale=2)
+    example, rng = pair(0, 4, 2), np.random.default_rng(0)
+    example = Example("square", example.image[:, :4], high=example.high[:, :8])
+    seen = {
+        augment: {model.batch([example], rng, augment, 4)["low"].numpy().tobytes() for _ in range(80)}
+        for augment in ("none", "flip", "dihedral")
+    }
+    assert {name: len(ways) for name, ways in seen.items()} == {"none": 1, "flip": 2, "dihedral": 8}
+
+
+def test_a_crop_is_no_larger_than_the_smallest_image():
+    made = model_of("edsr", scale=2).batch([pair(0, 9, 2), pair(1, 30, 2)], np.random.default_rng(0), "none", 24)
+    assert made["low"].shape[-2:] == (9, 9)
+
+
+def test_a_few_steps_of_training_lower_the_loss():
+    model = model_of("wdsr", **SMALL["wdsr"], scale=2)
+    torch.manual_seed(0)
+    network = model.network()
+    (player,) = model.players(network)
+    optimizer = torch.optim.Adam(player.module.parameters(), 3e-3)
+    rng, losses = np.random.default_rng(0), []
+    smooth = [
+        Example("s", np.full((12, 12, 1), 40 * i, np.uint8), high=np.full((24, 24, 1), 40 * i, np.uint8))
+        for i in range(6)
+    ]
+    for _ in range(40):
+        loss = player.loss(model.batch(smooth, rng, "dihedral", 8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+def test_weights_that_are_normalized_can_be_made_plain_and_normal_again():
+    network = model_of("wdsr", **SMALL["wdsr"]).network().eval()
+    image = torch.rand(1, 1, 10, 10)
+    before, names = network(image), set(network.state_dict())
+    taken = without_weight_norm(network)
+    assert len(taken) == 2 + 3 + 1
+    assert not any("parametrizations" in name for name in network.state_dict())
+    torch.testing.assert_close(network(image), before)
+    with_weight_norm(network, taken)
+    assert set(network.state_dict()) == names
+    torch.testing.assert_close(network(image), before)
+
+
+@pytest.mark.parametrize(("word", "its"), VARIANTS, ids=lambda x: str(x))
+def test_a_trained_stage_reopens_to_the_same_output(word, its, tmp_path):
+    base = model_of(word, **its).base(CPU)
+    data = {"rock": {"train_slices": 1, "held_out_slices": 1, "size": 48}}
+    trained = apply(
+        "adapt.train", base, tmp_path / "a", data=data, max_steps=2, batch_size=2, crop=8, learning_rate=1e-3
+    )
+    trained.save(tmp_path / "a")
+    low = grey(4, 10, 10)
+    with base.open("cpu") as loaded:
+        untrained = loaded.artifact.model.upscale(loaded, low)
+    with trained.open("cpu") as loaded:
+        expected = loaded.artifact.model.upscale(loaded, low)
+    again = Artifact.load(tmp_path / "a")
+    with again.open("cpu") as loaded:
+        assert np.array_equal(loaded.artifact.model.upscale(loaded, low), expected)
+    assert np.abs(expected - untrained).max() > 0.01
+
+
+BAD_DATA = [
+    ("low/high", pair(0, 12, 2), "12 x 15 to 24 x 30: not scale 4 of edsr"),
+    ("low/high", Example("rgb", grey(0, 4, 4, 3), high=grey(0, 16, 16, 3)), "rgb has 3 channels; set channels: 3"),
+    ("image/label", pair(0, 12, 4), "edsr needs low/high pairs such as data.rock has, and this data is image/label"),
+]
+
+
+@pytest.mark.parametrize(("shape", "example", "message"), BAD_DATA, ids=lambda x: x if isinstance(x, str) else "")
+def test_data_that_does_not_fit_the_network(shape, example, message):
+    with pytest.raises(UserError, match=message):
+        model_of("edsr").check_split(Split([example], [], shape, {}, ""))
+
+
+TINY_ROCK = {"rock": {"train_slices": 1, "held_out_slices": 3, "size": 96}}
+
+
+def asked(word: str, written: dict, **its):
+    task = plugin.build({word: {"data": TINY_ROCK, **its}}, "tasks")
+    with plugin.build(written, "models").base(CPU).open("cpu") as loaded:
+        answers = list(task.score(loaded))
+    figures = {a.metric: a for a in answers if not isinstance(a, Exhibit)}
+    return figures, [a for a in answers if isinstance(a, Exhibit)], task
+
+
+def test_the_task_tells_model_and_bicubic_apart():
+    figures, shown, task = asked("super_resolution", {"srcnn": {}})
+    assert set(figures) == {"psnr", "ssim", "bicubic_psnr", "bicubic_ssim", "psnr_gain"}
+    assert figures["psnr_gain"].value == pytest.approx(figures["psnr"].value - figures["bicubic_psnr"].value)
+    assert all(m.n == 3 and len(m.samples.values) == 3 and m.stderr > 0 for m in figures.values())
+    for said in ("data range 255", "4-pixel border", "all channels", task.data.read().sha256[:12]):
+        assert said in figures["psnr"].convention
+    assert figures["bicubic_psnr"].value > 20
+    assert len(shown) == 2
+    assert shown[0].picture.startswith(b"\x89PNG")
+
+
+def test_a_network_that_interpolates_gains_nothing(monkeypatch):
+    monkeypatch.setattr(
+        "llmq.models.super_resolution_networks.SrcnnNet", lambda channels, scale, kernel: Bicubic(scale)
+    )
+    figures, _, _ = asked("super_resolution", {"srcnn": {"tile": 20}}, pictures=0)
+    assert figures["psnr_gain"].samples.values == pytest.approx([0, 0, 0], abs=1e-3)
+    figures, _, _ = asked("rock", {"srcnn": {"tile": 20}}, pictures=0)
+    for metric in ("pixel_agreement", "pore_iou", "porosity_error", "two_point_error"):
+        assert figures[metric].value == pytest.approx(figures[f"bicubic_{metric}"].value, abs=1e-4)
+
+
+def test_y_of_a_grey_image_is_the_image_and_a_border_too_wide_is_told():
+    both = [asked("super_resolution", {"srcnn": {}}, channel=c, pictures=0)[0]["psnr"].value for c in ("all", "y")]
+    assert both[0] == both[1]
+    with pytest.raises(UserError, match="less a border of 45 is under 11"):
+        asked("super_resolution", {"srcnn": {}}, border=45)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 30), st.integers(0, 9))
+def test_tiles_cover_every_pixel_once(height, width, tile, overlap):
+    from llmq.models.super_resolution import _tiles
+
+    covered = np.zeros((2 * height, 2 * width), int)
+    for seen, kept, place in _tiles(height, width, tile, overlap, 2):
+        covered[place] += 1
+        made = np.zeros((height, width))[seen].repeat(2, 0).repeat(2, 1)
+        assert made[kept].shape == covered[place].shape
+        assert made.shape[0] <= 2 * (tile + 2 * overlap)
+    assert (covered == 1).all()
