@@ -39,6 +39,7 @@ TRANSPOSED = Kind(Side(("out_channels",), {"weight": 1, "bias": 0}), Side(("in_c
 DEPTHWISE = _through(("in_channels", "out_channels", "groups"), ("weight", "bias"))
 LINEAR = Kind(Side(("out_features",), {"weight": 0, "bias": 0}), Side(("in_features",), {"weight": 1}))
 BATCH_NORM = _through(("num_features",), ("weight", "bias", "running_mean", "running_var"))
+FROZEN_NORM = _through((), ("running_mean", "running_var", "weight", "bias"))
 GROUP_NORM = _through(("num_channels",), ("weight", "bias"))
 LAYER_NORM = _through(("normalized_shape",), ("weight", "bias"), -1)
 PRELU = _through(("num_parameters",), ("weight",))
@@ -59,13 +60,22 @@ def kind_of(layer: Any) -> Kind | None:
     }
     if isinstance(layer, convolution) and 1 < layer.groups == layer.in_channels == layer.out_channels:
         return DEPTHWISE
+    if getattr(layer, "_buffers", {}).keys() == FROZEN_NORM.outputs.tensors.keys() and not layer._parameters:
+        return FROZEN_NORM  # a class of torchvision, and one each of several detectors of transformers
     return next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), None)
+
+
+def has_channels(layer: Any) -> bool:
+    """Whether it is a layer with a size for its channels; a PReLU can have one slope for all."""
+    return kind_of(layer) is not None and getattr(layer, "num_parameters", 0) != 1
 
 
 def channels_of(layer: Any, which: Which) -> int:
     """How many channels a layer has on one side."""
     kind = kind_of(layer)
     assert kind is not None
+    if kind is FROZEN_NORM:
+        return len(layer.running_mean)
     count = getattr(layer, kind.side(which).attributes[0])
     return int(count[-1] if isinstance(count, tuple) else count)
 
@@ -96,7 +106,7 @@ def narrow(layer: Any, which: Which, gone: Collection[int]) -> None:
     kept = [i for i in range(count) if i not in gone]
     for name, (dimension, indices) in places(layer, which, kept).items():
         tensor = getattr(layer, name)
-        left = tensor.detach().index_select(dimension, torch.tensor(indices, device=tensor.device))
+        left = tensor.detach().index_select(dimension, torch.tensor(indices, dtype=torch.long, device=tensor.device))
         _put(layer, name, left)
     for attribute in kind.side(which).attributes:
         old = getattr(layer, attribute)

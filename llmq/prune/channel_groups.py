@@ -1,11 +1,12 @@
-"""Which channels of a network hang together, read off torch-pruning's dependency graph (Fang et al. 2023)."""
+"""Which channels of a network hang together, read off its dependency graph."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
-from llmq.models.shapes import DEPTHWISE, Which, channels_of, kind_of
+from llmq.models.shapes import DEPTHWISE, Which, channels_of, has_channels, kind_of
+from llmq.prune.channel_graph import after_shuffles, graph_of
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,13 @@ def find_groups(network: Any, example: Any, importance: Any) -> tuple[list[Group
 
     `importance` is one of torch-pruning's.
     """
-    import torch
-    from torch_pruning import DependencyGraph
-
-    with torch.enable_grad():
-        graph = DependencyGraph().build_dependency(network, example, forward_fn=lambda net, x: net(x), verbose=False)
+    graph = graph_of(network, example)
     names = {module: name for name, module in network.named_modules()}
     groups, left = [], {}
-    for found in graph.get_all_groups():
+    for first in graph.get_all_groups():
+        root = first[0].dep.target.module
+        found = after_shuffles(first, graph)
         items = [(item.dep, item.idxs, item.root_idxs) for item in found]
-        root = items[0][0].target.module
         reason = next(filter(None, (_hinders(dep, indices, of, graph) for dep, indices, of in items)), None)
         scores = None if reason else importance(found)
         if reason or scores is None:
@@ -56,7 +54,7 @@ def find_groups(network: Any, example: Any, importance: Any) -> tuple[list[Group
         members = tuple(
             Member(names[dep.target.module], _side(dep.handler, graph), tuple(indices), tuple(of))
             for dep, indices, of in items
-            if _counts(dep.target.module)
+            if has_channels(dep.target.module)
         )
         layers = [dep.target.module for dep, *_ in items]
         makers = tuple(m.layer for m in members if m.side == "outputs" and _makes(network.get_submodule(m.layer)))
@@ -73,11 +71,6 @@ def _side(handler: Callable[..., Any], graph: Any) -> Which:
     return "outputs" if graph.is_out_channel_pruning_fn(handler) else "inputs"
 
 
-def _counts(layer: Any) -> bool:
-    """Whether it is a layer with a size for each channel; a PReLU can have one slope for all."""
-    return kind_of(layer) is not None and getattr(layer, "num_parameters", 0) != 1
-
-
 def _parts(layer: Any) -> int:
     """Among how many equal parts of its channels a layer must not be lopsided."""
     groups = 1 if kind_of(layer) is DEPTHWISE else getattr(layer, "groups", 1)
@@ -89,13 +82,14 @@ def _hinders(dep: Any, indices: Sequence[int], of: Sequence[int | None], graph: 
     from torch import nn
 
     layer = dep.target.module
-    if not dep.target.outputs:
+    reads = _makes(layer) and kind_of(layer) is not DEPTHWISE and _side(dep.handler, graph) == "inputs"
+    if not dep.target.outputs and not reads:
         return "what it makes is the network's output"
     if isinstance(layer, nn.Parameter):
         return "its channels meet a parameter outside of layers"
     if isinstance(layer, nn.LayerNorm | nn.Embedding | nn.MultiheadAttention | nn.LSTM):
         return f"its channels meet a {type(layer).__name__}"
-    if not _counts(layer):
+    if not has_channels(layer):
         return None
     channels = channels_of(layer, _side(dep.handler, graph))
     if None in of or len(set(indices)) < len(indices) or max(indices) >= channels:
