@@ -124,6 +124,8 @@ def _judge(
     plain = Verdict(
         rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, _is_share(m), m.n
     )
+    if not isfinite(m.value):
+        return replace(plain, verdict="fail", reason="the figure is no number, so the model is broken")
     if rule.is_relative and b is None:
         return replace(plain, reason="the base was not asked this")
     if b and rule.is_relative:

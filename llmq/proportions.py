@@ -4,6 +4,7 @@ A share moves in steps of one answer, so no interval covers 95 % at every truth:
 and more where almost nothing is expected to change.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
@@ -26,9 +27,8 @@ class Table:
     @classmethod
     def of(cls, a: Sequence[float], b: Sequence[float]) -> "Table":
         """Counted from scores that are 0 or 1."""
-        pairs = list(zip(a, b, strict=True))
-        right = ((1, 1), (1, 0), (0, 1), (0, 0))
-        return cls(*(sum((int(x), int(y)) == cell for x, y in pairs) for cell in right))
+        cells = Counter(zip(a, b, strict=True))
+        return cls(cells[1, 1], cells[1, 0], cells[0, 1], cells[0, 0])
 
     @property
     def n(self) -> int:

@@ -1,0 +1,159 @@
+"""Nominal 95 % intervals hold the truth in 93 to 97 of 100 simulated runs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from llmq.estimates import Estimate, alone, difference, ratio
+from llmq.types import Samples
+
+Generator = np.random.Generator
+Drawn = tuple[Estimate | None, float]
+
+
+def samples(values, weights=None, **more) -> Samples:
+    """Per-sample scores from arrays."""
+    return Samples(tuple(map(float, values)), None if weights is None else tuple(map(float, weights)), **more)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to draw the estimate of a run of `n` samples, with the truth behind it."""
+
+    name: str
+    draw: Callable[[Generator, int], Drawn]
+    sizes: tuple[int, ...] = (20, 50, 200)
+
+
+def of_a_difference(noise: Callable[[Generator, int], np.ndarray], truth: float):
+    """Pairs whose difference is `noise`, around scores that vary far more."""
+
+    def draw(rng: Generator, n: int) -> Drawn:
+        base = rng.normal(0, 5, n)
+        return difference(samples(base + noise(rng, n)), samples(base)), truth
+
+    return draw
+
+
+def seldom_different(rng: Generator, n: int) -> np.ndarray:
+    """Graded answers of which four in five stay what they were."""
+    return rng.normal(0.5, 1, n) * (rng.random(n) < 0.2)
+
+
+def perplexity_ratio(rng: Generator, n: int) -> Drawn:
+    """Windows of unequal length whose losses grow by a skewed amount; the truth is that of the ratio estimator."""
+    tokens = rng.integers(100, 500, n)
+    base = rng.gamma(9, 0.3, n)
+    worse = base + rng.exponential(0.1, n)
+    a, b = (samples(loss * tokens, tokens, statistic="exp") for loss in (worse, base))
+    return ratio(a, b), math.exp(0.1)
+
+
+def perplexity_difference(rng: Generator, n: int) -> Drawn:
+    """The difference of two perplexities, each the exponential of a mean."""
+    base = rng.normal(2, 0.5, n)
+    a, b = samples(base + rng.normal(0.1, 0.2, n), statistic="exp"), samples(base, statistic="exp")
+    return difference(a, b), math.exp(2.1) - math.exp(2)
+
+
+def ratio_of_skewed_means(rng: Generator, n: int) -> Drawn:
+    """Times with a long tail; the second is 1.3 times as long on average."""
+    load = rng.lognormal(0, 0.4, n)
+    a, b = (samples(s * load * rng.lognormal(0, 0.2, n)) for s in (1.3, 1.0))
+    return ratio(a, b), 1.3
+
+
+def by_document(rng: Generator, n: int) -> Drawn:
+    """Five samples of each of `n` documents, which move together."""
+    documents = np.repeat(np.arange(n), 5)
+    base = rng.normal(0, 1, 5 * n)
+    moved = base + rng.normal(0.2, 1, n)[documents] + rng.normal(0, 0.5, 5 * n)
+    clusters = tuple(map(int, documents))
+    return difference(samples(moved, clusters=clusters), samples(base, clusters=clusters)), 0.2
+
+
+def speeds_in_turn(rng: Generator, n: int) -> Drawn:
+    """Rates of two stages on a machine that drifts from round to round."""
+    drift = rng.normal(0, 0.05, n)
+    a, b = (samples(s * np.exp(drift + rng.normal(0, 0.05, n)), statistic="quantile", quantile=0.5) for s in (1.3, 1.0))
+    return ratio(a, b), 1.3
+
+
+def share(low: float, high: float):
+    """One share, the truth anew in each run: for a single one a share's steps decide the coverage."""
+
+    def draw(rng: Generator, n: int) -> Drawn:
+        truth = rng.uniform(low, high)
+        return alone(samples(rng.random(n) < truth)), truth
+
+    return draw
+
+
+def two_shares(low: float, high: float, lost: float, gained: float, *, as_ratio: bool = False):
+    """Answers of two stages to the same questions; shares of the right ones lost, and of the wrong ones gained."""
+
+    def draw(rng: Generator, n: int) -> Drawn:
+        right = rng.uniform(low, high)
+        loses, gains = rng.uniform(0, lost), rng.uniform(0, gained)
+        base = rng.random(n) < right
+        stage = np.where(base, rng.random(n) >= loses, rng.random(n) < gains)
+        now = right * (1 - loses) + (1 - right) * gains
+        a, b = samples(stage), samples(base)
+        return (ratio(a, b), now / right) if as_ratio else (difference(a, b), now - right)
+
+    return draw
+
+
+CASES = [
+    Case("normal", of_a_difference(lambda rng, n: rng.normal(0.3, 1, n), 0.3)),
+    Case("exponential", of_a_difference(lambda rng, n: rng.exponential(1, n), 1.0)),
+    Case("log-normal", of_a_difference(lambda rng, n: rng.lognormal(0, 0.5, n), math.exp(0.125))),
+    Case("Laplace", of_a_difference(lambda rng, n: rng.laplace(0.2, 1, n), 0.2)),
+    Case("t4", of_a_difference(lambda rng, n: rng.standard_t(4, n), 0.0)),
+    Case("seldom-different", of_a_difference(seldom_different, 0.1)),
+    Case("perplexity-ratio", perplexity_ratio),
+    Case("perplexity-difference", perplexity_difference),
+    Case("ratio-of-means", ratio_of_skewed_means),
+    Case("by-document", by_document),
+    Case("speeds", speeds_in_turn),
+    Case("share-near-0", share(0.0, 0.1)),
+    Case("share-near-1", share(0.9, 1.0)),
+    Case("share", share(0.2, 0.8)),
+    Case("shares-that-flip", two_shares(0.3, 0.7, 0.6, 0.6)),
+    # Where next to nothing is expected to change, every interval that is not too narrow elsewhere is too wide.
+    Case("shares-near-1", two_shares(0.9, 1.0, 0.1, 0.5), (100, 200)),
+    Case("shares-near-0", two_shares(0.0, 0.1, 0.5, 0.1), (100, 200)),
+    Case("ratio-of-shares", two_shares(0.3, 0.9, 0.4, 0.4, as_ratio=True), (50, 200)),
+]
+
+
+def covered(case: Case, n: int, runs: int) -> float:
+    """The share of runs whose interval holds the truth."""
+    rng = np.random.default_rng(2026)
+    hits = 0
+    for _ in range(runs):
+        found, truth = case.draw(rng, n)
+        assert found is not None
+        hits += found.low <= truth <= found.high
+    return hits / runs
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_intervals_cover_roughly_in_a_few_runs(case):
+    # 120 runs: four standard deviations of a share of 95 %.
+    assert covered(case, max(20, case.sizes[0]), 120) >= 0.87
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "n"), [(c, n) for c in CASES for n in c.sizes], ids=lambda v: getattr(v, "name", v))
+def test_95_percent_intervals_cover_93_to_97_percent(case, n):
+    assert 0.93 <= covered(case, n, 2000) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("near", [two_shares(0.9, 1.0, 0.1, 0.5), two_shares(0.0, 0.1, 0.5, 0.1)], ids=["1", "0"])
+def test_where_hardly_an_answer_changes_intervals_cover_too_much_and_never_too_little(near):
+    assert covered(Case("", near), 20, 2000) >= 0.93
