@@ -60,45 +60,27 @@ class Rock(Data):
     def read(self) -> Split:
         """All pairs, low and high. Raises `UserError` naming the first file that is missing or does not fit."""
         self.check()
+        from llmq.data.rock_files import changed
+
         if self.path is None:
             return _synthetic(self)
-        return self._volume() if self._is_volume else self._drsrd1()
+        if self._is_volume:
+            return _volume(self, *(changed(file) for file in (self.path, self.partner)))
+        return self._drsrd1()
 
     @property
     def _is_volume(self) -> bool:
         return self.path is not None and self.path.suffix in VOLUMES
 
     def _drsrd1(self) -> Split:
-        from llmq.data.rock_files import find_pairs, open_pair
-        from llmq.files import sha256_files
+        from llmq.data.rock_files import digest, find_pairs, open_pair
 
         root = Path(str(self.path)).expanduser()
         parts = [find_pairs(root, p, self.subset, self.kernel, self.scale) for p in ("train", self.held_out)]
-        files = sha256_files([file for part in parts for pair in part for file in pair])
-        return self._split(Lazily(parts[0], open_pair), Lazily(parts[1], open_pair), files)
+        files = [file for part in parts for pair in part for file in pair]
+        return self.split(Lazily(parts[0], open_pair), Lazily(parts[1], open_pair), digest(files))
 
-    def _volume(self) -> Split:
-        from llmq.data import rock_volumes
-        from llmq.files import sha256_files
-
-        path = Path(str(self.path)).expanduser()
-        partner = self.partner.expanduser() if self.partner else None
-        high, low = rock_volumes.read_volumes(path, partner)
-        if low is not None:
-            rock_volumes.check_partner(str(path), high, low, self.scale)
-        width = high.shape[2]
-        ends = (self.train_until or width * 3 // 4, self.held_out_from or width * 4 // 5)
-        if ends[0] < self.scale or ends[0] > ends[1] or ends[1] + 2 * self.scale > width:
-            raise UserError(f"{path}: training until {ends[0]}, held out from {ends[1]}: it has {width} columns")
-        sides: list[list[Example]] = [[], []]
-        for side, (begin, end) in enumerate(((0, ends[0]), (ends[1], width))):
-            volumes = rock_volumes.cut(high, low, begin, end, self.scale)
-            for across in ("z", "y") if self.across == "both" else (self.across,):
-                lower = partial(self._lower, side)
-                sides[side] += rock_volumes.slices(*volumes, self.scale, across, path.name, lower)
-        return self._split(sides[0], sides[1], sha256_files([path, *([partner] if partner else [])]))
-
-    def _lower(self, side: int, image: Any, number: int) -> Any:
+    def lower(self, side: int, image: Any, number: int) -> Any:
         """The low-resolution image of one slice, the `number`th of training (`side` 0) or held out (1)."""
         import numpy as np
 
@@ -107,7 +89,8 @@ class Rock(Data):
         chosen = np.random.default_rng([self.seed, side, number, 1]).choice(sorted(KERNELS))
         return downsample(image, self.scale, "cubic" if self.kernel == "default" else str(chosen))
 
-    def _split(self, train: Sequence[Example], held_out: Sequence[Example], digest: str) -> Split:
+    def split(self, train: Sequence[Example], held_out: Sequence[Example], digest: str) -> Split:
+        """The two parts, the first with noise and blur where they are asked for; `digest` tells the images apart."""
         if self.noise or self.blur:
             train = Lazily(range(len(train)), partial(self._disturbed, train))
         settings = self.model_dump_json(exclude={"path", "partner"})
@@ -130,7 +113,7 @@ class Rock(Data):
         rng = np.random.default_rng([self.seed, side, number, 0])
         high = rock_slice(rng, self.size, self.porosity, self.grain, self.residual)
         return Example(
-            f"synthetic {'held out' if side else 'train'} {number}", self._lower(side, high, number), high=high
+            f"synthetic {'held out' if side else 'train'} {number}", self.lower(side, high, number), high=high
         )
 
 
@@ -138,4 +121,28 @@ class Rock(Data):
 def _synthetic(rock: Rock) -> Split:
     counts = (rock.train_slices, rock.held_out_slices)
     train, held_out = ([rock.synthetic(side, number) for number in range(n)] for side, n in enumerate(counts))
-    return rock._split(train, held_out, "synthetic")
+    return rock.split(train, held_out, "synthetic")
+
+
+@lru_cache(maxsize=2)
+def _volume(rock: Rock, *changed: int) -> Split:
+    # Cached, as every stage asks for its data again; `changed` tells a file that was written anew.
+    from llmq.data import rock_volumes
+    from llmq.files import sha256_files
+
+    path = Path(str(rock.path)).expanduser()
+    partner = rock.partner.expanduser() if rock.partner else None
+    high, low = rock_volumes.read_volumes(path, partner)
+    if low is not None:
+        rock_volumes.check_partner(str(path), high, low, rock.scale)
+    width = high.shape[2]
+    ends = (rock.train_until or width * 3 // 4, rock.held_out_from or width * 4 // 5)
+    if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:
+        raise UserError(f"{path}: training until {ends[0]}, held out from {ends[1]}: it has {width} columns")
+    sides: list[list[Example]] = [[], []]
+    for side, (begin, end) in enumerate(((0, ends[0]), (ends[1], width))):
+        volumes = rock_volumes.cut(high, low, begin, end, rock.scale)
+        for across in ("z", "y") if rock.across == "both" else (rock.across,):
+            lower = partial(rock.lower, side)
+            sides[side] += rock_volumes.slices(*volumes, rock.scale, across, path.name, lower)
+    return rock.split(sides[0], sides[1], sha256_files([path, *([partner] if partner else [])]))

@@ -1,11 +1,13 @@
 """The DRSRD1 data set as published: PNG slices of rock in folders."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmq.data.images import Example, read_image
 from llmq.errors import UserError
+from llmq.files import sha256_files
 
 Pair = tuple[Path, Path]
 
@@ -40,16 +42,32 @@ def find_pairs(root: Path, part: str, subset: str, kernel: str, scale: int) -> l
     for low, high in pairs:
         if not low.is_file():
             raise UserError(f"{high}: its partner {str(low)!r} is missing; unpack that folder whole, too")
-        (narrow, short), (wide, tall) = (_size(f, f.stat().st_mtime_ns) for f in (low, high))
+        (narrow, short), (wide, tall) = (_size(f, changed(f)) for f in (low, high))
         if (wide, tall) != (narrow * scale, short * scale):
             should = f"{narrow * scale} x {short * scale}"
             raise UserError(f"{low}: {narrow} x {short}, and {high} is {wide} x {tall}; at scale {scale} {should}")
     return pairs
 
 
+def digest(files: Sequence[Path]) -> str:
+    """The hash of files."""
+    return _digest(tuple(files), tuple(map(changed, files)))
+
+
+def changed(path: Path | None) -> int:
+    """When a file was last written, 0 if it is not there. Every stage asks for its data again: what is read is kept."""
+    path = path and path.expanduser()
+    return path.stat().st_mtime_ns if path and path.exists() else 0
+
+
 @cache
-def _size(path: Path, changed: int) -> tuple[int, int]:
-    # Off the head of the file; cached, as every stage asks for its data set again.
+def _digest(files: tuple[Path, ...], when: tuple[int, ...]) -> str:
+    return sha256_files(files)
+
+
+@cache
+def _size(path: Path, when: int) -> tuple[int, int]:
+    # Off the head of the file.
     from PIL import Image, UnidentifiedImageError
 
     try:

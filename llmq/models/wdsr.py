@@ -1,5 +1,6 @@
 """Wide activations under weight normalization."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -15,9 +16,7 @@ class Wdsr(SuperResolution, Model):
     """WDSR A and B (Yu et al. 2018): wide before each activation, and every convolution weight-normalized."""
 
     kind: ClassVar[str] = "super-resolution"
-    learning: ClassVar[Learning] = Learning(
-        learning_rate=1e-3, batch_size=16, loss_unit="L1 on [0, 1]", optim="adam", augment="dihedral"
-    )
+    learning: ClassVar[Learning] = replace(SuperResolution.learning, learning_rate=1e-3)
 
     variant: Literal["A", "B"] = Field("B", description="B splits the second convolution in two of low rank")
     n_resblocks: PositiveInt = 16

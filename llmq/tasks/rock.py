@@ -91,7 +91,14 @@ class Rock(Task):
         shares = {kind: f"{100 * pores[kind].mean():.1f} %" for kind in KINDS}
         made = f"porosity {shares['model']}; bicubic {shares['bicubic']}"
         picture = _picture(scene, pores, self.distance)
-        return Exhibit(self.name, scene.name, "pores", made, f"porosity {shares['truth']}", picture)
+        return Exhibit(
+            self.name,
+            scene.name,
+            "blue: a pore that is none; orange: a pore that was missed",
+            made,
+            f"porosity {shares['truth']}",
+            picture,
+        )
 
 
 def _overlap(pair: tuple[Any, Any]) -> tuple[int, int]:
@@ -100,7 +107,7 @@ def _overlap(pair: tuple[Any, Any]) -> tuple[int, int]:
 
 
 def _picture(scene: "Upscaled", pores: Mapping[str, Any], distance: int) -> bytes:
-    """The true slice, where bicubic and model take one phase for the other, and the two-point correlations."""
+    """The true slice, where bicubic and model err (blue: a pore that is none; orange: missed), and the correlations."""
     import numpy as np
 
     from llmq.tasks.pictures import panels, png, show
@@ -113,7 +120,7 @@ def _picture(scene: "Upscaled", pores: Mapping[str, Any], distance: int) -> byte
         drawn[pores[kind] & ~pores["truth"]] = (47, 111, 222)
         drawn[~pores[kind] & pores["truth"]] = (217, 130, 43)
         wrong = (pores[kind] != pores["truth"]).mean()
-        show(panel, drawn, f"{kind}: {100 * wrong:.1f} % wrong\n(blue: pore too many, orange: missed)")
+        show(panel, drawn, f"{kind}: {100 * wrong:.1f} % wrong")
     curves = axes[0, 3]
     for kind, style in zip(KINDS, ("k-", "C1--", "C0-"), strict=True):
         curves.plot(range(1, distance + 1), two_point(pores[kind], distance), style, lw=1.3, label=kind)
