@@ -55,8 +55,10 @@ class Calibrated(BaseModel):
 
 def check_length(step: BaseModel, source: Skeleton) -> None:
     """Raise `UserError` if a step calibrates with windows that the model has no positions for."""
+    if not isinstance(step, Calibrated):
+        return
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(step, Calibrated) and positions and step.length > positions:
+    if positions and step.length > positions:
         raise UserError(f"length {step.length}: the model has {positions} positions; that many tokens at most")
 
 

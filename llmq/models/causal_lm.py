@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from llmq.models import hugging_face
+from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Clock, Context, Loaded, Model
 
 
@@ -40,6 +41,10 @@ class CausalLM(Model):
             module = PeftModel.from_pretrained(module, artifact.adapter).eval()
         tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
         return Loaded(module, tokenizer, device, artifact)
+
+    def skeleton(self, artifact: Artifact, device: str) -> Skeleton:
+        """What a step that changes weights works on: a block of it in memory at a time."""
+        return Skeleton.of(artifact, device)
 
     def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
         """One prefill of `prompt_tokens`, and one decode of `new_tokens`."""

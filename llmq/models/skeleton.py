@@ -2,15 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
 from llmq.files import safetensors_of, write_json
 from llmq.models.hugging_face import PATTERNS
 from llmq.types import Artifact
+
+if TYPE_CHECKING:
+    from llmq.blockwise import Method
 
 OUR_OWN = ("artifact.json", "measurements.json", "gguf.json", "quantize_config.json")
 
@@ -48,6 +51,21 @@ class Skeleton:
         """The name of the output head."""
         head = self.module.get_output_embeddings()
         return next(str(name) for name, module in self.module.named_modules() if module is head)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """How many inputs each linear layer has, those of the blocks and the head."""
+        names = [*(name for block in self.blocks for name in self.linears(block)), self.head]
+        return {name: self.module.get_submodule(name).in_features for name in names}
+
+    def rewrite(
+        self, folder: Path, method: "Method", windows: Sequence[Sequence[int]] = (), sequential: bool = True
+    ) -> None:
+        """Write the model to `folder`, its layers being what `method` makes of them."""
+        from llmq.blockwise import rewrite
+
+        rewrite(self, folder, method, windows, sequential)
+        self.copy_side_files(folder)
 
     def linears(self, block: str) -> dict[str, Any]:
         """The linear layers of a block by their full names."""

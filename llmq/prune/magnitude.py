@@ -4,18 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llmq.models.vision import KINDS
 from llmq.prune.masks import by_magnitude
 from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
 from llmq.types import Artifact, Context, Step
 
 
 class Magnitude(PruneStep, Step):
-    """Sets the smallest weights of every linear layer to zero, without calibration: the baseline of the others.
+    """Sets the smallest weights of every layer to zero, without calibration: the baseline of the others.
 
-    The model stays dense: neither file nor time shrinks by itself. Embeddings and output head are not pruned.
+    The model stays dense: neither file nor time shrinks by itself. Of a language model linear layers are pruned, but
+    not the output head; of an image model all convolutions and linear layers, the first and the last too unless
+    `modules` skips them, and an n:m pattern runs over neighbouring input channels.
     """
 
-    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    suits: ClassVar[frozenset[str]] = KINDS | {"causal-lm"}
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:

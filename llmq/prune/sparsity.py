@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from llmq.blockwise import rewrite
 from llmq.calibration import check_length
 from llmq.errors import UserError
 from llmq.layers import Pattern, overridden, settings_of, skip_or
+from llmq.models.matrices import Matrices
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Context, Step
 
@@ -74,18 +74,19 @@ class PruneStep(Sparsity):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        source = Skeleton.of(base)
+        model: Any = base.model
+        source = model.skeleton(base, "cpu")
         self.sparsities(source)
         check_length(self, source)
 
-    def sparsities(self, source: Skeleton) -> dict[str, Sparsity]:
+    def sparsities(self, source: Skeleton | Matrices) -> dict[str, Sparsity]:
         """The sparsity of each layer to be pruned. Raises `UserError` for one that its pattern does not divide."""
-        linears = {name: layer for block in source.blocks for name, layer in source.linears(block).items()}
-        found = settings_of(linears, source.head, self._own(), self.modules)
+        sizes = source.inputs
+        found = settings_of((n for n in sizes if n != source.head), source.head, self._own(), self.modules)
         if not found:
             raise UserError("modules: skips every layer; leave one to prune")
         for name, its in found.items():
-            inputs = source.module.get_submodule(name).in_features
+            inputs = sizes[name]
             if its.of_each and inputs % its.of_each[1]:
                 can = [str(m) for m in GROUPS if inputs % m == 0]
                 raise UserError(
@@ -139,8 +140,8 @@ def write_pruned(
     **notes: Any,
 ) -> Artifact:
     """Prune an artifact's weights into `folder`, dense as before."""
-    source = Skeleton.of(artifact, context.device)
+    model: Any = artifact.model
+    source = model.skeleton(artifact, context.device)
     sparsities = step.sparsities(source)  # type: ignore[attr-defined]
-    rewrite(source, folder, method(sparsities), windows, sequential)
-    source.copy_side_files(folder)
+    source.rewrite(folder, method(sparsities), windows, sequential)
     return artifact.then(step, weights=folder, notes={"pruned_layers": len(sparsities), **notes})
