@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from llmq.data.images import Example
 from llmq.errors import UserError
 from llmq.files import cache, make_whole, safetensors_of, sha256_files, sha256_text
+from llmq.models.matrices import Matrices
 from llmq.types import Artifact, Clock, Context, Loaded, Reading, Split
 
 KINDS = frozenset({"classifier", "detector", "gan", "super-resolution"})
@@ -117,6 +118,10 @@ class Vision(BaseModel):
         else:
             module = open_network(self.network(), artifact.weights).eval().to(device)
         return Loaded(module, self.prepare, device, artifact)
+
+    def skeleton(self, artifact: Artifact, device: str) -> Matrices:
+        """What a step that changes weights works on."""
+        return Matrices.of(artifact)
 
     def prepare(self, images: Sequence[Any]) -> Any:
         """Images uint8 `(height, width, channels)` as the float input `(n, channels, height, width)`."""
