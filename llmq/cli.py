@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from llmq import cli_provenance
+
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
     from llmq.report import Report
 
 app = typer.Typer(
     help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed. "
-    "Of a gate: 1 failed, 3 undecided.",
+    "Of a gate: 1 failed, 3 undecided; of verify and replay: 1 differs.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -24,6 +26,7 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use what an earlier run measured on the same model.")]
 DEFAULT_MODEL = "causal_lm"
 
 
@@ -33,13 +36,14 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
+    cache: Cache = True,
     as_json: Json = False,
 ) -> None:
     """Run a whole recipe: a bundled name such as text/quickstart, or a YAML file."""
     from llmq import recipe as recipes
 
     job = recipes.load(recipe, overrides or ())
-    _run(job, out, resume, as_json)
+    _run(job, out, resume, as_json, cache)
 
 
 @app.command()
@@ -94,36 +98,34 @@ def evaluate(
     suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Copies of data sets: DIR/owner/name/*.parquet, *.jsonl")
+    ] = None,
+    allow_code: Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")] = False,
+    batch_size: Annotated[str, typer.Option(help="Texts at once, with --tasks; changes no score.")] = "auto",
     model: Annotated[
         str, typer.Option(help="How to open a target that is no stage: a word of models.")
     ] = DEFAULT_MODEL,
     device: str = "auto",
     threads: int | None = None,
     out: Out = None,
+    cache: Cache = True,
     as_json: Json = False,
 ) -> None:
     """Measure a model (hub id, folder, built-in word), one stage of a run, or all stages of a run."""
     from llmq import environment, pipeline
-    from llmq.targets import stages_of
+    from llmq.targets import asked_for, stages_of
     from llmq.types import Context
 
-    if bool(suite) == bool(tasks):
-        raise _user_error("eval needs either --suite NAME or --tasks a,b,c")
-    if limit and not tasks:
-        raise _user_error(f"--limit {limit} goes with --tasks; a suite says its own limits")
-    asked = suite or [
-        {
-            "lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()]}
-            | ({"limit": limit} if limit else {})
-        }
-    ]
+    asked = asked_for(suite, tasks, limit, data_dir, allow_code, batch_size)
     open_stages, chosen = stages_of(target, model, asked)
     folder = _fresh(out, f"eval-{Path(target).name}")
     if folder.exists() and any(folder.iterdir()):  # what it holds would be taken for answers of this target
         raise _user_error(f"{str(folder)!r} is not empty; use a new --out")
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
-    _show(pipeline.evaluate(artifacts, chosen, folder, context, {"target": target, "evaluate": asked}), folder, as_json)
+    told = {"target": target, "evaluate": asked}
+    _show(pipeline.evaluate(artifacts, chosen, folder, context, told, cache), folder, as_json)
 
 
 @app.command()
@@ -161,6 +163,10 @@ def gate(
     if as_json:
         typer.echo(json.dumps(told))
     _end_gate(told, as_json)
+
+
+app.command()(cli_provenance.verify)
+app.command()(cli_provenance.replay)
 
 
 @app.command()
@@ -225,11 +231,11 @@ def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, ou
     _run(job, out, False, as_json)
 
 
-def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool) -> None:
+def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool, cache: bool = True) -> None:
     from llmq import pipeline
 
     folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
-    report = pipeline.run(job, folder, resume)
+    report = pipeline.run(job, folder, resume, cache)
     if report:
         _show(report, folder, as_json)
         _end_gate(report.gate, as_json)

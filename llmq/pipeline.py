@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, gate, measure, processes
+from llmq import environment, gate, measure, processes, replay
+from llmq.answers import Interview
 from llmq.errors import UserError
 from llmq.files import make_whole, sha256_files, write_json, write_text
 from llmq.recipe import Recipe, check_order
@@ -21,7 +22,9 @@ from llmq.rules import Rule
 from llmq.source import Source
 from llmq.terminal import logged_to, say
 from llmq.types import (
+    Answer,
     Artifact,
+    Attachment,
     Clock,
     Context,
     Data,
@@ -35,7 +38,7 @@ from llmq.types import (
 )
 
 
-def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
+def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> Report | None:
     """Bring the base, apply the steps, question every stage, report. A whole stage is never lost.
 
     Where a launcher started several processes they share the training; only the first writes and returns a report.
@@ -59,7 +62,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
             stages[name] = Stage(name, artifact, artifact.measurements)
             if name in measured and first:
                 base = stages[measured[0]].artifact
-                stages[name] = question(stages[name], recipe.evaluate, out, context.device, base)
+                stages[name] = question(stages[name], recipe.evaluate, out, context.device, base, cache)
                 gate.check(recipe.rules, stages[name].measurements, has_clocks(recipe.evaluate) or name != measured[0])
         if not first:
             return None
@@ -69,13 +72,19 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Report | None:
 
 
 def evaluate(
-    artifacts: Mapping[str, Artifact], tasks: Sequence[Task], out: Path, context: Context, asked: Mapping[str, Any]
+    artifacts: Mapping[str, Artifact],
+    tasks: Sequence[Task],
+    out: Path,
+    context: Context,
+    asked: Mapping[str, Any],
+    cache: bool = True,
 ) -> Report:
     """Question models that exist already; the first of them is the base."""
+    data_hashes(tasks)  # what lacks is said before a model is opened
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
         first, base = next(iter(artifacts.items()))
-        stages = {name: question(Stage(name, a), tasks, out, context.device, base) for name, a in artifacts.items()}
+        stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
         stages |= take_times(stages, tasks, out, context.device)
         return finish(asked, tasks, stages, first, out, context)
 
@@ -116,7 +125,9 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
 def data_hashes(parts: Sequence[Plugin]) -> dict[str, str]:
     """The hash of every data set that these steps and tasks read, all of its rows checked."""
     sets = [part.data for part in parts if isinstance(getattr(part, "data", None), Data)]  # type: ignore[attr-defined]
-    return {f"{data.word} {getattr(data, 'path', '')}".strip(): data.read().sha256 for data in sets}
+    found = {f"{data.word} {getattr(data, 'path', '')}".strip(): data.read().sha256 for data in sets}
+    others = [p for p in parts if isinstance(p, Task) and not isinstance(getattr(p, "data", None), Data)]
+    return found | {f"{p.name} {k}": str(v) for p in others for k, v in (p.depends() or {}).items()}
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -147,31 +158,36 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     return Artifact.load(folder)
 
 
-def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact) -> Stage:
-    """Put every task to one stage, open alone, then beside `base`; kept in its folder, not asked again on resuming."""
+def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact, cache: bool = True) -> Stage:
+    """Put every task to one stage, open alone, then beside `base`; kept in its folder, not asked again on resuming.
+
+    With `cache`, what was answered before to the very same question about the very same model is used again.
+    """
     folder = out / stage.name
     kept = folder / "measurements.json"
     if not kept.exists():
         folder.mkdir(exist_ok=True)
-        answers: list[Measurement | Exhibit] = list(stage.artifact.measurements)
-        with ExitStack() as opened:
-            loaded = opened.enter_context(stage.artifact.open(device))
+        answers: list[Answer] = list(stage.artifact.measurements)
+        with Interview(stage.artifact, base, device, cache) as interview:
             for name, task in named(tasks).items():
-                answers += ask(name, task, task.score(loaded), stage.name)
-            beside = {n: t for n, t in named(tasks).items() if type(t).against is not Task.against}
-            if beside and stage.artifact != base:
-                other = opened.enter_context(base.open(device))
-                for name, task in beside.items():
-                    answers += ask(name, task, task.against(loaded, other), stage.name)
+                answers += ask(name, task, interview.score(name, task), stage.name)
+            if stage.artifact != base:
+                for name, task in ((n, t) for n, t in named(tasks).items() if type(t).against is not Task.against):
+                    answers += ask(name, task, interview.against(name, task), stage.name)
         measurements = [a for a in answers if isinstance(a, Measurement)]
         exhibits = [keep_picture(a, out, stage.name) for a in answers if isinstance(a, Exhibit)]
+        for attachment in (a for a in answers if isinstance(a, Attachment)):
+            (folder / attachment.file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / attachment.file, attachment.text)
         write_samples(measurements, folder / "samples")
-        write_json(kept, {"measurements": [asdict(m) for m in measurements], "exhibits": exhibits})
+        plain = [asdict(m) for m in measurements]
+        write_json(kept, {"measurements": plain, "exhibits": exhibits, "reused": list(dict.fromkeys(interview.reused))})
     data = json.loads(kept.read_text())
     return replace(
         stage,
         measurements=tuple(measurement_from(m) for m in data["measurements"]),
         exhibits=tuple(Exhibit(**e) for e in data["exhibits"]),
+        reused=tuple(data.get("reused", ())),
     )
 
 
@@ -201,7 +217,7 @@ def filed(task: str, name: str, asked: Task) -> str:
     return name if task == asked.name else task
 
 
-def ask(name: str, task: Task, answers: Iterable[Measurement | Exhibit], stage: str) -> Iterator[Measurement | Exhibit]:
+def ask(name: str, task: Task, answers: Iterable[Answer], stage: str) -> Iterator[Answer]:
     """What a task answers, filed under its name; says how long that took."""
     began = time.perf_counter()
     for answer in answers:
@@ -273,4 +289,5 @@ def finish(
             report = replace(report, gate=gate_as_data(verdicts))
     finally:  # a rule that names nothing measured must not cost the report
         report.write(out)
+        replay.record(out)
     return report

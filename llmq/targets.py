@@ -9,8 +9,8 @@ import yaml
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.recipe import suite_tasks
-from llmq.source import Source
+from llmq.recipe import find, suite_tasks
+from llmq.source import Source, read
 from llmq.types import Artifact, Context, Task
 
 Bring = Callable[[Context], Artifact]
@@ -54,3 +54,35 @@ def _load(folder: Path) -> Artifact:
 
 def _ready(artifact: Artifact) -> Bring:
     return lambda context: artifact
+
+
+def asked_for(
+    suite: str | None, tasks: str | None, limit: int | None, data_dir: Path | None, allow_code: bool, batch_size: str
+) -> Any:
+    """What `llmq eval` was asked to measure: the name of a suite, or tasks with what was said of them folded in."""
+    if bool(suite) == bool(tasks):
+        raise UserError("eval needs either --suite NAME or --tasks a,b,c")
+    if limit and not tasks:
+        raise UserError(f"--limit {limit} goes with --tasks; a suite says its own limits")
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) and tasks):
+        raise UserError(f"--batch-size {batch_size}: a whole number, with --tasks, or 'auto'")
+    said: dict[str, Any] = {"data_dir": str(data_dir)} if data_dir else {}
+    said |= {"allow_code": True} if allow_code else {}
+    if suite:
+        return _with(read(find("evals", suite)).data, said) if said else suite
+    said |= {"limit": limit} if limit else {}
+    said |= {"batch_size": int(batch_size)} if batch_size != "auto" else {}
+    return [{"lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()], **said}}]
+
+
+def _with(entries: Any, said: dict[str, Any]) -> Any:
+    """The entries of a suite, what was said given to those that know it."""
+    if not isinstance(entries, list):
+        return entries
+    told = []
+    for entry in entries:
+        word, settings = plugin.name_and_settings(entry)
+        known = plugin.load(f"tasks.{word}").model_fields
+        mine = {k: v for k, v in said.items() if k in known}
+        told.append({word: {**settings, **mine}} if mine else entry)
+    return told

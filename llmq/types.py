@@ -87,11 +87,19 @@ class Task(Plugin):
         """What its measurements are filed under: `perplexity`."""
         return self.word.rpartition(".")[2]
 
-    def score(self, loaded: "Loaded") -> "Iterable[Measurement | Exhibit]":
+    def depends(self) -> "Mapping[str, Any] | None":
+        """What its answers depend on besides its settings and the model: hashes of the data that it reads.
+
+        Asked before anything is opened; raises `UserError` for data that is not there. Answers of a task that says so
+        are kept and used again (`answers`); those of a task that returns None never are.
+        """
+        return None
+
+    def score(self, loaded: "Loaded") -> "Iterable[Answer]":
         """Answer about one stage that is open alone."""
         return ()
 
-    def against(self, loaded: "Loaded", base: "Loaded") -> "Iterable[Measurement | Exhibit]":
+    def against(self, loaded: "Loaded", base: "Loaded") -> "Iterable[Answer]":
         """Answer about a stage beside the stage that all are compared with; both are open, and they differ."""
         return ()
 
@@ -172,6 +180,18 @@ class Exhibit:
     reference: str = ""
     picture: bytes = field(default=b"", compare=False, repr=False)
     file: str = ""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A file that a task leaves in the folder of the stage it was asked about, for others' tools to read."""
+
+    task: str
+    file: str
+    text: str = field(repr=False)
+
+
+Answer = Measurement | Exhibit | Attachment
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Stage:
     artifact: Artifact
     measurements: tuple[Measurement, ...] = ()
     exhibits: tuple[Exhibit, ...] = ()
+    reused: tuple[str, ...] = ()
+    """The tasks whose answers were kept from an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "folder": stage.name,
         "seconds": notes.pop("seconds", 0.0),
         "notes": notes,
+        "reused": list(stage.reused),
     }
 
 

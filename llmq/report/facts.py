@@ -26,7 +26,11 @@ def facts(report: Report) -> Facts:
 
 def _stage(stage: Mapping[str, Any]) -> str:
     notes = {k: v for k, v in stage["notes"].items() if v not in (None, {}, [])}
-    return "; ".join([f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v)}" for k, v in notes.items())])
+    told = [f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v)}" for k, v in notes.items())]
+    reused = stage.get("reused")
+    return "; ".join(
+        told + ([f"not measured anew but kept from an earlier run: {', '.join(reused)}"] if reused else [])
+    )
 
 
 def _plain(value: Any) -> str:

@@ -2,8 +2,13 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from llmq.errors import UserError, did_you_mean
 from llmq.files import bundled
@@ -12,25 +17,128 @@ OURS = bundled("evals") / "lm_eval"
 NAME = re.compile(r"^[ \t\"]*(?:task|group|tag)\"?: *['\"]?([^\s'\"#\[]+)", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Definition:
+    """A task, group or tag: the file that defines it, and what that says with its includes folded in."""
+
+    name: str
+    file: Path
+    says: Mapping[str, Any]
+
+    @property
+    def version(self) -> Any:
+        """The version of the task, or None."""
+        return (self.says.get("metadata") or {}).get("version")
+
+    @property
+    def data(self) -> str:
+        """The data set that it reads: `cais/mmlu (anatomy)`."""
+        path, name = self.says.get("dataset_path"), self.says.get("dataset_name")
+        return f"{path} ({name})" if name else str(path or "")
+
+
 def check_names(names: Iterable[str], include_path: Path | None) -> None:
-    """Raise `UserError` for the first name that stands in no task file, neither of ours nor of lm-eval's."""
-    own = " ".join(_texts(OURS, include_path))
-    unseen = [name for name in names if not _stands_in(name, own)]
-    if not unseen:
+    """Raise `UserError` for the first name that no task file defines, neither of ours nor of lm-eval's."""
+    for name in names:
+        if not defined(name, include_path):
+            known = [
+                found for folder in _roots(include_path) for _, text in _files(folder) for found in NAME.findall(text)
+            ]
+            raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, known)}")
+
+
+def defined(name: str, include_path: Path | None) -> tuple[Definition, ...]:
+    """The task or group of a name, or all tasks that carry it as their tag; a person's own files come first."""
+    found: tuple[Definition, ...] = ()
+    for folder in _roots(include_path):
+        found = found or _named(name, folder)
+    return found
+
+
+def leaves(names: Iterable[str], include_path: Path | None) -> Iterator[Definition]:
+    """Every single task that the names stand for, groups and tags resolved."""
+    for name in names:
+        for definition in defined(name, include_path):
+            yield from _within(definition, include_path)
+
+
+def _within(definition: Definition, include_path: Path | None) -> Iterator[Definition]:
+    members = definition.says.get("task")
+    if not isinstance(members, list):
+        yield definition
         return
+    for member in members:
+        says = {"task": member} if isinstance(member, str) else dict(member)
+        name = str(says.pop("task", None) or says.pop("group", definition.name))
+        inner = defined(name, include_path)
+        for its in inner or (Definition(name, definition.file, {}),):
+            yield from _within(Definition(its.name, its.file, {**its.says, **says}), include_path)
+
+
+def folders(names: Iterable[str], include_path: Path | None) -> list[Path]:
+    """The folders that must be indexed for the names to be found."""
+    names = list(names)
+    files = [d.file for name in names for d in defined(name, include_path)]
+    found = {f.parent for f in (*files, *(d.file for d in leaves(names, include_path)))}
+    return sorted(f for f in found if not any(f != other and f.is_relative_to(other) for other in found))
+
+
+def _roots(include_path: Path | None) -> Iterator[Path]:
+    yield from filter(None, (include_path, OURS))
     spec = importlib.util.find_spec("lm_eval")
-    harness = " ".join(_texts(Path(spec.origin).parent / "tasks" if spec and spec.origin else None))
-    for name in unseen:
-        if not _stands_in(name, harness):
-            raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, NAME.findall(own + harness))}")
+    if spec and spec.origin:
+        yield Path(spec.origin).parent / "tasks"
 
 
-def _texts(*folders: Path | None) -> Iterator[str]:
-    for folder in folders:
-        for file in folder.rglob("*") if folder else ():
-            if file.is_file() and file.suffix in ("", ".yaml", ".yml", ".py"):  # templates have no suffix
-                yield file.read_text(encoding="utf-8", errors="replace")
+@cache
+def _named(name: str, folder: Path) -> tuple[Definition, ...]:
+    # Most tasks lie in a folder that their names begin with; a tag may be spread over many.
+    for place in (*(f for f in folder.iterdir() if f.is_dir() and name.startswith(f.name)), folder):
+        for file in _mentioning(name, place):
+            says = load(file)
+            if file.suffix == ".yaml" and name in (says.get("task"), says.get("group")):
+                return (Definition(name, file, says),)
+    # A tag may stand in what a task file includes.
+    near = sorted({f for file in _mentioning(name, folder) for f in file.parent.glob("*.yaml")})
+    tagged = [(f, says) for f in near if name in _listed((says := load(f)).get("tag"))]
+    return tuple(Definition(str(says.get("group") or says.get("task")), f, says) for f, says in tagged)
 
 
-def _stands_in(name: str, text: str) -> bool:
-    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _mentioning(name: str, folder: Path) -> list[Path]:
+    """The files with a line that may define the name."""
+    key = r"(?:(?:task|group|tag)[\"']?[ \t]*:[ \t]*)?"
+    line = re.compile(rf"^[ \t\"'-]*{key}[\"']?{re.escape(name)}[\"']?\s*(?:#.*)?$", re.MULTILINE)
+    return [file for file, text in _files(folder) if name in text and line.search(text)]
+
+
+@cache
+def _files(folder: Path) -> tuple[tuple[Path, str], ...]:
+    kinds = (".yaml", ".yml", "")  # templates have no suffix
+    files = sorted(f for f in folder.rglob("*") if f.suffix in kinds and f.is_file())
+    return tuple((f, f.read_text(encoding="utf-8", errors="replace")) for f in files)
+
+
+class _Loader(yaml.CSafeLoader):
+    """Reads a task file without running what it names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A task file with what it includes, functions by their names; empty if it is no mapping or no YAML."""
+    try:
+        says = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, OSError):
+        return {}
+    if not isinstance(says, dict):
+        return {}
+    includes = says.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else includes:
+        merged.update(load(file.parent / include))
+    return {**merged, **says}

@@ -12,7 +12,7 @@ Answers = Sequence[Mapping[str, Any]]
 def measurements(results: Mapping[str, Any], limit: float | None = None) -> Iterator[Measurement]:
     """A figure for each task, metric and filter of lm-eval's `results`, with the samples that stand under `samples`."""
     for task, figures in results["results"].items():
-        samples = sorted(results.get("samples", {}).get(task, ()), key=lambda s: int(s["doc_id"]))
+        samples = answers(results, task)
         n = results.get("n-samples", {}).get(task, {}).get("effective", len(samples))
         for key, value in figures.items():
             metric, _, filtered = key.partition(",")
@@ -24,7 +24,7 @@ def measurements(results: Mapping[str, Any], limit: float | None = None) -> Iter
                 task,
                 metric if filtered == "none" else f"{metric} ({filtered})",
                 float(value),
-                "share" if metric.startswith(("acc", "exact_match", "f1")) else "",
+                "share" if metric.startswith(("acc", "exact_match", "f1", "pass_at")) else "",
                 "higher" if higher else "lower",
                 n,
                 stderr if isinstance(stderr, float) else None,
@@ -34,13 +34,21 @@ def measurements(results: Mapping[str, Any], limit: float | None = None) -> Iter
             )
 
 
+def answers(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+    """The answers to a task's questions in their order, or to those of a group's tasks one after another."""
+    found = results.get("samples", {})
+    if task in found:
+        return sorted(found[task], key=lambda s: int(s["doc_id"]))
+    return [answer for member in results.get("group_subtasks", {}).get(task, ()) for answer in answers(results, member)]
+
+
 def convention(results: Mapping[str, Any], task: str, limit: float | None) -> str:
     """Version of the harness and of the task, the hash of what was asked, and how."""
     shots = results.get("n-shot", {}).get(task, 0)
     asked = f", first {limit:g} questions" if limit else ""
     return (
         f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-        f"hash {task_hash(results.get('samples', {}).get(task, ()))[:12]}, {shots}-shot{asked}"
+        f"hash {task_hash(answers(results, task))[:12]}, {shots}-shot{asked}"
     )
 
 

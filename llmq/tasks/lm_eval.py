@@ -1,77 +1,81 @@
 """Any task of EleutherAI's lm-evaluation-harness."""
 
-import io
-import logging
-import sys
-from collections.abc import Iterable
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from llmq.errors import LlmqError, UserError, did_you_mean
-from llmq.tasks.harness import OURS, check_names
-from llmq.tasks.harness_results import measurements
-from llmq.types import Loaded, Measurement, Task
+from llmq.errors import UserError
+from llmq.tasks import harness
+from llmq.tasks.harness_data import Asked, hashes
+from llmq.types import Answer, Loaded, Task
 
 
 class LmEval(Task):
     """Tasks of lm-eval by name, on the opened model; metrics keep lm-eval's names and standard errors.
 
-    llmq's own offline tasks (`pydoc_continuation`) are found without lm-eval's index, which takes 20 seconds to build.
+    Questions, prompts and metrics are lm-eval's. A scorer of llmq's own asks the model: what prompts share is computed
+    once, and no score depends on the batch size. lm-eval's own files are left in the stage's folder.
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     tasks: tuple[str, ...] = Field(min_length=1)
     num_fewshot: int | None = Field(None, ge=0, description="the task's own if unset")
+    versions: Mapping[str, float | str] = Field(
+        default_factory=dict, description="the task versions that are meant; any other is an error"
+    )
     limit: PositiveInt | None = Field(None, description="questions a task at most")
     include_path: Path | None = Field(None, description="a folder with more task files")
-    batch_size: PositiveInt = 16
+    data_dir: Path | None = Field(None, description="copies of data sets: data_dir/owner/name/*.parquet, .json, .jsonl")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="texts at once; changes no score")
+    apply_chat_template: bool = Field(False, description="ask as a conversation, by the tokenizer's template")
+    allow_code: bool = Field(False, description="let tasks such as humaneval run the code that the model writes")
 
     def check(self) -> None:
-        """Raise `UserError` for a task or a folder of tasks that is not there."""
-        if self.include_path and not self.include_path.is_dir():
-            raise UserError(f"include_path {str(self.include_path)!r} is no folder")
-        check_names(self.tasks, self.include_path)
+        """Raise `UserError` for a task, a version or a folder that is not there, and for code that is not allowed."""
+        for name in ("include_path", "data_dir"):
+            if getattr(self, name) and not getattr(self, name).is_dir():
+                raise UserError(f"{name} {str(getattr(self, name))!r} is no folder")
+        harness.check_names(self.tasks, self.include_path)
+        for name, pinned in self.versions.items():
+            if name not in self.tasks:
+                raise UserError(f"versions: {name!r} is none of the tasks: {', '.join(self.tasks)}")
+            found = harness.defined(name, self.include_path)[0].version
+            if str(found) != str(pinned) and not _equal(found, pinned):
+                raise UserError(f"task {name!r} is pinned at version {pinned}, and the installed lm-eval has {found}")
+        for task in () if self.allow_code else harness.leaves(self.tasks, self.include_path):
+            if task.says.get("unsafe_code"):
+                raise UserError(f"task {task.name!r} runs code that the model writes; allow it with allow_code: true")
 
-    def score(self, loaded: Loaded) -> Iterable[Measurement]:
+    def depends(self) -> Mapping[str, Any]:
+        """Hashes of every task's settings and data, which are read for it."""
+        return hashes(self._asked())
+
+    def _asked(self) -> Asked:
+        return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
+
+    def score(self, loaded: Loaded) -> Iterable[Answer]:
         """What `lm_eval.simple_evaluate` says of the opened module."""
-        # The harness sets its loggers up when imported, and speaks of each override it was asked for.
-        from lm_eval import evaluator
-        from lm_eval.models.huggingface import HFLM
+        from llmq.tasks.harness_files import files
+        from llmq.tasks.harness_results import measurements
+        from llmq.tasks.harness_run import evaluated
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        evaluator.get_git_commit_hash = lambda: None  # it asks git about the working folder, and git complains
-        manager = self._manager()
-        model = HFLM(pretrained=loaded.module, tokenizer=loaded.processor, batch_size=self.batch_size)
-        try:
-            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bars know no other way
-                results = evaluator.simple_evaluate(
-                    model=model,
-                    tasks=list(self.tasks),
-                    num_fewshot=self.num_fewshot,
-                    limit=self.limit,
-                    task_manager=manager,
-                    log_samples=True,
-                )
-        except OSError as error:  # the hub's errors, a missing data set's and a refused connection's among them
-            raise LlmqError(
-                f"lm_eval {', '.join(self.tasks)}: the data is not on this machine and the hub does not "
-                f"give it: {str(error).strip().splitlines()[0]}"
-            ) from error
-        return list(measurements(results, self.limit))
+        results = evaluated(
+            loaded,
+            self._asked(),
+            None if self.batch_size == "auto" else self.batch_size,
+            limit=self.limit,
+            apply_chat_template=self.apply_chat_template,
+            confirm_run_unsafe_code=self.allow_code,
+        )
+        yield from measurements(results, self.limit)
+        yield from files(results, self.name, str(loaded.artifact.weights))
 
-    def _manager(self) -> Any:
-        from lm_eval.tasks import TaskManager
 
-        paths = [str(p) for p in (OURS, self.include_path) if p]
-        manager = TaskManager(include_path=paths, include_defaults=False)
-        if set(self.tasks) <= set(manager.all_tasks):
-            return manager
-        manager = TaskManager(include_path=paths)
-        for name in self.tasks:
-            if name not in manager.all_tasks:
-                raise UserError(f"lm_eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
-        return manager
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return False

@@ -1,6 +1,6 @@
 """How surprised a model is by text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +35,10 @@ class Perplexity(Task):
         if self.stride and self.stride > self.window:
             raise UserError(f"stride {self.stride} is longer than the window {self.window}; tokens would be left out")
         self.data.check()
+
+    def depends(self) -> Mapping[str, Any]:
+        """The hash of the text."""
+        return {"data": self.data.read().sha256}
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Loss of every window or example, and the three perplexities that follow."""

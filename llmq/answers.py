@@ -1,0 +1,184 @@
+"""What tasks answered, kept from run to run: the same question to the same model is asked once.
+
+An answer is found again by the hash of everything that it depends on: every byte of the model, the task's settings and
+data, llmq's own code, the libraries, the processor, threads and seed. All of it is written beside the answer and read
+back, so that an answer to anything else cannot be taken for it.
+"""
+
+import base64
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cache, cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llmq
+from llmq import environment, files, plugin
+from llmq.types import Answer, Artifact, Attachment, Exhibit, Loaded, Task, measurement_from
+
+OURS = ("artifact.json", "measurements.json", "clocks.json", "samples", "pictures", "lm_eval")
+"""What llmq writes into a stage's folder beside the model."""
+LIBRARIES = (*environment.LIBRARIES, "tokenizers", "safetensors", "torchvision", "timm", "openvino", "torchmetrics")
+
+
+class Interview:
+    """A stage that is questioned, alone or beside the base; each is opened when first needed and freed at the end."""
+
+    def __init__(self, artifact: Artifact, base: Artifact, device: str, keep: bool = True):
+        self.artifact, self.base, self.device, self.keep = artifact, base, device, keep
+        self.reused: list[str] = []
+        """The tasks whose answers were there already."""
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "Interview":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._opened.close()
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return self._opened.enter_context(self.artifact.open(self.device))
+
+    @cached_property
+    def _other(self) -> Loaded:
+        return self._opened.enter_context(self.base.open(self.device))
+
+    @cached_property
+    def _model(self) -> Mapping[str, Any]:
+        return describe(self.artifact)
+
+    @cached_property
+    def _base_model(self) -> Mapping[str, Any]:
+        return describe(self.base)
+
+    def score(self, name: str, task: Task) -> Iterator[Answer]:
+        """What a task says of the stage alone."""
+        if type(task).score is not Task.score:
+            yield from self._once(name, task, lambda: task.score(self._loaded), lambda: (self._model,))
+
+    def against(self, name: str, task: Task) -> Iterator[Answer]:
+        """What a task says of the stage beside the base."""
+        yield from self._once(
+            name, task, lambda: task.against(self._loaded, self._other), lambda: (self._model, self._base_model)
+        )
+
+    def _once(
+        self, name: str, task: Task, answer: Callable[[], Any], models: Callable[[], tuple[Any, ...]]
+    ) -> Iterator[Answer]:
+        depends = task.depends() if self.keep else None
+        if depends is None:
+            yield from answer()
+            return
+        facts = {"task": settings(task), "depends": depends, "models": models(), "machine": machine(self.device)}
+        kept = read(facts)
+        if kept is None:
+            kept = list(answer())
+            write(facts, kept)
+        else:
+            self.reused.append(name)
+        yield from kept
+
+
+def settings(part: Any) -> dict[str, Any]:
+    """A word with all of its settings, and the words within them."""
+    return {part.word: {"set": plugin.to_plain(part), "all": part.model_dump(mode="json")}}
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """A model by its bytes: every file of its weights and adapter, and how it is opened."""
+    # Its notes tell how it was made, how long that took among others; nothing that is asked reads them.
+    return {
+        "model": settings(artifact.model),
+        "runtime": artifact.runtime,
+        "packed": artifact.packed,
+        "history": artifact.history,
+        "weights": contents(artifact.weights),
+        "adapter": contents(artifact.adapter) if artifact.adapter else {},
+    }
+
+
+def contents(place: Path) -> dict[str, str]:
+    """The hash of every file in a folder but those that llmq wrote about it; or of the one file that it is."""
+    if place.is_file():
+        return {place.name: sha256(place)}
+    found = sorted(f for f in place.rglob("*") if f.is_file() and f.relative_to(place).parts[0] not in OURS)
+    return {str(f.relative_to(place)): sha256(f) for f in found}
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures of one model on one machine still depend on."""
+    import torch
+
+    return {
+        "device": device,
+        "processor": environment.processor(device),
+        "threads": torch.get_num_threads(),
+        "seed": torch.initial_seed(),
+        "python": platform.python_version(),
+        "libraries": {name: environment.library_version(name) for name in LIBRARIES},
+        "llmq": own_code(),
+    }
+
+
+@cache
+def own_code() -> str:
+    """One hash over llmq's own code."""
+    root = Path(llmq.__file__).parent
+    return files.sha256_text(*(f"{f.relative_to(root)} {sha256(f)}" for f in sorted(root.rglob("*.py"))))
+
+
+def place(facts: Mapping[str, Any]) -> Path:
+    """Where the answer that depends on these facts is kept."""
+    return files.cache("answers", f"{files.sha256_text(_text(facts))}.json")
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True, default=str)
+
+
+def read(facts: Mapping[str, Any]) -> list[Answer] | None:
+    """The answers that are kept for these facts, or None."""
+    file = place(facts)
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["facts"] != json.loads(_text(facts)):
+            return None
+        return [_answer(entry) for entry in data["answers"]]
+    except (ValueError, KeyError, TypeError):  # not whole, or of another time; it is written anew
+        return None
+
+
+def write(facts: Mapping[str, Any], answers: list[Answer]) -> None:
+    """Keep answers under the facts that they depend on."""
+    file = place(facts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{"is": type(a).__name__, **_plain(a)} for a in answers]
+    files.write_json(file, {"facts": json.loads(_text(facts)), "answers": entries})
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    data = asdict(answer)
+    if isinstance(answer, Exhibit):
+        data["picture"] = base64.b64encode(answer.picture).decode()
+    return data
+
+
+def _answer(entry: Mapping[str, Any]) -> Answer:
+    data = {k: v for k, v in entry.items() if k != "is"}
+    if entry["is"] == Exhibit.__name__:
+        return Exhibit(**{**data, "picture": base64.b64decode(data["picture"])})
+    return Attachment(**data) if entry["is"] == Attachment.__name__ else measurement_from(data)

@@ -1,0 +1,104 @@
+"""How far a model has moved from the base, where accuracy may not show it yet."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.errors import UserError
+from llmq.plugin import DataWord
+from llmq.tasks.harness_data import Asked
+from llmq.types import Answer, Loaded, Measurement, Samples, Task
+
+
+class Divergence(Task):
+    """Mean KL divergence to the base and top-1 agreement on held-out text; answers to questions that flipped.
+
+    Two models of one accuracy may answer different questions right: flips count what changed, in both directions
+    (Dutta et al. 2024, Accuracy is Not All You Need). The questions are those of multiple-choice tasks of lm-eval.
+    """
+
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+
+    text: DataWord = Field("pydoc", validate_default=True, description="whose held-out part is read")
+    window: PositiveInt = Field(256, ge=2, description="tokens")
+    windows: PositiveInt = Field(32, description="windows at most")
+    tasks: tuple[str, ...] = Field(("pydoc_continuation",), description="multiple-choice tasks of lm-eval; may be none")
+    num_fewshot: int | None = Field(None, ge=0, description="the task's own if unset")
+    limit: PositiveInt | None = Field(200, description="questions a task at most")
+    include_path: Path | None = Field(None, description="a folder with more task files")
+    data_dir: Path | None = Field(None, description="copies of data sets, as of lm_eval")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="texts at once; changes no score")
+
+    def check(self) -> None:
+        """Raise `UserError` for data that cannot be had, and for tasks that are unknown or offer no choice."""
+        from llmq.tasks import harness
+
+        self.text.check()
+        harness.check_names(self.tasks, self.include_path)
+        for task in harness.leaves(self.tasks, self.include_path):
+            kind = task.says.get("output_type")
+            if kind not in (None, "multiple_choice"):
+                raise UserError(f"tasks: flips are counted on multiple choice, and {task.name!r} is {kind}")
+
+    def depends(self) -> Mapping[str, Any]:
+        """The hash of the text, and of every task's settings and data."""
+        from llmq.tasks.harness_data import hashes
+
+        return {"text": self.text.read().sha256} | (hashes(self._asked()) if self.tasks else {})
+
+    def _asked(self) -> Asked:
+        return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
+
+    def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
+        """Divergence from the base on text, then the flips on each task."""
+        yield from self._on_text(loaded, base)
+        if self.tasks:
+            before, after = (dict(self._right(model)) for model in (base, loaded))
+            for task, was in before.items():
+                yield from self._flips(task, was, after[task])
+
+    def _on_text(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement]:
+        from llmq.tasks.kl import apart, figures
+        from llmq.tasks.windows import joined, windows_of
+
+        split = self.text.read()
+        if split.shape != "text":
+            raise UserError(f"{self.name} reads text, and {self.text.word} is {split.shape}; name another")
+        windows = windows_of(joined(split.held_out), loaded.processor, self.window, self.windows)
+        found = apart(base.module, loaded.module, windows, loaded.device)
+        protocol = (
+            f"KL(base || stage), float64 softmax, {len(windows)} windows of {self.window} tokens, no overlap; "
+            f"{self.text.word} held_out, sha256 {split.sha256[:12]}"
+        )
+        return figures(found, self.name, "kl_to_base", protocol)
+
+    def _right(self, model: Loaded) -> Iterator[tuple[str, list[float]]]:
+        """For each task whether each question was answered right, by the plain `acc` of lm-eval."""
+        from llmq.tasks.harness_run import evaluated
+
+        size = None if self.batch_size == "auto" else self.batch_size
+        results = evaluated(model, self._asked(), size, limit=self.limit)
+        for task, samples in results["samples"].items():
+            rows = sorted((s for s in samples if "acc" in s), key=lambda s: int(s["doc_id"]))
+            if not rows:
+                raise UserError(f"tasks: flips are counted on right and wrong answers, and {task!r} has no 'acc'")
+            yield task, [float(s["acc"]) for s in rows]
+
+    def _flips(self, task: str, before: Sequence[float], after: Sequence[float]) -> Iterator[Measurement]:
+        pairs = list(zip(before, after, strict=True))
+        lost = tuple(float(b >= 0.5 > a) for b, a in pairs)
+        gained = tuple(float(a >= 0.5 > b) for b, a in pairs)
+        both = tuple(x + y for x, y in zip(lost, gained, strict=True))
+        yield self._share(task, "flips", both, "lower", "answers right in one model and wrong in the other")
+        yield self._share(task, "flips_to_wrong", lost, "lower", "right in the base and wrong in the stage")
+        yield self._share(task, "flips_to_right", gained, "higher", "wrong in the base and right in the stage")
+
+    def _share(self, task: str, metric: str, values: tuple[float, ...], better: Any, what: str) -> Measurement:
+        from llmq.statistics import ratio_stderr
+
+        mean, stderr = ratio_stderr(values)
+        named = f"{metric} {task}" if len(self.tasks) > 1 or task not in self.tasks else metric
+        protocol = f"{what}; the first {len(values)} questions of {task}, by acc"
+        return Measurement(self.name, named, mean, "share", better, len(values), stderr, protocol, Samples(values))

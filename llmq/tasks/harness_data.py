@@ -1,0 +1,183 @@
+"""lm-eval's tasks with their data: from a folder of copies, the local hub cache or the hub; one line says what lacks.
+
+Everything is brought before a model is opened, and hashed by what it holds.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError, UserError
+from llmq.files import sha256_files, sha256_text
+from llmq.tasks import harness
+
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Names of tasks, and where their files and data may lie."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    data_dir: Path | None = None
+    num_fewshot: int | None = None
+    """lm-eval writes it into the task, which then takes no other."""
+
+
+@cache
+def built(asked: Asked) -> tuple[Any, ...]:
+    """lm-eval's tasks and groups of these names, their data read; once in a process.
+
+    Raises `UserError` for a copy that lacks what a task reads, `LlmqError` naming the data set that cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    quiet()
+    manager = TaskManager(include_path=[str(f) for f in _places(asked)], include_defaults=False)
+    made: list[Any] = []
+    with silent(), _copies_first(asked):
+        for name in asked.tasks:
+            try:
+                made += _top(manager.load([name]), name)
+            except KeyError as error:
+                raise UserError(
+                    f"lm_eval {name}: the data of {_needs(name, asked)} has no {error.args[0]!r}, which the task reads"
+                ) from None
+    return tuple(made)
+
+
+def _top(loaded: Any, name: str) -> list[Any]:
+    """The group of that name, or the tasks that it stands for."""
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _needs(name: str, asked: Asked) -> str:
+    """What a name needs, in words: `'openai/gsm8k (main)'`."""
+    data = dict.fromkeys(d.data for d in harness.leaves([name], asked.include_path) if d.data)
+    shown = [repr(d) for d in data][:3]
+    return ", ".join(shown) + (f" and {len(data) - 3} more" if len(data) > 3 else "")
+
+
+@contextmanager
+def _copies_first(asked: Asked) -> Iterator[None]:
+    """Let `datasets.load_dataset` look into the folder of copies first, and say in one line what it cannot get."""
+    import datasets
+
+    stock = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **settings: Any) -> Any:
+        copy = asked.data_dir / path if asked.data_dir else None
+        if copy and copy.is_dir():
+            return _copy(copy, name, stock)
+        try:
+            return stock(path, name, **settings)
+        except (OSError, ValueError) as error:  # the hub's own errors and refused connections are kinds of OSError
+            raise LlmqError(_missing(path, name, asked, error)) from error
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = stock
+
+
+def _missing(path: str, name: str | None, asked: Asked, error: Exception) -> str:
+    shown = f"{path} ({name})" if name else path
+    tasks = [t for t in asked.tasks if any(d.data == shown for d in harness.leaves([t], asked.include_path))]
+    users = ", ".join(tasks or asked.tasks)
+    cure = f"there is no folder {str(asked.data_dir / path)!r}" if asked.data_dir else "data_dir can name copies of it"
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"lm_eval {users}: the data set {shown!r} is not on this machine and the hub does not give it ({said}); {cure}"
+    )
+
+
+def _copy(folder: Path, name: str | None, load: Any) -> Any:
+    """The splits in a folder: `train.jsonl`, `main/test-00000-of-00001.parquet`, … ; `name` may be a folder within."""
+    root = folder / name if name and (folder / name).is_dir() else folder
+    files = sorted(f for f in root.rglob("*") if f.suffix in KINDS and f.is_file())
+    if not files:
+        raise UserError(f"data_dir: {str(root)!r} holds no .parquet, .json or .jsonl")
+    kinds = {KINDS[f.suffix] for f in files}
+    if len(kinds) > 1:
+        raise UserError(f"data_dir: {str(root)!r} holds both parquet and JSON; keep one")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file), []).append(str(file))
+    try:
+        return load(kinds.pop(), data_files=splits)
+    except (OSError, ValueError, RuntimeError) as error:  # what datasets raises for a file that it cannot read
+        first = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"data_dir: {str(root)!r} cannot be read: {first}") from None
+
+
+def _split_of(file: Path) -> str:
+    """`test` for `test.jsonl`, `gsm8k-test.jsonl`, `test-00000-of-00001.parquet`; else the name itself."""
+    words = file.stem.replace("_", "-").replace(".", "-").split("-")
+    known = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+    known |= {"val": "validation", "dev": "dev", "test": "test"}
+    return next((known[w] for w in words if w in known), file.stem)
+
+
+@cache
+def hashes(asked: Asked) -> dict[str, str]:
+    """One hash for each single task: its settings, the files that define it, all the data that it reads."""
+    code = sha256_text(
+        *(sha256_files([f]) for place in _places(asked) for f in sorted(place.rglob("*")) if _is_code(f))
+    )
+    return {task.config.task: sha256_text(code, _hash(task)) for task in _single(built(asked))}
+
+
+def _places(asked: Asked) -> list[Path]:
+    return harness.folders(asked.tasks, asked.include_path)
+
+
+def _is_code(file: Path) -> bool:
+    return file.is_file() and file.suffix in ("", ".py", ".yaml", ".yml", ".txt", ".json", ".jsonl")
+
+
+def _single(items: tuple[Any, ...]) -> Iterator[Any]:
+    for item in items:
+        yield from item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+
+
+def _hash(task: Any) -> str:
+    total = hashlib.sha256(json.dumps(task.dump_config(), sort_keys=True, default=_named).encode())
+    for split, rows in sorted(task.dataset.items(), key=lambda item: str(item[0])):
+        total.update(str(split).encode())
+        if hasattr(rows, "with_format"):
+            for batch in rows.with_format("arrow").iter(10_000):
+                for column in batch.column_names:
+                    total.update(column.encode())
+                    total.update(json.dumps(batch[column].to_pylist(), sort_keys=True, default=str).encode())
+        else:
+            total.update(json.dumps(list(rows), sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def _named(value: Any) -> str:
+    """A function by its name, for its address differs from run to run."""
+    return getattr(value, "__qualname__", None) or f"{type(value).__name__} {value}"
+
+
+def quiet() -> None:
+    """lm-eval sets its loggers up when imported, and speaks of each setting that it was asked for."""
+    import lm_eval  # noqa: F401
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def silent() -> Any:
+    """Its bars know no other way to be silent where nobody watches."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

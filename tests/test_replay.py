@@ -1,0 +1,116 @@
+"""A run made again comes back byte for byte, and a run that was touched is found out."""
+
+import json
+
+import pytest
+import yaml
+
+from llmq import pipeline, recipe, replay
+from llmq.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def job(tiny_llama, tiny_jsonl, tmp_path_factory):
+    """A recipe that prunes, quantizes and trains the tiny model."""
+    lora = {"data": str(tiny_jsonl), "r": 4, "max_length": 64, "max_steps": 2, "per_device_train_batch_size": 2}
+    plain = {
+        "model": {"causal_lm": {"weights": str(tiny_llama)}},
+        "steps": [{"prune.magnitude": {"sparsity": 0.5}}, {"quantize.rtn": {"bits": 4}}, {"adapt.lora": lora}],
+        "evaluate": ["size", {"perplexity": {"data": str(tiny_jsonl), "part": "all"}}],
+        "seed": 3,
+    }
+    file = tmp_path_factory.mktemp("job") / "job.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    pipeline.run(recipe.load(str(job)), out)
+    return out
+
+
+def copy_of(run, tmp_path):
+    """A run to be damaged."""
+    import shutil
+
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def test_prune_quantize_and_train_come_back_byte_for_byte(run, tmp_path):
+    again = replay.replay(run, tmp_path / "again")
+    assert again.differences == []
+    assert {d.what for d in again.surroundings} <= {"commit"}
+    assert again.same
+    compared = replay._of_stages(replay.recorded(run))
+    assert again.files == len(compared)
+    for file in ("1-prune.magnitude/model.safetensors", "2-quantize.rtn/model.safetensors"):
+        assert file in compared
+    assert "3-adapt.lora/adapter_model.safetensors" in compared
+    assert again.figures >= 6
+
+
+def test_another_seed_is_seen_in_what_was_trained_and_nowhere_before(run, job, tmp_path):
+    pipeline.run(recipe.load(str(job), ["seed=4"]), tmp_path / "other")
+    found = replay.beside(run, tmp_path / "other")
+    assert not found.same
+    assert {d.what.split("/")[0].split(":")[0] for d in found.differences} == {"3-adapt.lora"}
+    assert {d.what for d in found.surroundings} - {"commit"} == {"seed"}
+
+
+def test_a_run_left_alone_is_whole(run):
+    found = replay.verify(run)
+    assert found.whole
+    assert found.same == len(replay.recorded(run))
+    assert not found.added
+
+
+def test_a_changed_a_missing_and_an_added_file_are_named(run, tmp_path):
+    damaged = copy_of(run, tmp_path)
+    weights = damaged / "1-prune.magnitude/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    (damaged / "recipe.yaml").unlink()
+    (damaged / "note.txt").write_text("mine")
+    found = replay.verify(damaged)
+    assert (found.changed, found.missing, found.added) == (
+        ["1-prune.magnitude/model.safetensors"],
+        ["recipe.yaml"],
+        ["note.txt"],
+    )
+    assert not found.whole
+
+
+def test_a_base_that_is_another_now_is_found_out(run, tmp_path):
+    damaged = copy_of(run, tmp_path)
+    report = json.loads((damaged / "report.json").read_text())
+    report["environment"]["model_sha256"] = "0" * 64
+    (damaged / "report.json").write_text(json.dumps(report))
+    found = replay.verify(damaged)
+    assert "not those that were measured" in found.base
+    assert not found.whole
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda f: None, "it is no run"),
+        (lambda f: (f / "recipe.yaml").write_text("model: x"), "did not end"),
+        (lambda f: (f / "hashes.json").write_text("{"), "holds no hashes"),
+        (lambda f: (f / "hashes.json").write_text('{"files": 3}'), "holds no hashes"),
+        (lambda f: (f / "hashes.json").write_text('{"files": {}}'), "no whole report.json"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, says):
+    make(tmp_path)
+    with pytest.raises(UserError, match=says) as caught:
+        replay.verify(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_recipe_is_not_replayed(tmp_path):
+    with pytest.raises(UserError, match="no recipe"):
+        replay.replay(tmp_path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
