@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, PositiveInt
 
 from llmq.data.images import Example
-from llmq.errors import UserError
+from llmq.errors import UserError, did_you_mean
 from llmq.files import sha256_files, sha256_text
 from llmq.models.carried import carried
 from llmq.models.vision import Learning, Player, Vision, in_batches
@@ -36,8 +36,11 @@ class Dcgan(Vision, Model):
         """Raise `UserError` for weights that are not there or cannot be opened."""
         if self.weights == BUILT_IN:
             _faces()
-        else:
+            return
+        try:
             super().check()
+        except UserError as error:
+            raise UserError(f"{error}{did_you_mean(str(self.weights), [BUILT_IN])}") from None
 
     def network(self) -> Any:
         """The generator, with the paper's initialization."""
