@@ -28,8 +28,8 @@ class Distill(Step):
     learning_rate: PositiveFloat = 2e-3
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     loss: Literal["l1", "l2"] = Field("l1", description="of the numbers on [-1, 1]")
-    autocast: bool = Field(False, description="products in bfloat16, weights in float32")
-    channels_last: bool = Field(False, description="memory order of images and weights")
+    autocast: bool = Field(True, description="products in bfloat16, weights in float32")
+    channels_last: bool = Field(True, description="memory order of images and weights")
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
     seed: int | None = Field(None, ge=0, lt=2**32, description="the run's if unset")
 

@@ -26,7 +26,9 @@ class Dcgan(Vision, Model):
     """
 
     kind: ClassVar[str] = "gan"
-    learning: ClassVar[Learning] = Learning(2e-4, BATCH, "nats", "adam", (0.5, 0.999))
+    learning: ClassVar[Learning] = Learning(
+        2e-4, BATCH, "nats", "adam", (0.5, 0.999), autocast=True, channels_last=True
+    )
 
     latent_size: PositiveInt = Field(100, description="numbers that an image is made of")
     features: PositiveInt = Field(64, description="channels of the widest layer before the image; 128 in the paper")
