@@ -131,8 +131,9 @@ class TorchvisionDetector(Detector, Model):
         network = self.network()
         try:
             network.load_state_dict(dict(state))
-        except RuntimeError:
-            return state  # whoever loads it names the first tensor that does not fit
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip().partition('", "')[0]
+            raise UserError(f"{self.weights!r} does not fit these settings: {first}") from None
         return dict(network.state_dict())
 
     def fit(self, images: Sequence[Any], targets: Sequence[dict[str, Any]] | None = None) -> Any:
