@@ -12,6 +12,7 @@ from llmq.errors import LlmqError
 from llmq.models import exported
 from llmq.models.exported import ExportedModule, openvino
 from llmq.quantize.exporting import export, write_graph
+from llmq.quantize.layer_names import are_proportional
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 
@@ -129,6 +130,42 @@ def test_the_same_graph_is_written_in_the_same_bytes(network, tmp_path):
         write_graph(export(network, Heads()), tmp_path / name)
         written.append([(tmp_path / name / f"model.{end}").read_bytes() for end in ("xml", "bin")])
     assert written[0] == written[1]
+
+
+@pytest.fixture(scope="module")
+def normed() -> nn.Module:
+    """Batch normalization after convolutions of each sort, as after a training."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3))
+    network = nn.Sequential(*(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()) for conv in layers))
+    network.append(nn.Sequential(nn.ConvTranspose2d(8, 4, 4, bias=False), nn.BatchNorm2d(4)))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    return network.eval()
+
+
+def test_layers_keep_their_names_where_a_normalization_was_folded(normed, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        graph = export(normed, Heads())
+        write_graph(graph, tmp_path / name)
+        written.append((tmp_path / name / "model.xml").read_bytes())
+    assert written[0] == written[1]
+    names = [o.get_friendly_name() for o in graph.get_ordered_ops() if "Convolution" in o.get_type_name()]
+    assert [name.split("/")[0] for name in names] == [f"__module.{i}.0" for i in range(5)]
+
+
+def test_rows_are_proportional_only_if_all_are():
+    rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    assert are_proportional(rows, rows * torch.tensor([[1.0], [-2.0], [0.5], [0.0]])) is False
+    assert are_proportional(rows * torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), rows)
+    assert not are_proportional(rows.flip(0), rows)
+    assert not are_proportional(rows, rows[:3])
 
 
 def test_size_counts_a_graph_as_it_counts_a_module(tmp_path):

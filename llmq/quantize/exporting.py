@@ -16,6 +16,7 @@ from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
 from llmq.models.exported import GRAPH, PRECISION, ExportedModule, openvino
+from llmq.quantize.layer_names import restore_names
 from llmq.quantize.likeness import Likeness
 from llmq.types import Artifact, Step
 
@@ -84,6 +85,7 @@ def export(module: Any, model: Any) -> Any:
             graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
     except (RuntimeError, library.frontend.OpConversionFailure) as error:
         raise LlmqError(f"{model.word} cannot be exported: {' '.join(str(error).split())}") from None
+    restore_names(graph, module)
     rows, columns = example.shape[-2:]
     inputs = [example, model.example(2)]
     inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
@@ -111,7 +113,7 @@ def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
     # A name that nobody gave counts the graphs, or the operations, of the whole process.
     graph.set_friendly_name("graph")
     for i, operation in enumerate(graph.get_ordered_ops()):
-        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
+        if re.fullmatch(r"[A-Za-z]+_\d+", operation.get_friendly_name()):
             operation.set_friendly_name(f"{operation.get_type_name()}_{i}")
     path = folder / GRAPH
     openvino().save_model(graph, path, compress_to_fp16=float16)

@@ -88,12 +88,11 @@ class Int8(Step):
             )
 
 
-PREFIX = "__module."
-
-
 def ignored_names(operations: list[str], ignored: tuple[str, ...]) -> list[str]:
     """The operations of the layers that `ignored` names. Raises `UserError` for a name that the network lacks."""
-    layers = {name: name.removeprefix(PREFIX).partition("/")[0] for name in operations if name.startswith(PREFIX)}
+    from llmq.quantize.layer_names import operations_of
+
+    layers = dict(operations_of(operations))
     found = []
     for wanted in ignored:
         its = [name for name, layer in layers.items() if f"{layer}.".startswith(f"{wanted}.")]
