@@ -41,23 +41,26 @@ def find_groups(network: Any, example: Any, importance: Any) -> tuple[list[Group
     """
     graph = graph_of(network, example)
     names = {module: name for name, module in network.named_modules()}
-    groups, left = [], {}
+    groups: list[Group] = []
+    left: dict[str, str] = {}
     for first in graph.get_all_groups():
-        root = first[0].dep.target.module
         found = after_shuffles(first, graph)
         items = [(item.dep, item.idxs, item.root_idxs) for item in found]
+        layers = [dep.target.module for dep, *_ in items]
+        sides = [_side(dep.handler, graph) for dep, *_ in items]
+        made = [s == "outputs" and _makes(layer) for s, layer in zip(sides, layers, strict=True)]
+        makers = tuple(names[layer] for layer, makes in zip(layers, made, strict=True) if makes)
         reason = next(filter(None, (_hinders(dep, indices, of, graph) for dep, indices, of in items)), None)
         scores = None if reason else importance(found)
         if reason or scores is None:
-            left[names[root]] = reason or "nothing in its group tells its channels apart by this importance"
+            why = reason or "nothing in its group tells its channels apart by this importance"
+            left |= dict.fromkeys(makers, why)
             continue
         members = tuple(
-            Member(names[dep.target.module], _side(dep.handler, graph), tuple(indices), tuple(of))
-            for dep, indices, of in items
-            if has_channels(dep.target.module)
+            Member(names[layer], side, tuple(indices), tuple(of))
+            for layer, side, (_, indices, of) in zip(layers, sides, items, strict=True)
+            if has_channels(layer)
         )
-        layers = [dep.target.module for dep, *_ in items]
-        makers = tuple(m.layer for m in members if m.side == "outputs" and _makes(network.get_submodule(m.layer)))
         joined = any(str(getattr(layer, "_grad_fn", "")).startswith("AddBackward") for layer in layers)
         groups.append(Group(members, makers, lcm(*map(_parts, layers)), joined, tuple(scores.tolist())))
     return groups, left

@@ -73,11 +73,9 @@ class Channels(Ratio, Step):
             normed = without_weight_norm(network)
             cuts, left = self.cuts(network, model)
             sound = proven(network, example, cuts)
-            left |= {
-                cut.group.makers[0]: "what else they do is not known"
-                for cut in cuts
-                if all(cut is not s for s in sound)
-            }
+            for cut in cuts:
+                if all(cut is not one for one in sound):
+                    left |= dict.fromkeys(cut.group.makers, "taking them out would change what others compute")
             if not sound:
                 raise nothing(left)
             take_out(network, sound)
@@ -110,14 +108,14 @@ class Channels(Ratio, Step):
         for group in groups:
             ratio = min(ratios[maker].ratio if maker in ratios else 0 for maker in group.makers)
             gone = least_important(group.scores, ratio, self.round_to, group.parts) if ratio else None
+            step = lcm(self.round_to, group.parts)
+            few = f"{len(group.scores)} channels less {ratio:.0%} are, in multiples of {step}, as many"
             if group.joined and self.scope == "inner":
-                left[group.makers[0]] = "scope: inner, and something is added to them"
+                left |= dict.fromkeys(group.makers, "scope: inner, and something is added to them")
             elif gone:
                 cuts.append(Cut(group, gone))
             else:
-                step = lcm(self.round_to, group.parts)
-                few = f"{len(group.scores)} channels less {ratio:.0%} are, in multiples of {step}, as many"
-                left[group.makers[0]] = few if ratio else "modules: skip"
+                left |= dict.fromkeys(group.makers, few if ratio else "modules: skip")
         if not cuts:
             raise nothing(left)
         return cuts, left
