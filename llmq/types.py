@@ -286,23 +286,14 @@ class Artifact:
         model: Any = plugin.load(word).model_validate(settings)
         measurements = tuple(measurement_from(m) for m in data["measurements"])
         adapter = (folder / data["adapter"]).resolve() if data["adapter"] else None
-        return cls(
-            model=model,
-            weights=(folder / data["weights"]).resolve(),
-            adapter=adapter,
-            runtime=data["runtime"],
-            packed=data["packed"],
-            history=tuple(data["history"]),
-            notes=data["notes"],
-            measurements=measurements,
-        )
+        weights, history = (folder / data["weights"]).resolve(), tuple(data["history"])
+        same = {f: data[f] for f in ("runtime", "packed", "notes")}
+        return cls(model, weights, adapter, history=history, measurements=measurements, **same)
 
 
 def measurement_from(data: Mapping[str, Any]) -> Measurement:
     """A `Measurement` out of its JSON."""
-    samples = data.get("samples")
-    if samples:
-        weights = tuple(samples["weights"]) if samples["weights"] else None
-        clusters = tuple(samples["clusters"]) if samples.get("clusters") else None
-        samples = Samples(tuple(samples["values"]), weights, samples["statistic"], samples["quantile"], clusters)
+    if samples := data.get("samples"):
+        tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters") if samples.get(k)}
+        samples = Samples(**{**samples, **tuples})
     return Measurement(**{**data, "samples": samples})
