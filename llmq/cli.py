@@ -129,7 +129,7 @@ def evaluate(
 
 
 @app.command()
-def compare(targets: list[str], as_json: Json = False) -> None:
+def compare(targets: Annotated[list[str], typer.Argument(metavar="RUN...")], as_json: Json = False) -> None:
     """Set runs, stages or lm-eval's results_*.json side by side: differences, intervals, verdicts.
 
     A single run shows its stages; of several runs the last stage of each is taken. The first is what others are held
