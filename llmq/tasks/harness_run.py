@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llmq.tasks.harness_data import Asked, built, quiet, silent
+from llmq.tasks.harness_data import Asked, built, manager, quiet, silent
 from llmq.types import Loaded
 
 
@@ -19,7 +19,12 @@ def evaluated(loaded: Loaded, asked: Asked, batch_size: int | None, **settings: 
     model = HarnessModel(loaded.module, loaded.processor, loaded.device, batch_size)
     with silent(), _briefly(evaluator), _code(bool(settings.get("confirm_run_unsafe_code"))):
         results: dict[str, Any] = evaluator.simple_evaluate(
-            model=model, tasks=list(built(asked)), num_fewshot=asked.num_fewshot, log_samples=True, **settings
+            model=model,
+            tasks=list(built(asked)),
+            num_fewshot=asked.num_fewshot,
+            log_samples=True,
+            task_manager=manager(asked),
+            **settings,
         )
     return results
 
