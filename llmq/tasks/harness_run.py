@@ -17,7 +17,7 @@ def evaluated(loaded: Loaded, asked: Asked, batch_size: int | None, **settings: 
 
     quiet()
     model = HarnessModel(loaded.module, loaded.processor, loaded.device, batch_size)
-    with silent(), _briefly(evaluator), _code(bool(settings.get("confirm_run_unsafe_code"))):
+    with silent(), _briefly(evaluator), _dice(), _code(bool(settings.get("confirm_run_unsafe_code"))):
         results: dict[str, Any] = evaluator.simple_evaluate(
             model=model,
             tasks=list(built(asked)),
@@ -58,3 +58,20 @@ def _code(allowed: bool) -> Iterator[None]:
     finally:
         if allowed and before is None:
             del os.environ["HF_ALLOW_CODE_EVAL"]
+
+
+@contextmanager
+def _dice() -> Iterator[None]:
+    """lm-eval seeds every generator there is; afterwards they go on as before."""
+    import random
+
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
