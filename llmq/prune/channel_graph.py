@@ -1,9 +1,14 @@
-"""torch-pruning's dependency graph (Fang et al. 2023), taught what it takes for an elementwise operation."""
+"""torch-pruning's dependency graph (Fang et al. 2023), taught what it takes for an elementwise operation.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Its own search for the channels that hang together goes through one operation again and again where many paths lead to
+it, as in a detector's pyramid; the one here sees every channel of every layer once.
+"""
 
-from llmq.models.shapes import FROZEN_NORM, channels_of, has_channels, kind_of, narrow
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from llmq.models.shapes import FROZEN_NORM, Which, channels_of, has_channels, kind_of, narrow
 
 
 def graph_of(network: Any, example: Any) -> Any:
@@ -44,11 +49,15 @@ def _frozen_norm() -> Any:
     return FrozenNorm()
 
 
+def _shuffles(node: Any) -> bool:
+    return str(getattr(node.module, "_grad_fn", "")) == "PixelShuffleBackward0"
+
+
 def _teach_shuffle(node: Any, each: int) -> None:
     """A pixel shuffle makes one channel of `each` neighbouring ones."""
 
     def gather(indices: Sequence[Any]) -> list[Any]:
-        return list({i.idx // each: i._replace(idx=i.idx // each) for i in reversed(indices)}.values())[::-1]
+        return [i._replace(idx=i.idx // each) for i in indices]
 
     def spread(indices: Sequence[Any]) -> list[Any]:
         return [i._replace(idx=i.idx * each + place) for i in indices for place in range(each)]
@@ -64,14 +73,90 @@ def _map(source: Any, target: Any, mapping: Callable[[Sequence[Any]], list[Any]]
             dependency.index_mapping[0] = mapping
 
 
-def after_shuffles(found: Any, graph: Any) -> Any:
-    """A group of the graph, counted in the channels that a pixel shuffle makes and not in those that go into it."""
-    if not any(_shuffles(item.dep.target) for item in found):
-        return found
-    deps = {len(item.idxs): item.dep for item in found if has_channels(item.dep.target.module)}
-    fewest = min(deps)
-    return graph.get_pruning_group(deps[fewest].target.module, deps[fewest].handler, list(range(fewest)))
+class Index(NamedTuple):
+    """A channel of a layer or operation, and the channel of the first layer that it hangs on."""
+
+    idx: int
+    root_idx: int | None
 
 
-def _shuffles(node: Any) -> bool:
-    return str(getattr(node.module, "_grad_fn", "")) == "PixelShuffleBackward0"
+@dataclass
+class Reached:
+    """One side of a layer or operation that was reached, and which channels of the first layer its own hang on."""
+
+    dep: Any
+    side: Which
+    of: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> Any:
+        """The module, or what stands for an operation."""
+        return self.dep.target.module
+
+
+def reach(graph: Any, layer: Any, side: Which) -> tuple[list[Reached], bool]:
+    """All that hangs on the channels of one side of a layer, and whether these hang on one another.
+
+    The search ends at the first thing that cannot be pruned; it is the last of those returned.
+    """
+    from torch_pruning.dependency import Dependency
+
+    pruner, node = graph.get_pruner_of_module(layer), graph.module2node[layer]
+    handler = pruner.prune_out_channels if side == "outputs" else pruner.prune_in_channels
+    every = [Index(i, i) for i in range(channels_of(layer, side))]
+    stack: list[tuple[Any, list[Any]]] = [(Dependency(handler, handler, node, node), every)]
+    found: dict[Any, Reached] = {}
+    tied = False
+    while stack:
+        dep, indices = stack.pop()
+        which: Which = "outputs" if graph.is_out_channel_pruning_fn(dep.handler) else "inputs"
+        here = found.setdefault((dep.target, dep.handler), Reached(dep, which))
+        tied = tied or any(here.of.get(i.idx, i.root_idx) != i.root_idx for i in indices)
+        new = list({i.idx: i for i in reversed(indices) if i.idx not in here.of}.values())[::-1]
+        tied = tied or len(new) < sum(i.idx not in here.of for i in indices)
+        here.of |= {i.idx: i.root_idx for i in new}
+        if hinders(here):
+            break
+        stack += _onward(dep, new) if new else []
+    return list(found.values()), tied
+
+
+def _onward(dep: Any, indices: list[Any]) -> Iterable[tuple[Any, list[Any]]]:
+    for after in dep.target.dependencies:
+        if after.is_triggered_by(dep.handler):
+            moved = indices
+            for mapping in filter(None, after.index_mapping):
+                moved = mapping(moved)
+            if moved:
+                yield after, moved
+
+
+def hinders(here: Reached) -> str | None:
+    """Why the channels of what was reached cannot go, if so."""
+    from torch import nn
+
+    reads = here.side == "inputs" and has_channels(here.layer) and not goes_through(here.layer)
+    if not here.dep.target.outputs and not reads:
+        return "what it makes is the network's output"
+    if isinstance(here.layer, nn.Parameter):
+        return "its channels meet a parameter outside of layers"
+    if isinstance(here.layer, nn.LayerNorm | nn.Embedding | nn.MultiheadAttention | nn.LSTM):
+        return f"its channels meet a {type(here.layer).__name__}"
+    if has_channels(here.layer) and (None in here.of.values() or max(here.of) >= channels_of(here.layer, here.side)):
+        return "between it and the next layer channels become something else"
+    return None
+
+
+def goes_through(layer: Any) -> bool:
+    """Whether a layer has the same channels on both sides."""
+    kind = kind_of(layer)
+    return kind is not None and kind.inputs is kind.outputs
+
+
+def reach_after_shuffles(graph: Any, layer: Any) -> tuple[list[Reached], bool]:
+    """All that hangs on the outputs of a layer, counted in channels after a pixel shuffle and not before it."""
+    found, tied = reach(graph, layer, "outputs")
+    if not tied or hinders(found[-1]) or not any(_shuffles(here.dep.target) for here in found):
+        return found, tied
+    fewest = min((here for here in found if has_channels(here.layer)), key=lambda here: len(here.of))
+    return reach(graph, fewest.layer, fewest.side)

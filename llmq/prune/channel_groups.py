@@ -1,12 +1,11 @@
 """Which channels of a network hang together, read off its dependency graph."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
 from llmq.models.shapes import DEPTHWISE, Which, channels_of, has_channels, kind_of
-from llmq.prune.channel_graph import after_shuffles, graph_of
+from llmq.prune.channel_graph import Reached, graph_of, hinders, reach_after_shuffles
 
 
 @dataclass(frozen=True)
@@ -43,35 +42,47 @@ def find_groups(network: Any, example: Any, importance: Any) -> tuple[list[Group
     names = {module: name for name, module in network.named_modules()}
     groups: list[Group] = []
     left: dict[str, str] = {}
-    for first in graph.get_all_groups():
-        found = after_shuffles(first, graph)
-        items = [(item.dep, item.idxs, item.root_idxs) for item in found]
-        layers = [dep.target.module for dep, *_ in items]
-        sides = [_side(dep.handler, graph) for dep, *_ in items]
-        made = [s == "outputs" and _makes(layer) for s, layer in zip(sides, layers, strict=True)]
-        makers = tuple(names[layer] for layer, makes in zip(layers, made, strict=True) if makes)
-        reason = next(filter(None, (_hinders(dep, indices, of, graph) for dep, indices, of in items)), None)
-        scores = None if reason else importance(found)
-        if reason or scores is None:
+    seen: set[str] = set()
+    for layer in list(graph.module2node):
+        if layer not in names or names[layer] in seen or not _makes(layer):
+            continue
+        found, tied = reach_after_shuffles(graph, layer)
+        makers = tuple(names[here.layer] for here in found if here.side == "outputs" and _makes(here.layer))
+        seen |= {names[layer], *makers}
+        reason = next(filter(None, map(hinders, found)), None) or _lopsided(found, tied)
+        scores = None if reason else importance(_as_group(found))
+        if scores is not None:
+            groups.append(_group(found, makers, names, scores))
+        else:
             why = reason or "nothing in its group tells its channels apart by this importance"
             left |= dict.fromkeys(makers, why)
-            continue
-        members = tuple(
-            Member(names[layer], side, tuple(indices), tuple(of))
-            for layer, side, (_, indices, of) in zip(layers, sides, items, strict=True)
-            if has_channels(layer)
-        )
-        joined = any(str(getattr(layer, "_grad_fn", "")).startswith("AddBackward") for layer in layers)
-        groups.append(Group(members, makers, lcm(*map(_parts, layers)), joined, tuple(scores.tolist())))
     return groups, left
 
 
+def _group(found: list[Reached], makers: tuple[str, ...], names: dict[Any, str], scores: Any) -> Group:
+    members = tuple(
+        Member(names[here.layer], here.side, tuple(here.of), tuple(here.of.values()))  # type: ignore[arg-type]
+        for here in found
+        if has_channels(here.layer)
+    )
+    joined = any(str(getattr(here.layer, "_grad_fn", "")).startswith("AddBackward") for here in found)
+    parts = lcm(*(_parts(here.layer) for here in found))
+    return Group(members, makers, parts, joined, tuple(scores.tolist()))
+
+
+def _as_group(found: list[Reached]) -> Any:
+    """As torch-pruning's importances take it."""
+    from torch_pruning.dependency import Group as Items
+
+    items = Items()
+    for i, here in enumerate(found):
+        items.add_dep(here.dep, list(here.of))
+        items[i].root_idxs = list(here.of.values())
+    return items
+
+
 def _makes(layer: Any) -> bool:
-    return hasattr(layer, "in_channels") or hasattr(layer, "in_features")
-
-
-def _side(handler: Callable[..., Any], graph: Any) -> Which:
-    return "outputs" if graph.is_out_channel_pruning_fn(handler) else "inputs"
+    return kind_of(layer) is not None and (hasattr(layer, "in_channels") or hasattr(layer, "in_features"))
 
 
 def _parts(layer: Any) -> int:
@@ -80,23 +91,11 @@ def _parts(layer: Any) -> int:
     return int(getattr(layer, "num_groups", groups))
 
 
-def _hinders(dep: Any, indices: Sequence[int], of: Sequence[int | None], graph: Any) -> str | None:
-    """Why the channels of a layer or operation cannot go, if so."""
-    from torch import nn
-
-    layer = dep.target.module
-    reads = _makes(layer) and kind_of(layer) is not DEPTHWISE and _side(dep.handler, graph) == "inputs"
-    if not dep.target.outputs and not reads:
-        return "what it makes is the network's output"
-    if isinstance(layer, nn.Parameter):
-        return "its channels meet a parameter outside of layers"
-    if isinstance(layer, nn.LayerNorm | nn.Embedding | nn.MultiheadAttention | nn.LSTM):
-        return f"its channels meet a {type(layer).__name__}"
-    if not has_channels(layer):
-        return None
-    channels = channels_of(layer, _side(dep.handler, graph))
-    if None in of or len(set(indices)) < len(indices) or max(indices) >= channels:
+def _lopsided(found: list[Reached], tied: bool) -> str | None:
+    if tied:
         return "between it and the next layer channels become something else"
-    if _parts(layer) > 1 and (len(indices) < channels or list(indices) != list(of)):
-        return "its channels meet those of others in a layer that has groups of channels"
+    for here in found:
+        own = len(here.of) == channels_of(here.layer, here.side) if _parts(here.layer) > 1 else True
+        if not own or (_parts(here.layer) > 1 and any(i != of for i, of in here.of.items())):
+            return "its channels meet those of others in a layer that has groups of channels"
     return None
