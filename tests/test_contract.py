@@ -100,7 +100,7 @@ def test_a_word_is_documented(word):
 def test_a_word_can_do_what_its_noun_promises(word):
     cls = plugin.load(word)
     if issubclass(cls, Task):
-        assert cls.score is not Task.score or cls.clocks is not Task.clocks
+        assert any(getattr(cls, name) is not getattr(Task, name) for name in ("score", "against", "clocks"))
         return
     noun = NOUN_OF[word.split(".")[0]]
     for name in METHODS & set(vars(noun)):
