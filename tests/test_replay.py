@@ -45,9 +45,8 @@ def test_prune_quantize_and_train_come_back_byte_for_byte(run, tmp_path):
     assert again.same
     compared = replay._of_stages(replay.recorded(run))
     assert again.files == len(compared)
-    for file in ("1-prune.magnitude/model.safetensors", "2-quantize.rtn/model.safetensors"):
-        assert file in compared
-    assert "3-adapt.lora/adapter_model.safetensors" in compared
+    weighed = {file.split("/")[0] for file in compared if file.endswith(".safetensors")}
+    assert weighed == {"1-prune.magnitude", "2-quantize.rtn", "3-adapt.lora"}
     assert again.figures >= 6
 
 
@@ -68,7 +67,7 @@ def test_a_run_left_alone_is_whole(run):
 
 def test_a_changed_a_missing_and_an_added_file_are_named(run, tmp_path):
     damaged = copy_of(run, tmp_path)
-    weights = damaged / "1-prune.magnitude/model.safetensors"
+    weights = min(damaged.glob("1-prune.magnitude/*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -76,7 +75,7 @@ def test_a_changed_a_missing_and_an_added_file_are_named(run, tmp_path):
     (damaged / "note.txt").write_text("mine")
     found = replay.verify(damaged)
     assert (found.changed, found.missing, found.added) == (
-        ["1-prune.magnitude/model.safetensors"],
+        [f"1-prune.magnitude/{weights.name}"],
         ["recipe.yaml"],
         ["note.txt"],
     )
@@ -114,3 +113,31 @@ def test_a_folder_without_a_recipe_is_not_replayed(tmp_path):
     with pytest.raises(UserError, match="no recipe"):
         replay.replay(tmp_path, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def exit_code(monkeypatch, *words):
+    """What the command line ends with."""
+    from llmq import cli
+
+    monkeypatch.setattr("sys.argv", ["llmq", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def test_the_commands_end_with_0_the_same_1_differs_2_wrong_input(run, tmp_path, monkeypatch, capsys):
+    assert exit_code(monkeypatch, "verify", run) == 0
+    damaged = copy_of(run, tmp_path)
+    (damaged / "log.txt").write_text("a log may grow")
+    assert exit_code(monkeypatch, "verify", damaged, "--json") == 0
+    (damaged / "report.md").write_text("# better figures")
+    assert exit_code(monkeypatch, "verify", damaged) == 1
+    assert "changed  report.md" in capsys.readouterr().out
+    assert exit_code(monkeypatch, "verify", tmp_path / "nothing") == 2
+    assert exit_code(monkeypatch, "replay", tmp_path / "nothing") == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("x")
+    assert exit_code(monkeypatch, "replay", run, "--out", tmp_path / "full") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 3
+    assert all(line.startswith("llmq: ") for line in said)
