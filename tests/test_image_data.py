@@ -90,7 +90,7 @@ def test_photographs_share_no_pixel_between_the_parts():
     split = read("photographs", train=48, held_out=24)
     sizes = {p.stem: read_image(p).shape for p in photographs._files()}
     borders = {
-        p.stem: (axis, sizes[p.stem][axis] * 2 // 3)
+        p.stem: (axis, sizes[p.stem][axis] // 2)
         for p, (*_, axis) in zip(photographs._files(), photographs.CARRIED, strict=True)
     }
     images = {p.stem: read_image(p) for p in photographs._files()}
@@ -101,7 +101,7 @@ def test_photographs_share_no_pixel_between_the_parts():
             axis, border = borders[name]
             part = np.split(images[name], [border], axis=axis)[side]
             assert np.array_equal(part[top : top + int(length), left : left + int(length)], example.image)
-            assert example.image.shape[0] == example.image.shape[1] == int(length) >= 96
+            assert example.image.shape[0] == example.image.shape[1] == int(length) >= 192
     assert {example.name.split()[0] for example in split.held_out} == set(sizes)
     assert split.shape == "image"
 

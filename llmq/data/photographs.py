@@ -11,7 +11,7 @@ from llmq.errors import UserError
 from llmq.files import sha256_files
 from llmq.types import Data, Split
 
-SMALLEST, LARGEST = 96, 224
+SMALLEST, LARGEST = 192, 448
 CARRIED = (
     ("sklearn", "datasets/images/china.jpg", 1),
     ("sklearn", "datasets/images/flower.jpg", 1),
@@ -23,8 +23,8 @@ CARRIED = (
 class Photographs(Data):
     """Seeded crops of three real photographs (temple, flower, portrait) that scikit-learn and matplotlib carry.
 
-    They have no labels: enough to calibrate a network, or to see how often two agree. Crops for training come from two
-    thirds of each photograph, held-out ones from the rest. Crops of one photograph overlap: a standard error over them
+    They have no labels: enough to calibrate a network, or to see how often two agree. Crops for training come from one
+    half of each photograph, held-out ones from the other. Crops of one photograph overlap: a standard error over them
     is too small for photographs at large.
     """
 
@@ -40,7 +40,7 @@ class Photographs(Data):
             pass
 
     def read(self) -> Split:
-        """Crops of 96 to 224 pixels, the photographs in turn."""
+        """Square crops of 192 pixels and more, the photographs in turn."""
         return _read(self.train, self.held_out, self.seed)
 
 
@@ -67,7 +67,7 @@ def _read(train: int, held_out: int, seed: int) -> Split:
     regions: tuple[list[Any], list[Any]] = ([], [])
     for file, (_, _, axis) in zip(files, CARRIED, strict=True):
         image = read_image(file)
-        for side, part in zip(regions, np.split(image, [image.shape[axis] * 2 // 3], axis=axis), strict=True):
+        for side, part in zip(regions, np.split(image, [image.shape[axis] // 2], axis=axis), strict=True):
             side.append(part)
     names = [file.stem for file in files]
     crops = [
