@@ -9,7 +9,7 @@ from llmq.files import cache, make_whole, sha256_files, sha256_text
 from llmq.types import Loaded
 
 LITE0_SIZE = 224
-BATCH = 50
+BATCH = 8  # what fits into a processor's cache: batches of 50 take twice as long
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def of_inception(path: Path, device: str) -> Extractor:
 def of_lite0(device: str) -> Extractor:
     """The 1280 pooled features of EfficientNet-Lite0 trained on ImageNet."""
     import timm
+    import torch
     from torch.nn.functional import interpolate
 
     from llmq.models.efficientnet_lite0 import ARCHITECTURE, MEAN, STD, WORD, lite0_file, state_of_lite0
@@ -67,11 +68,11 @@ def of_lite0(device: str) -> Extractor:
     network = timm.create_model(ARCHITECTURE)
     load_strictly(network, state_of_lite0(network), WORD)
     network.reset_classifier(0)
-    network.eval().to(device)
+    network.eval().to(device, memory_format=torch.channels_last)
 
     def of_batch(pixels: Any) -> Any:
         scaled = interpolate(pixels.to(device), (LITE0_SIZE, LITE0_SIZE), mode="bilinear", antialias=True)
-        return network((scaled / 255 - MEAN) / STD)
+        return network(((scaled / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last))
 
     name = f"EfficientNet-Lite0, 1280 features, images scaled to {LITE0_SIZE} pixels; not FID"
     return Extractor(name, sha256_files([lite0_file()]), of_batch)
