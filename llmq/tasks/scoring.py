@@ -93,7 +93,7 @@ def _padded(
         width = len(sequences[order[0]])
         count = min(batch_size or len(order), max(1, TOKENS // width))
         batch, order = order[:count], order[count:]
-        ids = torch.zeros(count if count == len(batch) else len(batch), width, dtype=torch.long)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
         for row, i in enumerate(batch):
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
         logits = module(input_ids=ids.to(device), use_cache=False).logits
