@@ -302,9 +302,9 @@ FAMILIES = {
     "srresnet": {"srresnet": {"scale": 2, "n_resblocks": 2}},
     "srcnn": {"srcnn": {"scale": 3}},
     "fcos": {"torchvision_detector": {"architecture": "fcos", "size": 64}},
-    "retinanet": {"torchvision_detector": {"architecture": "retinanet", "size": 64}},
 }
 SLOW = {
+    "retinanet": {"torchvision_detector": {"architecture": "retinanet", "size": 64}},
     "ssdlite": {"torchvision_detector": {"architecture": "ssdlite"}},
     "faster-rcnn": {"torchvision_detector": {"architecture": "faster_rcnn", "size": 64}},
     "fcos-fixed-norms": {"torchvision_detector": {"architecture": "fcos", "backbone": "resnet18", "coco": True}},

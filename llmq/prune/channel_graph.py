@@ -4,7 +4,7 @@ Its own search for the channels that hang together goes through one operation ag
 it, as in a detector's pyramid; the one here sees every channel of every layer once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +28,26 @@ def graph_of(network: Any, example: Any) -> Any:
     for node in graph.module2node.values():
         if _shuffles(node):
             _teach_shuffle(node, node.grad_fn._saved_upscale_factor**2)
+    _mark_outputs(graph.module2node.values())
     return graph
+
+
+def _mark_outputs(nodes: Collection[Any]) -> None:
+    """Note of each node whether what it makes gets out of the network without being read by a layer."""
+    stack = [node for node in nodes if not node.outputs]
+    for node in nodes:
+        node.gets_out = False
+    while stack:
+        node = stack.pop()
+        if not node.gets_out:
+            node.gets_out = True
+            stack += [] if _reads(node.module) else node.inputs
+
+
+def _reads(layer: Any) -> bool:
+    """Whether it makes channels of its own out of those that come in."""
+    kind = kind_of(layer)
+    return kind is not None and kind.inputs is not kind.outputs
 
 
 def _frozen_norm() -> Any:
@@ -135,8 +154,7 @@ def hinders(here: Reached) -> str | None:
     """Why the channels of what was reached cannot go, if so."""
     from torch import nn
 
-    reads = here.side == "inputs" and has_channels(here.layer) and not goes_through(here.layer)
-    if not here.dep.target.outputs and not reads:
+    if here.dep.target.gets_out and not (here.side == "inputs" and _reads(here.layer)):
         return "what it makes is the network's output"
     if isinstance(here.layer, nn.Parameter):
         return "its channels meet a parameter outside of layers"
@@ -145,12 +163,6 @@ def hinders(here: Reached) -> str | None:
     if has_channels(here.layer) and (None in here.of.values() or max(here.of) >= channels_of(here.layer, here.side)):
         return "between it and the next layer channels become something else"
     return None
-
-
-def goes_through(layer: Any) -> bool:
-    """Whether a layer has the same channels on both sides."""
-    kind = kind_of(layer)
-    return kind is not None and kind.inputs is kind.outputs
 
 
 def reach_after_shuffles(graph: Any, layer: Any) -> tuple[list[Reached], bool]:
