@@ -324,3 +324,31 @@ def test_every_family_becomes_smaller_and_reopens_the_same(name, tmp_path):
 def saved(artifact: Artifact) -> Path:
     artifact.save(artifact.weights)
     return artifact.weights
+
+
+@pytest.mark.slow
+def test_channels_then_training_then_int8_on_one_model(tmp_path):
+    settings = {"classes": 10, "channels": 1, "input_size": 32, "model_args": {"channels": [16, 32, 64, 128]}}
+    model: Any = plugin.build({"timm_classifier": {"architecture": "resnet10t", **settings}}, "models")
+    steps: list[Any] = [
+        plugin.build({"prune.channels": {}}),
+        plugin.build({"adapt.train": {"data": "digits", "max_steps": 90, "learning_rate": 3e-3, "batch_size": 32}}),
+        plugin.build({"quantize.int8": {"data": "digits", "samples": 16}}),
+    ]
+    stages = [model.base(CPU)]
+    for i, step in enumerate(steps):
+        (tmp_path / str(i)).mkdir()
+        made = step.apply(stages[-1], tmp_path / str(i), CPU)
+        made.save(tmp_path / str(i))
+        stages.append(Artifact.load(tmp_path / str(i)))
+    narrow, trained, quantized = stages[1:]
+    assert (trained.weights / "shapes.json").read_bytes() == (narrow.weights / "shapes.json").read_bytes()
+    assert not torch.equal(said(trained)[0], said(narrow)[0])
+    examples = plugin.build("data.digits").read().held_out[:64]  # type: ignore[attr-defined]
+    answers = []
+    for stage in (trained, quantized):
+        with stage.open("cpu") as loaded, torch.no_grad():
+            inputs = loaded.processor([e.image for e in examples])
+            answers.append(torch.cat([loaded.module(x[None]) for x in inputs]).argmax(1))
+    assert float((answers[0] == torch.tensor([e.label for e in examples])).float().mean()) > 0.5
+    assert float((answers[0] == answers[1]).float().mean()) > 0.9
