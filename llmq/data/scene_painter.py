@@ -113,7 +113,7 @@ def _ink(which: int, rng: Any, how: Difficulty) -> Any:
     from PIL import Image
 
     glyph = _glyph(which)
-    unit = math.exp(rng.uniform(*map(math.log, how.scale))) / (glyph.height - 2)
+    unit = rng.uniform(*how.scale) / (glyph.height - 2)
     across, angle = unit * rng.uniform(0.85, 1.2), math.radians(rng.uniform(-how.tilt, how.tilt))
     cos, sin = math.cos(angle), math.sin(angle)
     width = math.ceil(glyph.width * across * cos + glyph.height * unit * abs(sin))
@@ -160,7 +160,7 @@ def _colour_against(rng: Any, canvas: Any, box: Any, how: Difficulty) -> Any:
     """A tinted colour lighter or darker than the mean under `box`: a random share of the way to white or to black."""
     import numpy as np
 
-    under = canvas[box[1] : box[3], box[0] : box[2]].mean((0, 1))
+    under = canvas[box[1] : box[3] : 3, box[0] : box[2] : 3].reshape(-1, 3).mean(0)
     lighter = rng.random() < 1.5 - 2 * under.mean()  # never where there is little room
     contrast = rng.uniform(*how.contrast) - 0.2 * rng.random(3) * rng.random()
     return (under + (lighter - under) * contrast.clip(how.contrast[0] / 2)).astype(np.float32)
@@ -179,7 +179,7 @@ def _drawn(rng: Any, how: Difficulty, draw: Callable[[Any, float, float, int], N
     import numpy as np
     from PIL import Image, ImageDraw
 
-    width, height = (int(n) for n in np.exp(rng.uniform(*np.log(how.scale), 2)))
+    width, height = (int(n) for n in rng.uniform(*how.scale, 2))
     image = Image.new("L", (width + 1, height + 1))
     draw(ImageDraw.Draw(image), width, height, int(rng.integers(1, 4)))
     return np.asarray(image, np.float32) / 255

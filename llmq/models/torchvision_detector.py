@@ -42,7 +42,9 @@ class TorchvisionDetector(Detector, Model):
     """
 
     kind: ClassVar[str] = "detector"
-    learning: ClassVar[Learning] = Learning(4e-3, 16, "detection loss", weight_decay=1e-2)
+    learning: ClassVar[Learning] = Learning(
+        1e-3, 16, "detection loss", weight_decay=1e-2, autocast=True, channels_last=True
+    )
 
     architecture: Literal["fcos", "retinanet", "ssd", "ssdlite", "faster_rcnn"] = "fcos"
     backbone: str | None = Field(None, description="small if unset, or the only one of SSD and SSDLite")
