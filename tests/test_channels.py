@@ -10,6 +10,7 @@ import torch
 from helpers import CPU
 from hypothesis import given
 from hypothesis import strategies as st
+from test_hf_detector import model_of
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
@@ -319,6 +320,14 @@ def test_every_family_becomes_smaller_and_reopens_the_same(name, tmp_path):
     assert_whole(made, model.base(CPU))
     assert made.notes["macs"][1] < 0.8 * made.notes["macs"][0]
     assert Artifact.load(saved(made)).notes["channels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine", "detr", "yolos"])
+def test_detectors_of_transformers_lose_what_no_attention_mixes(family, tmp_path):
+    model = model_of(family)
+    made = pruned(model, tmp_path / "made", round_to=4)
+    assert_whole(made, model.base(CPU))
 
 
 def saved(artifact: Artifact) -> Path:

@@ -145,7 +145,9 @@ def _onward(dep: Any, indices: list[Any]) -> Iterable[tuple[Any, list[Any]]]:
         if after.is_triggered_by(dep.handler):
             moved = indices
             for mapping in filter(None, after.index_mapping):
-                moved = mapping(moved)
+                # Of a split that is taken apart more than once the graph does not know where each part begins.
+                known = len(getattr(mapping, "offset", (0, 0))) == 2
+                moved = mapping(moved) if known else [Index(i.idx, None) for i in moved]
             if moved:
                 yield after, moved
 
