@@ -116,7 +116,7 @@ class Reached:
 def reach(graph: Any, layer: Any, side: Which) -> tuple[list[Reached], bool]:
     """All that hangs on the channels of one side of a layer, and whether these hang on one another.
 
-    The search ends at the first thing that cannot be pruned; it is the last of those returned.
+    The search ends at the first thing that cannot be pruned.
     """
     from torch_pruning.dependency import Dependency
 
@@ -170,7 +170,7 @@ def hinders(here: Reached) -> str | None:
 def reach_after_shuffles(graph: Any, layer: Any) -> tuple[list[Reached], bool]:
     """All that hangs on the outputs of a layer, counted in channels after a pixel shuffle and not before it."""
     found, tied = reach(graph, layer, "outputs")
-    if not tied or hinders(found[-1]) or not any(_shuffles(here.dep.target) for here in found):
+    if not tied or any(map(hinders, found)) or not any(_shuffles(here.dep.target) for here in found):
         return found, tied
     fewest = min((here for here in found if has_channels(here.layer)), key=lambda here: len(here.of))
     return reach(graph, fewest.layer, fewest.side)
