@@ -111,6 +111,7 @@ def test_the_small_fcos_is_as_small_as_it_says():
     assert shapes == [(2, 256, 1), (2, 256, 4), (2, 256, 10)]  # 16 x 16 places at stride 8
 
 
+@pytest.mark.slow
 def test_a_detector_learns_and_is_reopened_the_same(tmp_path):
     model = model_of(classes=3, size=64)
     examples = some_examples(24)

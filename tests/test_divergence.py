@@ -60,6 +60,7 @@ def test_nothing_has_changed_where_nothing_was_done(tiny_llama):
     }
 
 
+@pytest.mark.slow
 def test_a_coarser_grid_diverges_more_and_flips_add_up(tiny_llama, tmp_path):
     base = base_of(tiny_llama)
     eight, two = (apply("quantize.rtn", base, tmp_path / str(n), bits=n, group_size=32) for n in (8, 2))
@@ -73,6 +74,7 @@ def test_a_coarser_grid_diverges_more_and_flips_add_up(tiny_llama, tmp_path):
     assert far["kl_to_base"].better == "lower"
 
 
+@pytest.mark.slow
 def test_flips_are_those_of_the_accuracies(tiny_llama, tmp_path):
     """Accuracy of the stage less that of the base is what was gained less what was lost."""
     base = base_of(tiny_llama)

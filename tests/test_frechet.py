@@ -155,6 +155,7 @@ def test_missing_weights_of_inception_are_told_before_anything_runs():
 
 
 @lite0
+@pytest.mark.slow
 def test_a_generator_from_its_base(tmp_path):
     task = plugin.build({"frechet": {"n": 20}}, "tasks")
     task.check()
@@ -176,6 +177,7 @@ def test_a_generator_from_its_base(tmp_path):
 
 
 @lite0
+@pytest.mark.slow
 def test_a_generator_from_real_images(tmp_path):
     task = plugin.build({"frechet": {"n": 40, "data": "digits", "part": "held_out"}}, "tasks")
     base = lively({"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}, tmp_path / "base")

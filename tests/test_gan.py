@@ -165,6 +165,7 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(loop, "_save", save_and_die)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "settings"),
     [("adapt.train", TRAINING), ("adapt.distill", {"max_steps": 6, "batch_size": 8, "save_steps": 3})],
@@ -191,6 +192,7 @@ def test_training_watches_how_far_samples_are_from_held_out_images(tmp_path):
     assert sorted(f.name for f in (tmp_path / "trained").iterdir()) == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_distilling_brings_a_generator_nearer_to_its_base(tmp_path):
     # The teacher is the base that the settings bring, so it has to be a file.
     base = lively(GREY, tmp_path / "base")

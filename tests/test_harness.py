@@ -29,6 +29,7 @@ STAGES = {
     "int8": lambda folder, tmp: apply("quantize.bnb", base_of(folder), tmp / "int8", bits=8),
     "packed": lambda folder, tmp: apply("quantize.rtn", base_of(folder), tmp / "rtn", bits=4, group_size=32),
 }
+KINDS = [pytest.param(k, marks=pytest.mark.slow) if k in ("int8", "packed") else k for k in STAGES]
 
 
 def requests(tokenizer, count=24):
@@ -49,7 +50,7 @@ def alone(module, request):
     return float(logits.gather(1, torch.tensor(request.targets)[:, None]).sum())
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_score_depends_on_the_batch_or_on_what_is_shared(tiny_llama, tmp_path, kind):
     with STAGES[kind](tiny_llama, tmp_path).open("cpu") as loaded, torch.inference_mode():
         asked = requests(loaded.processor)

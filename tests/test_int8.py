@@ -131,6 +131,17 @@ def test_a_layer_can_be_left_in_float(heads, tmp_path):
     assert stored.count("i8") == 2
 
 
+def test_all_bits_are_used_where_no_processor_is_to_be_spared(heads, made, tmp_path):
+    spared, full = made["quantize.int8"], step("quantize.int8", overflow_fix="disable").apply(heads, tmp_path, CPU)
+    largest = []
+    for stage in (spared, full):
+        graph = openvino().Core().read_model(stage.weights / "model.xml")
+        first = next(o for o in graph.get_ordered_ops() if o.get_type_name() == "Constant" and o.shape == [96, 3, 3, 3])
+        largest.append(np.abs(first.data.astype(int)).max())
+    assert largest[0] < 65
+    assert largest[1] == 127
+
+
 def test_an_ignored_layer_that_is_not_there_is_named():
     operations = ["__module.head/aten::conv/Conv", "__module.tail.2/aten::conv/Conv", "Multiply_3"]
     assert ignored_names(operations, ("tail",)) == ["__module.tail.2/aten::conv/Conv"]

@@ -183,6 +183,8 @@ def test_losses_are_summed_by_window_and_come_in_its_order(batch_size):
 class Uniform:
     """A model to which every one of 128 characters is as likely as another."""
 
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=128))
+
     def __call__(self, input_ids, use_cache):
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 128))
 

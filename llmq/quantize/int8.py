@@ -32,6 +32,10 @@ class Int8(Step):
         "performance", description="symmetric activations; mixed: asymmetric ones, which fit lopsided values better"
     )
     fast_bias_correction: bool = Field(True, description="false: exact and many times slower")
+    overflow_fix: Literal["first_layer_only", "enable", "disable"] = Field(
+        "first_layer_only",
+        description="layers whose weights take 7 bits, so that no processor without VNNI overflows; disable: none",
+    )
     ignored: tuple[str, ...] = Field((), description="layers kept in float: names in the network, or their beginnings")
     model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
 
@@ -76,6 +80,7 @@ class Int8(Step):
         library = nncf()
         names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored)
         transformer = library.ModelType.TRANSFORMER if self.model_type else None
+        advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))
         with quietly():
             return library.quantize(
                 graph,
@@ -84,6 +89,7 @@ class Int8(Step):
                 subset_size=len(inputs),
                 fast_bias_correction=self.fast_bias_correction,
                 model_type=transformer,
+                advanced_parameters=advanced,
                 ignored_scope=library.IgnoredScope(names=names, validate=False) if names else None,
             )
 
