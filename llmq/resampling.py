@@ -12,8 +12,9 @@ either fails with 20 samples: in 2,000 simulated runs 95 % intervals of a mean h
     log-normal (1)      0.87   0.87   0.92         0.93
     one in five not 0   0.81   0.86   0.83         0.94
 
-(`tests/test_coverage.py` repeats it.) The last line is how graded answers differ: most pairs do not. The t interval takes its degrees of freedom from the
-pairs that differ from the commonest, since the others say nothing of how those scatter.
+(`tests/test_coverage.py` repeats it.) The last line is how graded answers differ: most pairs do not. The t interval
+takes its degrees of freedom from the pairs that differ from the commonest, since the others say nothing of how those
+scatter.
 """
 
 from collections.abc import Callable, Sequence
