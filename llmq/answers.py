@@ -23,7 +23,6 @@ from llmq.types import Answer, Artifact, Attachment, Exhibit, Loaded, Task, meas
 
 OURS = ("artifact.json", "measurements.json", "clocks.json", "samples", "pictures", "lm_eval")
 """What llmq writes into a stage's folder beside the model."""
-LIBRARIES = (*environment.LIBRARIES, "tokenizers", "safetensors", "torchvision", "timm", "openvino", "torchmetrics")
 
 
 class Interview:
@@ -127,7 +126,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": torch.initial_seed(),
         "python": platform.python_version(),
-        "libraries": {name: environment.library_version(name) for name in LIBRARIES},
+        "libraries": {name: environment.library_version(name) for name in environment.LIBRARIES},
         "llmq": own_code(),
     }
 

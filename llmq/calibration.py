@@ -13,7 +13,9 @@ from llmq.plugin import DataWord
 from llmq.types import Artifact
 
 TILE = 192
-"""Columns of a Gram matrix made at a time, or a quarter of all; only tiles up to the diagonal are made."""
+"""Columns of a Gram matrix made at a time, or an eighth of all; only tiles up to the diagonal are made."""
+TOGETHER = 1024
+"""Rows multiplied at a time: fewer read and write the sum more often than they work on it."""
 
 
 class Calibrated(BaseModel):
@@ -68,6 +70,9 @@ class Gathered:
     def __init__(self, what: Literal["hessian", "squares"]):
         self.what = what
         self._sum: Any = None
+        self._rows: Any = None  # in float32, those beyond `_count` yet to come
+        self._count = 0
+        self._dtype: Any = None
 
     def add(self, inputs: Any) -> None:
         """Add activations `[..., features]`, in float32 exact as far as their products are."""
@@ -78,21 +83,38 @@ class Gathered:
             width = flat.shape[1]
             shape = (width, width) if self.what == "hessian" else (width,)
             self._sum = torch.zeros(shape, dtype=torch.float32, device=flat.device)
+            self._dtype = flat.dtype
         if self.what == "squares":
             self._sum += flat.float().square().sum(0)
             return
-        with products_of_bfloat16(flat.dtype):
-            values = flat.float()
-            tile = max(TILE, values.shape[1] // 4)
-            for start in range(0, values.shape[1], tile):
-                stop = start + tile
-                self._sum[start:stop, :stop] += values[:, start:stop].t() @ values[:, :stop]
+        if self._rows is None:
+            self._rows = self._sum.new_empty(TOGETHER, len(self._sum))
+        for piece in flat.split(TOGETHER):
+            if self._count + len(piece) > TOGETHER:
+                self._multiply()
+            self._rows[self._count : self._count + len(piece)] = piece
+            self._count += len(piece)
 
     def total(self) -> Any:
         """The sum: `[features, features]`, or its diagonal `[features]`."""
         if self.what == "hessian":
-            self._sum.tril_().add_(self._sum.tril(-1).t())
+            self._multiply()
+            self._rows = None
+            for tile in self._tiles():
+                self._sum[: tile.start, tile] = self._sum[tile, : tile.start].t()
         return self._sum
+
+    def _multiply(self) -> None:
+        values = self._rows[: self._count]
+        with products_of_bfloat16(self._dtype):
+            for tile in self._tiles():
+                self._sum[tile, : tile.stop].addmm_(values[:, tile].t(), values[:, : tile.stop])
+        self._count = 0
+
+    def _tiles(self) -> Iterator[slice]:
+        width = len(self._sum)
+        size = max(TILE, width // 8)
+        return (slice(start, min(start + size, width)) for start in range(0, width, size))
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from llmq import cli_provenance
+from llmq import cli_judging
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -75,18 +74,21 @@ def finetune(
 def quantize(
     model: str,
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="A word of quantize: bnb, …")] = "bnb",
+    method: Annotated[str, typer.Option(help="A word of quantize: bnb, gptq, int8, …")] = "bnb",
     bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
-    suite: Annotated[str, typer.Option(help="A suite in evals/.")] = "text-quick",
+    family: Annotated[str, typer.Option("--model", help="How to open MODEL: a word of models.")] = DEFAULT_MODEL,
+    suite: Annotated[str | None, typer.Option(help="A suite in evals/; the family's own if unset.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL by one method and measure what it cost."""
-    settings = {} if bits is None else {"bits": bits}
+    from llmq import plugin
+
+    opener: Any = plugin.load(f"models.{family}")
     plain = {
-        "model": {DEFAULT_MODEL: {"weights": model}},
-        "steps": [{f"quantize.{method}": settings}],
-        "evaluate": suite,
+        "model": {family: {"weights": model}},
+        "steps": [{f"quantize.{method}": {} if bits is None else {"bits": bits}}],
+        "evaluate": suite or opener.suite,
         "seed": 0,
     }
     _run_built(plain, f"quantize-{method}", overrides, out, as_json)
@@ -128,45 +130,8 @@ def evaluate(
     _show(pipeline.evaluate(artifacts, chosen, folder, context, told, cache), folder, as_json)
 
 
-@app.command()
-def compare(targets: Annotated[list[str], typer.Argument(metavar="RUN...")], as_json: Json = False) -> None:
-    """Set runs, stages or lm-eval's results_*.json side by side: differences, intervals, verdicts.
-
-    A single run shows its stages; of several runs the last stage of each is taken. The first is what others are held
-    against.
-    """
-    from llmq import compare
-    from llmq.report import verdicts
-
-    found = compare.side_by_side(compare.targets(targets))
-    if as_json:
-        typer.echo(json.dumps(verdicts.comparison_as_data(found)))
-    else:
-        verdicts.show_comparison(found)
-
-
-@app.command()
-def gate(
-    target: Annotated[str, typer.Argument(metavar="RUN")],
-    rule: Annotated[list[str], typer.Option(help="'perplexity <= 1.03x base', 'acc >= base - 1.0pt', 'psnr >= 30'.")],
-    stage: Annotated[str | None, typer.Option(help="The stage to judge; the last if unset.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Judge a run by rules, by the interval and never by the point.
-
-    Exit codes: 0 all pass, 1 one fails or the base itself is broken, 3 undecided: too few samples.
-    """
-    from llmq.gate import of_run
-    from llmq.report import verdicts
-
-    told = verdicts.gate_as_data(of_run(target, rule, stage))
-    if as_json:
-        typer.echo(json.dumps(told))
-    _end_gate(told, as_json)
-
-
-app.command()(cli_provenance.verify)
-app.command()(cli_provenance.replay)
+for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify, cli_judging.replay):
+    app.command()(judging)
 
 
 @app.command()
@@ -238,17 +203,7 @@ def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool, cache: bo
     report = pipeline.run(job, folder, resume, cache)
     if report:
         _show(report, folder, as_json)
-        _end_gate(report.gate, as_json)
-
-
-def _end_gate(told: Mapping[str, Any] | None, as_json: bool) -> None:
-    """Say what a gate comes to, if there was one, and end with its code."""
-    from llmq.report import verdicts
-
-    if told and not as_json:
-        verdicts.show_gate(told)
-    if told and told["exit_code"]:
-        raise typer.Exit(told["exit_code"])
+        cli_judging.end_gate(report.gate, as_json)
 
 
 def _fresh(out: Path | None, name: str) -> Path:

@@ -10,7 +10,31 @@ from typing import Any
 
 import llmq
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "numpy")
+LIBRARIES = (
+    *(
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "lm-eval",
+    ),
+    *(
+        "numpy",
+        "scipy",
+        "torchvision",
+        "timm",
+        "torchmetrics",
+        "faster-coco-eval",
+        "torch-pruning",
+        "scikit-learn",
+        "openvino",
+    ),
+    "nncf",
+)
 
 
 def describe(device: str, seed: int) -> dict[str, Any]:

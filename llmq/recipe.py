@@ -121,12 +121,18 @@ def apply_override(source: Source, override: str) -> None:
 def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any], Place, list[str]]:
     data = source.data
     steps = [_word(source, ("steps", i), entry) for i, entry in enumerate(data.get("steps") or [])]
-    named = [(i, word, settings) for i, (word, settings) in enumerate(steps) if target.startswith(f"{word}.")]
+    named = [
+        (i, word, settings, target.removeprefix(f"{said}.").split("."))
+        for i, (word, settings) in enumerate(steps)
+        for said in (word, f"{i + 1}-{word}")
+        if target.startswith(f"{said}.")
+    ]
     if len(named) > 1:
-        raise UserError(f"override {override!r}: this recipe has {len(named)} steps {named[0][1]!r}; copy and edit it")
-    for i, word, settings in named:
+        stages = " or ".join(f"{i + 1}-{word}" for i, word, *_ in named)
+        raise UserError(f"override {override!r}: this recipe has {len(named)} steps {named[0][1]!r}; write {stages}")
+    for i, word, settings, keys in named:
         data["steps"][i] = {word: settings}
-        return settings, ("steps", i, word), target.removeprefix(f"{word}.").split(".")
+        return settings, ("steps", i, word), keys
     first, _, rest = target.partition(".")
     if first == "model" and rest:
         word, settings = _word(source, ("model",), data.get("model") or "causal_lm")

@@ -39,9 +39,10 @@ class Context:
 
 
 class Model(Plugin):
-    """How to open weights of one family."""
+    """How to open weights of one family; `suite` measures those of its kind where none is named."""
 
     kind: ClassVar[str]
+    suite: ClassVar[str]
 
     def base(self, context: Context) -> "Artifact":
         """Bring the weights to this machine and return them untouched."""

@@ -323,18 +323,7 @@ def test_every_family_becomes_smaller_and_reopens_the_same(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [
-        "rt_detr",
-        pytest.param(
-            "d_fine",
-            marks=pytest.mark.xfail(strict=True, reason="tensors that its layers share come apart on reopening"),
-        ),
-        "detr",
-        "yolos",
-    ],
-)
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine", "detr", "yolos"])
 def test_detectors_of_transformers_lose_what_no_attention_mixes(family, tmp_path):
     model = model_of(family)
     made = pruned(model, tmp_path / "made", round_to=4)

@@ -11,7 +11,7 @@ import pytest
 from pytest_socket import SocketBlockedError
 
 import llmq
-from llmq import plugin
+from llmq import plugin, recipe
 from llmq.files import cache
 from llmq.types import Data, Model, Plugin, Step, Task
 
@@ -114,6 +114,12 @@ def test_steps_and_tasks_say_which_kinds_they_suit(word):
     assert isinstance(suits, frozenset)
     assert suits
     assert suits & kinds
+
+
+@pytest.mark.parametrize("word", [w for w in WORDS if w.startswith("models.")])
+def test_the_suite_of_a_family_suits_it(word):
+    family = plugin.load(word)
+    assert recipe.suite_tasks(family.suite, recipe.Source("test", {}), family.kind)
 
 
 @pytest.mark.parametrize("word", [w for w in WORDS if issubclass(plugin.load(w), Step)])

@@ -18,9 +18,11 @@ TASK_FILES = sorted((bundled("evals") / "lm_eval").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def _weights_of_built_in_models(monkeypatch, tmp_path):
-    """The packages that carry weights need not be installed to check a recipe."""
+def _what_recipes_ask_for(monkeypatch, tmp_path):
+    """The packages that carry weights need not be installed to check a recipe, nor the published rock be there."""
     monkeypatch.setattr(hugging_face, "built_in", lambda word: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("DRSRD1_2D").mkdir()
 
 
 def comments(file: Path) -> list[str]:
@@ -54,8 +56,7 @@ def test_a_recipe_tells_its_own_story(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_command_in_a_recipes_head_is_accepted(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_in_a_recipes_head_is_accepted(name):
     Path("my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     command = comments(RECIPES[name])[1].split("Run: llmq run ")[1].split()
     recipe.load(command[0], command[1:])

@@ -55,7 +55,7 @@ def read_image(path: Path, channels: int = 3) -> Any:
                     f"{path}: {opened.mode} holds more than 8 bits a pixel; scale it to 8 and save it again"
                 )
             image = np.asarray(opened.convert("RGB" if channels == 3 else "L"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
     return image.reshape(*image.shape[:2], channels)
 

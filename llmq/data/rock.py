@@ -47,9 +47,12 @@ class Rock(Data):
     residual: NonNegativeFloat = Field(2.0, description="noise that denoising left in a synthetic slice, grey levels")
 
     def check(self) -> None:
-        """Raise `UserError` for settings that cannot go together; files are looked at when they are read."""
+        """Raise `UserError` for settings that cannot go together, or a path that is not there."""
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
+        if self.path is not None and not self.path.expanduser().exists():
+            cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
+            raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
         if self.partner is not None and not self._is_volume:
             raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {', '.join(VOLUMES)}")
         if self.path is not None and not self._is_volume and self.scale == 3:

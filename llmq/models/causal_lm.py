@@ -17,6 +17,7 @@ class CausalLM(Model):
     """
 
     kind: ClassVar[str] = "causal-lm"
+    suite: ClassVar[str] = "text-quick"
 
     weights: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

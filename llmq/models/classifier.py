@@ -14,6 +14,8 @@ BATCH = 32
 class Classifier(Vision):
     """A family whose network maps images to one logit a class. A family says how many `classes` there are."""
 
+    kind: ClassVar[str] = "classifier"
+    suite: ClassVar[str] = "classifier"
     learning: ClassVar[Learning] = Learning(2e-3, 64, "nats an image", weight_decay=0.05)
 
     @property

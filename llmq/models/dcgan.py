@@ -26,6 +26,7 @@ class Dcgan(Vision, Model):
     """
 
     kind: ClassVar[str] = "gan"
+    suite: ClassVar[str] = "gan"
     learning: ClassVar[Learning] = Learning(
         2e-4, BATCH, "nats", "adam", (0.5, 0.999), autocast=True, channels_last=True
     )

@@ -32,6 +32,8 @@ class Detector(Vision):
     these outside of it, so that an exported and quantized graph is followed by the same float arithmetic.
     """
 
+    kind: ClassVar[str] = "detector"
+    suite: ClassVar[str] = "detector"
     learning: ClassVar[Learning] = Learning(1e-3, 16, "detection loss", weight_decay=1e-4)
 
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not reported")

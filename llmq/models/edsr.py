@@ -1,6 +1,6 @@
 """Residual blocks without normalization."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -13,8 +13,6 @@ class Edsr(SuperResolution, Model):
 
     The full one has 32 blocks, 256 filters and residuals scaled by 0.1.
     """
-
-    kind: ClassVar[str] = "super-resolution"
 
     n_resblocks: PositiveInt = 16
     n_feats: PositiveInt = 64

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import Field, PositiveInt
 
@@ -23,8 +23,6 @@ class HfClassifier(Classifier, Model):
     Its image processor makes the input. Configuration and processor are kept with the settings of every stage, so that
     a stage needs neither the hub nor the folder it came from.
     """
-
-    kind: ClassVar[str] = "classifier"
 
     weights: str | None = Field(None, description="a folder, or owner/name (or owner/name@revision) on the hub")
     classes: PositiveInt | None = Field(None, description="as the weights have if unset")

@@ -26,7 +26,6 @@ class HfDetector(Detector, Model):
     post-processing follows in float. Configuration and processor are kept with the settings of every stage.
     """
 
-    kind: ClassVar[str] = "detector"
     learning: ClassVar[Learning] = Learning(1e-4, 8, "detection loss", weight_decay=1e-4, augment="flip")
 
     weights: str | None = Field(None, description="a folder, or owner/name (or owner/name@revision) on the hub")

@@ -147,7 +147,9 @@ def changes(network: Any, fresh: Any) -> dict[str, dict[str, Any]]:
 
 
 def reshape(network: Any, description: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the layers of a fresh network the sizes of a description, their tensors being zero; noted as `reshaped`.
+    """Give the layers of a fresh network the sizes of a description, new tensors being zero; noted as `reshaped`.
+
+    Tensors whose shape stays are left alone: other layers may share them.
 
     Raises `UserError` for a description of another network.
     """
@@ -160,5 +162,6 @@ def reshape(network: Any, description: Mapping[str, Mapping[str, Any]]) -> None:
             if key != "tensors":
                 setattr(layers[name], key, tuple(value) if isinstance(value, list) else value)
         for tensor, shape in its["tensors"].items():
-            _put(layers[name], tensor, tensors[tensor].new_zeros(shape))
+            if list(tensors[tensor].shape) != shape:
+                _put(layers[name], tensor, tensors[tensor].new_zeros(shape))
     network.reshaped = dict(description)

@@ -1,6 +1,6 @@
 """The first convolutional network for super-resolution."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,8 +14,6 @@ class Srcnn(SuperResolution, Model):
     8,129 parameters at one channel with the paper's 9-1-5, 57,281 with its best, 9-5-5. Its convolutions work at the
     size of the output: small on disk, and slow for its size.
     """
-
-    kind: ClassVar[str] = "super-resolution"
 
     kernel: Literal[1, 3, 5] = Field(1, description="of the middle layer")
 

@@ -1,6 +1,6 @@
 """Residual blocks with batch normalization."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -10,8 +10,6 @@ from llmq.types import Model
 
 class Srresnet(SuperResolution, Model):
     """SRResNet (Ledig et al. 2017): the generator of SRGAN, here trained on L1."""
-
-    kind: ClassVar[str] = "super-resolution"
 
     n_resblocks: PositiveInt = 16
     n_feats: PositiveInt = 64

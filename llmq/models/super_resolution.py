@@ -22,6 +22,8 @@ class SuperResolution(Vision):
     Its input and output are floats on [0, 1], `(n, channels, height, width)`, the output not clipped.
     """
 
+    kind: ClassVar[str] = "super-resolution"
+    suite: ClassVar[str] = "rock-sr"
     learning: ClassVar[Learning] = Learning(
         learning_rate=1e-4,
         batch_size=16,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -23,8 +23,6 @@ class TimmClassifier(Classifier, Model):
     What is unset follows from the weights' configuration, or else from timm's of the architecture. Images of another
     number of channels are repeated (grey) or averaged (colour); they are scaled and cut as timm evaluates.
     """
-
-    kind: ClassVar[str] = "classifier"
 
     weights: str | None = Field(
         None,

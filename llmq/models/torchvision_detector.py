@@ -41,7 +41,6 @@ class TorchvisionDetector(Detector, Model):
     float. Faster R-CNN, whose second stage depends on the first, is trained and run but not exported.
     """
 
-    kind: ClassVar[str] = "detector"
     learning: ClassVar[Learning] = Learning(
         1e-3, 16, "detection loss", weight_decay=1e-2, autocast=True, channels_last=True
     )

@@ -15,7 +15,6 @@ EXPANSION = {"A": 4, "B": 6}
 class Wdsr(SuperResolution, Model):
     """WDSR A and B (Yu et al. 2018): wide before each activation, and every convolution weight-normalized."""
 
-    kind: ClassVar[str] = "super-resolution"
     learning: ClassVar[Learning] = replace(SuperResolution.learning, learning_rate=1e-3)
 
     variant: Literal["A", "B"] = Field("B", description="B splits the second convolution in two of low rank")

@@ -60,21 +60,23 @@ def compensate(rows: Any, upper: Any, choose: Callable[[int, Any], Any]) -> None
     """
     import torch
 
-    diagonal = upper.diagonal().tolist()
     errors = torch.empty(BLOCK, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    each, error_of = rows.unbind(0), errors.unbind(0)
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
-        for first in range(start, stop, INNER):
-            last = min(first + INNER, stop)
-            for i in range(first, last):
-                row, error = rows[i], errors[i - start]
-                chosen = choose(i, row)
-                torch.sub(row, chosen, out=error).div_(diagonal[i])
+        count = stop - start
+        shares = upper[start:stop, start:] / upper.diagonal()[start:stop].unsqueeze(1)
+        for first in range(0, count, INNER):
+            last = min(first + INNER, count)
+            for k in range(first, last):
+                row, error = each[start + k], error_of[k]
+                chosen = choose(start + k, row)
+                torch.sub(row, chosen, out=error)
                 row.copy_(chosen)
-                rows[i + 1 : last].addr_(upper[i, i + 1 : last], error, alpha=-1)
-            made = errors[first - start : last - start]
-            rows[last:stop].addmm_(upper[first:last, last:stop].t(), made, alpha=-1)
-        rows[stop:].addmm_(upper[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+                rows[start + k + 1 : start + last].addr_(shares[k, k + 1 : last], error, alpha=-1)
+            made = errors[first:last]
+            rows[start + last : stop].addmm_(shares[first:last, last:count].t(), made, alpha=-1)
+        rows[stop:].addmm_(shares[:, count:].t(), errors[:count], alpha=-1)
 
 
 def solve(
@@ -102,27 +104,30 @@ def solve(
     size = inputs if group_size == -1 else group_size
     place = torch.arange(inputs, device=rows.device)
     g_idx = (order if static_groups and order is not None else place) // size
-    scales, zeros = rows.new_empty(2, inputs // size, outputs)
+    scales, zeros, low, high = rows.new_empty(4, inputs // size, outputs)
+
+    def fix(of: slice, weights: Any) -> None:
+        scales[of], zeros[of] = find_grid(weights.view(-1, size, outputs), bits, sym, mse)
+        low[of], high[of] = -zeros[of], 2**bits - 1 - zeros[of]
+
     if static_groups:
-        scales[:], zeros[:] = find_grid(columns.contiguous().view(-1, size, outputs), bits, sym, mse)
-    groups, point = g_idx.tolist(), torch.empty_like(rows[0])
+        fix(slice(None), columns.contiguous())
+    groups, grids, point = g_idx.tolist(), list(zip(scales, low, high, strict=True)), torch.empty_like(rows[0])
     kept = (rows != 0).to(rows.dtype) if keep_zeros else None
     step = max(BLOCK, size)
 
     def choose(i: int, row: Any) -> Any:
         if i % step == 0 and not static_groups:
-            of = slice(i // size, (i + step) // size)
-            scales[of], zeros[of] = find_grid(rows[i : i + step].view(-1, size, outputs), bits, sym, mse)
-        if i == 0 or groups[i] != groups[i - 1] or i % step == 0:
-            now[:] = scales[groups[i]], -zeros[groups[i]], 2**bits - 1 - zeros[groups[i]]
-        scale, low, high = now
-        torch.div(row, scale, out=point).round_().clamp_(low, high).mul_(scale)
+            fix(slice(i // size, (i + step) // size), rows[i : i + step])
+        scale, least, most = grids[groups[i]]
+        torch.div(row, scale, out=point).round_().clamp_(least, most).mul_(scale)
         return point if kept is None else point.mul_(kept[i])
 
-    now: list[Any] = [None] * 3
     compensate(rows, upper, choose)
-    codes = codes_of(rows, scales, zeros, g_idx)
-    if order is not None:
-        back = order.argsort()
+    back = None if order is None else order.argsort()
+    if back is not None and static_groups:
+        rows, g_idx, back = rows[back], place // size, None
+    codes = codes_of(rows, scales, zeros)
+    if back is not None:
         codes, g_idx = codes[back], g_idx[back]
     return Quantized(codes, scales, zeros, g_idx.to(torch.int32), bits)

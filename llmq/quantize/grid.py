@@ -83,12 +83,13 @@ def nearest(rows: Any, scale: Any, zero: Any, bits: int) -> Any:
     return (rows / scale).round_().clamp_(-zero, 2**bits - 1 - zero).mul_(scale)
 
 
-def codes_of(points: Any, scales: Any, zeros: Any, g_idx: Any) -> Any:
-    """The codes of weights `[inputs, outputs]` that lie on their grid already, as bytes."""
+def codes_of(points: Any, scales: Any, zeros: Any) -> Any:
+    """The codes of weights `[inputs, outputs]` that lie on their grid already, group after group, as bytes."""
     import torch
 
-    groups = g_idx.long()
-    return (points / scales[groups] + zeros[groups]).round_().to(torch.uint8)
+    grouped = points.view(len(scales), -1, points.shape[1])
+    codes = (grouped / scales.unsqueeze(1)).add_(zeros.unsqueeze(1)).round_()
+    return codes.to(torch.uint8).view_as(points)
 
 
 def round_to_nearest(weight: Any, bits: int, group_size: int, sym: bool, mse: bool = False) -> Quantized:
@@ -102,4 +103,4 @@ def round_to_nearest(weight: Any, bits: int, group_size: int, sym: bool, mse: bo
     scales, zeros = find_grid(grouped, bits, sym, mse)
     points = nearest(grouped, scales.unsqueeze(1), zeros.unsqueeze(1), bits).view_as(rows)
     g_idx = torch.arange(inputs, device=rows.device, dtype=torch.int32) // size
-    return Quantized(codes_of(points, scales, zeros, g_idx), scales, zeros, g_idx, bits)
+    return Quantized(codes_of(points, scales, zeros), scales, zeros, g_idx, bits)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -48,9 +49,8 @@ class Accuracy(Task):
             if k == 1 or k < logits.shape[1]:
                 best = logits.topk(k, dim=1).indices.tolist()
                 right = [float(t in b) for t, b in zip(truth, best, strict=True)]
-                yield self._share(
-                    f"top{k}", right, f"the label among the {k} largest logits of {logits.shape[1]}", split
-                )
+                what = f"the label among the {k} largest logits of {logits.shape[1]}"
+                yield replace(self._share(f"top{k}", right, what, split), chance=k / logits.shape[1])
         wrong = [i for i, (t, p) in enumerate(zip(truth, top, strict=True)) if t != p]
         titles = [f"{names(t)} → {names(p)}" for t, p in zip(truth, top, strict=True)]
         yield from self._shown(

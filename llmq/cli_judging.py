@@ -1,14 +1,60 @@
-"""The commands that hold a run to its word: verify and replay."""
+"""The commands that judge runs: compare, gate, verify and replay."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
+
+
+def compare(targets: Annotated[list[str], typer.Argument(metavar="RUN...")], as_json: Json = False) -> None:
+    """Set runs, stages or lm-eval's results_*.json side by side: differences, intervals, verdicts.
+
+    A single run shows its stages; of several runs the last stage of each is taken. The first is what others are held
+    against.
+    """
+    from llmq import compare
+    from llmq.report import verdicts
+
+    found = compare.side_by_side(compare.targets(targets))
+    if as_json:
+        typer.echo(json.dumps(verdicts.comparison_as_data(found)))
+    else:
+        verdicts.show_comparison(found)
+
+
+def gate(
+    target: Annotated[str, typer.Argument(metavar="RUN")],
+    rule: Annotated[list[str], typer.Option(help="'perplexity <= 1.03x base', 'acc >= base - 1.0pt', 'psnr >= 30'.")],
+    stage: Annotated[str | None, typer.Option(help="The stage to judge; the last if unset.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a run by rules, by the interval and never by the point.
+
+    Exit codes: 0 all pass, 1 one fails or the base itself is broken, 3 undecided: too few samples.
+    """
+    from llmq.gate import of_run
+    from llmq.report import verdicts
+
+    told = verdicts.gate_as_data(of_run(target, rule, stage))
+    if as_json:
+        typer.echo(json.dumps(told))
+    end_gate(told, as_json)
+
+
+def end_gate(told: Mapping[str, Any] | None, as_json: bool) -> None:
+    """Say what a gate comes to, if there was one, and end with its code."""
+    from llmq.report import verdicts
+
+    if told and not as_json:
+        verdicts.show_gate(told)
+    if told and told["exit_code"]:
+        raise typer.Exit(told["exit_code"])
 
 
 def verify(run: Run, as_json: Json = False) -> None:
