@@ -173,3 +173,16 @@ def test_real_families_keep_their_shapes_and_lose_half_of_their_weights(model, t
     with made.open("cpu") as loaded, torch.no_grad():
         outputs = loaded.module(made.model.example(1))  # type: ignore[attr-defined]
     assert all(bool(t.isfinite().all()) for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+@pytest.mark.parametrize("held", [None, False])
+def test_training_afterwards_keeps_the_zeros_unless_told_otherwise(held, tmp_path):
+    model = plugin.build({"timm_classifier": {"architecture": "resnet10t", "classes": 10, "input_size": 32}}, "models")
+    _, made = pruned(tmp_path / "made", model)
+    step: Any = plugin.build({"adapt.train": {"data": "digits", "max_steps": 2, "keep_sparsity": held}})
+    (tmp_path / "trained").mkdir()
+    before, after = (read_state(str(a.weights)) for a in (made, step.apply(made, tmp_path / "trained", CPU)))
+    heavy = [name for name, tensor in before.items() if tensor.dim() > 1]
+    assert any(not torch.equal(before[name], after[name]) for name in heavy)
+    zeros = [bool((after[name][before[name] == 0] == 0).all()) for name in heavy]
+    assert all(zeros) if held is None else not any(zeros)

@@ -36,6 +36,8 @@ class Plan:
     eval_steps: int
     save_steps: int
     seed: int
+    keep_zeros: bool = False
+    """Whether weights that are zero when training begins are zero after every step."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: a linear warm-up, then the schedule down to 0."""
@@ -68,6 +70,7 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         players: list[Player] = model.players(network)
+    zeros = [(w, w == 0) for w in network.parameters() if w.dim() > 1] if plan.keep_zeros else []
     order_in_memory = torch.channels_last if plan.channels_last else torch.contiguous_format
     for player in players:
         player.module.to(loaded.device, memory_format=order_in_memory).train()
@@ -77,6 +80,8 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
     bar, began = Bar("training", plan.steps, start=done), time.perf_counter()
     for step in range(done, plan.steps):
         losses = _step(loaded, examples, players, optimizers, plan, step)
+        for weight, is_zero in zeros:
+            weight.data.masked_fill_(is_zero, 0)
         _record(history, players, losses, step + 1, plan)
         if held_out and ((step + 1) % plan.eval_steps == 0 or step + 1 == plan.steps):
             network.eval()

@@ -36,6 +36,9 @@ class Train(Step):
     crop: PositiveInt | None = Field(None, description="pixels of a random square; the family's own if unset")
     autocast: bool | None = Field(None, description="products in bfloat16, weights in float32")
     channels_last: bool | None = Field(None, description="memory order of images and weights")
+    keep_sparsity: bool | None = Field(
+        None, description="weights that are zero stay zero; if unset, where prune.magnitude came before"
+    )
     eval_steps: PositiveInt | None = Field(None, description="steps between held-out figures; a quarter if unset")
     held_out_examples: int = Field(32, ge=0, description="for the held-out figure while training; 0: none")
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
@@ -70,6 +73,7 @@ class Train(Step):
             eval_steps=self.eval_steps or max(1, steps // 4),
             save_steps=self.save_steps or max(1, steps // 4),
             seed=context.seed if self.seed is None else self.seed,
+            keep_zeros="prune.magnitude" in artifact.history if self.keep_sparsity is None else self.keep_sparsity,
         )
         with artifact.open(context.device) as loaded:
             history = train(loaded, split.train, split.held_out[: self.held_out_examples], plan, folder)
