@@ -1,5 +1,6 @@
 """What all tests share: no network, a cache of their own, and a tiny model that is real but for its size."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """No test reaches a network, but one that says so."""
     if item.get_closest_marker("network") is None:
         disable_socket(allow_unix_socket=True)
+
+
+@pytest.fixture(autouse=True)
+def _what_is_loaded_is_not_collected() -> None:
+    """Each model that is freed asks the garbage collector, which need not look through all libraries every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

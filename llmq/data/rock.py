@@ -50,15 +50,15 @@ class Rock(Data):
         """Raise `UserError` for settings that cannot go together, or a path that is not there."""
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
-        if self.path is not None and not self.path.expanduser().exists():
-            cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
-            raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
         if self.partner is not None and not self._is_volume:
             raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {', '.join(VOLUMES)}")
         if self.path is not None and not self._is_volume and self.scale == 3:
             raise UserError("scale 3 is not among the low-resolution images of DRSRD1: 2 or 4")
         if self.train_until and self.held_out_from and self.train_until > self.held_out_from:
             raise UserError(f"train_until {self.train_until} is past held_out_from {self.held_out_from}")
+        if self.path is not None and not self.path.expanduser().exists():
+            cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
+            raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
 
     def read(self) -> Split:
         """All pairs, low and high. Raises `UserError` naming the first file that is missing or does not fit."""
