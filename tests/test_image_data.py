@@ -259,3 +259,10 @@ def test_a_package_without_its_photograph_is_named(monkeypatch):
     monkeypatch.setattr(photographs, "CARRIED", (("no_such_package", "a/b.jpg", 0),))
     with pytest.raises(UserError, match=r"a/b\.jpg is carried by no_such_package, .* use data\.image_folder"):
         read("photographs", train=5)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (30, 30)).save(tmp_path / "huge.png")
+    with pytest.raises(UserError, match=r"huge.png: not a readable image: Image size \(900 pixels\) exceeds limit"):
+        read_image(tmp_path / "huge.png")

@@ -228,3 +228,11 @@ def test_a_step_that_does_not_suit_the_model_is_refused():
 def test_a_task_that_does_not_suit_the_model_is_refused():
     with pytest.raises(UserError, match=r"'tasks\.speed' suits .*causal-lm.*, and this model is a kite"):
         recipe.suite_tasks(["speed"], HERE, "kite")
+
+
+def test_of_two_steps_of_one_word_an_override_names_one_by_its_stage():
+    name = "vision/digits-prune-int8"
+    first, _, second = recipe.load(name, ["3-adapt.train.max_steps=7"]).steps[:3]
+    assert (first.max_steps, second.max_steps) == (None, 7)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"2 steps 'adapt\.train'; write 1-adapt\.train or 3-adapt\.train"):
+        recipe.load(name, ["adapt.train.max_steps=7"])

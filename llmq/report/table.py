@@ -53,11 +53,13 @@ class Row:
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """The rows in the order in which things were measured."""
+    """The rows in the order in which tasks first spoke, those of one task together."""
     stages = report.measured
     found = {(m["stage"], m["task"], m["metric"]): m for m in report.measurements}
     compared = {(c["stage"], c["task"], c["metric"]): c for c in report.comparisons}
-    for task, metric in dict.fromkeys((m["task"], m["metric"]) for m in report.measurements):
+    tasks = list(dict.fromkeys(m["task"] for m in report.measurements))
+    named = dict.fromkeys((m["task"], m["metric"]) for m in report.measurements)
+    for task, metric in sorted(named, key=lambda name: tasks.index(name[0])):
         shown = [found.get((s, task, metric)) for s in stages]
         first = next(m for m in shown if m)
         cells = tuple(_cell(m, compared.get((s, task, metric))) for s, m in zip(stages, shown, strict=True))
