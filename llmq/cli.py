@@ -109,7 +109,7 @@ def evaluate(
         str, typer.Option(help="How to open a target that is no stage: a word of models.")
     ] = DEFAULT_MODEL,
     device: str = "auto",
-    threads: int | None = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
     out: Out = None,
     cache: Cache = True,
     as_json: Json = False,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llmq.errors import UserError
+
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 
@@ -83,6 +85,8 @@ def replay(
     """Run the recipe of RUN again, everything measured anew, and say what differs: 0 nothing, 1 something."""
     from llmq import replay as replays
 
+    if out and out.exists() and not out.is_dir():
+        raise UserError(f"{str(out)!r} is a file; name a folder")
     found = replays.replay(run, out or run.resolve().with_name(f"{run.resolve().name}-replay"))
     if as_json:
         typer.echo(json.dumps(found.plain()))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llmq.errors import UserError
+
 
 def cache(*parts: str) -> Path:
     """A place under the cache folder (`LLMQ_CACHE`, or `llmq` in the user's cache folder)."""
@@ -60,7 +62,10 @@ def portable_path(path: Path, folder: Path) -> str:
 def safetensors_of(folder: Path) -> list[Path]:
     """The files that hold a model's weights: those that its index names, `model.safetensors`, or all there are."""
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None
     # A repository may hold the same weights twice, as `consolidated.safetensors`; what is loaded is what counts.
     files = [folder / name for name in sorted(shards)] if (folder / min(shards)).exists() else []
     return files or sorted(folder.glob("*.safetensors"))

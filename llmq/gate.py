@@ -202,10 +202,13 @@ def _in_unit_of(rule: Rule, m: Measurement) -> Rule:
     kinds = {"pt": share, "%": share, "": True}
     if not kinds.get(rule.unit, m.unit == "bytes"):
         raise UserError(f"rule {rule.text!r}: {m.task} {m.metric} is in {m.unit!r}, not in {rule.unit}")
+    if share and m.unit != "%" and rule.unit == "" and (abs(rule.offset) >= 1 or (rule.number or 0) > 1):
+        cure = f"{rule.number:g}%" if rule.number else f"{abs(rule.offset):g}pt"
+        raise UserError(f"rule {rule.text!r}: {m.task} {m.metric} is a share, at most 1; write {cure}")
     if m.unit == "%" and rule.unit in ("pt", "%"):
         return replace(rule, offset=100 * rule.offset, number=None if rule.number is None else 100 * rule.number)
     return rule
 
 
 def _is_share(m: Measurement) -> bool:
-    return m.unit.startswith("share") or (m.unit == "" and 0 <= m.value <= 1)
+    return m.unit.startswith("share") or (m.unit == "" and m.better == "higher" and 0 <= m.value <= 1)

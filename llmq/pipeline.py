@@ -63,7 +63,10 @@ def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> 
             if name in measured and first:
                 base = stages[measured[0]].artifact
                 stages[name] = question(stages[name], recipe.evaluate, out, context.device, base, cache)
-                gate.check(recipe.rules, stages[name].measurements, has_clocks(recipe.evaluate) or name != measured[0])
+                more = answer_by("clocks", recipe.evaluate) or (
+                    name != measured[-1] and answer_by("against", recipe.evaluate)
+                )
+                gate.check(recipe.rules, stages[name].measurements, more)
         if not first:
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, out, context.device)
@@ -170,10 +173,10 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
         answers: list[Answer] = list(stage.artifact.measurements)
         with Interview(stage.artifact, base, device, cache) as interview:
             for name, task in named(tasks).items():
-                answers += ask(name, task, interview.score(name, task), stage.name)
-            if stage.artifact != base:
-                for name, task in ((n, t) for n, t in named(tasks).items() if type(t).against is not Task.against):
-                    answers += ask(name, task, interview.against(name, task), stage.name)
+                answers += ask(name, task, interview.score(name, task), stage.name, answers)
+            for name, task in named(tasks).items() if stage.artifact != base else ():
+                if answer_by("against", [task]):
+                    answers += ask(name, task, interview.against(name, task), stage.name, answers)
         measurements = [a for a in answers if isinstance(a, Measurement)]
         exhibits = [keep_picture(a, out, stage.name) for a in answers if isinstance(a, Exhibit)]
         for attachment in (a for a in answers if isinstance(a, Attachment)):
@@ -217,11 +220,13 @@ def filed(task: str, name: str, asked: Task) -> str:
     return name if task == asked.name else task
 
 
-def ask(name: str, task: Task, answers: Iterable[Answer], stage: str) -> Iterator[Answer]:
-    """What a task answers, filed under its name; says how long that took."""
-    began = time.perf_counter()
+def ask(name: str, task: Task, answers: Iterable[Answer], stage: str, before: Iterable[Answer]) -> Iterator[Answer]:
+    """What a task answers, filed under its name, or beside a figure of `before` under both; says how long that took."""
+    began, taken = time.perf_counter(), {(a.task, a.metric) for a in before if isinstance(a, Measurement)}
     for answer in answers:
-        yield replace(answer, task=filed(answer.task, name, task))
+        its = filed(answer.task, name, task)
+        again = isinstance(answer, Measurement) and (its, answer.metric) in taken  # one task of lm-eval, asked twice
+        yield replace(answer, task=f"{its} ({name})" if again else its)
     say(f"  {stage}  {name:<14} {time.perf_counter() - began:6.1f} s")
 
 
@@ -239,14 +244,14 @@ def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
             write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 
 
-def has_clocks(tasks: Iterable[Task]) -> bool:
-    """Whether one of them times the stages, once all are there."""
-    return any(type(task).clocks is not Task.clocks for task in tasks)
+def answer_by(method: str, tasks: Iterable[Task]) -> bool:
+    """Whether one of the tasks overrides `score`, `against` or `clocks`."""
+    return any(getattr(type(task), method) is not getattr(Task, method) for task in tasks)
 
 
 def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, device: str) -> dict[str, Stage]:
     """Time all stages in turn, all of them open at once; the stages with what the clocks say added, and kept."""
-    if not has_clocks(tasks):
+    if not answer_by("clocks", tasks):
         return dict(stages)
     began = time.perf_counter()
     with ExitStack() as open_stages:

@@ -86,6 +86,8 @@ def _base(run: Path) -> str:
             return f"{artifact.weights}: the weights are not those that were measured"
     except OSError as error:
         return f"the weights cannot be read: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / 'artifact.json'} does not describe a stage"
     return ""
 
 

@@ -74,7 +74,10 @@ def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
     found = [*(_kept(kept) if kept.is_file() else ()), *timed]
     have = {(m.task, m.metric) for m in found}
     # Reports of before the clocks were kept hold their figures alone.
-    bare = [measurement_from(_without_stage(m)) for m in report["measurements"] if m["stage"] == folder.name]
+    try:
+        bare = [measurement_from(_without_stage(m)) for m in report["measurements"] if m["stage"] == folder.name]
+    except (KeyError, TypeError):
+        raise UserError(f"{str(folder.parent / 'report.json')!r} is no report of llmq") from None
     rest = [m for m in bare if (m.task, m.metric) not in have]
     return Result(
         folder.name, folder.resolve().parent, (*found, *rest), frozenset((m.task, m.metric) for m in (*timed, *rest))
@@ -114,7 +117,10 @@ def _harness(file: Path) -> Result:
     config = results.get("config") or {}
     found = measurements({**results, "samples": {t: s for t, s in samples.items() if s}}, config.get("limit"))
     name = Path(str(results.get("model_name") or file.stem)).name
-    return Result(f"{name} (lm-eval)", file.resolve(), tuple(found))
+    try:
+        return Result(f"{name} (lm-eval)", file.resolve(), tuple(found))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(file)!r}, or samples beside it, lack what lm-eval writes today: {error}") from None
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

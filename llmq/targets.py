@@ -85,4 +85,6 @@ def _with(entries: Any, said: dict[str, Any]) -> Any:
         known = plugin.load(f"tasks.{word}").model_fields
         mine = {k: v for k, v in said.items() if k in known}
         told.append({word: {**settings, **mine}} if mine else entry)
+    if told == entries:
+        raise UserError(f"--{min(said).replace('_', '-')}: no task of this suite reads what it names")
     return told

@@ -376,9 +376,25 @@ def test_data_of_other_classes_is_refused_for_learning_with_the_cure():
 def test_some_of_the_classes_are_found_by_name():
     split = Numbered(classes=("N5", "thing 2")).read()
     assert Table(size=9).places(split) == [5, 2]
-    with pytest.raises(UserError, match="2 classes, and this network has 9, none of them named 'x'"):
+    with pytest.raises(UserError, match="class 'x' is none of those that its weights name, and 'thing 2' is"):
         Table(size=9).places(Numbered(classes=("thing 2", "x")).read())
+    with pytest.raises(UserError, match="2 classes, and this network has 9, none of them named 'x'"):
+        Table(size=9).places(Numbered(classes=("x", "y")).read())
     assert Table().places(Numbered().read()) == list(range(7))
+
+
+def test_names_go_before_numbers_in_learning_and_in_scoring_alike():
+    split = Numbered(classes=("thing 1", "thing 0")).read()
+    learnt = Table(size=2).numbered(split)
+    assert [e.label for e in learnt.train] == [1 - e.label for e in split.train]
+    answers = np.zeros((256, 2))
+    for example in (*split.train, *split.held_out):
+        answers[example.image[0, 0, 0], 1 - example.label] = 1
+    task = Accuracy(data="digits", part="all")
+    object.__setattr__(task, "data", Numbered(classes=("thing 1", "thing 0")))
+    found = {m.metric: m for m in task.score(opened(answers)) if isinstance(m, Measurement)}
+    assert found["top1"].value == 1
+    assert found["top1"].chance == 0.5
 
 
 # accuracy

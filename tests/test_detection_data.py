@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llmq import plugin
-from llmq.data.boxed_images import within
+from llmq.data.boxed_images import facts, within
 from llmq.data.scene_painter import Difficulty, glyphs, paint
 from llmq.data.scenes import FROM_THE_END, Scenes, _read
 from llmq.data.yolo_text import label_file
@@ -306,6 +306,41 @@ def test_files_that_are_not_there_or_broken_are_named(tmp_path):
     (tmp_path / "data.yaml").write_text("train: nowhere\nnames: [a]\n")
     with pytest.raises(UserError, match=r"data.yaml: train: there is no folder .*nowhere'; correct it, or set 'path'"):
         read("coco", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("names", ["three", "5", "{1: three, 2: seven}", "{0: three, x: seven}"])
+def test_names_of_classes_are_a_list_or_count_from_0(names, tmp_path):
+    file = yolo_in(tmp_path) / "data.yaml"
+    file.write_text(f"train: images/train\nnames: {names}\n")
+    with pytest.raises(UserError, match=r"data.yaml: names: .* is no list, and no mapping of 0 to the last class"):
+        read("coco", path=str(tmp_path))
+
+
+def test_images_without_one_text_file_are_no_data_set(tmp_path):
+    (yolo_in(tmp_path) / "labels" / "train" / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"train: no image has a text file with its boxes; .*a.txt'"):
+        read("coco", path=str(tmp_path))
+
+
+def test_an_image_that_viewers_turn_is_refused(tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(path, exif=exif)
+    with pytest.raises(UserError, match=r"turned.jpg: is to be turned when it is shown \(EXIF orientation 6\)"):
+        facts(path)
+
+
+def test_ids_are_whole_numbers_and_each_its_own(tmp_path):
+    file = coco_in(tmp_path)
+    data = json.loads(file.read_text())
+    for change, message in (
+        ({"categories": [{**data["categories"][0], "id": "2"}]}, r"categories\[0\] .*: id '2' is no whole number"),
+        ({"images": [data["images"][0]] * 2}, r"images\[1\] .*: another of the images has that id"),
+    ):
+        file.write_text(json.dumps({**data, **change}))
+        with pytest.raises(UserError, match=message):
+            read("coco", path=str(file))
 
 
 def test_labels_lie_where_yolo_looks_for_them():

@@ -3,6 +3,7 @@
 import gzip
 import struct
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,17 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def deep_colour(path: Path) -> None:
+    """A PNG of one pixel with 16 bits a channel, which Pillow opens as 8."""
+    path.parent.mkdir(parents=True)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b""))
+
+
 def unlike_labels(folder: Path) -> None:
     """One label too few."""
     idx(clothes(folder, suffix="") / "t10k-labels-idx1-ubyte", np.arange(3))
@@ -208,6 +220,8 @@ CASES = [
     Bad("cut-short", lambda d: cut_short(d / "a" / "x.png"), FOLDER, ("d/a/x.png", "not a readable image")),
     Bad("16-bit", lambda d: save(d / "a" / "x.png", mode="I;16"), FOLDER,
         ("d/a/x.png", "more than 8 bits", "scale it")),
+    Bad("16-bit-colour", lambda d: deep_colour(d / "a" / "x.png"), FOLDER,
+        ("d/a/x.png", "RGB;16B holds more than 8 bits", "scale it")),
     Bad("empty-class", lambda d: (save(d / "a" / "x.png"), (d / "b").mkdir()), FOLDER, ("d/b", "has no image")),
     Bad("loose-image", lambda d: (save(d / "a" / "x.png"), save(d / "y.png")), FOLDER,
         ("d/y.png", "beside class folders", "labels: false")),

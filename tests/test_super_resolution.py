@@ -12,6 +12,7 @@ from llmq import plugin
 from llmq.data.degrade import bicubic
 from llmq.data.images import Example
 from llmq.errors import UserError
+from llmq.models import super_resolution
 from llmq.models.super_resolution_networks import Bicubic
 from llmq.models.weight_norm import with_weight_norm, without_weight_norm
 from llmq.types import Artifact, Exhibit, Split
@@ -271,3 +272,9 @@ def test_tiles_cover_every_pixel_once(height, width, tile, overlap):
         assert made[kept].shape == covered[place].shape
         assert made.shape[0] <= 2 * (tile + 2 * overlap)
     assert (covered == 1).all()
+
+
+def test_the_middle_of_a_pair_is_the_same_place_in_both():
+    low = np.arange(125 * 125).reshape(125, 125, 1)
+    small, large = super_resolution._middle(Example("x", low, high=low.repeat(4, 0).repeat(4, 1)), 64, 4)
+    assert np.array_equal(large[::4, ::4], small)

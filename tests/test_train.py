@@ -11,7 +11,7 @@ from llmq import plugin
 from llmq.adapt import loop
 from llmq.adapt.train import Train
 from llmq.data.images import Example, make_split
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 from llmq.models.vision import Learning, Player, Vision
 from llmq.types import Data, Model
 
@@ -155,3 +155,23 @@ def test_the_rate_warms_up_and_ends_near_nothing():
         assert max(rates) == rates[10] == 1.0
         assert rates[-1] < 0.02
     assert {loop.Plan(**common | {"schedule": "constant", "warmup": 0}).rate(s) for s in (0, 50, 99)} == {1.0}
+
+
+def test_a_training_part_without_examples_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(Slopes, "read", lambda self: make_split([], [], "image/label", ["none"]))
+    step: Any = Train.model_construct(data=Slopes())
+    with pytest.raises(UserError, match=r"adapt\.train: the training part of .* is empty; hold less out"):
+        step.check_base(Tiny().base(CPU))
+
+
+def test_a_head_of_zeros_learns_though_zeros_are_kept(tmp_path):
+    with Tiny().base(CPU).open("cpu") as loaded:
+        loaded.module[-1].weight.data.zero_()
+        loaded.module[0].weight.data[0] = 0
+        split = Slopes().read()
+        plan = loop.Plan(
+            3, 4, 1e-2, "constant", 0, "adam", (0.9, 0.99), 0.0, None, "none", None, False, False, 9, 9, 0, True
+        )
+        loop.train(loaded, split.train, [], plan, tmp_path)
+        assert bool((loaded.module[-1].weight != 0).any())
+        assert not bool(loaded.module[0].weight[0].any())

@@ -61,6 +61,7 @@ class Distill(Step):
             eval_steps=quarter,
             save_steps=self.save_steps or quarter,
             seed=context.seed if self.seed is None else self.seed,
+            keep_zeros="prune.magnitude" in artifact.history,
         )
         base = artifact.model.base(context)
         with base.open(context.device) as teacher, artifact.open(context.device) as pupil:

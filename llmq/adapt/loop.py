@@ -70,7 +70,8 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         players: list[Player] = model.players(network)
-    zeros = [(w, w == 0) for w in network.parameters() if w.dim() > 1] if plan.keep_zeros else []
+    heavy = [(w, w == 0) for w in network.parameters() if w.dim() > 1] if plan.keep_zeros else []
+    zeros = [(weight, is_zero) for weight, is_zero in heavy if not bool(is_zero.all())]  # a new head begins with zeros
     order_in_memory = torch.channels_last if plan.channels_last else torch.contiguous_format
     for player in players:
         player.module.to(loaded.device, memory_format=order_in_memory).train()

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq.errors import UserError
 from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Step
@@ -51,7 +52,16 @@ class Train(Step):
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data that this network cannot learn from."""
         model: Any = base.model
-        model.check_split(self.data.read())
+        split = self.data.read()
+        model.check_split(split)
+        if not split.train:
+            raise UserError(f"{self.word}: the training part of {self.data.word} is empty; hold less out")
+        watched = len(split.held_out[: self.held_out_examples])
+        if 0 < watched < model.watched_from:
+            raise UserError(
+                f"{self.word}: {watched} held-out example, and {model.watched_from} are needed to watch the training; "
+                "hold more out, or set held_out_examples: 0"
+            )
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
@@ -59,7 +69,7 @@ class Train(Step):
         from llmq.models.state import save_network
 
         model: Any = artifact.model
-        split = self.data.read()
+        split = model.numbered(self.data.read())
         learning = {name: self._choice(name, model.learning) for name in CHOICES}
         steps = self.max_steps or max(1, round(self.num_train_epochs * len(split.train) / learning["batch_size"]))
         plan = Plan(

@@ -73,9 +73,16 @@ def _read(file: Path) -> dict[str, Any]:
         entries = data.get(name)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{file}: has no list of {name!r}, so it is no COCO annotation file of objects")
+        seen: set[Any] = set()
         for number, entry in enumerate(entries):
+            where = f"{file}: {name}[{number}] (id {entry.get('id')!r})"
             if missing := [key for key in keys if key not in entry]:
-                raise UserError(f"{file}: {name}[{number}] (id {entry.get('id')!r}) has no {missing[0]!r}")
+                raise UserError(f"{where} has no {missing[0]!r}")
+            if wrong := [key for key in keys if key.endswith("id") and not isinstance(entry[key], int)]:
+                raise UserError(f"{where}: {wrong[0]} {entry[wrong[0]]!r} is no whole number")
+            if name != "annotations" and entry["id"] in seen:
+                raise UserError(f"{where}: another of the {name} has that id; give each its own")
+            seen.add(entry.get("id"))
     return data
 
 

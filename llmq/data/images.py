@@ -1,7 +1,8 @@
 """What image data sets share: the example, images out of files, and the split."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,62 @@ class Lazily(Sequence[Example]):
 def read_image(path: Path, channels: int = 3) -> Any:
     """A file as uint8 `(height, width, channels)`. Raises `UserError` for one that cannot be read or is 16-bit."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"{path}: {opened.mode} holds more than 8 bits a pixel; scale it to 8 and save it again"
-                )
+            if deep := _deep(opened):
+                raise UserError(f"{path}: {deep} holds more than 8 bits a pixel; scale it to 8 and save it again")
             image = np.asarray(opened.convert("RGB" if channels == 3 else "L"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except unreadable() as error:
         raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
     return image.reshape(*image.shape[:2], channels)
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What Pillow raises for a file that it cannot read, or that would fill the memory."""
+    from PIL import Image, UnidentifiedImageError
+
+    return UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError
+
+
+def _deep(opened: Any) -> str:
+    """How an opened image holds its pixels, where that is more than 8 bits a channel; Pillow drops half of colours."""
+    raw = next((str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in opened.tile), opened.mode)
+    return next((mode for mode in (opened.mode, raw) if mode.startswith(("I", "F")) or ";16" in mode), "")
+
+
+def relabelled(split: Split, numbers: Sequence[int]) -> Split:
+    """The split, class `i` of its labels called `numbers[i]`; its examples are opened as before."""
+    if list(numbers[: len(split.classes)]) == list(range(len(split.classes))):
+        return split
+    parts = (Lazily(range(len(part)), partial(_renumbered, part, numbers)) for part in (split.train, split.held_out))
+    train, held_out = parts
+    return replace(split, train=train, held_out=held_out)
+
+
+def _renumbered(part: Sequence[Example], numbers: Sequence[int], place: int) -> Example:
+    import numpy as np
+
+    example = part[place]
+    label = None if example.label is None else numbers[example.label]
+    labels = None if example.labels is None else np.asarray(numbers, np.int64)[example.labels]
+    return replace(example, label=label, labels=labels)
+
+
+def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]], word: str) -> list[int] | None:
+    """The output that stands for each class by its name; None where none of them is among the `names`.
+
+    Raises `UserError` where some are and some are not.
+    """
+    known = {name.lower(): i for i, its in enumerate(names) for name in its}
+    unknown = [name for name in classes if name.lower() not in known]
+    if unknown and len(unknown) < len(classes):
+        raise UserError(
+            f"{word}: the data's class {unknown[0]!r} is none of those that its weights name, and "
+            f"{next(n for n in classes if n not in unknown)!r} is; rename it, or begin with a new head"
+        )
+    return None if unknown or not classes else [known[name.lower()] for name in classes]
 
 
 def make_split(

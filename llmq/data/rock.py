@@ -137,7 +137,7 @@ def _volume(rock: Rock, *changed: int) -> Split:
     partner = rock.partner.expanduser() if rock.partner else None
     high, low = rock_volumes.read_volumes(path, partner)
     if low is not None:
-        rock_volumes.check_partner(str(path), high, low, rock.scale)
+        rock_volumes.check_partner(str(path), high, low, rock.scale, across_z=rock.across == "z")
     width = high.shape[2]
     ends = (rock.train_until or width * 3 // 4, rock.held_out_from or width * 4 // 5)
     if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:

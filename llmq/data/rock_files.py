@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmq.data.images import Example, read_image
+from llmq.data.images import Example, read_image, unreadable
 from llmq.errors import UserError
 from llmq.files import sha256_files
 
@@ -68,10 +68,10 @@ def _digest(files: tuple[Path, ...], when: tuple[int, ...]) -> str:
 @cache
 def _size(path: Path, when: int) -> tuple[int, int]:
     # Off the head of the file.
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
             return opened.size
-    except (UnidentifiedImageError, OSError) as error:
+    except unreadable() as error:
         raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None

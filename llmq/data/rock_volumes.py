@@ -1,11 +1,12 @@
 """Volumes of micro-CT, their registered partners, and the slices of both."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.data.images import Example
+from llmq.data.images import Example, unreadable
 from llmq.errors import UserError
 
 SUFFIXES = (".npz", ".tif", ".tiff")
@@ -32,7 +33,7 @@ def _npz(path: Path, names: Sequence[str]) -> tuple[Any, Any | None]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz of arrays: {str(error).splitlines()[0]}") from None
     if len(arrays) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
@@ -47,12 +48,12 @@ def _npz(path: Path, names: Sequence[str]) -> tuple[Any, Any | None]:
 
 def _tif(path: Path) -> Any:
     import numpy as np
-    from PIL import Image, ImageSequence, UnidentifiedImageError
+    from PIL import Image, ImageSequence
 
     try:
         with Image.open(path) as opened:
             frames = [(frame.mode, np.asarray(frame)) for frame in ImageSequence.Iterator(opened)]
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except unreadable() as error:
         raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
     for number, (mode, frame) in enumerate(frames):
         if mode != "L" or frame.shape != frames[0][1].shape:
@@ -63,12 +64,12 @@ def _tif(path: Path) -> Any:
     return np.stack([frame for _, frame in frames])
 
 
-def check_partner(where: str, high: Any, low: Any, scale: int) -> None:
-    """Raise `UserError` unless `low` is `scale` times smaller in y and x, and in z so or as deep as `high`."""
-    fits = [(low.shape[0] * z, low.shape[1] * scale, low.shape[2] * scale) for z in (1, scale)]
+def check_partner(where: str, high: Any, low: Any, scale: int, across_z: bool = True) -> None:
+    """Raise `UserError` unless `low` is `scale` times smaller in y and x, and in z so or, cut across z, as deep."""
+    fits = [(low.shape[0] * z, low.shape[1] * scale, low.shape[2] * scale) for z in (scale, *([1] if across_z else []))]
     if high.shape not in fits:
         raise UserError(
-            f"{where}: low is {low.shape} and high {high.shape} (z, y, x); at scale {scale} high should be {fits[1]}"
+            f"{where}: low is {low.shape} and high {high.shape} (z, y, x); at scale {scale} high should be {fits[0]}"
         )
 
 
@@ -88,6 +89,8 @@ def slices(
     if across == "y":
         high, low = high.swapaxes(0, 1), None if low is None else low.swapaxes(0, 1)
     height, width = (side // scale * scale for side in high.shape[1:])
+    if not (height and width):
+        raise UserError(f"{name}: slices across {across} are {high.shape[1:]}, smaller than scale {scale}; cut others")
     thickness = 1 if low is None else len(high) // len(low)
     examples = []
     for number in range(len(high) // thickness):

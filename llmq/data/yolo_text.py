@@ -32,8 +32,7 @@ def read_yolo(file: Path) -> dict[str, Part]:
     the names, a line that is no box, or a box outside its image.
     """
     about = _read(file)
-    names = about["names"]
-    classes = tuple(str(names[key]) for key in sorted(names)) if isinstance(names, dict) else tuple(map(str, names))
+    classes = _classes(file, about["names"])
     root = (file.parent / str(about.get("path", "."))).resolve()
     return {
         part: _part(file, part, _images(file, root, part, about[part]), classes)
@@ -52,6 +51,14 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or not about.get("names") or not about.get("train"):
         raise UserError(f"{file}: has no 'names' or no 'train'; a YOLO data set says its classes and its folders there")
     return about
+
+
+def _classes(file: Path, names: Any) -> tuple[str, ...]:
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list):
+        raise UserError(f"{file}: names: {names!r} is no list, and no mapping of 0 to the last class; write one")
+    return tuple(map(str, names))
 
 
 def _images(file: Path, root: Path, part: str, written: str | Sequence[str]) -> list[tuple[str, Path]]:
@@ -76,6 +83,9 @@ def _images(file: Path, root: Path, part: str, written: str | Sequence[str]) -> 
 def _part(file: Path, part: str, images: Sequence[tuple[str, Path]], classes: tuple[str, ...]) -> Part:
     left_out = {"empty_boxes_left_out": 0}
     items = []
+    if not any(label_file(path).is_file() for _, path in images):
+        expected = str(label_file(images[0][1]))
+        raise UserError(f"{file}: {part}: no image has a text file with its boxes; the first should be {expected!r}")
     for name, path in images:
         boxes = _boxes(path, classes, left_out)
         items.append(Item(name, path, tuple(b for b, _ in boxes), tuple(n for _, n in boxes)))

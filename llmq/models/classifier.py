@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from llmq.data.images import Example
+from llmq.data.images import Example, numbers_of, relabelled
 from llmq.errors import UserError
 from llmq.models.vision import Learning, Player, Vision, in_batches
 from llmq.types import Loaded, Split
@@ -37,21 +37,22 @@ class Classifier(Vision):
             )
 
     def places(self, split: Split) -> list[int]:
-        """The output that stands for each class of the data: the same number, or found by its name.
+        """The output that stands for each class of the data: by its name, or, where none is known, the same number.
 
-        Raises `UserError` if the data has another number of classes and one of them is not known by name.
+        Raises `UserError` if some are known by name and some not, or none and there are not as many as outputs.
         """
         _the_shape(split)
-        if len(split.classes) == self.outputs or split.shape == "image":
-            return list(range(self.outputs))
-        known = {name.lower(): i for i, names in enumerate(self.names()) for name in names}
-        unknown = [name for name in split.classes if name.lower() not in known]
-        if unknown:
+        found = numbers_of(split.classes, self.names(), type(self).__module__.removeprefix("llmq."))
+        if found is None and split.classes and len(split.classes) != self.outputs:
             raise UserError(
                 f"the data has {len(split.classes)} classes, and this network has {self.outputs}, "
-                f"none of them named {unknown[0]!r}"
+                f"none of them named {split.classes[0]!r}"
             )
-        return [known[name.lower()] for name in split.classes]
+        return list(range(self.outputs)) if found is None else found
+
+    def numbered(self, split: Split) -> Split:
+        """The split with its labels as this network numbers them."""
+        return relabelled(split, self.places(split))
 
     def logits(self, loaded: Loaded, images: Sequence[Any]) -> Any:
         """What the network answers to images, float32 `(n, classes)` in main memory."""

@@ -31,6 +31,8 @@ class Dcgan(Vision, Model):
         2e-4, BATCH, "nats", "adam", (0.5, 0.999), autocast=True, channels_last=True
     )
 
+    watched_from: ClassVar[int] = 2
+
     latent_size: PositiveInt = Field(100, description="numbers that an image is made of")
     features: PositiveInt = Field(64, description="channels of the widest layer before the image; 128 in the paper")
     channels: PositiveInt = Field(3, description="1 for grey images, 3 for colour")
@@ -84,7 +86,9 @@ class Dcgan(Vision, Model):
         return self.latents(batch_size, 0, "example")
 
     def calibration(self, split: Split | None, samples: int, seed: int) -> Iterator[Any]:
-        """Latents, one at a time; a generator is calibrated on noise, whatever data there is."""
+        """Latents, one at a time. Raises `UserError` for data: a generator is calibrated on noise."""
+        if split is not None:
+            raise UserError("models.dcgan draws latents to calibrate on; leave 'data' out")
         yield from self.latents(samples, seed, "calibration").split(1)
 
     def pictures(self, loaded: Loaded, split: Split | None, n: int, seed: int) -> Iterator[Any]:
@@ -143,6 +147,8 @@ class Dcgan(Vision, Model):
         """Real images and as many latents. They are not cropped: where a face stands in its frame is learnt too."""
         import torch
 
+        if crop is not None:
+            raise UserError(f"crop {crop}: a generator learns from whole images; leave it out")
         images = self.prepare([example.image for example in examples])
         if augment != "none":
             flipped = torch.from_numpy(rng.random(len(images)) < 0.5)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.data.images import Example
+from llmq.data.images import Example, numbers_of, relabelled
 from llmq.errors import UserError
 from llmq.models.vision import Learning, Player, Vision, in_batches, the_shape
 from llmq.types import Loaded, Split
@@ -87,6 +87,19 @@ class Detector(Vision):
             raise UserError(
                 f"{word}: the data has {len(split.classes)} classes, and this network has {self.class_count()}"
             )
+        self.places(split)
+
+    def places(self, split: Split) -> list[int] | None:
+        """The label that stands for each class of the data by its name; None where its weights name none of them.
+
+        Raises `UserError` where they name some and not others.
+        """
+        names = [(name,) for name in self.class_names()]
+        return numbers_of(split.classes, names, type(self).__module__.removeprefix("llmq."))
+
+    def numbered(self, split: Split) -> Split:
+        """The split with its labels as this network numbers them."""
+        return relabelled(split, self.places(split) or range(len(split.classes)))
 
     def batch(self, examples: Sequence[Example], rng: Any, augment: str, crop: int | None) -> dict[str, Any]:
         """Images, and a list of targets with `boxes` and `labels` in the pixels of the input."""

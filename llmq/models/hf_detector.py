@@ -127,9 +127,14 @@ class HfDetector(Detector, Model):
         if not self.new_head:
             return state
         own = self.network().state_dict()
-        return {
-            name: state[name] if name in state and state[name].shape == new.shape else new for name, new in own.items()
-        }
+        fresh = {name for name, new in own.items() if name not in state or state[name].shape != new.shape}
+        if not fresh:
+            raise UserError("new_head: the weights have as many classes already; leave it out")
+        if strange := [n for n in fresh if n not in state or state[n].shape[1:] != own[n].shape[1:]]:
+            raise UserError(
+                f"new_head: {min(strange)!r} of {self.weights!r} is of another architecture than config says"
+            )
+        return {name: new if name in fresh else state[name] for name, new in own.items()}
 
     def source(self) -> str:
         """What tells these weights from others, and a person where they come from."""

@@ -39,8 +39,14 @@ def read_state(weights: str) -> dict[str, Any]:
             raise UserError(
                 f"{weights!r} holds more than tensors, or is broken: {str(error).splitlines()[0]}"
             ) from None
+        if not isinstance(found, dict):
+            raise UserError(f"{weights!r} holds a {type(found).__name__}, and a dict of tensors by name is needed")
         inner = next((found[k] for k in ("state_dict", "model", "params") if isinstance(found.get(k), dict)), found)
-        return {name.removeprefix("module."): t for name, t in inner.items() if isinstance(t, torch.Tensor)}
+        return {
+            name.removeprefix("module."): t
+            for name, t in inner.items()
+            if isinstance(t, torch.Tensor) and isinstance(name, str)
+        }
     state: dict[str, Any] = {}
     for file in safetensors_of(path) if path.is_dir() else [path]:
         try:

@@ -96,7 +96,7 @@ class SuperResolution(Vision):
 
         scores = []
         for pair in examples[:VALIDATED]:
-            low, high = _middle(pair.image, VALIDATED_SIDE), _middle(pair.high, VALIDATED_SIDE * self.scale)
+            low, high = _middle(pair, VALIDATED_SIDE, self.scale)
             scores.append(psnr(to_uint8(self.upscale(loaded, low)), high, 255))
         return "psnr", sum(scores) / len(scores)
 
@@ -171,6 +171,7 @@ def _turned(image: Any, mirror: bool, turns: int) -> Any:
     return np.rot90(image[:, ::-1] if mirror else image, turns)
 
 
-def _middle(image: Any, side: int) -> Any:
-    top, left = (max(0, (size - side) // 2) for size in image.shape[:2])
-    return image[top : top + side, left : left + side]
+def _middle(pair: Example, side: int, scale: int) -> tuple[Any, Any]:
+    top, left = (max(0, (size - side) // 2) for size in pair.image.shape[:2])
+    high = pair.high[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
+    return pair.image[top : top + side, left : left + side], high

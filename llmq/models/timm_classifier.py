@@ -21,7 +21,7 @@ class TimmClassifier(Classifier, Model):
     """An image classifier of timm: random, given weights, the hub's, timm's own, or `efficientnet-lite0`.
 
     What is unset follows from the weights' configuration, or else from timm's of the architecture. Images of another
-    number of channels are repeated (grey) or averaged (colour); they are scaled and cut as timm evaluates.
+    number of channels are repeated (grey) or mixed to their luma (colour); they are scaled and cut as timm evaluates.
     """
 
     weights: str | None = Field(

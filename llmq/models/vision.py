@@ -52,6 +52,8 @@ class Vision(BaseModel):
     learning: ClassVar[Learning]
     any_size: ClassVar[bool] = False
     """Whether the network takes images of any height and width, as an exported graph of it then must too."""
+    watched_from: ClassVar[int] = 1
+    """How many held-out examples the figure that is shown while training needs."""
 
     weights: str | None = Field(
         None, description="a .safetensors file, a folder with model.safetensors, or a built-in word; random if unset"
@@ -101,8 +103,7 @@ class Vision(BaseModel):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = self.network()
-        given = self.pretrained()
+            network, given = self.network(), self.pretrained()
         if given is not None:
             load_strictly(network, given, str(self.weights))
         save_network(network, folder)
@@ -160,6 +161,10 @@ class Vision(BaseModel):
 
     def check_split(self, split: Split) -> None:
         """Raise `UserError` for data that this network cannot learn from, or be asked about."""
+
+    def numbered(self, split: Split) -> Split:
+        """The split with its labels as this network numbers them."""
+        return split
 
     def players(self, network: Any) -> list[Player]:
         """Who learns what from a batch; most families have one player, a GAN two, which take turns."""

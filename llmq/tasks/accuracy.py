@@ -132,10 +132,9 @@ def _finite(logits: Any, task: str) -> Any:
 
 def _names(model: Any, split: Split) -> Any:
     """What to call an output: as the data calls its class, or else the model."""
-    if split.classes and len(split.classes) == model.outputs:
-        return lambda i: split.classes[i]
+    ours = dict(zip(model.places(split), split.classes, strict=False))
     known = model.names()
-    return lambda i: known[i][-1] if known else str(i)
+    return lambda i: ours.get(i) or (known[i][-1] if known else str(i))
 
 
 def grid(images: Sequence[Any], titles: Sequence[str]) -> bytes:

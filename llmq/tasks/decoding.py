@@ -4,6 +4,7 @@ What a text becomes does not depend on the others: every token attends to the ke
 (`prefix_attention`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,9 @@ class Job:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return not self.settings.get("do_sample") and self.settings.get("num_beams", 1) == 1
+        """Whether the likeliest token is always taken, and nothing is said of how likely it should be held."""
+        plain = not self.settings.get("do_sample") and self.settings.get("num_beams", 1) == 1
+        return plain and self.settings.keys() <= {"do_sample", "num_beams", "temperature", "top_p", "top_k"}
 
 
 def generate(module: Any, tokenizer: Any, jobs: Sequence[Job], device: str, slots: int | None = None) -> list[str]:
@@ -42,13 +44,15 @@ def generate(module: Any, tokenizer: Any, jobs: Sequence[Job], device: str, slot
     from llmq.terminal import Bar
 
     made: list[list[int]] = [[] for _ in jobs]
-    stock = bool(prefix_attention.why_not(module, device))
+    stock = bool(prefix_attention.why_not(module, device)) or steered(module)
     alone = [i for i, job in enumerate(jobs) if stock or not job.greedy]
     together = [i for i, job in enumerate(jobs) if not stock and job.greedy]
     bar = Bar("writing", len(jobs))
     with torch.inference_mode():
+        asked: Counter[str] = Counter()
         for i in alone:
-            made[i] = _by_itself(module, tokenizer, jobs[i], device)
+            made[i] = _by_itself(module, tokenizer, jobs[i], device, asked[str(jobs[i])])
+            asked[str(jobs[i])] += 1
             bar.advance()
         if together:
             writer = _Writer(module, tokenizer, jobs, together, device)
@@ -76,11 +80,22 @@ def end_marks(module: Any, tokenizer: Any) -> set[int]:
     return {int(m) for m in (*marks, tokenizer.eos_token_id) if m is not None}
 
 
-def _by_itself(module: Any, tokenizer: Any, job: Job, device: str) -> list[int]:
-    """By the model's own `generate`, from a fixed seed."""
+STEERING = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
+STEERING |= dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"))
+"""What a model's own configuration may say of tokens to be written, and what it says where it says nothing."""
+
+
+def steered(module: Any) -> bool:
+    """Whether the model's own generation settings change which token is the likeliest."""
+    said = {name: getattr(module.generation_config, name, None) for name in STEERING}
+    return any(value not in (None, STEERING[name]) for name, value in said.items())
+
+
+def _by_itself(module: Any, tokenizer: Any, job: Job, device: str, seed: int) -> list[int]:
+    """By the model's own `generate`; a seed for each time that the same is asked."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     settings = {"do_sample": False, **job.settings}
     if not settings["do_sample"]:
         settings.pop("temperature", None)
@@ -122,7 +137,8 @@ class _Writer:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         bytes_each = 4 * self.room * groups * width * config.num_hidden_layers
-        count = wanted or max(1, min(SLOTS, MEMORY // bytes_each))
+        # No more than `SLOTS`: packed layers compute many rows otherwise than few.
+        count = min(wanted or max(1, MEMORY // bytes_each), SLOTS)
         self.slots = [None] * min(1 if of_the_batch(self.module) else count, len(self.waiting))
 
     def tokens(self) -> Iterator[tuple[int, int, bool]]:

@@ -44,9 +44,11 @@ class Detection(Task):
             raise UserError(f"{self.name}: the held-out part of {self.data.word} has no box to be found")
         model: Any = loaded.artifact.model
         model.check_split(split)
-        numbers, how = numbering(model.class_names(), split.classes)
+        places = model.places(split)
         found = model.detect(loaded, [example.image for example in examples], self.batch_size)
-        found = [_renumbered(one, numbers) for one in found]
+        if places is not None:
+            found = [_renumbered(one, {place: number for number, place in enumerate(places)}) for one in found]
+        how = "classes by number" if places is None else "classes by name"
         yield from self._measurements(examples, found, self._protocol(split, model, how))
         if self.examples:
             from llmq.tasks.detection_picture import picture
@@ -93,19 +95,10 @@ class Detection(Task):
         return Measurement(self.name, metric, value, "", "higher", len(matches), stderr, protocol, samples)
 
 
-def numbering(names: Sequence[str], classes: Sequence[str]) -> tuple[dict[int, int] | None, str]:
-    """Which label of the model is which of the data, by name where the model knows every class of the data."""
-    if not names or not set(classes) <= set(names):
-        return None, "classes by number"
-    return {names.index(name): number for number, name in enumerate(classes)}, "classes by name"
-
-
-def _renumbered(found: Any, numbers: dict[int, int] | None) -> Any:
+def _renumbered(found: Any, numbers: dict[int, int]) -> Any:
     """Detections with the labels of the data, without those of other classes."""
     import numpy as np
 
-    if numbers is None:
-        return found
     kept = np.flatnonzero(np.isin(found.labels, list(numbers)))
     labels = np.array([numbers[int(label)] for label in found.labels[kept]], np.int64)
     return type(found)(found.boxes[kept], found.scores[kept], labels)

@@ -37,6 +37,7 @@ class Divergence(Task):
 
         self.text.check()
         harness.check_names(self.tasks, self.include_path)
+        harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
         for task in harness.leaves(self.tasks, self.include_path):
             kind = task.says.get("output_type")
             if kind not in (None, "multiple_choice"):
@@ -57,7 +58,7 @@ class Divergence(Task):
         if self.tasks:
             before, after = (dict(self._right(model)) for model in (base, loaded))
             for task, was in before.items():
-                yield from self._flips(task, was, after[task])
+                yield from self._flips(task, was, after[task], _hash(base))
 
     def _on_text(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement]:
         from llmq.tasks.kl import apart, figures
@@ -67,10 +68,12 @@ class Divergence(Task):
         if split.shape != "text":
             raise UserError(f"{self.name} reads text, and {self.text.word} is {split.shape}; name another")
         windows = windows_of(joined(split.held_out), loaded.processor, self.window, self.windows)
+        if not windows:
+            raise UserError(f"{self.name}: the held-out part of {self.text.word} has nothing to read")
         found = apart(base.module, loaded.module, windows, loaded.device)
         protocol = (
             f"KL(base || stage), float64 softmax, {len(windows)} windows of {self.window} tokens, no overlap; "
-            f"{self.text.word} held_out, sha256 {split.sha256[:12]}"
+            f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {_hash(base)}"
         )
         return figures(found, self.name, "kl_to_base", protocol)
 
@@ -86,14 +89,20 @@ class Divergence(Task):
                 raise UserError(f"tasks: flips are counted on right and wrong answers, and {task!r} has no 'acc'")
             yield task, [float(s["acc"]) for s in rows]
 
-    def _flips(self, task: str, before: Sequence[float], after: Sequence[float]) -> Iterator[Measurement]:
+    def _flips(self, task: str, before: Sequence[float], after: Sequence[float], base: str) -> Iterator[Measurement]:
         pairs = list(zip(before, after, strict=True))
         lost = tuple(float(b >= 0.5 > a) for b, a in pairs)
         gained = tuple(float(a >= 0.5 > b) for b, a in pairs)
         both = tuple(x + y for x, y in zip(lost, gained, strict=True))
-        yield self._share(task, "flips", both, "lower", "answers right in one model and wrong in the other")
-        yield self._share(task, "flips_to_wrong", lost, "lower", "right in the base and wrong in the stage")
-        yield self._share(task, "flips_to_right", gained, "higher", "wrong in the base and right in the stage")
+        yield self._share(
+            task, "flips", both, "lower", f"answers right in one model and wrong in the other; base {base}"
+        )
+        yield self._share(
+            task, "flips_to_wrong", lost, "lower", f"right in the base and wrong in the stage; base {base}"
+        )
+        yield self._share(
+            task, "flips_to_right", gained, "higher", f"wrong in the base and right in the stage; base {base}"
+        )
 
     def _share(self, task: str, metric: str, values: tuple[float, ...], better: Any, what: str) -> Measurement:
         from llmq.statistics import ratio_stderr
@@ -102,3 +111,9 @@ class Divergence(Task):
         named = f"{metric} {task}" if len(self.tasks) > 1 or task not in self.tasks else metric
         protocol = f"{what}; the first {len(values)} questions of {task}, by acc"
         return Measurement(self.name, named, mean, "share", better, len(values), stderr, protocol, Samples(values))
+
+
+def _hash(base: Loaded) -> str:
+    from llmq.files import sha256_files
+
+    return sha256_files(base.artifact.weight_files())[:12]

@@ -62,6 +62,17 @@ def leaves(names: Iterable[str], include_path: Path | None) -> Iterator[Definiti
             yield from _within(definition, include_path)
 
 
+def check_leaves(names: Iterable[str], include_path: Path | None, num_fewshot: int | None) -> None:
+    """Raise `UserError` for a task that the names hold twice, or one that takes no examples and is to be given some."""
+    seen: set[str] = set()
+    for task in leaves(names, include_path):
+        if task.name in seen:
+            raise UserError(f"task {task.name!r} is asked for twice; name it, or what holds it, once")
+        seen.add(task.name)
+        if num_fewshot and task.says.get("num_fewshot") == 0:
+            raise UserError(f"num_fewshot {num_fewshot}: task {task.name!r} takes no examples; leave it out")
+
+
 def _within(definition: Definition, include_path: Path | None) -> Iterator[Definition]:
     members = definition.says.get("task")
     if not isinstance(members, list):
@@ -79,7 +90,8 @@ def folders(names: Iterable[str], include_path: Path | None) -> list[Path]:
     """The folders that must be indexed for the names to be found."""
     names = list(names)
     files = [d.file for name in names for d in defined(name, include_path)]
-    found = {f.parent for f in (*files, *(d.file for d in leaves(names, include_path)))}
+    every = {f for file in (*files, *(d.file for d in leaves(names, include_path))) for f in with_includes(file)}
+    found = {f.parent for f in every}
     return sorted(f for f in found if not any(f != other and f.is_relative_to(other) for other in found))
 
 
@@ -127,6 +139,17 @@ class _Loader(yaml.CSafeLoader):
 
 
 _Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+def with_includes(file: Path) -> Iterator[Path]:
+    """A task file and all that it includes."""
+    yield file
+    try:
+        says = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, OSError):
+        return
+    for include in _listed(says.get("include")) if isinstance(says, dict) else ():
+        yield from with_includes(file.parent / include)
 
 
 def load(file: Path) -> dict[str, Any]:

@@ -16,10 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
+from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import sha256_files, sha256_text
 from llmq.tasks import harness
 
+SCORING = ("evaluate", "math-verify", "nltk", "rouge-score", "sacrebleu", "scikit-learn", "sympy")
+"""What metrics of tasks compute with, beside what every figure depends on."""
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -54,9 +59,11 @@ def built(asked: Asked) -> tuple[Any, ...]:
         for name in asked.tasks:
             try:
                 made += _top(manager(asked).load([name]), name)
-            except KeyError as error:
+            except ImportError as error:
+                raise UserError(f"lm_eval {name}: it needs {error.name!r}, which is not installed") from None
+            except (KeyError, UndefinedError) as error:
                 raise UserError(
-                    f"lm_eval {name}: the data of {_needs(name, asked)} has no {error.args[0]!r}, which the task reads"
+                    f"lm_eval {name}: the data of {_needs(name, asked)} lacks what the task reads: {error}"
                 ) from None
     return tuple(made)
 
@@ -86,7 +93,11 @@ def _copies_first(asked: Asked) -> Iterator[None]:
             return _copy(copy, name, stock)
         try:
             return stock(path, name, **settings)
-        except (OSError, ValueError) as error:  # the hub's own errors and refused connections are kinds of OSError
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # the hub's own errors and refused connections are kinds of OSError
             raise LlmqError(_missing(path, name, asked, error)) from error
 
     datasets.load_dataset = load
@@ -139,14 +150,24 @@ def _split_of(file: Path) -> str:
 @cache
 def hashes(asked: Asked) -> dict[str, str]:
     """One hash for each single task: its settings, the files that define it, all the data that it reads."""
+    places = [*_places(asked), *_own_code()]
     code = sha256_text(
-        *(sha256_files([f]) for place in _places(asked) for f in sorted(place.rglob("*")) if _is_code(f))
+        *(f"{name} {library_version(name)}" for name in SCORING),
+        *(sha256_files([f]) for place in places for f in sorted(place.rglob("*")) if _is_code(f)),
     )
     return {task.config.task: sha256_text(code, _hash(task)) for task in _single(built(asked))}
 
 
 def _places(asked: Asked) -> list[Path]:
     return harness.folders(asked.tasks, asked.include_path)
+
+
+def _own_code() -> list[Path]:
+    """Where lm-eval keeps what metrics and filters compute; a checkout may be changed under one version."""
+    import lm_eval
+
+    root = Path(lm_eval.__file__).parent
+    return [root / "api", root / "filters"]
 
 
 def _is_code(file: Path) -> bool:

@@ -7,6 +7,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from llmq.errors import UserError
 from llmq.tasks import decoding, scoring
 
 
@@ -90,6 +91,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             wanted = normalize_gen_kwargs(settings, 256)
             stops = handle_stop_sequences(wanted.pop("until", None), eos=end)
             most = wanted.pop("max_gen_toks")
+            if most >= self.max_length:
+                raise UserError(
+                    f"a task asks for {most} tokens, and the model takes {self.max_length}, its prompt included; "
+                    "set max_gen_toks lower in the task's file"
+                )
             ids = self.tok_encode(context)[-(self.max_length - most) :]
             jobs.append(decoding.Job(tuple(ids), tuple(stops), most, wanted))
         return decoding.generate(self.module, self.tokenizer, jobs, self._device, self.batch_size)

@@ -1,11 +1,13 @@
 """What lm-eval's results say, as figures: of a run in this process, or out of the files of its command line."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmq.types import Measurement, Samples
 
+SHARES = ("acc", "exact_match", "f1", "pass_at")
 Answers = Sequence[Mapping[str, Any]]
 
 
@@ -24,13 +26,13 @@ def measurements(results: Mapping[str, Any], limit: float | None = None) -> Iter
                 task,
                 metric if filtered == "none" else f"{metric} ({filtered})",
                 float(value),
-                "share" if metric.startswith(("acc", "exact_match", "f1", "pass_at")) else "",
+                "share" if metric.startswith(SHARES) and 0 <= value <= 1 else "",
                 "higher" if higher else "lower",
                 n,
                 stderr if isinstance(stderr, float) else None,
                 convention(results, task, limit),
                 paired(samples, metric, filtered, float(value)),
-                guessing(samples) if metric.startswith("acc") else None,
+                guessing(samples, metric) if metric.startswith("acc") else None,
             )
 
 
@@ -48,8 +50,19 @@ def convention(results: Mapping[str, Any], task: str, limit: float | None) -> st
     asked = f", first {limit:g} questions" if limit else ""
     return (
         f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-        f"hash {task_hash(answers(results, task))[:12]}, {shots}-shot{asked}"
+        f"hash {_what_was_asked(results, task)}, {shots}-shot{asked}"
     )
+
+
+def _what_was_asked(results: Mapping[str, Any], task: str) -> str:
+    """The hash of all that a model was asked; of files without samples, of how they say that it was asked."""
+    if samples := answers(results, task):
+        return task_hash(samples)[:12]
+    config = results.get("configs", {}).get(task, {})
+    said = {name: config.get(name) for name in ("dataset_path", "dataset_name", "test_split", "generation_kwargs")}
+    said |= {name: results.get(name) for name in ("chat_template_sha", "system_instruction_sha")}
+    said["gen_kwargs"] = (results.get("config") or {}).get("gen_kwargs")
+    return f"without samples {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]}"
 
 
 def paired(samples: Answers, metric: str, filtered: str, value: float) -> Samples | None:
@@ -64,13 +77,22 @@ def paired(samples: Answers, metric: str, filtered: str, value: float) -> Sample
     return Samples(tuple(float(s) for s in scores)) if is_mean else None
 
 
-def guessing(samples: Answers) -> float | None:
-    """The share of right answers that guessing makes, where each question has choices."""
+def guessing(samples: Answers, metric: str) -> float | None:
+    """The share of right answers that guessing makes, where each question has choices and one of them is right."""
+    if not all(s.get(metric) in (0, 1) for s in samples):
+        return None
     choices = [len(s["arguments"]) for s in samples]
     return sum(1 / c for c in choices) / len(choices) if choices and min(choices) > 1 else None
 
 
 def task_hash(samples: Answers) -> str:
-    """As the harness computes it when it writes its own results: questions, prompts and targets."""
+    """As the harness computes it when it writes its results: questions, prompts, targets; and how to generate."""
     asked = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
-    return hashlib.sha256(asked.encode()).hexdigest()
+    how = sorted({json.dumps(its, sort_keys=True, default=str) for s in samples for its in _settings(s["arguments"])})
+    return hashlib.sha256((asked + "".join(how)).encode()).hexdigest()
+
+
+def _settings(arguments: Any) -> Iterator[Mapping[str, Any]]:
+    """The settings of `generate` among a question's arguments, as they are in memory or in a file."""
+    for each in arguments.values() if isinstance(arguments, dict) else arguments:
+        yield from (its for its in (each.values() if isinstance(each, dict) else each) if isinstance(its, dict))

@@ -39,6 +39,7 @@ class LmEval(Task):
             if getattr(self, name) and not getattr(self, name).is_dir():
                 raise UserError(f"{name} {str(getattr(self, name))!r} is no folder")
         harness.check_names(self.tasks, self.include_path)
+        harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
         for name, pinned in self.versions.items():
             if name not in self.tasks:
                 raise UserError(f"versions: {name!r} is none of the tasks: {', '.join(self.tasks)}")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
+from llmq.files import sha256_text
 from llmq.plugin import DataWord
 from llmq.types import Loaded, Measurement, Samples, Task
 
@@ -52,7 +53,8 @@ class Perplexity(Task):
                 f"{self.name}: the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score"
             )
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
-        protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
+        ids = sha256_text(*(" ".join(map(str, w.tokens.ids)) for w in windows))  # tokenizers cut otherwise
+        protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}, tokens {ids[:12]}"
         counts = {
             "token": [w.scored for w in windows],
             "word": [w.words for w in windows],
