@@ -231,6 +231,8 @@ BAD = [
     ("gate run --rule|e >= base", "'e' can mean 'perplexity token_perplexity', 'size bytes_on_disk'", "name one"),
     ("gate run --rule|size <= base - 1pt", "in 'bytes', not in pt"),
     ("gate run --rule|acc >= 5MB", "in 'share', not in MB"),
+    ("gate run --rule|acc >= base - 1", "'acc >= base - 1'", "is a share, at most 1; write 1pt"),
+    ("gate run --rule|acc >= 60", "is a share, at most 1; write 60%"),
     ("gate rum --rule|acc >= base", "'rum'", "did you mean 'run'?"),
     ("gate run/0-base --rule|acc >= base", "'run/0-base' is no run"),
     ("gate run", "rule"),
@@ -310,3 +312,13 @@ def test_a_gate_that_names_nothing_measured_is_seen_before_the_steps(job, llmq, 
     assert ended == 2
     assert "did you mean 'perplexity'?" in err
     assert not (tmp_path / "run/1-quantize.bnb").exists()
+
+
+def test_a_gate_on_what_only_stages_have_and_a_task_that_is_asked_twice(job, llmq, tmp_path):
+    questions = [{"lm_eval": {"tasks": ["pydoc_continuation"], "limit": n}} for n in (4, 6)]
+    divergence = {"divergence": {"tasks": [], "windows": 2, "window": 32}}
+    ended, _, err = llmq("run", job("kl_to_base <= 9", evaluate=[*questions, divergence]), "--out", "run")
+    assert ended == 0, err
+    found = {(m["task"], m["metric"], m["n"]) for m in Report.read(tmp_path / "run").measurements}
+    assert ("pydoc_continuation", "acc", 4) in found
+    assert ("pydoc_continuation (lm_eval-2)", "acc", 6) in found
