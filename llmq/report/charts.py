@@ -97,7 +97,8 @@ def _training(report: Report) -> str:
     if beside:
         beside.spines["top"].set_visible(False)
         beside.set_ylabel(f"held-out {', '.join(metrics)}")
-    axes.legend(frameon=False, fontsize=8.5)
+    # Curves on two scales cross in the middle of the picture; there only the right of it is free.
+    axes.legend(frameon=False, fontsize=8.5, loc="center right" if beside else "best")
     return _svg(figure)
 
 
