@@ -10,6 +10,9 @@ from typing import Any
 from llmq.statistics import quantile_stderr
 from llmq.types import Clock, Measurement, Reading, Samples
 
+SETTLE = 0.01
+"""Seconds before a unit of work: the threads of one runtime spin on for milliseconds, and would slow another's."""
+
 
 def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, list[Measurement]]:
     """Time the clocks of all stages in turn, so that a drifting machine moves them all alike.
@@ -36,6 +39,7 @@ def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, 
 def seconds_of(clock: Clock, device: str) -> float:
     """The wall time of one unit of work, in seconds."""
     synchronize(device)
+    time.sleep(SETTLE)
     start = time.perf_counter()
     clock.run()
     synchronize(device)

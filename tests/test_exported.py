@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 from llmq.models import exported
 from llmq.models.exported import ExportedModule, openvino
 from llmq.quantize.exporting import export, write_graph
-from llmq.quantize.layer_names import are_proportional
+from llmq.quantize.layer_names import are_proportional, restore_names
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 
@@ -228,3 +228,15 @@ assert sys.modules["openvino_telemetry"] is None
     ended = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert not (tmp_path / "intel").exists()
+
+
+def test_no_two_operations_share_a_name_though_zero_weights_fit_every_layer():
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))]
+    network = nn.Sequential(*layers).eval()
+    for layer in layers[1::2]:
+        nn.init.zeros_(layer.weight)
+    graph = openvino().convert_model(network, example_input=images(1, 3, 8, 8))
+    restore_names(graph, network)
+    names = [operation.get_friendly_name() for operation in graph.get_ops()]
+    assert len(set(names)) == len(names)
+    assert "__module.0/Convolution" in names

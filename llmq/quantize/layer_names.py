@@ -12,16 +12,23 @@ TOLERANCE = 1e-3
 
 
 def restore_names(graph: Any, module: Any) -> None:
-    """Give convolutions without a name that of the layer whose weights they hold, each output scaled or not."""
-    layers = {name: rows for name, layer in module.named_modules() if (rows := _rows_of(layer)) is not None}
-    for operation in graph.get_ordered_ops():
+    """Give convolutions without a name that of the layer whose weights they hold, each output scaled or not.
+
+    No name is given twice, though weights that a normalization has scaled to zero fit any layer.
+    """
+    operations = graph.get_ordered_ops()
+    taken = {layer for _, layer in operations_of(operation.get_friendly_name() for operation in operations)}
+    others = ((name, layer) for name, layer in module.named_modules() if name not in taken)
+    layers = {name: rows for name, layer in others if (rows := _rows_of(layer)) is not None}
+    for operation in operations:
         if "Convolution" in operation.get_type_name() and not operation.get_friendly_name().startswith(MODULE):
             constant = operation.input_value(1).get_node()
             if constant.get_type_name() == "Constant":
                 rows = _rows(torch.from_numpy(constant.data.astype(np.float32)), operation.get_type_name())
-                found = [name for name, its in layers.items() if are_proportional(rows, its)]
-                if found:
-                    operation.set_friendly_name(f"{MODULE}{found[0]}/{operation.get_type_name()}")
+                found = next((name for name, its in layers.items() if are_proportional(rows, its)), None)
+                if found is not None:
+                    del layers[found]
+                    operation.set_friendly_name(f"{MODULE}{found}/{operation.get_type_name()}")
 
 
 def _rows_of(layer: Any) -> Any:
