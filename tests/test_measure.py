@@ -17,7 +17,7 @@ RATE = Reading("throughput", "tokens/s", "higher", lambda s: 64 / s)
 def time(monkeypatch):
     """A clock that stands still but for `time.now += …`."""
     time = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("llmq.measure.time", SimpleNamespace(perf_counter=lambda: time.now))
+    monkeypatch.setattr("llmq.measure.time", SimpleNamespace(perf_counter=lambda: time.now, sleep=lambda seconds: None))
     return time
 
 
