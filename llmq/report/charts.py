@@ -38,11 +38,14 @@ def _trade_off(report: Report) -> str:
     if len(both) < 2:
         return ""
     figure, axes = _figure(3.6)
+    above = True
     for name, colour in _colours(report).items():
         if name in both:
             x, y = sizes[name]["value"] / 1e6, quality[name]["value"]
             axes.errorbar(x, y, yerr=quality[name]["stderr"], fmt="o", color=colour, markersize=7, capsize=3)
-            axes.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", color=colour, fontsize=8.5)
+            place = (8, 5 if above else -12)  # in turn, or the names of stages alike would lie on one another
+            axes.annotate(name, (x, y), xytext=place, textcoords="offset points", color=colour, fontsize=8.5)
+            above = not above
     axes.set_xlim(0, 1.3 * max(sizes[s]["value"] for s in both) / 1e6)
     axes.margins(y=0.2)
     better = next(iter(quality.values()))["better"]
