@@ -31,7 +31,7 @@ class Int8(Step):
     preset: Literal["performance", "mixed"] = Field(
         "performance", description="symmetric activations; mixed: asymmetric ones, which fit lopsided values better"
     )
-    fast_bias_correction: bool = Field(True, description="false: exact and many times slower")
+    fast_bias_correction: bool = Field(False, description="true: seconds instead of up to a minute, and less exact")
     overflow_fix: Literal["first_layer_only", "enable", "disable"] = Field(
         "first_layer_only",
         description="layers whose weights take 7 bits, so that no processor without VNNI overflows; disable: none",
