@@ -107,7 +107,8 @@ def split(rows: Sequence[Row], shape: str, held_out: float, limit: int | None) -
     used = rows if limit is None else rows[:limit]
     keys = [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest() for row in used]
     order = sorted(keys)
-    wanted = max(1, round(held_out * len(used))) if held_out and len(used) > 1 else 0
+    # At least one on either side.
+    wanted = min(max(1, round(held_out * len(used))), len(used) - 1) if held_out and len(used) > 1 else 0
     border = order[wanted - 1] if wanted else ""
     if border == order[-1]:  # so many are alike that all would be held out
         border = ""
