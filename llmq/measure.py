@@ -12,6 +12,8 @@ from llmq.types import Clock, Measurement, Reading, Samples
 
 SETTLE = 0.01
 """Seconds before a unit of work: the threads of one runtime spin on for milliseconds, and would slow another's."""
+SHORT = 0.1
+"""Seconds; shorter work is done once more before, not timed, so that it finds its own weights in the caches."""
 
 
 def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, list[Measurement]]:
@@ -23,23 +25,25 @@ def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, 
     measured: dict[str, list[Measurement]] = {name: [] for name in stages}
     names = list(stages)
     for clocks in zip(*stages.values(), strict=True):
-        for clock in clocks:
-            for _ in range(clock.warmup):
-                seconds_of(clock, device)
+        warm = [min((seconds_of(clock, device) for _ in range(clock.warmup)), default=SHORT) for clock in clocks]
+        is_short = max(warm) < SHORT  # of all or of none, as they are compared
         taken: dict[str, list[float]] = {name: [] for name in names}
         for i in range(clocks[0].rounds):
             pairs = list(zip(names, clocks, strict=True))
             for name, clock in pairs if i % 2 == 0 else reversed(pairs):
-                taken[name].append(seconds_of(clock, device))
+                taken[name].append(seconds_of(clock, device, is_short))
         for name, clock in zip(names, clocks, strict=True):
             measured[name] += [read(clock, r, taken[name]) for r in clock.readings]
     return measured
 
 
-def seconds_of(clock: Clock, device: str) -> float:
-    """The wall time of one unit of work, in seconds."""
+def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
+    """The wall time of one unit of work, in seconds; `again`: of the second of two."""
     synchronize(device)
     time.sleep(SETTLE)
+    if again:
+        clock.run()
+        synchronize(device)
     start = time.perf_counter()
     clock.run()
     synchronize(device)

@@ -48,6 +48,14 @@ def test_the_warm_up_comes_before_and_is_not_counted(time):
         assert latency.n == 3
 
 
+def test_short_work_is_done_once_more_before_so_that_it_finds_its_caches_full(time):
+    log = []
+    stages = {n: [clock(time, log, n, (0.05, 0.05, 0.03, 0.01), warmup=2, rounds=2)] for n in "ab"}
+    measured = interleave(stages, "cpu")
+    assert "".join(log) == "aa|bb|aabb|bbaa".replace("|", "")
+    assert measured["a"][0].samples.values == pytest.approx((10.0, 50.0))
+
+
 def test_a_warm_up_of_none_is_none(time):
     log = []
     interleave({"a": [clock(time, log, "a", warmup=0, rounds=1)]}, "cpu")
