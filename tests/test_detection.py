@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import coco, cocoeval
 
 from llmq import plugin
 from llmq.data.images import Example, make_split
@@ -62,8 +63,6 @@ def test_precision_agrees_with_faster_coco_eval(seed):
 
 
 def test_precision_agrees_with_pycocotools():
-    coco = pytest.importorskip("pycocotools.coco")
-    cocoeval = pytest.importorskip("pycocotools.cocoeval")
     examples, found = some_world(7)
     truth = coco.COCO()
     truth.dataset = {

@@ -54,6 +54,7 @@ def test_short_work_is_done_once_more_before_so_that_it_finds_its_caches_full(ti
     measured = interleave(stages, "cpu")
     assert "".join(log) == "aa|bb|aabb|bbaa".replace("|", "")
     assert measured["a"][0].samples.values == pytest.approx((10.0, 50.0))
+    assert measured["a"][0].convention.endswith("each after one that is not timed")
 
 
 def test_a_warm_up_of_none_is_none(time):

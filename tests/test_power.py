@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from llmq import power, proportions, statistics
 from llmq.estimates import alone, difference, ratio
@@ -79,7 +80,6 @@ def test_exact_figures_are_no_part_of_the_correction():
 @quickly
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_scipys_binomial_test_of_what_changed(gained, lost):
-    stats = pytest.importorskip("scipy.stats")
     p = proportions.mcnemar(Table(5, gained, lost, 5))
     assert p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0)
 
@@ -92,7 +92,6 @@ def test_mcnemar_of_very_many_goes_on_where_the_exact_one_ends():
 @quickly
 @given(st.integers(0, 50), st.integers(1, 50))
 def test_wilson_is_scipys(right, more):
-    stats = pytest.importorskip("scipy.stats")
     n = max(right, 1) + more
     expected = stats.binomtest(right, n).proportion_ci(method="wilson")
     assert proportions.wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
@@ -120,7 +119,6 @@ def test_the_ratio_of_shares_turns_over_when_the_stages_are_swapped(both, gained
 
 
 def test_the_p_of_a_difference_is_that_of_scipys_t_test_for_normal_samples():
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(2)
     base = rng.normal(0, 3, 60)
     stage = base + rng.normal(0.25, 1, 60)

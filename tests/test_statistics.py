@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from llmq import proportions
 from llmq.estimates import figure
@@ -60,7 +61,6 @@ def studentised_by_hand(values, resamples=20_000):
 
 
 def test_interval_of_a_skewed_mean_is_the_studentised_one_where_that_is_wider():
-    stats = pytest.importorskip("scipy.stats")
     differences = np.random.default_rng(11).lognormal(0, 1.2, 40)
     (low, high), _ = paired_intervals(Samples(tuple(differences)), Samples((0.0,) * 40))
     t = stats.t.interval(0.95, 39, differences.mean(), stats.sem(differences))
@@ -72,7 +72,6 @@ def test_interval_of_a_skewed_mean_is_the_studentised_one_where_that_is_wider():
 
 
 def test_with_many_samples_the_interval_is_that_of_scipys_bca():
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(13)
     base = rng.normal(3, 1, 1500)
     differences = rng.exponential(1, 1500)

@@ -76,8 +76,9 @@ def relabelled(split: Split, numbers: Sequence[int]) -> Split:
     """The split, class `i` of its labels called `numbers[i]`; its examples are opened as before."""
     if list(numbers[: len(split.classes)]) == list(range(len(split.classes))):
         return split
-    parts = (Lazily(range(len(part)), partial(_renumbered, part, numbers)) for part in (split.train, split.held_out))
-    train, held_out = parts
+    train, held_out = (
+        Lazily(range(len(part)), partial(_renumbered, part, numbers)) for part in (split.train, split.held_out)
+    )
     return replace(split, train=train, held_out=held_out)
 
 
@@ -90,7 +91,7 @@ def _renumbered(part: Sequence[Example], numbers: Sequence[int], place: int) -> 
     return replace(example, label=label, labels=labels)
 
 
-def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]], word: str) -> list[int] | None:
+def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[int] | None:
     """The output that stands for each class by its name; None where none of them is among the `names`.
 
     Raises `UserError` where some are and some are not.
@@ -99,7 +100,7 @@ def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]], word: str
     unknown = [name for name in classes if name.lower() not in known]
     if unknown and len(unknown) < len(classes):
         raise UserError(
-            f"{word}: the data's class {unknown[0]!r} is none of those that its weights name, and "
+            f"the data's class {unknown[0]!r} is none of those that its weights name, and "
             f"{next(n for n in classes if n not in unknown)!r} is; rename it, or begin with a new head"
         )
     return None if unknown or not classes else [known[name.lower()] for name in classes]

@@ -42,7 +42,7 @@ class Classifier(Vision):
         Raises `UserError` if some are known by name and some not, or none and there are not as many as outputs.
         """
         _the_shape(split)
-        found = numbers_of(split.classes, self.names(), type(self).__module__.removeprefix("llmq."))
+        found = numbers_of(split.classes, self.names())
         if found is None and split.classes and len(split.classes) != self.outputs:
             raise UserError(
                 f"the data has {len(split.classes)} classes, and this network has {self.outputs}, "

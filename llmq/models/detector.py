@@ -94,8 +94,7 @@ class Detector(Vision):
 
         Raises `UserError` where they name some and not others.
         """
-        names = [(name,) for name in self.class_names()]
-        return numbers_of(split.classes, names, type(self).__module__.removeprefix("llmq."))
+        return numbers_of(split.classes, [(name,) for name in self.class_names()])
 
     def numbered(self, split: Split) -> Split:
         """The split with its labels as this network numbers them."""

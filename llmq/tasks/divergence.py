@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
+from llmq.files import sha256_files
 from llmq.plugin import DataWord
 from llmq.tasks.harness_data import Asked
 from llmq.types import Answer, Loaded, Measurement, Samples, Task
@@ -54,13 +55,14 @@ class Divergence(Task):
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
         """Divergence from the base on text, then the flips on each task."""
-        yield from self._on_text(loaded, base)
+        its_hash = sha256_files(base.artifact.weight_files())[:12]
+        yield from self._on_text(loaded, base, its_hash)
         if self.tasks:
             before, after = (dict(self._right(model)) for model in (base, loaded))
             for task, was in before.items():
-                yield from self._flips(task, was, after[task], _hash(base))
+                yield from self._flips(task, was, after[task], its_hash)
 
-    def _on_text(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement]:
+    def _on_text(self, loaded: Loaded, base: Loaded, its_hash: str) -> Iterable[Measurement]:
         from llmq.tasks.kl import apart, figures
         from llmq.tasks.windows import joined, windows_of
 
@@ -73,7 +75,7 @@ class Divergence(Task):
         found = apart(base.module, loaded.module, windows, loaded.device)
         protocol = (
             f"KL(base || stage), float64 softmax, {len(windows)} windows of {self.window} tokens, no overlap; "
-            f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {_hash(base)}"
+            f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {its_hash}"
         )
         return figures(found, self.name, "kl_to_base", protocol)
 
@@ -111,9 +113,3 @@ class Divergence(Task):
         named = f"{metric} {task}" if len(self.tasks) > 1 or task not in self.tasks else metric
         protocol = f"{what}; the first {len(values)} questions of {task}, by acc"
         return Measurement(self.name, named, mean, "share", better, len(values), stderr, protocol, Samples(values))
-
-
-def _hash(base: Loaded) -> str:
-    from llmq.files import sha256_files
-
-    return sha256_files(base.artifact.weight_files())[:12]

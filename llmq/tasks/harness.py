@@ -144,24 +144,23 @@ _Loader.add_constructor("!function", lambda loader, node: str(node.value))
 def with_includes(file: Path) -> Iterator[Path]:
     """A task file and all that it includes."""
     yield file
-    try:
-        says = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, OSError):
-        return
-    for include in _listed(says.get("include")) if isinstance(says, dict) else ():
+    for include in _listed(_alone(file).get("include")):
         yield from with_includes(file.parent / include)
 
 
 def load(file: Path) -> dict[str, Any]:
     """A task file with what it includes, functions by their names; empty if it is no mapping or no YAML."""
+    says = _alone(file)
+    merged: dict[str, Any] = {}
+    for include in _listed(says.pop("include", None)):
+        merged.update(load(file.parent / include))
+    return {**merged, **says}
+
+
+def _alone(file: Path) -> dict[str, Any]:
+    """What a task file says itself."""
     try:
         says = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, OSError):
         return {}
-    if not isinstance(says, dict):
-        return {}
-    includes = says.pop("include", None) or []
-    merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else includes:
-        merged.update(load(file.parent / include))
-    return {**merged, **says}
+    return says if isinstance(says, dict) else {}
