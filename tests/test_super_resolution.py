@@ -278,3 +278,17 @@ def test_the_middle_of_a_pair_is_the_same_place_in_both():
     low = np.arange(125 * 125).reshape(125, 125, 1)
     small, large = super_resolution._middle(Example("x", low, high=low.repeat(4, 0).repeat(4, 1)), 64, 4)
     assert np.array_equal(large[::4, ::4], small)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(3, 3), (4, 7), (11, 3)])
+def test_edsr_with_its_way_up_in_one_convolution_is_the_same_up_to_the_last_border_pixel(scale, channels, size):
+    from llmq.models.super_resolution_networks import EdsrNet
+
+    torch.manual_seed(0)
+    network = EdsrNet(channels, scale, 1, 8, 1.0).eval()
+    x = torch.rand(2, channels, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.folded()(x), network(x), rtol=0, atol=1e-5)
+    assert len(network.tail) > 1, "the network itself was changed"

@@ -4,11 +4,12 @@ Inside, all of them work on [-1, 1]; what a paper does instead (the mean colour 
 affine map that first and last layer absorb.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pixel_shuffle
+from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle
 
 from llmq.data.degrade import phases
 
@@ -119,6 +120,58 @@ class EdsrNet(nn.Module):  # type: ignore[misc]
         """Residual blocks at the size of the input, one skip over all, then up."""
         x = self.head(2 * x - 1)
         return self.tail(x + self.body(x)) / 2 + 0.5
+
+    def folded(self) -> "EdsrNet":
+        """The same function of images from 3 x 3 pixels on, its way up one convolution."""
+        network = copy.copy(self)
+        network._modules = {**self._modules, "tail": FoldedTail(self.tail, self.body[-1].out_channels)}
+        return network
+
+
+class FoldedTail(nn.Module):  # type: ignore[misc]
+    """The convolutions of a way up without activations as one of 5x5, before the pixels are shuffled.
+
+    Nothing bends between its convolutions, so what they do is linear: every output pixel is a sum over the 5x5
+    features around it. At the border the zeros that each of them sees beyond it make other sums, of which there are
+    eight: four edges and four corners, each one feature wide. At x4 the products become 29 times fewer.
+    """
+
+    def __init__(self, tail: nn.Sequential, features: int) -> None:
+        super().__init__()
+        self.scale = next(m.upscale_factor for m in tail if isinstance(m, nn.PixelShuffle))
+        self.scale **= sum(isinstance(m, nn.PixelShuffle) for m in tail)
+        weights, biases = self._sums(tail, features)
+        self.parts = nn.ModuleList()
+        for i, (rows, beyond_rows) in enumerate(PARTS):
+            for j, (columns, beyond_columns) in enumerate(PARTS):
+                weight = weights[:, i, j, :, rows, columns].contiguous()
+                part = nn.Conv2d(features, len(weight), weight.shape[2:], padding=(beyond_rows, beyond_columns))
+                part.weight, part.bias = nn.Parameter(weight), nn.Parameter(biases[:, i, j].clone())
+                self.parts.append(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The inside, framed by edges and corners."""
+        parts = iter(self.parts)
+        rows = [torch.cat([next(parts)(x[:, :, seen, beside]) for beside, _ in PARTS], 3) for seen, _ in PARTS]
+        return pixel_shuffle(torch.cat(rows, 2), self.scale)
+
+    def _sums(self, tail: nn.Sequential, features: int) -> tuple[Tensor, Tensor]:
+        """Weights and biases of an image of 5 x 5 at its first, middle and last row and column: gradients are the sums.
+
+        `(outputs, 3, 3, features, 5, 5)` and `(outputs, 3, 3)`, an output being one of `scale` x `scale` pixels.
+        """
+        outputs = 9 * tail[-1].out_channels * self.scale**2
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros(outputs, features, 5, 5, dtype=torch.float64, requires_grad=True)
+            made = pixel_unshuffle(copy.deepcopy(tail).cpu().double()(x), self.scale)[:, :, ::2, ::2]
+            flat = made.reshape(outputs, outputs)
+            (weights,) = torch.autograd.grad(flat.diagonal().sum(), x)
+        shape = -1, 3, 3
+        return weights.reshape(*shape, features, 5, 5).float(), flat[0].detach().reshape(shape).float()
+
+
+PARTS = ((slice(0, 3), 0), (slice(None), 1), (slice(-3, None), 0))
+"""Of a side of the output the first, those between, and the last: what features they see, and zeros beyond each end."""
 
 
 def wide(features: int, expansion: int) -> nn.Sequential:

@@ -124,6 +124,10 @@ class Vision(BaseModel):
         """What a step that changes weights works on."""
         return Matrices.of(artifact)
 
+    def deployed(self, network: Any) -> Any:
+        """What of a network is exported: one that computes the same, and may cost less."""
+        return network
+
     def prepare(self, images: Sequence[Any]) -> Any:
         """Images uint8 `(height, width, channels)` as the float input `(n, channels, height, width)`."""
         raise NotImplementedError

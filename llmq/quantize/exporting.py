@@ -79,13 +79,14 @@ def export(module: Any, model: Any) -> Any:
     """The graph of a module of the family `model`, any batch size. Raises `LlmqError` if it computes something else."""
     library = openvino()
     example = model.example(1)
+    deployed = model.deployed(module)
     try:
         with quietly():
-            graph = library.convert_model(module, example_input=example)
+            graph = library.convert_model(deployed, example_input=example)
             graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
     except (RuntimeError, library.frontend.OpConversionFailure) as error:
         raise LlmqError(f"{model.word} cannot be exported: {' '.join(str(error).split())}") from None
-    restore_names(graph, module)
+    restore_names(graph, deployed)
     rows, columns = example.shape[-2:]
     inputs = [example, model.example(2)]
     inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
