@@ -73,18 +73,11 @@ def _background(rng: Any, how: Difficulty) -> Any:
     import numpy as np
 
     grids = [2] + ([int(rng.integers(4, 17))] if how.clutter else [])
-    canvas: Any = np.full((how.size, how.size, 3), 0.15 + 0.7 * rng.random(), np.float32)
+    colours: Any = np.full((3, how.size, how.size), 0.15 + 0.7 * rng.random(), np.float32)
     for n in grids:
-        canvas += _resized((rng.random((n, n, 3), np.float32) - 0.5) * 0.3, how.size)
-    return canvas.clip(0, 1)
-
-
-def _resized(image: Any, size: int) -> Any:
-    """A coarse picture `(h, w, c)` as `(size, size, c)`, bilinear."""
-    import numpy as np
-
-    rows, columns = (_weights(n, size) for n in image.shape[:2])
-    return np.ascontiguousarray((rows @ image.transpose(2, 0, 1) @ columns.T).transpose(1, 2, 0))
+        rows, texture = _weights(n, how.size), (rng.random((n, n, 3), np.float32) - 0.5) * 0.3
+        colours += rows @ texture.transpose(2, 0, 1) @ rows.T
+    return np.ascontiguousarray(colours.clip(0, 1).transpose(1, 2, 0))
 
 
 @cache
@@ -124,7 +117,7 @@ def _ink(which: int, rng: Any, how: Difficulty) -> Any:
         *(-sin / unit, cos / unit, glyph.height / 2 - (cos * height - sin * width) / 2 / unit),
     )
     turned = glyph.transform((width, height), Image.Transform.AFFINE, to_glyph, Image.Resampling.BILINEAR)
-    ink = (np.asarray(turned) * 1.3).clip(0, 1)
+    ink = np.minimum(np.asarray(turned) * 1.3, 1)
     seen = ink > EDGE
     rows, columns = seen.any(1).nonzero()[0], seen.any(0).nonzero()[0]
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -160,10 +153,11 @@ def _colour_against(rng: Any, canvas: Any, box: Any, how: Difficulty) -> Any:
     """A tinted colour lighter or darker than the mean under `box`: a random share of the way to white or to black."""
     import numpy as np
 
-    under = canvas[box[1] : box[3] : 3, box[0] : box[2] : 3].reshape(-1, 3).mean(0)
-    lighter = rng.random() < 1.5 - 2 * under.mean()  # never where there is little room
+    seen = canvas[box[1] : box[3] : 3, box[0] : box[2] : 3].reshape(-1, 3)
+    under = np.add.reduce(seen) / np.float32(len(seen))  # mean() takes four times as long for so few
+    lighter = rng.random() < 1.5 - 2 * (np.add.reduce(under) / np.float32(3))  # never where there is little room
     contrast = rng.uniform(*how.contrast) - 0.2 * rng.random(3) * rng.random()
-    return (under + (lighter - under) * contrast.clip(how.contrast[0] / 2)).astype(np.float32)
+    return (under + (lighter - under) * np.maximum(contrast, how.contrast[0] / 2)).astype(np.float32)
 
 
 def _clutter(rng: Any, canvas: Any, sources: range, how: Difficulty) -> None:
