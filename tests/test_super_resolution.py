@@ -291,4 +291,3 @@ def test_edsr_with_its_way_up_in_one_convolution_is_the_same_up_to_the_last_bord
     x = torch.rand(2, channels, *size)
     with torch.inference_mode():
         torch.testing.assert_close(network.folded()(x), network(x), rtol=0, atol=1e-5)
-    assert len(network.tail) > 1, "the network itself was changed"

@@ -121,15 +121,27 @@ class EdsrNet(nn.Module):  # type: ignore[misc]
         x = self.head(2 * x - 1)
         return self.tail(x + self.body(x)) / 2 + 0.5
 
-    def folded(self) -> "EdsrNet":
+    def folded(self) -> "FoldedEdsr":
         """The same function of images from 3 x 3 pixels on, its way up one convolution."""
-        network = copy.copy(self)
-        network._modules = {**self._modules, "tail": FoldedTail(self.tail, self.body[-1].out_channels)}
-        return network
+        return FoldedEdsr(self)
+
+
+class FoldedEdsr(nn.Module):  # type: ignore[misc]
+    """EDSR as it is exported; it shares the layers of the network but for the way up."""
+
+    def __init__(self, network: EdsrNet) -> None:
+        super().__init__()
+        self.head, self.body = network.head, network.body
+        self.tail = FoldedTail(network.tail, self.head.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the network."""
+        x = self.head(2 * x - 1)
+        return self.tail(x + self.body(x))
 
 
 class FoldedTail(nn.Module):  # type: ignore[misc]
-    """The convolutions of a way up without activations as one of 5x5, before the pixels are shuffled.
+    """The convolutions of a way up without activations, and from [-1, 1] to [0, 1], as one of 5x5 before a shuffle.
 
     Nothing bends between its convolutions, so what they do is linear: every output pixel is a sum over the 5x5
     features around it. At the border the zeros that each of them sees beyond it make other sums, of which there are
@@ -163,8 +175,8 @@ class FoldedTail(nn.Module):  # type: ignore[misc]
         outputs = 9 * tail[-1].out_channels * self.scale**2
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(outputs, features, 5, 5, dtype=torch.float64, requires_grad=True)
-            made = pixel_unshuffle(copy.deepcopy(tail).cpu().double()(x), self.scale)[:, :, ::2, ::2]
-            flat = made.reshape(outputs, outputs)
+            made = copy.deepcopy(tail).cpu().double()(x) / 2 + 0.5
+            flat = pixel_unshuffle(made, self.scale)[:, :, ::2, ::2].reshape(outputs, outputs)
             (weights,) = torch.autograd.grad(flat.diagonal().sum(), x)
         shape = -1, 3, 3
         return weights.reshape(*shape, features, 5, 5).float(), flat[0].detach().reshape(shape).float()
