@@ -1,6 +1,7 @@
 """Super-resolution networks: sizes of the papers, tiles, batches, and what is kept reopens to the same."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from llmq import plugin
 from llmq.data.degrade import bicubic
 from llmq.data.images import Example
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.models import super_resolution
+from llmq.models.exported import ExportedModule
 from llmq.models.super_resolution_networks import Bicubic
 from llmq.models.weight_norm import with_weight_norm, without_weight_norm
+from llmq.quantize.exporting import export
 from llmq.types import Artifact, Exhibit, Split
 from tests.helpers import CPU, apply
 
@@ -291,3 +294,11 @@ def test_edsr_with_its_way_up_in_one_convolution_is_the_same_up_to_the_last_bord
     x = torch.rand(2, channels, *size)
     with torch.inference_mode():
         torch.testing.assert_close(network.folded()(x), network(x), rtol=0, atol=1e-5)
+
+
+def test_an_exported_edsr_takes_images_from_3_pixels_on_and_says_so_of_smaller_ones():
+    model: Any = plugin.build({"edsr": {"n_resblocks": 1, "n_feats": 8}}, "models")
+    exported = ExportedModule(export(model.network().eval(), model))
+    assert exported(torch.rand(1, 1, 3, 5)).shape == (1, 1, 12, 20)
+    with pytest.raises(LlmqError, match=r"takes no input \[1, 1, 2, 5\]: Kernel"):
+        exported(torch.rand(1, 1, 2, 5))

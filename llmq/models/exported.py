@@ -72,7 +72,11 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
             if len(self.compiled) == SHAPES:
                 self.compiled.popitem(last=False)
             graph = self.graph.clone()
-            graph.reshape(list(shape))
+            try:
+                graph.reshape(list(shape))
+            except RuntimeError as error:  # such as an image smaller than a kernel
+                why = str(error).strip().splitlines()[-1]
+                raise LlmqError(f"the exported graph takes no input {list(shape)}: {why}") from None
             options = {**self.options, "INFERENCE_NUM_THREADS": key[1]}
             self.compiled[key] = _Compiled(self.core.compile_model(graph, "CPU", options))
         self.compiled.move_to_end(key)
