@@ -15,7 +15,7 @@ from llmq.data.images import Example
 from llmq.errors import LlmqError, UserError
 from llmq.models import super_resolution
 from llmq.models.exported import ExportedModule
-from llmq.models.super_resolution_networks import Bicubic
+from llmq.models.super_resolution_networks import Bicubic, EdsrNet, FoldedEdsr
 from llmq.models.weight_norm import with_weight_norm, without_weight_norm
 from llmq.quantize.exporting import export
 from llmq.types import Artifact, Exhibit, Split
@@ -287,13 +287,11 @@ def test_the_middle_of_a_pair_is_the_same_place_in_both():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(3, 3), (4, 7), (11, 3)])
 def test_edsr_with_its_way_up_in_one_convolution_is_the_same_up_to_the_last_border_pixel(scale, channels, size):
-    from llmq.models.super_resolution_networks import EdsrNet
-
     torch.manual_seed(0)
     network = EdsrNet(channels, scale, 1, 8, 1.0).eval()
     x = torch.rand(2, channels, *size)
     with torch.inference_mode():
-        torch.testing.assert_close(network.folded()(x), network(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(FoldedEdsr(network)(x), network(x), rtol=0, atol=1e-5)
 
 
 def test_an_exported_edsr_takes_images_from_3_pixels_on_and_says_so_of_smaller_ones():

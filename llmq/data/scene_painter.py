@@ -154,7 +154,7 @@ def _colour_against(rng: Any, canvas: Any, box: Any, how: Difficulty) -> Any:
     import numpy as np
 
     seen = canvas[box[1] : box[3] : 3, box[0] : box[2] : 3].reshape(-1, 3)
-    under = np.add.reduce(seen) / np.float32(len(seen))  # mean() takes four times as long for so few
+    under = np.add.reduce(seen) / np.float32(len(seen))  # mean() takes 1.6 times as long, of three numbers 3
     lighter = rng.random() < 1.5 - 2 * (np.add.reduce(under) / np.float32(3))  # never where there is little room
     contrast = rng.uniform(*how.contrast) - 0.2 * rng.random(3) * rng.random()
     return (under + (lighter - under) * np.maximum(contrast, how.contrast[0] / 2)).astype(np.float32)

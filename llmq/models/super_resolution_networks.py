@@ -5,6 +5,7 @@ affine map that first and last layer absorb.
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -121,18 +122,14 @@ class EdsrNet(nn.Module):  # type: ignore[misc]
         x = self.head(2 * x - 1)
         return self.tail(x + self.body(x)) / 2 + 0.5
 
-    def folded(self) -> "FoldedEdsr":
-        """The same function of images from 3 x 3 pixels on, its way up one convolution."""
-        return FoldedEdsr(self)
-
 
 class FoldedEdsr(nn.Module):  # type: ignore[misc]
-    """EDSR as it is exported; it shares the layers of the network but for the way up."""
+    """The same function of images from 3 x 3 pixels on, its way up one convolution; the other layers are shared."""
 
     def __init__(self, network: EdsrNet) -> None:
         super().__init__()
         self.head, self.body = network.head, network.body
-        self.tail = FoldedTail(network.tail, self.head.out_channels)
+        self.tail = FoldedTail(network.tail)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the network."""
@@ -148,16 +145,16 @@ class FoldedTail(nn.Module):  # type: ignore[misc]
     eight: four edges and four corners, each one feature wide. At x4 the products become 29 times fewer.
     """
 
-    def __init__(self, tail: nn.Sequential, features: int) -> None:
+    def __init__(self, tail: nn.Sequential) -> None:
         super().__init__()
-        self.scale = next(m.upscale_factor for m in tail if isinstance(m, nn.PixelShuffle))
-        self.scale **= sum(isinstance(m, nn.PixelShuffle) for m in tail)
-        weights, biases = self._sums(tail, features)
+        self.scale = math.prod(layer.upscale_factor for layer in tail if isinstance(layer, nn.PixelShuffle))
+        weights, biases = self._sums(tail)
         self.parts = nn.ModuleList()
         for i, (rows, beyond_rows) in enumerate(PARTS):
             for j, (columns, beyond_columns) in enumerate(PARTS):
                 weight = weights[:, i, j, :, rows, columns].contiguous()
-                part = nn.Conv2d(features, len(weight), weight.shape[2:], padding=(beyond_rows, beyond_columns))
+                outputs, features, *kernel = weight.shape
+                part = nn.Conv2d(features, outputs, kernel, padding=(beyond_rows, beyond_columns))
                 part.weight, part.bias = nn.Parameter(weight), nn.Parameter(biases[:, i, j].clone())
                 self.parts.append(part)
 
@@ -167,12 +164,12 @@ class FoldedTail(nn.Module):  # type: ignore[misc]
         rows = [torch.cat([next(parts)(x[:, :, seen, beside]) for beside, _ in PARTS], 3) for seen, _ in PARTS]
         return pixel_shuffle(torch.cat(rows, 2), self.scale)
 
-    def _sums(self, tail: nn.Sequential, features: int) -> tuple[Tensor, Tensor]:
+    def _sums(self, tail: nn.Sequential) -> tuple[Tensor, Tensor]:
         """Weights and biases of an image of 5 x 5 at its first, middle and last row and column: gradients are the sums.
 
         `(outputs, 3, 3, features, 5, 5)` and `(outputs, 3, 3)`, an output being one of `scale` x `scale` pixels.
         """
-        outputs = 9 * tail[-1].out_channels * self.scale**2
+        features, outputs = tail[0].in_channels, 9 * tail[-1].out_channels * self.scale**2
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(outputs, features, 5, 5, dtype=torch.float64, requires_grad=True)
             made = copy.deepcopy(tail).cpu().double()(x) / 2 + 0.5
