@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Better = Literal["higher", "lower"]
+Better = Literal["higher", "lower", "unknown"]
+"""The direction of a figure; of an unknown one there is no verdict and no gate."""
 
 
 class Plugin(BaseModel):
@@ -138,7 +139,8 @@ class Samples:
 
     The figure is the sum of `values` over the sum of `weights` (`mean`), its exponential (`exp`), or a quantile of the
     values (`quantile`). Without weights each sample weighs 1. `clusters` numbers the document of each sample where
-    several share one: what is drawn anew is then the document.
+    several share one: what is drawn anew is then the document. `ids` names the document of each sample: two stages are
+    compared on the documents that both scored.
     """
 
     values: tuple[float, ...]
@@ -146,12 +148,14 @@ class Samples:
     statistic: Literal["mean", "exp", "quantile"] = "mean"
     quantile: float = 0.5
     clusters: tuple[int, ...] | None = None
+    ids: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure with everything needed to believe it. A standard error of 0 says that it is exact, None unknown.
+    """One figure with everything needed to believe it. A standard error of None is unknown.
 
+    `exact` says that the figure was counted, not sampled (bytes, parameters): no standard error says so.
     `chance` is what blind guessing would score, where that is known: 1 in 4 choices, or the size of a vocabulary.
     """
 
@@ -165,6 +169,7 @@ class Measurement:
     convention: str
     samples: Samples | None = field(default=None, compare=False, repr=False)
     chance: float | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -295,6 +300,6 @@ class Artifact:
 def measurement_from(data: Mapping[str, Any]) -> Measurement:
     """A `Measurement` out of its JSON."""
     if samples := data.get("samples"):
-        tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters") if samples.get(k)}
+        tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters", "ids") if samples.get(k)}
         samples = Samples(**{**samples, **tuples})
     return Measurement(**{**data, "samples": samples})
