@@ -1,0 +1,256 @@
+"""Every architecture under every word: right by an oracle of its own, or refused in one line. Writes `llmq/support`."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, apply, base_of, logits_of, some_ids
+from safetensors import safe_open
+from test_compression_families import dense
+from tiny_text_models import ARCHITECTURES, build
+
+from llmq import plugin, support
+from llmq.errors import UserError
+from llmq.types import Artifact, Exhibit, Measurement
+
+pytestmark = pytest.mark.slow
+
+IDS = some_ids()
+FEW = {"samples": 4, "length": 32}
+LORA = {"r": 4, "max_length": 64, "max_steps": 2, "learning_rate": 0.05, "per_device_train_batch_size": 2}
+TEXT = "The while statement is used for repeated execution as long as an expression is true. " * 12
+
+
+def plain(folder: Path) -> Any:
+    """A folder opened by plain transformers, which finds every tensor that it needs."""
+    from transformers import AutoModelForCausalLM
+
+    module, said = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not said["missing_keys"], f"missing: {sorted(said['missing_keys'])[:3]}"
+    assert not said["mismatched_keys"], said["mismatched_keys"]
+    return module.eval()
+
+
+def ours(stage: Artifact) -> torch.Tensor:
+    """The logits of a stage as llmq opens it."""
+    with stage.open("cpu") as loaded:
+        return logits_of(loaded.module, IDS)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `other`."""
+    assert one.isfinite().all()
+    return float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+
+
+def block_matrices(folder: Path) -> dict[str, torch.Tensor]:
+    """What lies in the repeated blocks with two or three dimensions: linear layers and experts."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+    inside = {key: t for key, t in tensors.items() if any(part.isdigit() for part in key.split("."))}
+    return {key: t for key, t in inside.items() if t.ndim in (2, 3) and "conv" not in key and "router" not in key}
+
+
+def bnb(bits: int) -> Callable[..., None]:
+    """bitsandbytes: most of what the blocks hold is packed, and plain transformers opens it to the same logits."""
+
+    def check(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
+        stage = apply("quantize.bnb", base, folder, bits=bits, compute_dtype="float32")
+        after = ours(stage)
+        assert torch.allclose(after, logits_of(plain(stage.weights), IDS), atol=1e-5)
+        assert 0 < distance(after, logits) < {4: 0.9, 8: 0.3}[bits]
+        total = sum(t.numel() for t in block_matrices(base.weights).values())
+        packed = sum(
+            t.numel() * (2 if t.dtype == torch.uint8 else 1)
+            for key, t in block_matrices(stage.weights).items()
+            if t.dtype in (torch.uint8, torch.int8) and key.endswith("weight")
+        )
+        assert packed / total > 0.5, f"{packed / total:.0%} of the blocks are packed"
+
+    return check
+
+
+def grid(word: str) -> Callable[..., None]:
+    """GPTQ and rounding: what the packed files stand for, unpacked by the format's definition, has the same logits."""
+
+    def check(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+        stage = apply(word, base, folder, bits=4, group_size=32, **(FEW if word.endswith("gptq") else {}))
+        after = ours(stage)
+        whole = dense(stage.weights, tmp / f"dense-{word}")
+        assert torch.allclose(after, logits_of(plain(whole), IDS), atol=1e-4)
+        assert 0 < distance(after, logits) < 0.9
+        changed = sum(t.numel() for key, t in block_matrices(stage.weights).items() if key.endswith("qweight")) * 8
+        share = changed / sum(t.numel() for t in block_matrices(base.weights).values())
+        assert share > 0.5, f"{share:.0%} of the blocks are packed"
+
+    return check
+
+
+def half_pruned(word: str) -> Callable[..., None]:
+    """Half of what the blocks hold is zero, and plain transformers opens it to the same logits."""
+
+    def check(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
+        stage = apply(word, base, folder, sparsity=0.5, **FEW)
+        after = ours(stage)
+        assert torch.allclose(after, logits_of(plain(stage.weights), IDS), atol=1e-5)
+        assert distance(after, logits) > 0
+        matrices = block_matrices(stage.weights).values()
+        zeros = sum(int((t == 0).sum()) for t in matrices) / sum(t.numel() for t in matrices)
+        assert 0.3 < zeros < 0.55, f"{zeros:.0%} of the blocks are zero"
+
+    return check
+
+
+def fewer_layers(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
+    """One block less, and plain transformers opens what is left to the same logits."""
+    stage = apply("prune.layers", base, folder, drop=1, **FEW)
+    module = plain(stage.weights)
+    assert torch.allclose(ours(stage), logits_of(module, IDS), atol=1e-5)
+    before = plain(base.weights).config.num_hidden_layers
+    assert module.config.num_hidden_layers == before - 1
+
+
+def merged(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """Plain PEFT on the base, plain transformers on the merged folder, and llmq give the same logits."""
+    from peft import PeftModel
+
+    rows = [{"prompt": f"What is {i} plus {i}? ", "completion": f"It is {2 * i}."} for i in range(8)]
+    data = tmp / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapted = apply("adapt.lora", base, folder, data=str(data), **LORA)
+    after = apply("adapt.merge", adapted, folder.with_name("merged"), window=32, tokens=64)
+    wanted = logits_of(PeftModel.from_pretrained(plain(base.weights), adapted.adapter).eval(), IDS)
+    assert distance(wanted, logits) > 1e-3, "the adapter learned nothing"
+    assert distance(ours(adapted), wanted) < 1e-4
+    assert distance(logits_of(plain(after.weights), IDS), wanted) < 1e-3
+
+
+def perplexity(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """exp of the mean loss of a plain loop over the same windows."""
+    (tmp / "text.txt").write_text(TEXT)
+    task: Any = plugin.build(
+        {"perplexity": {"data": str(tmp / "text.txt"), "part": "all", "window": 32, "limit": 4, "bos": False}}, "tasks"
+    )
+    with base.open("cpu") as loaded:
+        answers = {m.metric: m.value for m in task.score(loaded)}
+        ids = loaded.processor(TEXT, add_special_tokens=False)["input_ids"][:128]
+    module, total = plain(base.weights), 0.0
+    for start in range(0, 128, 32):
+        window = torch.tensor([ids[start : start + 32]])
+        loss = torch.nn.functional.cross_entropy(logits_of(module, window)[0, :-1], window[0, 1:], reduction="sum")
+        total += float(loss)
+    assert answers["token_perplexity"] == pytest.approx(math.exp(total / (4 * 31)), rel=1e-4)
+
+
+def lm_eval(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """lm-eval's own class on the module that plain transformers opens."""
+    import lm_eval as harness
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    words = TEXT.split()
+    rows = [
+        {"context": " ".join(words[i : i + 5]), "choices": [words[i + 5], words[i + 9]], "label": 0} for i in range(6)
+    ]
+    (tmp / "asked").mkdir()
+    (tmp / "asked" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp / "asked" / "tiny_choice.yaml").write_text(
+        f"task: tiny_choice\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp}/asked/rows.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{context}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: label\nmetric_list:\n"
+        "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+    )
+    task: Any = plugin.build({"lm_eval": {"tasks": ["tiny_choice"], "include_path": str(tmp / "asked")}}, "tasks")
+    with base.open("cpu") as loaded:
+        found = {m.metric: m.value for m in task.score(loaded) if isinstance(m, Measurement)}
+        peer = HFLM(pretrained=plain(base.weights), tokenizer=loaded.processor, batch_size=1, max_length=256)
+    manager = TaskManager(include_path=str(tmp / "asked"), include_defaults=False)
+    theirs = harness.simple_evaluate(model=peer, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=0)
+    for metric in ("acc", "acc_norm"):
+        assert found[metric] == theirs["results"]["tiny_choice"][f"{metric},none"]
+
+
+def generate(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """The greedy answer of plain transformers."""
+    rows = [{"prompt": TEXT[: 40 + i], "completion": " and so on."} for i in range(12)]
+    (tmp / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": str(tmp / "prompts.jsonl"), "examples": 1, "max_new_tokens": 8}
+    task: Any = plugin.build({"generate": settings}, "tasks")
+    with base.open("cpu") as loaded:
+        shown = next(a for a in task.score(loaded) if isinstance(a, Exhibit))
+        ids = torch.tensor([loaded.processor(shown.input, add_special_tokens=False)["input_ids"]])
+        made = plain(base.weights).generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        wanted = loaded.processor.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert shown.output == wanted
+
+
+def speed(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """Every clock runs twice and takes time, and the second run asks the same."""
+    task: Any = plugin.build({"speed": {"prompt_tokens": 16, "new_tokens": 4, "rounds": 2}}, "tasks")
+    from llmq.measure import interleave
+
+    with base.open("cpu") as loaded:
+        found = interleave({"0-base": list(task.clocks(loaded))}, "cpu")["0-base"]
+    assert {m.metric for m in found} >= {"time_to_first_token", "decode_tokens_per_second"}
+    assert all(math.isfinite(m.value) and m.value > 0 for m in found)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "bnb4": bnb(4),
+    "bnb8": bnb(8),
+    "gptq": grid("quantize.gptq"),
+    "rtn": grid("quantize.rtn"),
+    "wanda": half_pruned("prune.wanda"),
+    "sparsegpt": half_pruned("prune.sparsegpt"),
+    "layers": fewer_layers,
+    "lora": merged,
+    "perplexity": perplexity,
+    "lm_eval": lm_eval,
+    "generate": generate,
+    "speed": speed,
+}
+
+
+def outcome(architecture: str, column: str, base: Artifact, logits: torch.Tensor, tmp: Path) -> str:
+    """`right`, or the one line in which llmq refuses; folders of this machine out of it."""
+    folder = tmp / column
+    try:
+        CHECKS[column](base, folder, logits, tmp)
+    except UserError as error:
+        line = str(error).replace(str(base.weights), architecture).replace(str(tmp), "")
+        assert "\n" not in line
+        assert architecture in line or type(plain(base.weights)).__name__ in line, f"names no model: {line}"
+        return line
+    return support.RIGHT
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_word_is_right_or_one_line(architecture, tiny_llama, tmp_path):
+    torch.set_num_threads(1)
+    base = base_of(build(architecture, tmp_path / "model", tiny_llama), "float32")
+    logits = logits_of(plain(base.weights), IDS)
+    found, wrong = {}, {}
+    for column in CHECKS:
+        try:
+            found[column] = outcome(architecture, column, base, logits, tmp_path)
+        except Exception as error:  # noqa: BLE001  # every cell is looked at before the test fails
+            wrong[column] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if os.environ.get("LLMQ_WRITE_SUPPORT"):
+        support.write("text", architecture, found)
+    assert not wrong, (architecture, wrong)
+    assert found == support.cells("text")[architecture]
+
+
+def test_the_table_holds_every_architecture_and_column():
+    assert CHECKS.keys() == support.TEXT_COLUMNS.keys()
+    assert support.cells("text").keys() == ARCHITECTURES.keys()
