@@ -83,9 +83,9 @@ def test_speed_reads_time_and_rate_off_the_same_clock(tiny_llama):
     task = plugin.build({"speed": {"prompt_tokens": 8, "new_tokens": 4, "rounds": 3}}, "tasks")
     with base_of(tiny_llama).open("cpu") as loaded:
         clocks = list(task.clocks(loaded))
-        cache_length = clocks[1].run.args[1].get_seq_length()
+        cache_length = clocks[1].run.args[2].get_seq_length()
         taken = {m.metric: m for m in interleave({"0-base": clocks}, "cpu")["0-base"]}
-        assert clocks[1].run.args[1].get_seq_length() == cache_length, "decoding must cut its cache back"
+        assert clocks[1].run.args[2].get_seq_length() == cache_length, "decoding must cut its cache back"
     first, rate = taken["time_to_first_token"].value, taken["prefill_tokens_per_second"].value
     assert first * rate / 1000 == pytest.approx(8, rel=1e-6)
     assert taken["decode_tokens_per_second"].n == 3

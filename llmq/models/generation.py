@@ -1,41 +1,50 @@
 """How fast a language model writes: a prefill and a decode as units of work."""
 
-from collections.abc import Iterable
+import copy
+import inspect
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from llmq.types import Clock, Loaded, Reading
 
+CACHES = ("past_key_values", "cache_params")
+"""What families call the cache that a forward pass takes and gives: attention's, and that of state-space models."""
+
 
 def clocks(loaded: Loaded, task: str, prompt_tokens: int, new_tokens: int, rounds: int) -> Iterable[Clock]:
     """One forward pass over a prompt with the choice of its first token; greedy decoding from that prompt's cache.
 
-    One sequence at a time. The cache is cut back after each decode.
+    One sequence at a time. A cache of keys and values is cut back after each decode; recurrent states cannot be, so
+    each decode begins with a copy of them. Decoding is not timed for a model that gives out no cache (RecurrentGemma).
     """
     import torch
 
     vocabulary = loaded.module.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    prompt = prompt.to(loaded.device)
-    with torch.inference_mode():
-        cache = loaded.module(input_ids=prompt, use_cache=True).past_key_values
-    cache.activate_past_recording()  # or a sliding window could not be cut back after decoding
+    prompt = prompt.to(loaded.device)  # (1, prompt_tokens)
     protocol = f"batch 1, {prompt_tokens}-token prompt, {torch.get_num_threads()} threads, {loaded.device}"
     first = (
         Reading("time_to_first_token", "ms", "lower", lambda s: 1000 * s),
         Reading("prefill_tokens_per_second", "tokens/s", "higher", lambda s: prompt_tokens / s),
     )
+    yield Clock(task, partial(_prefill, loaded.module, prompt), first, protocol, rounds=rounds)
+    with torch.inference_mode():
+        output = loaded.module(input_ids=prompt, use_cache=True)
+    name = next((name for name in CACHES if getattr(output, name, None) is not None), None)
+    if name is None:
+        return
+    cache = getattr(output, name)
     decode = (Reading("decode_tokens_per_second", "tokens/s", "higher", lambda s: new_tokens / s),)
-    return (
-        Clock(task, partial(_prefill, loaded.module, prompt), first, protocol, rounds=rounds),
-        Clock(
-            task,
-            partial(_decode, loaded.module, cache, prompt[:, -1:], new_tokens),
-            decode,
-            f"{protocol}, {new_tokens} new tokens",
-            rounds=rounds,
-        ),
+    work = partial(
+        _decode, loaded.module, name, cache, prompt[:, -1:], range(prompt_tokens, prompt_tokens + new_tokens)
     )
+    protocol += f", {new_tokens} new tokens"
+    if cache.is_croppable:
+        cache.activate_past_recording()  # or a sliding window could not be cut back after decoding
+    else:
+        protocol += " after a copy of the prompt's recurrent states"
+    yield Clock(task, work, decode, protocol, rounds=rounds)
 
 
 def _prefill(module: Any, prompt: Any) -> None:
@@ -45,10 +54,20 @@ def _prefill(module: Any, prompt: Any) -> None:
         module(input_ids=prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
 
-def _decode(module: Any, cache: Any, token: Any, count: int) -> None:
+def _decode(module: Any, name: str, cache: Any, token: Any, positions: Sequence[int]) -> None:
+    """Write a token at each position. A hybrid model would not know its place without being told (Bamba)."""
     import torch
 
+    used = cache if cache.is_croppable else copy.deepcopy(cache)
+    places = torch.tensor(positions, device=token.device).view(-1, 1, 1) if _takes_positions(module) else None
     with torch.inference_mode():
-        for _ in range(count):
-            token = module(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    cache.crop(-count)
+        for i in range(len(positions)):
+            told = {} if places is None else {"position_ids": places[i]}  # (1, 1)
+            token = module(input_ids=token, **{name: used}, use_cache=True, **told).logits[:, -1:].argmax(-1)
+    if used is cache:
+        cache.crop(-len(positions))
+
+
+def _takes_positions(module: Any) -> bool:
+    network = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return "position_ids" in inspect.signature(network.forward).parameters
