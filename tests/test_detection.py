@@ -1,11 +1,14 @@
 """COCO's average precision: against other implementations and by hand; its jackknife; the task."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import coco, cocoeval
 
 from llmq import plugin
@@ -89,6 +92,144 @@ def test_precision_agrees_with_pycocotools():
     theirs = detection._torchmetrics(examples, found)
     names = ["map", "map_50", "map_75", "map_small", "map_medium", "map_large"]
     np.testing.assert_allclose([theirs[name] for name in names], judge.stats[:6], atol=1e-6)
+
+
+# Annotations as people make them, against pycocotools itself.
+
+SIDE = 300
+
+
+def annotated_world(seed: int, images: int = 25, classes: int = 4) -> tuple[dict[str, Any], list[Detections]]:
+    """A COCO file with crowds, areas that are not those of the boxes, empty images and a category without truth."""
+    rng = np.random.default_rng(seed)
+    annotations: list[dict[str, Any]] = []
+    found = []
+    for n in range(images):
+        boxes = np.clip(np.round(some_boxes(rng, rng.integers(0, 6) * (n % 4 > 0)), 2), 0, SIDE).astype(np.float64)
+        for box in boxes:
+            plain = sized(box)
+            area = plain["area"] * rng.choice([1, 0.6, 0.1])  # of an outline
+            crowd = int(rng.random() < 0.25)
+            label = int(rng.integers(0, classes - 1))
+            its = {"image_id": n, "category_id": label, "bbox": plain["bbox"], "area": area, "iscrowd": crowd}
+            annotations.append({"id": len(annotations) + 1, "ignore": int(rng.random() < 0.2), **its})
+        labels = [a["category_id"] for a in annotations if a["image_id"] == n]
+        found.append(some_detections(rng, boxes, np.array(labels, int), classes))
+    files = [{"id": n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(images)]
+    categories = [{"id": c, "name": f"class {c}"} for c in range(classes)]
+    return {"images": files, "annotations": annotations, "categories": categories}, found
+
+
+def some_detections(rng: Any, boxes: Any, labels: Any, classes: int) -> Detections:
+    """Each box found twice, more or less well, with pieces of it, and false alarms; some scores are equal."""
+    near = np.repeat(boxes, 2, 0) + rng.normal(0, 3, (2 * len(boxes), 4))
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2  # a quarter: much of it lies in a crowd, little overlaps an object
+    every = np.concatenate([near, np.concatenate([boxes[:, :2], middle], 1), some_boxes(rng, rng.integers(0, 5))])
+    every[:, 2:] = np.maximum(every[:, 2:], every[:, :2] + 1)
+    scores = np.round(rng.random(len(every)), 1).astype(np.float32)
+    alarms = rng.integers(0, classes, len(every) - 3 * len(boxes))
+    return Detections(every.astype(np.float32), scores, np.concatenate([np.repeat(labels, 2), labels, alarms]))
+
+
+def of_pycocotools(data: dict[str, Any], found: list[Detections]) -> Any:
+    """Its six average precisions; -1 where there is none."""
+    truth = coco.COCO()
+    truth.dataset = json.loads(json.dumps(data))
+    truth.createIndex()
+    said = [
+        {"image_id": n, "category_id": int(c), "score": float(s), "bbox": sized(box)["bbox"]}
+        for n, f in enumerate(found)
+        for box, s, c in zip(f.boxes, f.scores, f.labels, strict=True)
+    ]
+    judge = cocoeval.COCOeval(truth, truth.loadRes(said), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return judge.stats[:6]
+
+
+def as_read(data: dict[str, Any], folder: Path) -> list[Example]:
+    """The examples that llmq makes of a COCO file, in the order of the file."""
+    for n, image in enumerate(data["images"]):
+        Image.new("RGB", (SIDE, SIDE), (n, 255 - n, 7)).save(folder / image["file_name"])
+    (folder / "instances.json").write_text(json.dumps(data))
+    source: Any = plugin.build({"coco": {"path": str(folder / "instances.json"), "held_out": 0.5}}, "data")
+    split = source.read()
+    return sorted([*split.train, *split.held_out], key=lambda example: int(example.name[:-4]))
+
+
+def figures_of(examples: list[Example], found: list[Detections]) -> Any:
+    """The six, by our own matches; -1 where there is none."""
+    matches = {
+        area: [Match.in_example(e, f, area=its) for e, f in zip(examples, found, strict=True)]
+        for area, its in AREAS.items()
+    }
+    each = [
+        matches["all"],
+        *([m.at(row) for m in matches["all"]] for row in (0, 5)),
+        *(matches[a] for a in ("small", "medium", "large")),
+    ]
+    return [mean_average_precision(its) if any(len(m.wanted) for m in its) else -1 for its in each]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_annotations_are_judged_as_pycocotools_judges_them(seed, tmp_path, asked):
+    data, found = annotated_world(seed)
+    theirs = of_pycocotools(data, found)
+    examples = as_read(data, tmp_path)
+    np.testing.assert_allclose(figures_of(examples, found), theirs, atol=1e-9)
+    told = {m.metric: m.value for m in asked(examples, found, examples=0)}
+    names = ["map", "map50", "map75", "map_small", "map_medium", "map_large"]
+    np.testing.assert_allclose([told.get(name, -1) for name in names], theirs, atol=1e-6)
+    without = [replace(e, crowds=None, crowd_labels=None) for e in examples]
+    assert abs(figures_of(without, found)[0] - theirs[0]) > 0.01
+    assert abs(figures_of([replace(e, areas=None) for e in examples], found)[3] - theirs[3]) > 0.01
+
+
+def test_what_lies_in_a_crowd_is_neither_right_nor_wrong(tmp_path):
+    box = {"image_id": 0, "category_id": 0, "iscrowd": 0, "bbox": [10, 10, 20, 20], "area": 400}
+    crowd = {**box, "id": 2, "iscrowd": 1, "bbox": [100, 100, 100, 100], "area": 10_000}
+    files = [{"id": 0, "file_name": "0.png", "width": SIDE, "height": SIDE}]
+    data = {"images": files, "annotations": [{**box, "id": 1}, crowd], "categories": [{"id": 0, "name": "a"}]}
+    inside = np.float32([[100, 100, 120, 120], [110, 110, 140, 140], [150, 150, 190, 190], [10, 10, 30, 30]])
+    found = [Detections(inside, np.float32([0.9, 0.8, 0.7, 0.6]), np.zeros(4, int))]
+    examples = as_read(data, tmp_path)
+    assert len(examples[0].boxes) == 1  # what is learned from
+    assert figures_of(examples, found)[0] == pytest.approx(1)
+    assert of_pycocotools(data, found)[0] == pytest.approx(1)
+
+
+def test_an_annotation_that_is_there_twice_counts_once(tmp_path):
+    data, found = annotated_world(1)
+    again = [{**a, "id": 1000 + a["id"]} for a in data["annotations"]]
+    doubled = {**data, "annotations": [*data["annotations"], *again]}
+    theirs = of_pycocotools(data, found)
+    assert abs(of_pycocotools(doubled, found)[0] - theirs[0]) > 0.001
+    np.testing.assert_allclose(figures_of(as_read(doubled, tmp_path), found), theirs, atol=1e-9)
+
+
+def test_a_hundred_detections_of_a_class_count_in_an_image(tmp_path):
+    files = [{"id": n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(2)]
+    its = {"category_id": 0, "iscrowd": 0, "area": 400}
+    boxes = [{**its, "id": n + 1, "image_id": n, "bbox": [200, 200, 20, 20]} for n in range(2)]
+    data = {"images": files, "annotations": boxes, "categories": [{"id": 0, "name": "a"}]}
+    alarms = np.float32([[0, 0, 9, 9]]).repeat(150, 0)
+    right = np.float32([[200, 200, 220, 220]])
+    scores, labels = np.linspace(1, 0, 151, dtype=np.float32), np.zeros(151, int)
+    found = [Detections(np.concatenate([alarms[:n], right, alarms[n:]]), scores, labels) for n in (99, 100)]
+    ours = figures_of(as_read(data, tmp_path), found)
+    np.testing.assert_allclose(ours, of_pycocotools(data, found), atol=1e-9)
+    assert ours[0] == pytest.approx(51 / 101 / 199)  # the hundredth counts, after 198 alarms; the next does not
+
+
+def test_no_spread_is_told_where_all_boxes_are_in_one_image(asked):
+    full, empty = some_world(3, images=2)[0][:2]
+    full = replace(full, boxes=np.float32([A]), labels=np.array([0]))
+    empty = replace(empty, boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, int))
+    found = [Detections(np.float32([A]), np.float32([0.9]), np.array([0]))] * 2
+    first = asked([full, empty], found, examples=0)[0]
+    assert first.value == pytest.approx(1)
+    assert (first.samples, first.stderr) == (None, None)
 
 
 def sized(box: Any) -> dict[str, Any]:

@@ -18,13 +18,22 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class Boxed:
+    """One annotation: its box and label; the object's `area` where the file says so, and whether it is a crowd."""
+
+    box: Box
+    label: int
+    area: float | None = None
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
 class Item:
-    """An image file and its boxes: x0, y0, x1, y1 in its pixels."""
+    """An image file and what is annotated in it, in its pixels."""
 
     name: str
     path: Path
-    boxes: tuple[Box, ...]
-    labels: tuple[int, ...]
+    annotations: tuple[Boxed, ...]
 
 
 @dataclass(frozen=True)
@@ -100,12 +109,32 @@ def split_of(
 
 
 def _digest(side: str, items: Sequence[Item]) -> Iterator[str]:
-    return (f"{side} {i.name} {facts(i.path)[2]} {i.boxes} {i.labels}" for i in items)
+    return (f"{side} {i.name} {facts(i.path)[2]} {i.annotations}" for i in items)
+
+
+def without_copies(annotations: Sequence[Boxed], left_out: dict[str, int]) -> tuple[Boxed, ...]:
+    """Annotations without those that say the very same of an image again, which are counted in `left_out`."""
+    once = {(a.box, a.label, a.crowd): a for a in reversed(annotations)}  # of copies the first
+    if copies := len(annotations) - len(once):
+        left_out["copies_left_out"] = left_out.get("copies_left_out", 0) + copies
+    return tuple(reversed(once.values()))
 
 
 def _open(item: Item) -> Example:
     import numpy as np
 
     image: Any = read_image(item.path)
-    boxes: Any = np.array(item.boxes, np.float32).reshape(-1, 4)
-    return Example(item.name, image, boxes=boxes, labels=np.array(item.labels, np.int64))
+    objects, crowds = ([a for a in item.annotations if a.crowd is crowd] for crowd in (False, True))
+    columns: Any = [
+        (np.array([a.box for a in some], np.float32).reshape(-1, 4), np.array([a.label for a in some], np.int64))
+        for some in (objects, crowds)
+    ]
+    areas: Any = np.array([size_of(a) for a in objects], np.float64)
+    (boxes, labels), (regions, crowd_labels) = columns
+    return Example(item.name, image, boxes=boxes, labels=labels, areas=areas, crowds=regions, crowd_labels=crowd_labels)
+
+
+def size_of(annotation: Boxed) -> float:
+    """The area of an object, in square pixels: as annotated, else that of its box."""
+    x0, y0, x1, y1 = annotation.box
+    return (x1 - x0) * (y1 - y0) if annotation.area is None else annotation.area

@@ -14,7 +14,8 @@ class Coco(Data):
     """Images with boxes out of a COCO annotation file (JSON), or a YOLO data set (`data.yaml` and a text per image).
 
     Every image is looked at and every box checked before anything is learned; images are decoded when they are asked
-    for. Boxes of crowds and boxes without area are left out and counted. Classes are in the order of their numbers.
+    for. Crowds are not learned from, and in a measurement ignored, as pycocotools does; they, boxes without area and
+    copies of a box are counted. Classes are in the order of their numbers.
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
@@ -57,6 +58,6 @@ class Coco(Data):
             if parts[-1].classes != parts[0].classes:
                 raise UserError(f"{files[1]}: its categories are not those of {files[0]}; both need the same")
         left_out = sum((Counter(part.left_out) for part in parts), Counter())
-        counts = {name: left_out[name] for name in parts[0].left_out}
+        counts = {name: left_out[name] for name in dict.fromkeys(name for part in parts for name in part.left_out)}
         sides = (parts[0].items, parts[1].items) if len(parts) == 2 else divided(parts[0].items, float(self.held_out))
         return split_of(*sides, parts[0].classes, counts)

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from llmq.data.boxed_images import Box, Item, Part, facts, within
+from llmq.data.boxed_images import Boxed, Item, Part, facts, within, without_copies
 from llmq.errors import UserError
 
 
 def read_coco(file: Path, images: Path | None) -> Part:
-    """The images of an annotation file with their boxes; boxes of crowds and boxes without area are left out.
+    """The images of an annotation file with their boxes, crowds marked; boxes without area are left out.
+
+    As pycocotools has it a crowd is what `iscrowd` says, and `ignore` says nothing.
+
 
     Raises `UserError` naming file and annotation for a category or an image that is not there, a box outside its
     image, or an image of another size than the file says.
@@ -20,37 +24,38 @@ def read_coco(file: Path, images: Path | None) -> Part:
     classes = [str(c["name"]) for c in sorted(data["categories"], key=lambda c: c["id"])]
     folder = images or _folder(file, data["images"])
     paths = {image["id"]: _path(file, folder, image) for image in data["images"]}
-    boxes: dict[Any, list[tuple[Box, int]]] = {image["id"]: [] for image in data["images"]}
     left_out = {"crowds_left_out": 0, "empty_boxes_left_out": 0}
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    found: dict[Any, list[Boxed]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         where = f"{file}: annotation {annotation.get('id')}"
         image_id = annotation.get("image_id")
-        if image_id not in boxes:
+        if image_id not in found:
             raise UserError(f"{where}: there is no image {image_id!r} among 'images'; add it, or remove the annotation")
         if annotation.get("category_id") not in labels:
             raise UserError(
                 f"{where}: category_id {annotation.get('category_id')!r} is not among 'categories' "
                 f"({_few(labels)}); add it there, or correct the annotation"
             )
-        if annotation.get("iscrowd"):
-            left_out["crowds_left_out"] += 1
-            continue
         box = within(_corners(annotation.get("bbox"), where), *sizes[image_id], f"{where}: bbox {annotation['bbox']}")
         if box is None:
             left_out["empty_boxes_left_out"] += 1
-        else:
-            boxes[image_id].append((box, labels[annotation["category_id"]]))
+            continue
+        label, crowd = labels[annotation["category_id"]], bool(annotation.get("iscrowd"))
+        left_out["crowds_left_out"] += crowd
+        found[image_id].append(Boxed(box, label, _area(annotation, where), crowd))
     items = [
-        Item(
-            str(image["file_name"]),
-            paths[image["id"]],
-            tuple(box for box, _ in boxes[image["id"]]),
-            tuple(label for _, label in boxes[image["id"]]),
-        )
-        for image in data["images"]
+        Item(str(i["file_name"]), paths[i["id"]], without_copies(found[i["id"]], left_out)) for i in data["images"]
     ]
     return Part(items, tuple(classes), left_out)
+
+
+def _area(annotation: Mapping[str, Any], where: str) -> float | None:
+    """The object's own area, often that of its outline; None where the annotation says none."""
+    area = annotation.get("area")
+    if area is not None and not (type(area) in (int, float) and isfinite(area) and area >= 0):
+        raise UserError(f"{where}: area {area!r} is no number of square pixels")
+    return None if area is None else float(area)
 
 
 NEEDED: Mapping[str, Sequence[str]] = {

@@ -16,7 +16,9 @@ class Example:
     """An image and what is known of it.
 
     `image` is uint8 `(height, width, channels)`; of a super-resolution pair it is the low-resolution one and `high` the
-    other. `boxes` is float32 `(n, 4)`: x0, y0, x1, y1 in pixels; `labels` int64 `(n,)` goes with it.
+    other. `boxes` is float32 `(n, 4)`: x0, y0, x1, y1 in pixels; `labels` int64 `(n,)` goes with it, and `areas`
+    float64 `(n,)` where the annotations say how large each object is. `crowds` `(m, 4)` with `crowd_labels` are regions
+    of many objects: nothing is learned from them, and what is found in them is neither right nor wrong.
     """
 
     name: str
@@ -25,6 +27,9 @@ class Example:
     boxes: Any = None
     labels: Any = None
     high: Any = None
+    areas: Any = None
+    crowds: Any = None
+    crowd_labels: Any = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,9 @@ def _renumbered(part: Sequence[Example], numbers: Sequence[int], place: int) -> 
 
     example = part[place]
     label = None if example.label is None else numbers[example.label]
-    labels = None if example.labels is None else np.asarray(numbers, np.int64)[example.labels]
-    return replace(example, label=label, labels=labels)
+    places: Any = np.asarray(numbers, np.int64)
+    labels, crowds = (None if its is None else places[its] for its in (example.labels, example.crowd_labels))
+    return replace(example, label=label, labels=labels, crowd_labels=crowds)
 
 
 def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[int] | None:

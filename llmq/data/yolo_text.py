@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from llmq.data.boxed_images import Box, Item, Part, facts, within
+from llmq.data.boxed_images import Boxed, Item, Part, facts, within, without_copies
 from llmq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -87,8 +87,7 @@ def _part(file: Path, part: str, images: Sequence[tuple[str, Path]], classes: tu
         expected = str(label_file(images[0][1]))
         raise UserError(f"{file}: {part}: no image has a text file with its boxes; the first should be {expected!r}")
     for name, path in images:
-        boxes = _boxes(path, classes, left_out)
-        items.append(Item(name, path, tuple(b for b, _ in boxes), tuple(n for _, n in boxes)))
+        items.append(Item(name, path, without_copies(_boxes(path, classes, left_out), left_out)))
     return Part(items, classes, left_out)
 
 
@@ -102,11 +101,11 @@ def label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _boxes(image: Path, classes: Sequence[str], left_out: dict[str, int]) -> list[tuple[Box, int]]:
+def _boxes(image: Path, classes: Sequence[str], left_out: dict[str, int]) -> list[Boxed]:
     width, height, _ = facts(image)
     file = label_file(image)
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    found: list[tuple[Box, int]] = []
+    found: list[Boxed] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             label, (x, y, w, h) = _numbers(line, f"{file}:{number}", classes)
@@ -115,7 +114,7 @@ def _boxes(image: Path, classes: Sequence[str], left_out: dict[str, int]) -> lis
             if box is None:
                 left_out["empty_boxes_left_out"] += 1
             else:
-                found.append((box, label))
+                found.append(Boxed(box, label))
     return found
 
 

@@ -123,7 +123,7 @@ class Detector(Vision):
         from llmq.tasks.average_precision import Match, mean_average_precision
 
         found = self.detect(loaded, [example.image for example in examples])
-        matches = [Match.of(e.boxes, e.labels, d, (0.5,)) for e, d in zip(examples, found, strict=True)]
+        matches = [Match.in_example(e, d, (0.5,)) for e, d in zip(examples, found, strict=True)]
         return "map50", mean_average_precision(matches)
 
 

@@ -2,6 +2,7 @@
 
 The protocol is that of pycocotools (Lin et al. 2014): detections, best score first, take the free box of their class
 that they overlap most; precision is made monotone and read at 101 levels of recall; classes without a box do not count.
+How large an object is the annotation says; a detection in a crowd, by its own area, is neither right nor wrong.
 """
 
 from collections.abc import Sequence
@@ -37,24 +38,50 @@ class Match:
         found: Any,
         thresholds: Sequence[float] = THRESHOLDS,
         area: tuple[float, float] = AREAS["all"],
+        areas: Any = None,
+        crowds: Any = None,
+        crowd_labels: Any = None,
     ) -> "Match":
-        """Set `found` (boxes, scores, labels) beside the true boxes, those within `area` (square pixels) counting."""
-        outside = ~_within(boxes, area)
+        """Set `found` (boxes, scores, labels) beside the true boxes, those within `area` (square pixels) counting.
+
+        `areas` `(n,)` says how large the objects are, if not as large as their boxes. Of `crowds` `(m, 4)` none is to
+        be found, and what lies in one is neither right nor wrong, however much does.
+        """
+        counts = _within(sizes_of(boxes) if areas is None else areas, area)
+        wanted = labels[counts]
+        crowded: Any = np.zeros(len(boxes), bool)
+        if crowds is not None and len(crowds):
+            boxes, labels = np.concatenate([boxes, crowds]), np.concatenate([labels, crowd_labels])
+            counts = np.concatenate([counts, np.zeros(len(crowds), bool)])
+            crowded = np.concatenate([crowded, np.ones(len(crowds), bool)])
+        outside = ~counts
         parts: list[Any] = []
         for label in np.unique(found.labels):
             best = np.flatnonzero(found.labels == label)
             best = best[np.argsort(-found.scores[best], kind="stable")][:MOST]
             true = np.flatnonzero(labels == label)
             true = true[np.argsort(outside[true], kind="stable")]
-            overlaps = overlap(found.boxes[best], boxes[true])
-            hits, ignored = _assigned(overlaps, outside[true], np.asarray(thresholds))
-            ignored |= ~hits & ~_within(found.boxes[best], area)
+            overlaps = overlap(found.boxes[best], boxes[true], crowded[true])
+            hits, ignored = _assigned(overlaps, outside[true], crowded[true], np.asarray(thresholds))
+            ignored |= ~hits & ~_within(sizes_of(found.boxes[best]), area)
             parts.append((found.labels[best], found.scores[best], hits, ignored))
         if not parts:
             none: Any = np.zeros((len(thresholds), 0), bool)
             parts = [(np.zeros(0, np.int64), np.zeros(0, np.float32), none, none)]
         columns: Any = [np.concatenate(column, -1) for column in zip(*parts, strict=True)]
-        return cls(columns[0], columns[1], columns[2], columns[3], labels[~outside])
+        return cls(columns[0], columns[1], columns[2], columns[3], wanted)
+
+    @classmethod
+    def in_example(
+        cls,
+        example: Any,
+        found: Any,
+        thresholds: Sequence[float] = THRESHOLDS,
+        area: tuple[float, float] = AREAS["all"],
+    ) -> "Match":
+        """Set `found` beside all that is known of an example: boxes, areas and crowds."""
+        e = example
+        return cls.of(e.boxes, e.labels, found, thresholds, area, e.areas, e.crowds, e.crowd_labels)
 
     def at(self, threshold: int) -> "Match":
         """The same image at one of its thresholds, by number."""
@@ -62,32 +89,42 @@ class Match:
         return Match(self.labels, self.scores, self.hits[row], self.ignored[row], self.wanted)
 
 
-def _within(boxes: Any, area: tuple[float, float]) -> Any:
-    sizes = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+def sizes_of(boxes: Any) -> Any:
+    """The area of each of `(n, 4)` boxes."""
+    boxes = np.asarray(boxes, np.float64)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _within(sizes: Any, area: tuple[float, float]) -> Any:
     return (sizes >= area[0]) & (sizes <= area[1])
 
 
-def overlap(a: Any, b: Any) -> Any:
-    """Intersection over union of every box of `a` `(n, 4)` with every box of `b` `(m, 4)`: `(n, m)`."""
+def overlap(a: Any, b: Any, crowded: Any = False) -> Any:
+    """Intersection over union of every box of `a` `(n, 4)` with every box of `b` `(m, 4)`: `(n, m)`.
+
+    With those of `b` that are `crowded` `(m,)`: intersection over the box of `a`.
+    """
+    own, others = sizes_of(a)[:, None], sizes_of(b)[None]
     a, b = np.asarray(a, np.float64)[:, None], np.asarray(b, np.float64)[None]
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     common = sides.clip(0).prod(-1)
-    return common / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - common)
+    either = np.where(crowded, own, own + others - common)
+    return np.divide(common, either, out=np.zeros_like(common), where=either > 0)
 
 
-def _assigned(overlaps: Any, outside: Any, thresholds: Any) -> tuple[Any, Any]:
+def _assigned(overlaps: Any, outside: Any, crowded: Any, thresholds: Any) -> tuple[Any, Any]:
     """Which detections (rows, best first) hit a box, and whether that box does not count: two of `(thresholds, n)`."""
     hits: Any = np.zeros((len(thresholds), len(overlaps)), bool)
     ignored = np.zeros_like(hits)
     free: Any = np.ones((len(thresholds), len(outside)), bool)
     rows = np.arange(len(thresholds))
     for d in np.flatnonzero(overlaps.max(1, initial=0) >= thresholds[0]):
-        # A box that counts is taken before any that does not, whatever the overlap.
+        # A box that counts is taken before any that does not, whatever the overlap; of equal ones the last.
         worth = np.where(free & (overlaps[d] >= thresholds[:, None]), overlaps[d] - 2.0 * outside + 3, 0)
-        taken = worth.argmax(1)
+        taken = len(outside) - 1 - worth[:, ::-1].argmax(1)
         hits[:, d] = worth[rows, taken] > 0
         ignored[:, d] = hits[:, d] & outside[taken]
-        free[rows, taken] &= ~hits[:, d]
+        free[rows, taken] &= ~hits[:, d] | crowded[taken]
     return hits, ignored
 
 
@@ -96,14 +133,18 @@ def mean_average_precision(matches: Sequence[Match]) -> float:
     return _mean([_precision(*_table(matches, label)[:3]) for label in _classes(matches)])
 
 
-def influences(matches: Sequence[Match], value: float, groups: int) -> Any:
+def influences(matches: Sequence[Match], value: float, groups: int) -> Any | None:
     """What each of `groups` of images does to `value`: `(groups,)` numbers whose mean it is; i is in group i % groups.
+
+    None where one group has all boxes, so that there is no figure without it.
 
     Delete-a-group jackknife (Shao & Tu 1995, ch. 2.3): value + (g - 1)(mean of the values without a group - the value
     without this one). Their standard deviation over the root of `groups` is the jackknife's standard error.
     """
     without = np.array([_without_each(matches, label, groups) for label in _classes(matches)])
     counted = ~np.isnan(without)
+    if not counted.any(0).all():
+        return None
     left_out = np.where(counted, without, 0).sum(0) / counted.sum(0)
     return value + (groups - 1) * (left_out.mean() - left_out)
 

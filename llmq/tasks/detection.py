@@ -65,8 +65,9 @@ class Detection(Task):
 
     def _protocol(self, split: Split, model: Any, how: str) -> str:
         return (
-            "COCO: 101 levels of recall, 100 detections an image, classes of equal weight; small below 32^2 pixels, "
-            f"large above 96^2; scores from {model.score_threshold:g}; {how}; {self.data.word} held_out, sha256 "
+            "COCO: 101 levels of recall, 100 detections of a class an image, classes of equal weight; crowds ignored, "
+            "annotated areas, small below 32^2 pixels, large above 96^2; "
+            f"scores from {model.score_threshold:g}; {how}; {self.data.word} held_out, sha256 "
             f"{split.sha256[:12]}"
         )
 
@@ -75,7 +76,7 @@ class Detection(Task):
 
         values = _torchmetrics(examples, found)
         for metric, area in METRICS.items():
-            matches = [Match.of(e.boxes, e.labels, f, area=AREAS[area]) for e, f in zip(examples, found, strict=True)]
+            matches = [Match.in_example(e, f, area=AREAS[area]) for e, f in zip(examples, found, strict=True)]
             if any(len(match.wanted) for match in matches):
                 yield self._measurement(metric, values[metric], matches, f"overlap 0.50:0.05:0.95; {protocol}")
             if area == "all":
@@ -88,10 +89,10 @@ class Detection(Task):
 
         groups = min(GROUPS, len(matches))
         samples, stderr = None, None
-        if groups > 1:
-            each = influences(matches, value, groups)
+        each = influences(matches, value, groups) if groups > 1 else None
+        if each is not None:
             samples, stderr = Samples(tuple(map(float, each))), float(each.std(ddof=1) / groups**0.5)
-        protocol += f"; jackknife over {groups} groups of images: a sample is what one does to the figure"
+            protocol += f"; jackknife over {groups} groups of images: a sample is what one does to the figure"
         return Measurement(self.name, metric, value, "", "higher", len(matches), stderr, protocol, samples)
 
 
@@ -102,6 +103,25 @@ def _renumbered(found: Any, numbers: dict[int, int]) -> Any:
     kept = np.flatnonzero(np.isin(found.labels, list(numbers)))
     labels = np.array([numbers[int(label)] for label in found.labels[kept]], np.int64)
     return type(found)(found.boxes[kept], found.scores[kept], labels)
+
+
+def _truth(example: Any) -> dict[str, Any]:
+    """The objects and crowds of an example, with their areas, as torchmetrics takes them."""
+    import numpy as np
+    import torch
+
+    from llmq.tasks.average_precision import sizes_of
+
+    areas = sizes_of(example.boxes) if example.areas is None else example.areas
+    boxes, labels = example.boxes, example.labels
+    crowded: Any = np.zeros(len(boxes), np.int64)
+    if example.crowds is not None:
+        boxes, labels = np.concatenate([boxes, example.crowds]), np.concatenate([labels, example.crowd_labels])
+        areas = np.concatenate([areas, sizes_of(example.crowds)])
+        crowded = np.concatenate([crowded, np.ones(len(example.crowds), np.int64)])
+    # An area of 0 would be taken for one that nobody has said.
+    plain = {"boxes": boxes, "labels": labels, "iscrowd": crowded, "area": np.maximum(areas, 1e-6)}
+    return {name: torch.from_numpy(np.asarray(its)) for name, its in plain.items()}
 
 
 def _torchmetrics(examples: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
@@ -117,6 +137,6 @@ def _torchmetrics(examples: Sequence[Any], found: Sequence[Any]) -> dict[str, fl
     metric.warn_on_many_detections = False
     metric.update(
         [{k: torch.from_numpy(getattr(f, k)) for k in ("boxes", "scores", "labels")} for f in found],
-        [{k: torch.from_numpy(getattr(e, k)) for k in ("boxes", "labels")} for e in examples],
+        [_truth(example) for example in examples],
     )
     return {name: float(value) for name, value in metric.compute().items() if value.numel() == 1}
