@@ -1,6 +1,5 @@
 """The command line: words in, one call, an exit code out."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llmq import cli_judging
+from llmq.files import to_json
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -141,7 +141,7 @@ def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> No
     from llmq import recipe as recipes
 
     job = recipes.load(recipe, overrides or ())
-    typer.echo(json.dumps(job.plain(), default=str) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
+    typer.echo(to_json(job.plain()) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
     if not as_json:
         typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
 
@@ -152,7 +152,7 @@ def list_words(as_json: Json = False) -> None:
     from llmq import listing
 
     found = listing.everything()
-    typer.echo(json.dumps(found) if as_json else listing.as_text(found))
+    typer.echo(to_json(found) if as_json else listing.as_text(found))
 
 
 @app.command()
@@ -165,7 +165,7 @@ def show(word: str, as_json: Json = False) -> None:
         typer.echo(recipes.find("recipes", word).read_text(), nl=False)
         return
     cls = plugin.load(word)
-    typer.echo(json.dumps(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
+    typer.echo(to_json(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
 
 
 @app.command(name="copy")

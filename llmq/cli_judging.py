@@ -1,6 +1,5 @@
 """The commands that judge runs: compare, gate, verify and replay."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmq.errors import UserError
+from llmq.files import to_json
 
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
@@ -25,7 +25,7 @@ def compare(targets: Annotated[list[str], typer.Argument(metavar="RUN...")], as_
 
     found = compare.side_by_side(compare.targets(targets))
     if as_json:
-        typer.echo(json.dumps(verdicts.comparison_as_data(found)))
+        typer.echo(to_json(verdicts.comparison_as_data(found)))
     else:
         verdicts.show_comparison(found)
 
@@ -45,7 +45,7 @@ def gate(
 
     told = verdicts.gate_as_data(of_run(target, rule, stage))
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(to_json(told))
     end_gate(told, as_json)
 
 
@@ -65,7 +65,7 @@ def verify(run: Run, as_json: Json = False) -> None:
 
     found = replay.verify(run)
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "whole": found.whole}))
+        typer.echo(to_json({**asdict(found), "whole": found.whole}))
     else:
         for kind in ("changed", "missing", "added"):
             for name in getattr(found, kind):
@@ -89,7 +89,7 @@ def replay(
         raise UserError(f"{str(out)!r} is a file; name a folder")
     found = replays.replay(run, out or run.resolve().with_name(f"{run.resolve().name}-replay"))
     if as_json:
-        typer.echo(json.dumps(found.plain()))
+        typer.echo(to_json(found.plain()))
     else:
         for title, differences in (("now otherwise", found.surroundings), ("DIFFERS", found.differences)):
             for d in differences:

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 
 
 def cache(*parts: str) -> Path:
@@ -41,9 +42,43 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def to_json(data: Any, **how: Any) -> str:
+    """`data` as JSON that every reader takes. Raises `LlmqError` naming the first number that is not finite."""
+    try:
+        return json.dumps(data, allow_nan=False, **{"default": str, **how})
+    except ValueError:
+        found = _not_finite(data)
+        if not found:
+            raise
+        where, value = found
+        raise LlmqError(f"{where} is {value}, and JSON knows finite numbers only") from None
+
+
+def _not_finite(data: Any, where: str = "") -> tuple[str, float] | None:
+    """The first number in nested data that is not finite, with its place: `measurements.3.value`."""
+    if isinstance(data, float):
+        return None if isfinite(data) else (where, data)
+    parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    found = (_not_finite(value, f"{where}.{key}".lstrip(".")) for key, value in parts)
+    return next(filter(None, found), None)
+
+
+def tagged(config: Any) -> Any:
+    """A model's configuration with its infinite numbers as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(config, float) and not isfinite(config):
+        return {"__float__": json.dumps(config)}
+    if isinstance(config, dict):
+        return {key: tagged(value) for key, value in config.items()}
+    return [tagged(value) for value in config] if isinstance(config, list | tuple) else config
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one step."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
+    """Write JSON in one step. Raises `LlmqError` naming the first number that is not finite."""
+    try:
+        text = to_json(data, indent=1, ensure_ascii=False)
+    except LlmqError as error:
+        raise LlmqError(f"{path}: {error}") from None
+    write_text(path, text + "\n")
 
 
 def bundled(kind: str) -> Path:

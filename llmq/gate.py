@@ -124,8 +124,6 @@ def _judge(
     plain = Verdict(
         rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, _is_share(m), m.n
     )
-    if not isfinite(m.value):
-        return replace(plain, verdict="fail", reason="the figure is no number, so the model is broken")
     if rule.is_relative and b is None:
         return replace(plain, reason="the base was not asked this")
     if b and rule.is_relative:
@@ -179,8 +177,6 @@ def _why_not(m: Measurement, b: Measurement | None) -> str:
 
 def _unhealthy(base: Measurement) -> str:
     """Why nothing can be judged by this base, or nothing."""
-    if not isfinite(base.value):
-        return f"the base's {base.metric} is {base.value}"
     if base.chance is None:
         return ""
     e = (estimates.alone(base.samples) if base.samples else None) or estimates.by_stderr(base)

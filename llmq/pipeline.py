@@ -14,9 +14,9 @@ import yaml
 from llmq import environment, gate, measure, processes, replay
 from llmq.answers import Interview
 from llmq.errors import UserError
-from llmq.files import make_whole, sha256_files, write_json, write_text
+from llmq.files import make_whole, sha256_files, to_json, write_json, write_text
 from llmq.recipe import Recipe, check_order
-from llmq.report import Report, Stage
+from llmq.report import SCHEMA_VERSION, Report, Stage
 from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
 from llmq.source import Source
@@ -184,7 +184,9 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
             write_text(folder / attachment.file, attachment.text)
         write_samples(measurements, folder / "samples")
         plain = [asdict(m) for m in measurements]
-        write_json(kept, {"measurements": plain, "exhibits": exhibits, "reused": list(dict.fromkeys(interview.reused))})
+        reused = list(dict.fromkeys(interview.reused))
+        told = {"schema_version": SCHEMA_VERSION, "measurements": plain, "exhibits": exhibits, "reused": reused}
+        write_json(kept, told)
     data = json.loads(kept.read_text())
     return replace(
         stage,
@@ -237,7 +239,7 @@ def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
         if m.samples:
             weights = m.samples.weights or (1.0,) * len(m.samples.values)
             rows = (
-                json.dumps({"sample": i, "score": v, "weight": w})
+                to_json({"sample": i, "score": v, "weight": w})
                 for i, (v, w) in enumerate(zip(m.samples.values, weights, strict=True))
             )
             name = re.sub(r"[^\w.-]+", "_", f"{m.task}.{m.metric}")
@@ -260,7 +262,8 @@ def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, de
         taken = measure.interleave(clocks, device)
     for name, measurements in taken.items():
         write_samples(measurements, out / name / "samples")
-        write_json(out / name / "clocks.json", {"measurements": [asdict(m) for m in measurements]})
+        told = {"schema_version": SCHEMA_VERSION, "measurements": [asdict(m) for m in measurements]}
+        write_json(out / name / "clocks.json", told)
     say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
     return {n: replace(stages[n], measurements=(*stages[n].measurements, *taken[n])) for n in stages}
 

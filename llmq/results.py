@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import UserError, did_you_mean
+from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.types import Measurement, measurement_from
 
 Key = tuple[str, str]
@@ -78,6 +78,8 @@ def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
         bare = [measurement_from(_without_stage(m)) for m in report["measurements"] if m["stage"] == folder.name]
     except (KeyError, TypeError):
         raise UserError(f"{str(folder.parent / 'report.json')!r} is no report of llmq") from None
+    except LlmqError as error:
+        raise UserError(f"{str(folder.parent / 'report.json')!r}: {error}") from None
     rest = [m for m in bare if (m.task, m.metric) not in have]
     return Result(
         folder.name, folder.resolve().parent, (*found, *rest), frozenset((m.task, m.metric) for m in (*timed, *rest))
@@ -94,6 +96,8 @@ def _kept(file: Path) -> Iterator[Measurement]:
             yield measurement_from(entry)
     except (KeyError, TypeError):
         raise UserError(f"{str(file)!r} holds no measurements of llmq") from None
+    except LlmqError as error:  # of before figures had to be finite
+        raise UserError(f"{str(file)!r}: {error}") from None
 
 
 def _json(file: Path) -> Any:

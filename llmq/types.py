@@ -8,10 +8,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from llmq.errors import LlmqError
 
 Better = Literal["higher", "lower", "unknown"]
 """The direction of a figure; of an unknown one there is no verdict and no gate."""
@@ -20,7 +23,7 @@ Better = Literal["higher", "lower", "unknown"]
 class Plugin(BaseModel):
     """A recipe word: the class is its schema, its validation and its documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @property
     def word(self) -> str:
@@ -155,7 +158,8 @@ class Samples:
 class Measurement:
     """One figure with everything needed to believe it. A standard error of None is unknown.
 
-    `exact` says that the figure was counted, not sampled (bytes, parameters): no standard error says so.
+    `exact` says that the figure was counted, not sampled (bytes, parameters): no standard error says so. Raises
+    `LlmqError` where the figure, its standard error or one of its samples is no finite number.
     `chance` is what blind guessing would score, where that is known: 1 in 4 choices, or the size of a vocabulary.
     """
 
@@ -170,6 +174,20 @@ class Measurement:
     samples: Samples | None = field(default=None, compare=False, repr=False)
     chance: float | None = None
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        s = self.samples
+        numbers = {
+            "figure": (self.value,),
+            "standard error": () if self.stderr is None else (self.stderr,),
+            "score": s.values if s else (),
+            "weight": s.weights or () if s else (),
+        }
+        for what, values in numbers.items():
+            for i, value in enumerate(values):
+                if not isfinite(value):
+                    which = f" of sample {i}" if len(values) > 1 else ""
+                    raise LlmqError(f"{self.task}: the {what}{which} of {self.metric} is {value}, no finite number")
 
 
 @dataclass(frozen=True)
@@ -298,8 +316,13 @@ class Artifact:
 
 
 def measurement_from(data: Mapping[str, Any]) -> Measurement:
-    """A `Measurement` out of its JSON."""
+    """A `Measurement` out of its JSON.
+
+    Before schema version 2 no entry says whether it is exact: a single count had a standard error of 0 and no samples.
+    """
+    old = "exact" not in data
+    exact = data["stderr"] == 0 and data["n"] == 1 and not data.get("samples") if old else data["exact"]
     if samples := data.get("samples"):
         tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters", "ids") if samples.get(k)}
         samples = Samples(**{**samples, **tuples})
-    return Measurement(**{**data, "samples": samples})
+    return Measurement(**{**data, "samples": samples, "exact": exact})

@@ -36,7 +36,7 @@ def accuracy(answers, task="arc_easy", metric="acc", chance: float | None = 0.25
 
 def size(megabytes: float) -> Measurement:
     """An exact figure."""
-    return Measurement("size", "bytes_on_disk", 1e6 * megabytes, "bytes", "lower", 1, 0.0, "files")
+    return Measurement("size", "bytes_on_disk", 1e6 * megabytes, "bytes", "lower", 1, 0.0, "files", exact=True)
 
 
 def speed(rates: Sequence[float]) -> Measurement:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of, write_json
+from llmq.files import safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
 from llmq.types import Artifact
 
@@ -150,7 +150,8 @@ class Skeleton:
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((self.folder / "config.json").read_text())
         config.pop("torch_dtype", None)
-        write_json(folder / "config.json", {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes})
+        told = {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes}
+        write_json(folder / "config.json", tagged(told))
 
     def load_outside(self) -> None:
         """Give everything outside the blocks its weights, tied ones too."""

@@ -10,7 +10,8 @@ from llmq.files import write_json, write_text
 from llmq.statistics import compare, corrected
 from llmq.types import Artifact, Exhibit, Measurement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: no figure said that it is exact; a standard error of 0 stood for that, see `types.measurement_from`."""
 
 
 @dataclass(frozen=True)

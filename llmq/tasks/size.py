@@ -24,7 +24,7 @@ class Size(Task):
         on_disk = bytes_of(loaded.artifact.weight_files())
 
         def exact(metric: str, value: int, unit: str, better: Better, convention: str) -> Measurement:
-            return Measurement(self.name, metric, value, unit, better, 1, 0.0, convention)
+            return Measurement(self.name, metric, value, unit, better, 1, 0.0, convention, exact=True)
 
         return (
             exact(
