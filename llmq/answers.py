@@ -19,7 +19,7 @@ from typing import Any
 
 import llmq
 from llmq import environment, files, plugin
-from llmq.types import Answer, Artifact, Attachment, Exhibit, Loaded, Task, measurement_from
+from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
 
 OURS = ("artifact.json", "measurements.json", "clocks.json", "samples", "pictures", "lm_eval")
 """What llmq writes into a stage's folder beside the model."""
@@ -74,7 +74,13 @@ class Interview:
         if depends is None:
             yield from answer()
             return
-        facts = {"task": settings(task), "depends": depends, "models": models(), "machine": machine(self.device)}
+        read_by = {".".join(map(str, at)): d.read().sha256 for at, d in task.parts() if isinstance(d, Data)}
+        facts = {
+            "task": settings(task),
+            "depends": {**read_by, **depends},
+            "models": models(),
+            "machine": machine(self.device),
+        }
         kept = read(facts)
         if kept is None:
             kept = list(answer())

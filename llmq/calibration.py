@@ -26,10 +26,6 @@ class Calibrated(BaseModel):
     length: PositiveInt = Field(512, description="tokens in a window")
     true_sequential: bool = Field(True, description="a layer sees what became of those before it in its own block")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
         """Token windows that do not overlap, and notes on them. Raises `UserError` if there is not one token."""
         from llmq.data.tokens import encode

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, gate, measure, processes, replay
+from llmq import environment, gate, measure, processes, reading, replay
 from llmq.answers import Interview
 from llmq.errors import UserError
 from llmq.files import make_whole, sha256_files, to_json, write_json, write_text
@@ -27,7 +27,6 @@ from llmq.types import (
     Attachment,
     Clock,
     Context,
-    Data,
     Exhibit,
     Loaded,
     Measurement,
@@ -83,7 +82,7 @@ def evaluate(
     cache: bool = True,
 ) -> Report:
     """Question models that exist already; the first of them is the base."""
-    data_hashes(tasks)  # what lacks is said before a model is opened
+    reading.hashes(tasks)  # what lacks is said before a model is opened
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
         first, base = next(iter(artifacts.items()))
@@ -121,16 +120,8 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
             step.check_base(base)
         except UserError as error:
             raise UserError(f"{recipe.name}: {step.word}: {error}") from None
-    data_hashes([*recipe.steps, *recipe.evaluate])
+    reading.hashes([*recipe.steps, *recipe.evaluate])
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
-
-
-def data_hashes(parts: Sequence[Plugin]) -> dict[str, str]:
-    """The hash of every data set that these steps and tasks read, all of its rows checked."""
-    sets = [part.data for part in parts if isinstance(getattr(part, "data", None), Data)]  # type: ignore[attr-defined]
-    found = {f"{data.word} {getattr(data, 'path', '')}".strip(): data.read().sha256 for data in sets}
-    others = [p for p in parts if isinstance(p, Task) and not isinstance(getattr(p, "data", None), Data)]
-    return found | {f"{p.name} {k}": str(v) for p in others for k, v in (p.depends() or {}).items()}
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -287,7 +278,7 @@ def finish(
     base = stages[baseline].artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
-    facts["data_sha256"] = data_hashes(parts)
+    facts["data_sha256"] = reading.hashes(parts)
     facts["dtype"] = getattr(base.model, "dtype", None)
     report = Report.of(asked, facts, list(stages.values()), baseline)
     try:

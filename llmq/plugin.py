@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationInfo
 
 from llmq.errors import UserError, did_you_mean
 from llmq.types import Plugin
@@ -74,11 +74,29 @@ def build(value: Any, package: str | None = None) -> Plugin:
     return load(f"{package}.{word}" if package else word).model_validate(settings)
 
 
-def _data(value: Any) -> Any:
+def data_entry(value: str, kind: str | None = None) -> dict[str, dict[str, Any]]:
+    """What a bare word or path stands for, where data is named: `{"file": {"path": "my.jsonl"}}`.
+
+    Which data a path means depends on the kind of the model: a folder is images with classes, or images with boxes.
+    """
+    if f"data.{value}" in words():
+        return {value: {}}
+    for word in (w for w in words() if w.startswith("data.")):
+        cls: Any = load(word)
+        if (kind or "causal-lm") in cls.suits and cls.takes(value):
+            return {word.removeprefix("data."): {"path": value}}
+    raise UserError(f"{value!r} is no word of data{did_you_mean(value, _data_words())}")
+
+
+def _data_words() -> list[str]:
+    return [word.removeprefix("data.") for word in words() if word.startswith("data.")]
+
+
+def _data(value: Any, info: ValidationInfo) -> Any:
     # A bare path is what most people have: `data: my.jsonl`.
-    if isinstance(value, str) and f"data.{value}" not in words():
-        value = {"file": {"path": value}} if Path(value).suffix else {"hub": {"path": value}}
     try:
+        if isinstance(value, str):
+            value = data_entry(value, (info.context or {}).get("kind"))
         return build(value, "data")
     except UserError as error:  # pydantic adds the place to a ValueError
         raise ValueError(str(error)) from None
@@ -99,7 +117,7 @@ def to_plain(plugin: Plugin) -> Any:
 
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Plugin):
-        word, settings = value.word.split(".", 1)[1], to_plain(value)
+        word, settings = value.word.split(".", 1)[-1], to_plain(value)
         return {word: settings} if settings else word
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)

@@ -1,18 +1,17 @@
 """YAML -> `Recipe`. Every check happens here, before anything runs."""
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llmq import plugin
+from llmq import overrides, plugin
 from llmq.errors import UserError, did_you_mean, explain
-from llmq.files import bundled
 from llmq.rules import Rule, read_rule
-from llmq.source import Place, Source, read
+from llmq.source import Place, Source, find, names, read, with_suite, word_at
 from llmq.types import Data, Model, Plugin, Step, Task
+
+__all__ = ["Recipe", "Source", "find", "names", "read"]
 
 
 class Recipe(BaseModel):
@@ -69,81 +68,19 @@ class Recipe(BaseModel):
         return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
 
 
-def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load(name: str, changes: Iterable[str] = ()) -> Recipe:
     """The recipe in a file, or of that name among the bundled ones, with `word.key=value` overrides folded in."""
     path = find("recipes", name)
     source = read(path)
     check_shape(source)
-    for override in overrides:
+    for override in overrides.in_order(changes):
         apply_override(source, override)
     return parse(source, path.stem)
 
 
-def find(kind: Literal["recipes", "evals"], name: str) -> Path:
-    """The YAML file that `name` means: a path, or a bundled name such as `text/quickstart`."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise UserError(f"there is no file {name!r}")
-    known = names(kind)
-    if name not in known:
-        noun = {"recipes": "recipe", "evals": "suite"}[kind]
-        raise UserError(f"unknown {noun} {name!r}{did_you_mean(name, known)}")
-    return known[name]
-
-
-def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
-    """The bundled recipes or suites."""
-    root = bundled(kind)
-    files = sorted(root.glob("*/*.yaml")) if kind == "recipes" else sorted(root.glob("*.yaml"))
-    return {str(f.relative_to(root).with_suffix("")): f for f in files}
-
-
 def apply_override(source: Source, override: str) -> None:
-    """Fold `adapt.lora.r=32`, `model.weights=org/name` or `seed=1` into the data."""
-    target, equals, text = override.partition("=")
-    if not equals or not target:
-        raise UserError(f"override {override!r} is not of the form word.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"override {override!r}: {text!r} is not YAML") from None
-    parent, place, keys = _target(source, target, override)
-    for key in keys[:-1]:
-        if not isinstance(parent.get(key), dict):
-            parent[key] = {}
-        parent, place = parent[key], (*place, key)
-    parent[keys[-1]] = value
-    source.lines[(*place, keys[-1])] = -1
-
-
-def _target(source: Source, target: str, override: str) -> tuple[dict[str, Any], Place, list[str]]:
-    data = source.data
-    steps = [_word(source, ("steps", i), entry) for i, entry in enumerate(data.get("steps") or [])]
-    named = [
-        (i, word, settings, target.removeprefix(f"{said}.").split("."))
-        for i, (word, settings) in enumerate(steps)
-        for said in (word, f"{i + 1}-{word}")
-        if target.startswith(f"{said}.")
-    ]
-    if len(named) > 1:
-        stages = " or ".join(f"{i + 1}-{word}" for i, word, *_ in named)
-        raise UserError(f"override {override!r}: this recipe has {len(named)} steps {named[0][1]!r}; write {stages}")
-    for i, word, settings, keys in named:
-        data["steps"][i] = {word: settings}
-        return settings, ("steps", i, word), keys
-    first, _, rest = target.partition(".")
-    if first == "model" and rest:
-        word, settings = _word(source, ("model",), data.get("model") or "causal_lm")
-        data["model"] = {word: settings}
-        return settings, ("model", word), rest.split(".")
-    if first in Recipe.model_fields and not rest:
-        return data, (), [first]
-    raise UserError(
-        f"override {override!r}: this recipe has no {target.rpartition('.')[0] or target!r}"
-        f"{did_you_mean(target.rpartition('.')[0], [*(word for word, _ in steps), 'model'])}"
-    )
+    """Fold `adapt.lora.r=32`, `perplexity.limit=32`, `model.weights=org/name` or `seed=1` into the data."""
+    overrides.fold(source, override, Recipe.model_fields)
 
 
 def check_shape(source: Source) -> None:
@@ -162,6 +99,7 @@ def check_shape(source: Source) -> None:
 def parse(source: Source, name: str) -> Recipe:
     """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
     check_shape(source)
+    with_suite(source)
     data = source.data
     if not data.get("model"):
         raise UserError(f"{source.name}: a recipe needs a 'model', such as 'causal_lm: {{weights: smollm2-135m}}'")
@@ -170,7 +108,7 @@ def parse(source: Source, name: str) -> Recipe:
     parts = {
         "name": name,
         "model": model,
-        "steps": tuple(_part(source, ("steps", i), s, None) for i, s in enumerate(steps)),
+        "steps": tuple(_part(source, ("steps", i), s, None, model.kind) for i, s in enumerate(steps)),
         "evaluate": suite_tasks(suite, source, model.kind),
     }
     for i, step in enumerate(parts["steps"]):
@@ -202,33 +140,26 @@ def suite_tasks(suite: Any, source: Source, kind: str) -> tuple[Task, ...]:
     """The tasks of a named suite or an inline list. Raises `UserError` if one does not suit the kind of model."""
     place: Place = ("evaluate",)
     if isinstance(suite, str):
-        try:
-            source = read(find("evals", suite))
-        except UserError as error:
-            raise UserError(f"{source.where(place)}: {error}") from None
-        suite, place = source.data, ()
+        source = Source(source.name, {"evaluate": suite}, dict(source.lines))
+        with_suite(source)
+        suite = source.data["evaluate"]
     if not isinstance(suite, list):
         raise UserError(f"{source.where(place)}: 'evaluate' is the name of a suite or a list of tasks")
-    tasks = tuple(_part(source, (*place, i), t, "tasks") for i, t in enumerate(suite))
+    tasks = tuple(_part(source, (*place, i), t, "tasks", kind) for i, t in enumerate(suite))
     for i, task in enumerate(tasks):
-        _suits(task, kind, source.where((*place, i)))
+        _suits(task, kind, source, (*place, i, task.word.rpartition(".")[2]))
     return tasks
 
 
-def _word(source: Source, place: Place, value: Any) -> tuple[str, dict[str, Any]]:
-    try:
-        return plugin.name_and_settings(value)
-    except UserError as error:
-        raise UserError(f"{source.where(place)}: {error}") from None
-
-
-def _part(source: Source, place: Place, value: Any, package: str | None) -> Any:
-    word, settings = _word(source, place, value)
+def _part(source: Source, place: Place, value: Any, package: str | None, kind: str | None = None) -> Any:
+    word, settings = word_at(source, place, value)
     try:
         cls = plugin.load(f"{package}.{word}" if package else word)
     except UserError as error:
         raise UserError(f"{source.where(place)}: {_strip(str(error), package)}") from None
-    part = _validated(lambda: cls.model_validate(settings), source, (*place, word), cls, settings)
+    part: Plugin = _validated(
+        lambda: cls.model_validate(settings, context={"kind": kind}), source, (*place, word), cls, settings
+    )
     try:
         part.check()
     except UserError as error:
@@ -250,23 +181,40 @@ def _validated(
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = errors[0]["loc"][:1]
         same = [e for e in errors if e["loc"][:1] == key]
-        if inner := _data_within(settings, same[0]["loc"]):
-            place, cls = (*place, *key, inner), plugin.load(f"data.{inner}")
-            same = [{**e, "loc": e["loc"][1:]} for e in same if e["loc"][:2] == same[0]["loc"][:2]]
+        if found := _innermost(settings, same[0]["loc"]):
+            depth, within, inner = found
+            place, cls = (*place, *within), plugin.load(f"data.{inner}")
+            same = [
+                {**e, "loc": e["loc"][depth:]} for e in same if e["loc"][: depth + 1] == same[0]["loc"][: depth + 1]
+            ]
         raise UserError(f"{source.where((*place, *same[0]['loc']))}: {explain(same, cls)}") from None
 
 
-def _data_within(settings: Mapping[str, Any], loc: Place) -> str | None:
-    """The word of the data whose settings `loc` leads into: `file` in `data: {file: {path: …}}`."""
-    value = settings.get(str(loc[0])) if len(loc) > 1 else None
-    word = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
-    return word if f"data.{word}" in plugin.words() else None
+def _innermost(settings: Any, loc: Place) -> tuple[int, Place, str] | None:
+    """The data whose settings `loc` leads into, where it lies inside others the innermost.
+
+    `loc`, as pydantic says it, leaves out the words of plug-ins: `("data", "pth")` in `data: {file: {pth: …}}`. Given
+    back are how many keys of it lead to the data, the whole place of the data's settings, and its word.
+    """
+    found: tuple[int, Place, str] | None = None
+    place: Place = ()
+    value = settings
+    for depth, key in enumerate(loc[:-1], 1):
+        try:
+            value, place = value[key], (*place, key)
+        except (KeyError, IndexError, TypeError):  # pydantic's name for one of several alternatives
+            return found
+        word = str(next(iter(value))) if isinstance(value, dict) and len(value) == 1 else ""
+        if word != loc[depth] and f"data.{word}" in plugin.words():
+            value, place = value[word], (*place, word)
+            found = depth, place, word
+    return found
 
 
-def _suits(part: Step | Task, kind: str, where: str) -> None:
-    for asked in (part, getattr(part, "data", None)):
+def _suits(part: Step | Task, kind: str, source: Source, place: Place) -> None:
+    for at, asked in (((), part), *part.parts()):
         if isinstance(asked, Step | Task | Data) and kind not in asked.suits:
-            suited = ", ".join(sorted(asked.suits))
+            suited, where = ", ".join(sorted(asked.suits)), source.where((*place, *at))
             raise UserError(f"{where}: {asked.word!r} suits {suited}, and this model is a {kind}")
 
 
@@ -283,7 +231,7 @@ def check_order(kind: str, steps: Iterable[Step], source: Source, state: Mapping
     now = {"packed": False, "adapter": False, **(state or {})}
     for i, step in enumerate(steps):
         where = source.where(("steps", i))
-        _suits(step, kind, where)
+        _suits(step, kind, source, ("steps", i, step.word))
         for name, wanted in step.requires.items():
             if now[name] != wanted:
                 raise UserError(f"{where}: {step.word!r} {CURES[name, wanted]}")

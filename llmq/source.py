@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from llmq.errors import UserError
+from llmq import plugin
+from llmq.errors import UserError, did_you_mean
+from llmq.files import bundled
 
 Place = tuple[str | int, ...]
 DEEPEST = 32
@@ -19,13 +21,22 @@ class Source:
     name: str
     data: Any
     lines: dict[Place, int] = field(default_factory=dict)
+    files: dict[Place, str] = field(default_factory=dict)
+    """The file that what lies within a place comes from, where that is another."""
 
     def where(self, place: Place) -> str:
         """`file:line` of the innermost known part of `place`."""
         while place and place not in self.lines:
             place = place[:-1]
         line = self.lines.get(place, 0)
-        return f"{self.name}:{line}" if line > 0 else self.name if line == 0 else "command line"
+        name = next((file for within, file in self.files.items() if place[: len(within)] == within != place), self.name)
+        return f"{name}:{line}" if line > 0 else name if line == 0 else "command line"
+
+    def embed(self, key: str, other: "Source") -> None:
+        """Put the data of another file under `key`; errors go on naming that file and its lines."""
+        self.data[key] = other.data
+        self.lines.update({(key, *place): line for place, line in other.lines.items() if place})
+        self.files[(key,)] = other.name
 
 
 def read(path: Path) -> Source:
@@ -61,3 +72,46 @@ def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
         return yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError):  # a tag that is not YAML's own, a thirteenth month
         raise UserError(f"{source.where(place)}: {node.value!r} cannot be read as {node.tag!r}") from None
+
+
+def find(kind: Literal["recipes", "evals"], name: str) -> Path:
+    """The YAML file that `name` means: a path, or a bundled name such as `text/quickstart`."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise UserError(f"there is no file {name!r}")
+    known = names(kind)
+    if name not in known:
+        noun = {"recipes": "recipe", "evals": "suite"}[kind]
+        raise UserError(f"unknown {noun} {name!r}{did_you_mean(name, known)}")
+    return known[name]
+
+
+def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
+    """The bundled recipes or suites."""
+    root = bundled(kind)
+    files = sorted(root.glob("*/*.yaml")) if kind == "recipes" else sorted(root.glob("*.yaml"))
+    return {str(f.relative_to(root).with_suffix("")): f for f in files}
+
+
+def word_at(source: Source, place: Place, value: Any) -> tuple[str, dict[str, Any]]:
+    """The word at a place, and its settings."""
+    try:
+        return plugin.name_and_settings(value)
+    except UserError as error:
+        raise UserError(f"{source.where(place)}: {error}") from None
+
+
+def with_suite(source: Source) -> None:
+    """Put the tasks of the suite that a recipe names where its name stands."""
+    suite = source.data.get("evaluate")
+    if not isinstance(suite, str):
+        return
+    try:
+        found = read(find("evals", suite))
+    except UserError as error:
+        raise UserError(f"{source.where(('evaluate',))}: {error}") from None
+    if not isinstance(found.data, list):
+        raise UserError(f"{found.where(())}: a suite is a list of tasks; begin each with '- '")
+    source.embed("evaluate", found)

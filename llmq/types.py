@@ -30,8 +30,38 @@ class Plugin(BaseModel):
         """The path of the file that defines it: `quantize.bnb`."""
         return type(self).__module__.removeprefix("llmq.")
 
+    def parts(self) -> "Iterator[tuple[tuple[str | int, ...], Plugin]]":
+        """Every plug-in among its settings, however deep, after the place where it stands: `("data",)`, `("mix", 0)`.
+
+        What a step or a task reads is found here and nowhere else.
+        """
+        for place, part in _plugins_in(self, ()):
+            yield place, part
+            yield from (((*place, *within), inner) for within, inner in part.parts())
+
     def check(self) -> None:
-        """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy."""
+        """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy.
+
+        Plug-ins among its settings are checked here: a word with a check of its own calls this one, too.
+        """
+        for _, part in _plugins_in(self, ()):
+            part.check()
+
+
+def _plugins_in(value: object, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Plugin]]:
+    """The outermost plug-ins in a value, in lists, mappings and settings within it."""
+    items: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, BaseModel):
+        items = ((name, getattr(value, name)) for name in type(value).model_fields)
+    elif isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = enumerate(value)
+    for key, its in items:
+        if isinstance(its, Plugin):
+            yield (*place, key), its
+        else:
+            yield from _plugins_in(its, (*place, key))
 
 
 @dataclass(frozen=True)
@@ -93,12 +123,15 @@ class Task(Plugin):
         return self.word.rpartition(".")[2]
 
     def depends(self) -> "Mapping[str, Any] | None":
-        """What its answers depend on besides its settings and the model: hashes of the data that it reads.
+        """What its answers depend on besides its settings, the `Data` among them, and the model.
 
         Asked before anything is opened; raises `UserError` for data that is not there. Answers of a task that says so
         are kept and used again (`answers`); those of a task that returns None never are.
         """
         return None
+
+    def check_base(self, base: "Artifact") -> None:
+        """Raise `UserError` for data that the model cannot be asked about; called before the first step."""
 
     def score(self, loaded: "Loaded") -> "Iterable[Answer]":
         """Answer about one stage that is open alone."""
@@ -130,6 +163,11 @@ class Data(Plugin):
     """A source of examples for the kinds of models that it suits."""
 
     suits: ClassVar[frozenset[str]]
+
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """Whether a bare path, where a recipe names data, means this data with that `path`."""
+        return False
 
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""

@@ -20,7 +20,7 @@ WORDS = plugin.words()
 STATES = {"packed", "adapter"}
 NOUN_OF = {"models": Model, "data": Data, "quantize": Step, "prune": Step, "adapt": Step, "tasks": Task}
 METHODS = {"apply", "base", "open", "read"}
-LONGEST = 300
+LONGEST = 400
 HEAVY = {
     "accelerate",
     "bitsandbytes",

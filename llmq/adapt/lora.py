@@ -61,7 +61,7 @@ class Lora(Step):
 
     def check(self) -> None:
         """Raise `UserError` for data or an optimizer that cannot be had."""
-        self.data.check()
+        super().check()
         if "paged" in self.optim:
             self._check_paged()
 

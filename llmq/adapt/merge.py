@@ -29,10 +29,6 @@ class Merge(Step):
     keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the merged model to `folder`, then compare the two."""
         self._write(artifact, folder, context)

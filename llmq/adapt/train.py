@@ -45,10 +45,6 @@ class Train(Step):
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
     seed: int | None = Field(None, ge=0, lt=2**32, description="the run's if unset")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data that this network cannot learn from."""
         model: Any = base.model

@@ -26,6 +26,11 @@ class Coco(Data):
         0.1, description="a second COCO file, or the share set aside where no file and no 'val' says so"
     )
 
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """Any path: no other data of its kind has one."""
+        return True
+
     def check(self) -> None:
         """Raise `UserError` for files and folders that are not there."""
         from llmq.data.yolo_text import find_yaml

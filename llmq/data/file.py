@@ -28,6 +28,11 @@ class File(Data):
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the rows set aside")
     limit: int | None = Field(None, ge=1, description="use the first rows only")
 
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """A path with a suffix."""
+        return bool(Path(path).suffix)
+
     def check(self) -> None:
         """See `Data.read`; files up to 64 MB are read whole."""
         if self.path.suffix not in READERS and self.path.suffix != ".txt":

@@ -1,5 +1,6 @@
 """Rows of a data set on the Hugging Face hub."""
 
+from pathlib import PurePath
 from typing import ClassVar
 
 from pydantic import Field
@@ -21,6 +22,11 @@ class Hub(Data):
     columns: dict[str, str] = Field({}, description="our column names -> the data set's")
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the rows set aside")
     limit: int | None = Field(None, ge=1, description="use the first rows only")
+
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """A path without a suffix."""
+        return not PurePath(path).suffix
 
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` if the hub does not answer or a row is bad."""

@@ -39,6 +39,11 @@ class ImageFolder(Data):
     channels: Literal[1, 3] = Field(3, description="1 reads all as grey")
     held_out: float = Field(0.2, gt=0, lt=1, description="share set aside where no folder says so")
 
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """Any path: no other data of its kinds has one."""
+        return True
+
     def check(self) -> None:
         """Raise `UserError` for a folder that is not there or has no image."""
         root = Path(self.path).expanduser()

@@ -46,6 +46,11 @@ class Rock(Data):
     grain: PositiveFloat = Field(8.0, description="correlation length of synthetic rock, pixels")
     residual: NonNegativeFloat = Field(2.0, description="noise that denoising left in a synthetic slice, grey levels")
 
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        """Any path: no other data of its kind has one."""
+        return True
+
     def check(self) -> None:
         """Raise `UserError` for settings that cannot go together, or a path that is not there."""
         if self.path is None and self.size % self.scale:

@@ -39,11 +39,6 @@ class Int8(Step):
     ignored: tuple[str, ...] = Field((), description="layers kept in float: names in the network, or their beginnings")
     model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        if self.data is not None:
-            self.data.check()
-
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for a network that needs data and has none, or cannot see it."""
         self._inputs(base, self._split(), 1, 0)

@@ -28,10 +28,6 @@ class Accuracy(Task):
     limit: PositiveInt | None = Field(None, description="images at most")
     pictures: NonNegativeInt = Field(18, description="images shown at most")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Top-1, and top-5 where there are more than five classes; what was wrong, in pictures."""
         split, examples = self._examples()

@@ -32,10 +32,6 @@ class Detection(Task):
     examples: int = Field(6, ge=0, description="images shown with what was found")
     shown_from: float = Field(0.4, ge=0, le=1, description="score from which a detection is drawn")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Detect in every held-out image, measure, and show some."""
         split = the_shape(self.data.read(), "image/boxes", self.data.word)

@@ -34,9 +34,9 @@ class Divergence(Task):
 
     def check(self) -> None:
         """Raise `UserError` for data that cannot be had, and for tasks that are unknown or offer no choice."""
+        super().check()
         from llmq.tasks import harness
 
-        self.text.check()
         harness.check_names(self.tasks, self.include_path)
         harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
         for task in harness.leaves(self.tasks, self.include_path):
@@ -45,10 +45,10 @@ class Divergence(Task):
                 raise UserError(f"tasks: flips are counted on multiple choice, and {task.name!r} is {kind}")
 
     def depends(self) -> Mapping[str, Any]:
-        """The hash of the text, and of every task's settings and data."""
+        """Hashes of every task's settings and data."""
         from llmq.tasks.harness_data import hashes
 
-        return {"text": self.text.read().sha256} | (hashes(self._asked()) if self.tasks else {})
+        return hashes(self._asked()) if self.tasks else {}
 
     def _asked(self) -> Asked:
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)

@@ -28,11 +28,6 @@ class Fidelity(Task):
     seed: int = Field(0, ge=0, lt=2**32, description="of the latents")
     shown: int = Field(8, ge=0, description="images to look at")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        if self.data:
-            self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Exhibit]:
         """The first images, to look at."""
         images = list(self._pictures(loaded, self.shown))

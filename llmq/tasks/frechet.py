@@ -32,8 +32,7 @@ class Frechet(Task):
 
     def check(self) -> None:
         """Raise `UserError` for data or weights of the features that are not there."""
-        if self.data:
-            self.data.check()
+        super().check()
         if self.inception:
             from llmq.models.state import check_weights
 

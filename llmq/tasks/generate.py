@@ -20,10 +20,6 @@ class Generate(Task):
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """The first held-out prompts that are short enough, answered."""
         from llmq.data.tokens import prompt_and_reference, shown_prompt

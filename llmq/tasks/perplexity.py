@@ -33,13 +33,13 @@ class Perplexity(Task):
 
     def check(self) -> None:
         """Raise `UserError` for data that cannot be had, or a stride that would leave tokens out."""
+        super().check()
         if self.stride and self.stride > self.window:
             raise UserError(f"stride {self.stride} is longer than the window {self.window}; tokens would be left out")
-        self.data.check()
 
     def depends(self) -> Mapping[str, Any]:
-        """The hash of the text."""
-        return {"data": self.data.read().sha256}
+        """Nothing besides."""
+        return {}
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Loss of every window or example, and the three perplexities that follow."""

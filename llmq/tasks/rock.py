@@ -29,10 +29,6 @@ class Rock(Task):
     limit: PositiveInt | None = Field(None, description="slices at most")
     pictures: int = Field(1, ge=0, description="slices shown")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Every slice upscaled, segmented and compared; the first of them shown."""
         from llmq.tasks.image_quality import luma

@@ -27,10 +27,6 @@ class SuperResolution(Task):
     pictures: int = Field(2, ge=0, description="images shown")
     view: PositiveInt = Field(96, description="pixels of the square shown: where bicubic errs most")
 
-    def check(self) -> None:
-        """Raise `UserError` for data that cannot be had."""
-        self.data.check()
-
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Every image upscaled and scored; the first of them shown."""
         from llmq.tasks.upscaled import PROTOCOL, upscaled

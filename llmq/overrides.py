@@ -1,0 +1,113 @@
+"""`word.key=value` on the command line, folded into a recipe."""
+
+import re
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from llmq import plugin
+from llmq.errors import UserError, did_you_mean
+from llmq.source import Place, Source, with_suite, word_at
+
+Settings = dict[str, Any]
+
+
+def in_order(overrides: Iterable[str]) -> list[str]:
+    """Those of a whole key (`evaluate=text-quick`) before those of what stands within it; else as they were given."""
+    return sorted(overrides, key=lambda override: "." in override.partition("=")[0])
+
+
+def fold(source: Source, override: str, keys: Collection[str]) -> None:
+    """Fold one override into the data of a recipe; `keys` are those that a recipe has."""
+    target, equals, text = override.partition("=")
+    if not equals or not target:
+        raise UserError(f"override {override!r} is not of the form word.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"override {override!r}: {text!r} is not YAML") from None
+    parent, place, inner = _target(source, target, override, keys)
+    for key, following in pairwise(inner):
+        parent, place = _into(parent, key, following, place, _kind(source))
+    parent[inner[-1]] = value
+    source.lines[(*place, inner[-1])] = -1
+
+
+def _into(parent: Settings, key: str, following: str, place: Place, kind: str | None) -> tuple[Settings, Place]:
+    """The settings under a key. Of a data set they are its own, its word named before them or not."""
+    current = parent.get(key)
+    if isinstance(current, str) and key != "evaluate":
+        current = plugin.data_entry(current, kind)
+    if not isinstance(current, dict):
+        current = {}
+    word = next(iter(current)) if len(current) == 1 else ""
+    if f"data.{word}" in plugin.words() and following != word:
+        if f"data.{following}" not in plugin.words():
+            parent[key] = {word: dict(current[word] or {})}
+            return parent[key][word], (*place, key, word)
+        current = {}  # another data set than the one that stands there
+    parent[key] = {k: {} if v is None and k == word else v for k, v in current.items()}
+    return parent[key], (*place, key)
+
+
+def _kind(source: Source) -> str | None:
+    """The kind of model that the recipe names, where it names one that there is."""
+    try:
+        word, _ = plugin.name_and_settings(source.data.get("model") or "causal_lm")
+        return str(getattr(plugin.load(f"models.{word}"), "kind", "")) or None
+    except UserError:
+        return None
+
+
+def _target(source: Source, target: str, override: str, keys: Collection[str]) -> tuple[Settings, Place, list[str]]:
+    """The settings that an override names a key of, where they stand, and the rest of its name."""
+    data = source.data
+    first, _, rest = target.partition(".")
+    if first == "model" and rest:
+        word, settings = word_at(source, ("model",), data.get("model") or "causal_lm")
+        data["model"] = {word: settings}
+        return settings, ("model", word), rest.split(".")
+    if first in keys and not rest:
+        return data, (), [first]
+    steps = _entries(source, "steps", "{number}-{word}")
+    found = _one_of(source, "steps", steps, target, override)
+    if not found:
+        with_suite(source)
+        tasks = _entries(source, "evaluate", "{word}-{place}")
+        found = _one_of(source, "evaluate", tasks, target.removeprefix("tasks."), override)
+    if found:
+        return found
+    word = target.rpartition(".")[0] or target
+    known = [*(its for _, its, _ in steps), *(its for _, its, _ in tasks), "model"]
+    raise UserError(f"override {override!r}: this recipe has no {word!r}{did_you_mean(word, known)}")
+
+
+def _entries(source: Source, key: str, form: str) -> list[tuple[str, str, Settings]]:
+    """Each step or task: its name among others of its word, its word, and its settings."""
+    entries = source.data.get(key)
+    found: list[tuple[str, str, Settings]] = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
+        word, settings = word_at(source, (key, number - 1), entry)
+        place = 1 + sum(word == other for _, other, _ in found)
+        found.append((form.format(number=number, word=word, place=place), word, settings))
+    return found
+
+
+def _one_of(
+    source: Source, key: str, entries: list[tuple[str, str, Settings]], target: str, override: str
+) -> tuple[Settings, Place, list[str]] | None:
+    named = [
+        (number, word, settings, target.removeprefix(f"{said}.").split("."))
+        for number, (name, word, settings) in enumerate(entries)
+        for said in (word, name)
+        if target.startswith(f"{said}.")
+    ]
+    if len(named) > 1:
+        names, noun = " or ".join(entries[number][0] for number, *_ in named), re.sub("evaluate", "tasks", key)
+        raise UserError(f"override {override!r}: this recipe has {len(named)} {noun} {named[0][1]!r}; write {names}")
+    for number, word, settings, inner in named:
+        source.data[key][number] = {word: settings}
+        return settings, (key, number, word), inner
+    return None
