@@ -6,9 +6,12 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmq
+
+if TYPE_CHECKING:
+    from llmq.types import Loaded
 
 LIBRARIES = (
     *(
@@ -52,6 +55,18 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+
+
+def where_it_runs(loaded: "Loaded") -> str:
+    """The threads, device, runtime and precision of an opened stage, as the protocol of its times says them.
+
+    The precision is that of what is computed in floats: an int8 graph and a packed layer have such parts too.
+    """
+    import torch
+
+    floats = (p.dtype for p in loaded.module.parameters() if p.is_floating_point())
+    precision = getattr(loaded.module, "precision", None) or str(next(floats, torch.float32)).removeprefix("torch.")
+    return f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.artifact.runtime} in {precision}"
 
 
 def library_version(name: str) -> str | None:

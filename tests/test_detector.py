@@ -14,7 +14,7 @@ from torchvision.models import detection
 from llmq import plugin
 from llmq.adapt.loop import Plan, train
 from llmq.data.images import Example, make_split
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.models.detector import moved
 from llmq.models.state import open_network, save_network
 
@@ -222,3 +222,21 @@ def test_a_box_at_the_edge_of_an_empty_scene_is_learned_from_without_nan():
     for chosen in ([none, none], [none, examples[1]]):
         loss = player.loss(model.batch(chosen, np.random.default_rng(0), "flip", None))
         assert torch.isfinite(loss)
+
+
+def test_a_detector_that_answers_no_numbers_is_no_detector_that_finds_nothing():
+    model = model_of(size=64, classes=3)
+    loaded = opened(model)
+    with torch.no_grad():
+        next(loaded.module.parameters()).fill_(float("nan"))
+    with pytest.raises(LlmqError, match=r"models\.torchvision_detector: .* numbers that are not finite"):
+        model.detect(loaded, some_images((64, 64)))
+
+
+def test_training_is_watched_on_examples_that_have_boxes(monkeypatch):
+    bare = [Example("x", some_images((64, 64))[0], boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, int))] * 3
+    split = make_split(some_examples(), bare, "image/boxes", ["x"], ["r", "g", "b"])
+    step: Any = plugin.build({"adapt.train": {"data": "scenes"}})
+    monkeypatch.setattr(type(step.data), "read", lambda self: split)
+    with pytest.raises(UserError, match="the first 3 held-out examples have no box to watch the training"):
+        step.check_base(SimpleNamespace(model=model_of(size=64, classes=3)))

@@ -13,6 +13,7 @@ from llmq.models import exported
 from llmq.models.exported import ExportedModule, openvino
 from llmq.quantize.exporting import export, write_graph
 from llmq.quantize.layer_names import are_proportional, restore_names
+from llmq.types import Context
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 
@@ -240,3 +241,26 @@ def test_no_two_operations_share_a_name_though_zero_weights_fit_every_layer():
     names = [operation.get_friendly_name() for operation in graph.get_ops()]
     assert len(set(names)) == len(names)
     assert "__module.0/Convolution" in names
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
+    artifact = base(tmp_path / "base")
+    (tmp_path / "stage").mkdir()
+    step = plugin.build({"quantize.float16": {"compute_dtype": asked}})
+    stage = step.apply(artifact, tmp_path / "stage", Context("cpu", 0))
+    assert stage.notes["device"] == "cpu"
+    assert stage.notes["compute_dtype"] == asked
+    # Of a run on an accelerator, of which a graph knows nothing.
+    loaded = stage.model.open(stage, "cuda:0")
+    assert loaded.device == "cpu"
+    (clock,) = stage.model.clocks(loaded, plugin.build("tasks.speed"))
+    has = "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    runs = asked if has else "float32"
+    assert clock.convention.endswith(f"{torch.get_num_threads()} threads, cpu, openvino in {runs}")
+    compiled = loaded.module._for((1, 3, SIDE, SIDE)).request.get_compiled_model()
+    short = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    assert {"f32": "float32", "bf16": "bfloat16"}[short] == runs
+    with artifact.open("cpu") as plain:
+        (clock,) = artifact.model.clocks(plain, plugin.build("tasks.speed"))
+    assert clock.convention.endswith("threads, cpu, torch in float32")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from llmq import plugin
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.tasks.gaussians import frechet_distance, frechet_with_stderr, of_moments
 from llmq.tasks.image_features import of_inception
 from llmq.tasks.inception import _A, _Last, fid_inception, resized
@@ -178,6 +178,13 @@ def test_a_generator_from_its_base(tmp_path):
 
 @lite0
 @pytest.mark.slow
+def test_a_generator_that_makes_no_numbers_has_no_distance(tmp_path):
+    base = lively(GAN, tmp_path / "base")
+    broken = off(base, tmp_path / "broken", float("nan"))
+    with broken.open("cpu") as loaded, pytest.raises(LlmqError, match="values that are not finite numbers"):
+        broken.model.generate(loaded, broken.model.latents(2, 0))
+
+
 def test_a_generator_from_real_images(tmp_path):
     task = plugin.build({"frechet": {"n": 40, "data": "digits", "part": "held_out"}}, "tasks")
     base = lively({"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}, tmp_path / "base")

@@ -318,6 +318,10 @@ def test_otsu_of_two_grey_levels_parts_them():
     assert otsu([np.array([[40, 40], [200, 40]], np.uint8)]) == 40
 
 
+def test_one_grey_level_has_no_threshold():
+    assert otsu([np.full((3, 4), 9, np.uint8)] * 2) is None
+
+
 def test_two_points_of_stripes_and_of_chance():
     stripes = (np.indices((40, 60))[1] // 3) % 2 == 0
     chances = two_point(stripes, 6)

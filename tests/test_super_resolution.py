@@ -1,6 +1,7 @@
 """Super-resolution networks: sizes of the papers, tiles, batches, and what is kept reopens to the same."""
 
 import json
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 
 from llmq import plugin
 from llmq.data.degrade import bicubic
-from llmq.data.images import Example
+from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
 from llmq.models import super_resolution
 from llmq.models.exported import ExportedModule
 from llmq.models.super_resolution_networks import Bicubic, EdsrNet, FoldedEdsr
 from llmq.models.weight_norm import with_weight_norm, without_weight_norm
 from llmq.quantize.exporting import export
-from llmq.types import Artifact, Exhibit, Split
+from llmq.statistics import compare
+from llmq.types import Artifact, Data, Exhibit, Split
 from tests.helpers import CPU, apply
 
 FULL_EDSR = {"n_resblocks": 32, "n_feats": 256, "res_scale": 0.1}
@@ -226,7 +228,7 @@ TINY_ROCK = {"rock": {"train_slices": 1, "held_out_slices": 3, "size": 96}}
 
 
 def asked(word: str, written: dict, **its):
-    task = plugin.build({word: {"data": TINY_ROCK, **its}}, "tasks")
+    task: Any = plugin.build({word: {"data": TINY_ROCK, **its}}, "tasks")
     with plugin.build(written, "models").base(CPU).open("cpu") as loaded:
         answers = list(task.score(loaded))
     figures = {a.metric: a for a in answers if not isinstance(a, Exhibit)}
@@ -254,6 +256,74 @@ def test_a_network_that_interpolates_gains_nothing(monkeypatch):
     figures, _, _ = asked("rock", {"srcnn": {"tile": 20}}, pictures=0)
     for metric in ("pixel_agreement", "pore_iou", "porosity_error", "two_point_error"):
         assert figures[metric].value == pytest.approx(figures[f"bicubic_{metric}"].value, abs=1e-4)
+
+
+class Pairs(Data):
+    """Noise, and slices of one grey level."""
+
+    suits = frozenset({"super-resolution"})
+    flat: int = 2
+    noise: int = 3
+
+    def read(self) -> Split:
+        black = [Example(f"black {i}", grey(0, 12, 15) * 0, high=grey(0, 48, 60) * 0) for i in range(self.flat)]
+        return make_split([], [*black, *(pair(i, 12, 4) for i in range(self.noise))], "low/high", ["x"])
+
+
+def figures_off_by(monkeypatch: Any, off: float, word: str = "super_resolution", **pairs: int) -> dict[str, Any]:
+    """What a task says of a network that makes the truth of each pair, but for `off` grey levels."""
+    monkeypatch.setattr(
+        super_resolution.SuperResolution,
+        "upscale",
+        lambda self, loaded, low: low.repeat(4, 0).repeat(4, 1) + float(off),
+    )
+    return asked(word, {"srcnn": {}}, data=Pairs(**pairs), pictures=0)[0]
+
+
+def test_flat_slices_are_left_out_and_what_is_worse_is_worse(monkeypatch):
+    base, worse = figures_off_by(monkeypatch, 3), figures_off_by(monkeypatch, 12)
+    for metric in ("psnr", "ssim", "psnr_gain"):
+        assert base[metric].n == len(base[metric].samples.values) == 3
+        assert isfinite(base[metric].value)
+        assert "; 2 flat images left out" in base[metric].convention
+        assert base[metric].convention == worse[metric].convention
+    # Closed form of a shift that is nowhere clipped: 20 log10(255 / 3); clipping at white makes it a little better.
+    assert base["psnr"].value == pytest.approx(20 * np.log10(255 / 3), abs=0.2)
+    assert worse["psnr_gain"].value - base["psnr_gain"].value == pytest.approx(-20 * np.log10(4), abs=0.2)
+    assert compare(worse["psnr_gain"], base["psnr_gain"]).verdict == "worse"
+    without = figures_off_by(monkeypatch, 3, flat=0)
+    assert without["psnr"].value == base["psnr"].value
+    assert "flat" not in without["psnr"].convention
+
+
+def test_a_perfect_network_has_a_finite_figure(monkeypatch):
+    perfect = figures_off_by(monkeypatch, 0)
+    assert perfect["psnr"].value == 100
+    assert "at most 100 dB an image" in perfect["psnr"].convention
+    assert isfinite(perfect["psnr_gain"].value)
+    assert perfect["ssim"].value == pytest.approx(1)
+
+
+def test_nothing_but_flat_slices_is_told(monkeypatch):
+    with pytest.raises(UserError, match=r"all 2 held-out images of .* are flat"):
+        figures_off_by(monkeypatch, 3, noise=0)
+    with pytest.raises(UserError, match=r"all held-out pixels of .* are alike, and nothing tells pores"):
+        asked("rock", {"srcnn": {}}, data=Pairs(noise=0), distance=4)
+
+
+def test_the_protocol_of_rock_is_the_same_for_every_network_and_thresholds_are_figures(monkeypatch):
+    one, other = (figures_off_by(monkeypatch, off, "rock", flat=0) for off in (0, 40))
+    assert {m: its.convention for m, its in one.items()} == {m: its.convention for m, its in other.items()}
+    assert one["otsu_threshold"].value == one["true_otsu_threshold"].value
+    assert other["otsu_threshold"].value > one["otsu_threshold"].value + 20
+    assert one["otsu_threshold"].better == "unknown"
+
+
+def test_a_network_that_makes_one_grey_level_has_no_pores_and_no_threshold(monkeypatch):
+    figures = figures_off_by(monkeypatch, -1000, "rock", flat=0)
+    assert "otsu_threshold" not in figures
+    assert figures["pore_iou"].value == 0
+    assert all(isfinite(m.value) for m in figures.values())
 
 
 def test_y_of_a_grey_image_is_the_image_and_a_border_too_wide_is_told():

@@ -52,12 +52,9 @@ class Train(Step):
         model.check_split(split)
         if not split.train:
             raise UserError(f"{self.word}: the training part of {self.data.word} is empty; hold less out")
-        watched = len(split.held_out[: self.held_out_examples])
-        if 0 < watched < model.watched_from:
-            raise UserError(
-                f"{self.word}: {watched} held-out example, and {model.watched_from} are needed to watch the training; "
-                "hold more out, or set held_out_examples: 0"
-            )
+        watched = split.held_out[: self.held_out_examples]
+        if len(watched) and (lacks := model.not_watchable(watched)):
+            raise UserError(f"{self.word}: {lacks} to watch the training; hold more out, or set held_out_examples: 0")
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, PositiveInt
 
 from llmq.data.images import Example
-from llmq.errors import UserError, did_you_mean
+from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.files import sha256_files, sha256_text
 from llmq.models.carried import carried
 from llmq.models.vision import Learning, Player, Vision, in_batches
@@ -96,8 +96,13 @@ class Dcgan(Vision, Model):
         return self._made(loaded, self.latents(n, seed))
 
     def generate(self, loaded: Loaded, latents: Any) -> list[Any]:
-        """Images uint8 `(64, 64, channels)`, one of each latent."""
-        return [image.round().astype("uint8") for image in self._made(loaded, latents)]
+        """Images uint8 `(64, 64, channels)`, one of each latent. Raises `LlmqError` for numbers that are not finite."""
+        import numpy as np
+
+        made = list(self._made(loaded, latents))
+        if not all(np.isfinite(image).all() for image in made):
+            raise LlmqError("models.dcgan: the generator makes values that are not finite numbers")
+        return [image.round().astype("uint8") for image in made]
 
     def framed(self, images: Sequence[Any]) -> list[Any]:
         """Real images uint8 as the generator would have to make them, `(64, 64, channels)`."""

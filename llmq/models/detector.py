@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, PositiveInt
 
 from llmq.data.images import Example, numbers_of, relabelled
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.models.vision import Learning, Player, Vision, in_batches, the_shape
 from llmq.types import Loaded, Split
 
@@ -75,8 +75,11 @@ class Detector(Vision):
             for some in in_batches(images, batch_size):
                 inputs, fitted, _ = self.fit(some)
                 raw = loaded.module(inputs.to(loaded.device))
-                raw = raw if isinstance(raw, list | tuple) else (raw,)
-                found += self.decode(tuple(t.float().cpu() for t in raw), fitted, [image.shape[:2] for image in some])
+                raw = [t.float().cpu() for t in (raw if isinstance(raw, list | tuple) else (raw,))]
+                if not all(bool(t.isfinite().all()) for t in raw):  # they would pass for nothing found
+                    word = type(self).__module__.removeprefix("llmq.")
+                    raise LlmqError(f"{word}: the network answers with numbers that are not finite")
+                found += self.decode(tuple(raw), fitted, [image.shape[:2] for image in some])
         return found
 
     def check_split(self, split: Split) -> None:
@@ -117,6 +120,11 @@ class Detector(Vision):
     def players(self, network: Any) -> list[Player]:
         """One: the network, which lowers the sum of its family's own losses."""
         return [Player("loss", network, partial(_loss, self.criterion(network)))]
+
+    def not_watchable(self, examples: Sequence[Example]) -> str:
+        """Boxes are needed, or there is no precision."""
+        has_boxes = any(len(example.boxes) for example in examples)
+        return "" if has_boxes else f"the first {len(examples)} held-out examples have no box"
 
     def validate_on(self, loaded: Loaded, examples: Sequence[Example]) -> tuple[str, float]:
         """COCO's average precision at an overlap of one half."""

@@ -16,6 +16,9 @@ GRAPH = "model.xml"
 PRECISION = ["runtime_options", "INFERENCE_PRECISION_HINT"]
 """Where a graph says what its float parts are computed in. Unsaid it is float32: OpenVINO's own choice would be
 bfloat16 on one processor and float32 on the next."""
+DEVICE = "cpu"
+"""Where graphs run."""
+PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 SHAPES = 9
 """How many input shapes stay compiled: as many as the tiles of one image have. A static graph is up to a third faster
 than one for all shapes, and takes a fifth of a second to compile."""
@@ -44,6 +47,9 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
         self.core = openvino().Core()
         self.graph = self.core.read_model(graph / GRAPH) if isinstance(graph, Path) else graph
         precision = self.graph.get_rt_info(PRECISION).astype(str) if self.graph.has_rt_info(PRECISION) else "f32"
+        if precision == "bf16" and "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            precision = "f32"  # what OpenVINO would do, unsaid
+        self.precision = PRECISIONS.get(precision, precision)
         self.options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         self.compiled: OrderedDict[tuple[Any, int], _Compiled] = OrderedDict()
         weights: list[Tensor] = []

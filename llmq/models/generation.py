@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from llmq.environment import where_it_runs
 from llmq.types import Clock, Loaded, Reading
 
 CACHES = ("past_key_values", "cache_params")
@@ -23,7 +24,7 @@ def clocks(loaded: Loaded, task: str, prompt_tokens: int, new_tokens: int, round
     vocabulary = loaded.module.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(loaded.device)  # (1, prompt_tokens)
-    protocol = f"batch 1, {prompt_tokens}-token prompt, {torch.get_num_threads()} threads, {loaded.device}"
+    protocol = f"batch 1, {prompt_tokens}-token prompt, {where_it_runs(loaded)}"
     first = (
         Reading("time_to_first_token", "ms", "lower", lambda s: 1000 * s),
         Reading("prefill_tokens_per_second", "tokens/s", "higher", lambda s: prompt_tokens / s),

@@ -92,12 +92,12 @@ class SuperResolution(Vision):
     def validate_on(self, loaded: Loaded, examples: Sequence[Example]) -> tuple[str, float]:
         """Mean PSNR of the middles of the first images, in dB."""
         from llmq.data.degrade import to_uint8
-        from llmq.tasks.image_quality import psnr
+        from llmq.tasks.image_quality import capped_psnr
 
         scores = []
         for pair in examples[:VALIDATED]:
             low, high = _middle(pair, VALIDATED_SIDE, self.scale)
-            scores.append(psnr(to_uint8(self.upscale(loaded, low)), high, 255))
+            scores.append(capped_psnr(to_uint8(self.upscale(loaded, low)), high, 255))
         return "psnr", sum(scores) / len(scores)
 
     def upscale(self, loaded: Loaded, low: Any) -> Any:

@@ -109,15 +109,17 @@ class Vision(BaseModel):
         save_network(network, folder)
 
     def open(self, artifact: Artifact, device: str) -> Loaded:
-        """The network in evaluation mode, or the exported graph; `processor` turns images into its input."""
+        """The network in evaluation mode, or the exported graph; `processor` turns images into its input.
+
+        A graph runs on the processor, whatever `device` the others of its run have.
+        """
         from llmq.models.state import open_network
 
         if artifact.runtime == "openvino":
-            from llmq.models.exported import ExportedModule
+            from llmq.models.exported import DEVICE, ExportedModule
 
-            module: Any = ExportedModule(artifact.weights)
-        else:
-            module = open_network(self.network(), artifact.weights).eval().to(device)
+            return Loaded(ExportedModule(artifact.weights), self.prepare, DEVICE, artifact)
+        module: Any = open_network(self.network(), artifact.weights).eval().to(device)
         return Loaded(module, self.prepare, device, artifact)
 
     def skeleton(self, artifact: Artifact, device: str) -> Matrices:
@@ -151,7 +153,7 @@ class Vision(BaseModel):
 
     def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
         """One batch through the module."""
-        import torch
+        from llmq.environment import where_it_runs
 
         inputs = self.example(speed.batch_size).to(loaded.device)
         size = "x".join(map(str, inputs.shape))
@@ -160,7 +162,7 @@ class Vision(BaseModel):
             Reading("latency_p95", "ms", "lower", lambda s: 1000 * s, quantile=0.95),
             Reading("images_per_second", "images/s", "higher", lambda s: speed.batch_size / s),
         )
-        protocol = f"input {size} float32, {torch.get_num_threads()} threads, {loaded.device}"
+        protocol = f"input {size} float32, {where_it_runs(loaded)}"
         return [Clock(speed.name, partial(_run, loaded.module, inputs), readings, protocol, 3, speed.rounds)]
 
     def check_split(self, split: Split) -> None:
@@ -169,6 +171,12 @@ class Vision(BaseModel):
     def numbered(self, split: Split) -> Split:
         """The split with its labels as this network numbers them."""
         return split
+
+    def not_watchable(self, examples: Sequence[Example]) -> str:
+        """Why the figure that is shown while training cannot be had of these held-out examples; empty if it can."""
+        if len(examples) >= self.watched_from:
+            return ""
+        return f"{len(examples)} held-out example, and {self.watched_from} are needed"
 
     def players(self, network: Any) -> list[Player]:
         """Who learns what from a batch; most families have one player, a GAN two, which take turns."""

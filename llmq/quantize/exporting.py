@@ -15,7 +15,7 @@ import torch
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
-from llmq.models.exported import GRAPH, PRECISION, ExportedModule, openvino
+from llmq.models.exported import DEVICE, GRAPH, PRECISION, ExportedModule, openvino
 from llmq.quantize.layer_names import restore_names
 from llmq.quantize.likeness import Likeness
 from llmq.types import Artifact, Step
@@ -71,7 +71,8 @@ def quantized_stage(
         for file in weight_files(folder):
             file.unlink()
         raise
-    notes = {"format": "OpenVINO IR", "openvino": library_version("openvino"), **notes, **facts}
+    about = {"format": "OpenVINO IR", "openvino": library_version("openvino"), "device": DEVICE}
+    notes = {**about, "compute_dtype": compute_dtype, **notes, **facts}
     return artifact.then(step, weights=folder, runtime="openvino", packed=True, notes=notes)
 
 

@@ -7,12 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
 from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Task
-
-MOST = 100.0
-"""dB that an image counts at most, where it is off by 0.003 grey levels, so that unchanged ones have a mean."""
 
 
 class Fidelity(Task):
@@ -36,15 +33,21 @@ class Fidelity(Task):
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
         """Both figures, and base, stage and their difference one above the other."""
-        from llmq.tasks.image_quality import SSIM_PROTOCOL, psnr, ssim
+        from llmq.tasks.image_quality import MOST, SMALLEST, SSIM_PROTOCOL, capped_psnr, ssim
 
         pairs: list[tuple[Any, Any]] = []
         near: list[float] = []
         alike: list[float] = []
         for ours, theirs in zip(self._pictures(loaded, self.n), self._pictures(base, self.n), strict=True):
-            near.append(min(MOST, psnr(ours, theirs, 255)))
+            if min(ours.shape[:2]) < SMALLEST:
+                raise UserError(
+                    f"{self.name}: SSIM needs {SMALLEST} pixels on a side, and an image is {ours.shape[:2]}"
+                )
+            near.append(capped_psnr(ours, theirs, 255))
             alike.append(ssim(ours, theirs, 255))
             pairs += [(theirs, ours)] * (len(pairs) < self.shown)
+        if not near:
+            raise UserError(f"{self.name}: {self._inputs()}: there are none")
         between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
         range_ = "data range 255, all channels"
         yield self._measured("psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")

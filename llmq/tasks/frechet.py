@@ -65,7 +65,7 @@ class Frechet(Task):
             return
         from llmq.tasks.image_features import extractor, kept
 
-        extract = extractor(self.inception, loaded.device)
+        extract = extractor(self.inception, base.device)
         model: Any = loaded.artifact.model
         made = extract(model.generate(loaded, model.latents(self.n, self.seed)))
         own, others = (kept(extract, base, self.n, self.seed, purpose) for purpose in ("samples", "others"))

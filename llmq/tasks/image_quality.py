@@ -3,6 +3,10 @@
 from typing import Any
 
 Range = float | tuple[float, float]
+MOST = 100.0
+"""dB that a pair of images counts at most in a mean, where they are off by 0.003 of 255 grey levels."""
+SMALLEST = 6
+"""Pixels that SSIM needs on a side, half of its window being reflected there."""
 SSIM_PROTOCOL = "Gaussian window of 11x11, sigma 1.5, K1 0.01, K2 0.03, reflected at the edges"
 
 
@@ -32,6 +36,11 @@ def psnr(image: Any, truth: Any, data_range: Range) -> float:
     return float(-10 * np.log10(error)) if error else float("inf")
 
 
+def capped_psnr(image: Any, truth: Any, data_range: Range) -> float:
+    """`psnr`, at most `MOST`: equal images have a mean with others."""
+    return min(MOST, psnr(image, truth, data_range))
+
+
 def ssim(image: Any, truth: Any, data_range: Range) -> float:
     """Mean structural similarity (Wang et al. 2004) of two images `(height, width)` or `(height, width, channels)`.
 
@@ -41,8 +50,8 @@ def ssim(image: Any, truth: Any, data_range: Range) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = _alike(image, truth, data_range)
-    if min(a.shape[:2]) < 6:
-        raise ValueError(f"SSIM needs 6 pixels on a side, this image is {a.shape}")
+    if min(a.shape[:2]) < SMALLEST:
+        raise ValueError(f"SSIM needs {SMALLEST} pixels on a side, this image is {a.shape}")
     pair = [torch.from_numpy(x.reshape(*x.shape[:2], -1)).permute(2, 0, 1)[None] for x in (a, b)]
     similarity: Any = structural_similarity_index_measure(pair[0], pair[1], data_range=1.0)
     return float(similarity)
@@ -53,6 +62,13 @@ def _alike(image: Any, truth: Any, data_range: Range) -> tuple[Any, Any]:
     if a.shape != b.shape:
         raise ValueError(f"images of {a.shape} and {b.shape} cannot be compared pixel by pixel")
     return a, b
+
+
+def is_flat(image: Any) -> bool:
+    """Whether an image has one value everywhere, so that there is nothing to be made sharper."""
+    import numpy as np
+
+    return bool(np.ptp(np.asarray(image)) == 0)
 
 
 def without_border(image: Any, pixels: int) -> Any:

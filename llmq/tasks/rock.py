@@ -42,14 +42,17 @@ class Rock(Task):
                 raise UserError(f"{scene.name}: {scene.truth.shape[:2]} is no larger than distance {self.distance}")
         grey = {kind: [luma(getattr(s, kind)).round().astype("uint8") for s in scenes] for kind in KINDS}
         levels = {kind: otsu(images) for kind, images in grey.items()}
-        pores = {kind: [image <= levels[kind] for image in images] for kind, images in grey.items()}
-        told = ", ".join(f"{kind} {level}" for kind, level in levels.items())
+        if levels["truth"] is None:
+            raise UserError(f"{self.name}: all held-out pixels of {self.data.word} are alike, and nothing tells pores")
+        # What is all of one grey level has no pores.
+        pores = {k: [image <= (-1 if (level := levels[k]) is None else level) for image in grey[k]] for k in KINDS}
         protocol = (
-            f"pore: grey level up to Otsu's threshold over all slices ({told}); {PROTOCOL}; "
-            f"{self.data.word} held out, sha256 {split.sha256[:12]}"
+            f"pore: grey level up to Otsu's threshold over all slices, that of each of {', '.join(KINDS)} its own; "
+            f"{PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
         )
         for kind, prefix in (("model", ""), ("bicubic", "bicubic_")):
             yield from self._figures(prefix, pores[kind], pores["truth"], protocol)
+        yield from self._thresholds(levels, len(scenes), protocol)
         for i, scene in enumerate(scenes[: self.pictures]):
             yield self._shown(scene, {kind: pores[kind][i] for kind in KINDS})
 
@@ -70,6 +73,13 @@ class Rock(Task):
             f"columns, are both pore; {protocol}"
         )
         yield mean_of(self.name, f"{prefix}two_point_error", errors, "probability", "lower", convention)
+
+    def _thresholds(self, levels: Mapping[str, int | None], n: int, protocol: str) -> Iterator[Measurement]:
+        """The thresholds themselves: what came out, and so no part of how it was measured."""
+        for kind, prefix in (("model", ""), ("truth", "true_"), ("bicubic", "bicubic_")):
+            if (level := levels[kind]) is not None:
+                metric = f"{prefix}otsu_threshold"
+                yield Measurement(self.name, metric, float(level), "grey level", "unknown", n, None, protocol)
 
     def _iou(self, prefix: str, pairs: Sequence[tuple[Any, Any]], protocol: str) -> Measurement:
         from llmq.statistics import ratio_stderr

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 
 
-def otsu(images: Sequence[Any]) -> int:
+def otsu(images: Sequence[Any]) -> int | None:
     """The grey level, up to which pixels are pore, that parts uint8 images into two classes (Otsu 1979).
 
-    It maximises the variance between the classes over one histogram of all images; of equals, the lowest.
+    It maximises the variance between the classes over one histogram of all images; of equals, the lowest. None where
+    all pixels are of one grey level.
     """
     counts = np.sum([np.bincount(np.ravel(image), minlength=256) for image in images], axis=0).astype(np.float64)
+    if np.count_nonzero(counts) < 2:
+        return None
     below, levels = counts.cumsum(), np.arange(256)
     mass = (counts * levels).cumsum()
     above = below[-1] - below

@@ -1,6 +1,7 @@
 """How near an upscaled image is to the true one."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -16,7 +17,11 @@ SSIM_SIDE = 11  # pixels; a window of SSIM
 
 
 class SuperResolution(Task):
-    """PSNR and SSIM of held-out images against the truth, bicubic's on the same images, and the gain in dB."""
+    """PSNR and SSIM of held-out images against the truth, bicubic's on the same images, and the gain in dB.
+
+    Images of one grey level, and others that bicubic interpolation makes without any error, are left out: whatever a
+    network makes of them says nothing of its sharpness, and bicubic's PSNR is infinite.
+    """
 
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
 
@@ -43,30 +48,50 @@ class SuperResolution(Task):
             f"x{model.scale}, data range 255, {channel}, {border}-pixel border cropped, mean over images; {PROTOCOL}; "
             f"{self.data.word} held out, sha256 {split.sha256[:12]}"
         )
-        yield from self._figures(scenes, border, protocol)
+        told = [scene for scene in scenes if not self._says_nothing(scene, border)]
+        if not told:
+            raise UserError(
+                f"{self.name}: all {len(scenes)} held-out images of {self.data.word} are flat, or made by bicubic "
+                "interpolation without any error; name others"
+            )
+        if flat := len(scenes) - len(told):
+            protocol += f"; {flat} flat image{'s' if flat > 1 else ''} left out"
+        yield from self._figures(told, border, protocol)
         for scene in scenes[: self.pictures]:
             yield self._shown(scene, model.scale)
 
     def _figures(self, scenes: Sequence["Upscaled"], border: int, protocol: str) -> Iterator[Measurement]:
-        from llmq.tasks.image_quality import SSIM_PROTOCOL, luma, psnr, ssim, without_border
+        from llmq.tasks.image_quality import MOST, SSIM_PROTOCOL, capped_psnr, ssim
         from llmq.tasks.upscaled import mean_of
 
-        def seen(image: Any) -> Any:
-            return without_border(luma(image) if self.channel == "y" else image, border)
-
+        seen = partial(self._seen, border=border)
         scores: dict[str, list[float]] = {}
         for scene in scenes:
             for prefix, image in (("", scene.model), ("bicubic_", scene.bicubic)):
-                scores.setdefault(f"{prefix}psnr", []).append(psnr(seen(image), seen(scene.truth), 255))
+                scores.setdefault(f"{prefix}psnr", []).append(capped_psnr(seen(image), seen(scene.truth), 255))
                 scores.setdefault(f"{prefix}ssim", []).append(ssim(seen(image), seen(scene.truth), 255))
         gains = [own - its for own, its in zip(scores["psnr"], scores["bicubic_psnr"], strict=True)]
         for metric, values in {**scores, "psnr_gain": gains}.items():
             is_ssim = metric.endswith("ssim")
-            convention = f"SSIM, {SSIM_PROTOCOL}, {protocol}" if is_ssim else f"PSNR, {protocol}"
+            convention = (
+                f"SSIM, {SSIM_PROTOCOL}, {protocol}" if is_ssim else f"PSNR, at most {MOST:g} dB an image, {protocol}"
+            )
             convention += ("; bicubic: a = -0.5" if "bicubic" in metric else "") + (
                 "; the network's less bicubic's" if metric == "psnr_gain" else ""
             )
             yield mean_of(self.name, metric, values, "" if is_ssim else "dB", "higher", convention)
+
+    def _seen(self, image: Any, border: int) -> Any:
+        from llmq.tasks.image_quality import luma, without_border
+
+        return without_border(luma(image) if self.channel == "y" else image, border)
+
+    def _says_nothing(self, scene: "Upscaled", border: int) -> bool:
+        """Whether the truth is flat or bicubic's equals it: the same images whatever the network."""
+        from llmq.tasks.image_quality import is_flat
+
+        truth, simple = self._seen(scene.truth, border), self._seen(scene.bicubic, border)
+        return is_flat(truth) or bool((truth == simple).all())
 
     def _shown(self, scene: "Upscaled", scale: int) -> Exhibit:
         from llmq.tasks.image_quality import psnr
