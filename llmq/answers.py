@@ -32,6 +32,8 @@ class Interview:
         self.artifact, self.base, self.device, self.keep = artifact, base, device, keep
         self.reused: list[str] = []
         """The tasks whose answers were there already."""
+        self.unopened: Exception | None = None
+        """The error by which a model did not open: that is no fault of the task that asked for it."""
         self._opened = ExitStack()
 
     def __enter__(self) -> "Interview":
@@ -42,11 +44,18 @@ class Interview:
 
     @cached_property
     def _loaded(self) -> Loaded:
-        return self._opened.enter_context(self.artifact.open(self.device))
+        return self._open(self.artifact)
 
     @cached_property
     def _other(self) -> Loaded:
-        return self._opened.enter_context(self.base.open(self.device))
+        return self._open(self.base)
+
+    def _open(self, artifact: Artifact) -> Loaded:
+        try:
+            return self._opened.enter_context(artifact.open(self.device))
+        except Exception as error:
+            self.unopened = error
+            raise
 
     @cached_property
     def _model(self) -> Mapping[str, Any]:
@@ -82,12 +91,15 @@ class Interview:
             "machine": machine(self.device),
         }
         kept = read(facts)
-        if kept is None:
-            kept = list(answer())
-            write(facts, kept)
-        else:
+        if kept is not None:
             self.reused.append(name)
-        yield from kept
+            yield from kept
+            return
+        answers: list[Answer] = []
+        for each in answer():  # one by one: what a task says before it fails is heard, and not kept for another run
+            answers.append(each)
+            yield each
+        write(facts, answers)
 
 
 def settings(part: Any) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def evaluate(
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
     told = {"target": target, "evaluate": asked}
-    _show(pipeline.evaluate(artifacts, chosen, folder, context, told, cache), folder, as_json)
+    report = pipeline.evaluate(artifacts, chosen, folder, context, told, cache)
+    _show(report, folder, as_json)
+    cli_judging.end(report, as_json)
 
 
 for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify, cli_judging.replay):
@@ -203,7 +205,7 @@ def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool, cache: bo
     report = pipeline.run(job, folder, resume, cache)
     if report:
         _show(report, folder, as_json)
-        cli_judging.end_gate(report.gate, as_json)
+        cli_judging.end(report, as_json)
 
 
 def _fresh(out: Path | None, name: str) -> Path:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.files import to_json
+
+if TYPE_CHECKING:
+    from llmq.report import Report
 
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
@@ -47,6 +50,19 @@ def gate(
     if as_json:
         typer.echo(to_json(told))
     end_gate(told, as_json)
+
+
+def end(report: "Report", as_json: bool) -> None:
+    """End with the code of what failed, which goes before that of the gate."""
+    from llmq.report import verdicts
+
+    if not report.failures:
+        end_gate(report.gate, as_json)
+        return
+    if report.gate and not as_json:
+        verdicts.show_gate(report.gate)
+    told = "; ".join(f"{f['stage']}: {f['task']}: {f['error']}" for f in report.failures)
+    raise LlmqError(f"{len(report.failures)} failed, and the report holds the rest: {told}")
 
 
 def end_gate(told: Mapping[str, Any] | None, as_json: bool) -> None:

@@ -20,6 +20,14 @@ class UserError(LlmqError):
     exit_code = 2
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line; one that llmq did not raise itself is named by its class, and its text is cut."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LlmqError):
+        return text
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of a message: the nearest known word, or all of them when few, or nothing."""
     names = sorted(known)

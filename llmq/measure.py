@@ -16,25 +16,41 @@ SHORT = 0.1
 """Seconds; shorter work is done once more before, not timed, so that it finds its own weights in the caches."""
 
 
+class ClockFailed(Exception):
+    """The work of one stage's clock failed, by the error that caused this one."""
+
+    def __init__(self, stage: str):
+        super().__init__(stage)
+        self.stage = stage
+
+
 def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, list[Measurement]]:
     """Time the clocks of all stages in turn, so that a drifting machine moves them all alike.
 
     Every round visits every stage once, alternately forwards and backwards; the i-th sample of one stage and the i-th
-    of another were taken moments apart and can be compared in pairs.
+    of another were taken moments apart and can be compared in pairs. Raises `ClockFailed` for the stage whose work
+    fails.
     """
     measured: dict[str, list[Measurement]] = {name: [] for name in stages}
     names = list(stages)
     for clocks in zip(*stages.values(), strict=True):
-        warm = [min((seconds_of(clock, device) for _ in range(clock.warmup)), default=SHORT) for clock in clocks]
+        pairs = list(zip(names, clocks, strict=True))
+        warm = [min((_seconds(n, c, device) for _ in range(c.warmup)), default=SHORT) for n, c in pairs]
         is_short = max(warm) < SHORT  # of all or of none, as they are compared
         taken: dict[str, list[float]] = {name: [] for name in names}
         for i in range(clocks[0].rounds):
-            pairs = list(zip(names, clocks, strict=True))
             for name, clock in pairs if i % 2 == 0 else reversed(pairs):
-                taken[name].append(seconds_of(clock, device, is_short))
-        for name, clock in zip(names, clocks, strict=True):
+                taken[name].append(_seconds(name, clock, device, is_short))
+        for name, clock in pairs:
             measured[name] += [read(clock, r, taken[name], is_short) for r in clock.readings]
     return measured
+
+
+def _seconds(stage: str, clock: Clock, device: str, again: bool = False) -> float:
+    try:
+        return seconds_of(clock, device, again)
+    except Exception as error:  # the caller is told which stage to go on without
+        raise ClockFailed(stage) from error
 
 
 def seconds_of(clock: Clock, device: str, again: bool = False) -> float:

@@ -1,39 +1,30 @@
 """The whole job, in the order it happens."""
 
 import json
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llmq import environment, gate, measure, processes, reading, replay
-from llmq.answers import Interview
-from llmq.errors import UserError
-from llmq.files import make_whole, sha256_files, to_json, write_json, write_text
+from llmq import environment, gate, processes, reading, replay
+from llmq.errors import UserError, one_line
+from llmq.files import make_whole, sha256_files, write_text
+from llmq.questions import answer_by, question, take_times
 from llmq.recipe import Recipe, check_order
-from llmq.report import SCHEMA_VERSION, Report, Stage
+from llmq.report import Failure, Report, Stage
 from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
 from llmq.source import Source
 from llmq.terminal import logged_to, say
 from llmq.types import (
-    Answer,
     Artifact,
-    Attachment,
-    Clock,
     Context,
-    Exhibit,
-    Loaded,
-    Measurement,
     Plugin,
     Step,
     Task,
-    measurement_from,
 )
 
 
@@ -65,7 +56,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> 
                 more = answer_by("clocks", recipe.evaluate) or (
                     name != measured[-1] and answer_by("against", recipe.evaluate)
                 )
-                gate.check(recipe.rules, stages[name].measurements, more)
+                gate.check(recipe.rules, stages[name].measurements, more or bool(stages[name].failures))
         if not first:
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, out, context.device)
@@ -152,119 +143,6 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     return Artifact.load(folder)
 
 
-def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact, cache: bool = True) -> Stage:
-    """Put every task to one stage, open alone, then beside `base`; kept in its folder, not asked again on resuming.
-
-    With `cache`, what was answered before to the very same question about the very same model is used again.
-    """
-    folder = out / stage.name
-    kept = folder / "measurements.json"
-    if not kept.exists():
-        folder.mkdir(exist_ok=True)
-        answers: list[Answer] = list(stage.artifact.measurements)
-        with Interview(stage.artifact, base, device, cache) as interview:
-            for name, task in named(tasks).items():
-                answers += ask(name, task, interview.score(name, task), stage.name, answers)
-            for name, task in named(tasks).items() if stage.artifact != base else ():
-                if answer_by("against", [task]):
-                    answers += ask(name, task, interview.against(name, task), stage.name, answers)
-        measurements = [a for a in answers if isinstance(a, Measurement)]
-        exhibits = [keep_picture(a, out, stage.name) for a in answers if isinstance(a, Exhibit)]
-        for attachment in (a for a in answers if isinstance(a, Attachment)):
-            (folder / attachment.file).parent.mkdir(parents=True, exist_ok=True)
-            write_text(folder / attachment.file, attachment.text)
-        write_samples(measurements, folder / "samples")
-        plain = [asdict(m) for m in measurements]
-        reused = list(dict.fromkeys(interview.reused))
-        told = {"schema_version": SCHEMA_VERSION, "measurements": plain, "exhibits": exhibits, "reused": reused}
-        write_json(kept, told)
-    data = json.loads(kept.read_text())
-    return replace(
-        stage,
-        measurements=tuple(measurement_from(m) for m in data["measurements"]),
-        exhibits=tuple(Exhibit(**e) for e in data["exhibits"]),
-        reused=tuple(data.get("reused", ())),
-    )
-
-
-def keep_picture(exhibit: Exhibit, out: Path, stage: str) -> dict[str, Any]:
-    """The exhibit as JSON holds it, its picture a file beside the stage's measurements."""
-    data = {k: v for k, v in asdict(exhibit).items() if k != "picture"}
-    if exhibit.picture:
-        name = re.sub(r"[^\w.-]+", "-", f"{exhibit.task}-{exhibit.title}")
-        data["file"] = f"{stage}/pictures/{name}.png"
-        file = out / data["file"]
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(exhibit.picture)
-    return data
-
-
-def named(tasks: Sequence[Task]) -> dict[str, Task]:
-    """Tasks by the name that their measurements go under; the second of one word is `perplexity-2`."""
-    names: dict[str, Task] = {}
-    for task in tasks:
-        number = 1 + sum(other.name == task.name for other in names.values())
-        names[task.name if number == 1 else f"{task.name}-{number}"] = task
-    return names
-
-
-def filed(task: str, name: str, asked: Task) -> str:
-    """`task` as its measurement says, under the name that tells two tasks of one word apart."""
-    return name if task == asked.name else task
-
-
-def ask(name: str, task: Task, answers: Iterable[Answer], stage: str, before: Iterable[Answer]) -> Iterator[Answer]:
-    """What a task answers, filed under its name, or beside a figure of `before` under both; says how long that took."""
-    began, taken = time.perf_counter(), {(a.task, a.metric) for a in before if isinstance(a, Measurement)}
-    for answer in answers:
-        its = filed(answer.task, name, task)
-        again = isinstance(answer, Measurement) and (its, answer.metric) in taken  # one task of lm-eval, asked twice
-        yield replace(answer, task=f"{its} ({name})" if again else its)
-    say(f"  {stage}  {name:<14} {time.perf_counter() - began:6.1f} s")
-
-
-def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
-    """The per-sample scores as `samples/<task>.<metric>.jsonl`."""
-    folder.mkdir(exist_ok=True)
-    for m in measurements:
-        if m.samples:
-            weights = m.samples.weights or (1.0,) * len(m.samples.values)
-            rows = (
-                to_json({"sample": i, "score": v, "weight": w})
-                for i, (v, w) in enumerate(zip(m.samples.values, weights, strict=True))
-            )
-            name = re.sub(r"[^\w.-]+", "_", f"{m.task}.{m.metric}")
-            write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
-
-
-def answer_by(method: str, tasks: Iterable[Task]) -> bool:
-    """Whether one of the tasks overrides `score`, `against` or `clocks`."""
-    return any(getattr(type(task), method) is not getattr(Task, method) for task in tasks)
-
-
-def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, device: str) -> dict[str, Stage]:
-    """Time all stages in turn, all of them open at once; the stages with what the clocks say added, and kept."""
-    if not answer_by("clocks", tasks):
-        return dict(stages)
-    began = time.perf_counter()
-    with ExitStack() as open_stages:
-        loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
-        clocks = {stage: list(_clocks(tasks, model)) for stage, model in loaded.items()}
-        taken = measure.interleave(clocks, device)
-    for name, measurements in taken.items():
-        write_samples(measurements, out / name / "samples")
-        told = {"schema_version": SCHEMA_VERSION, "measurements": [asdict(m) for m in measurements]}
-        write_json(out / name / "clocks.json", told)
-    say(f"  all stages in turn: clocks {time.perf_counter() - began:.1f} s")
-    return {n: replace(stages[n], measurements=(*stages[n].measurements, *taken[n])) for n in stages}
-
-
-def _clocks(tasks: Sequence[Task], loaded: Loaded) -> Iterator[Clock]:
-    for name, task in named(tasks).items():
-        for clock in task.clocks(loaded):
-            yield replace(clock, task=filed(clock.task, name, task))
-
-
 def finish(
     asked: Mapping[str, Any],
     parts: Sequence[Plugin],
@@ -283,10 +161,21 @@ def finish(
     report = Report.of(asked, facts, list(stages.values()), baseline)
     try:
         if rules:
-            last = stages[report.measured[-1]]
-            verdicts = gate.judge(rules, last.name, last.measurements, stages[baseline].measurements)
-            report = replace(report, gate=gate_as_data(verdicts))
+            report = judged(report, rules, stages, baseline)
     finally:  # a rule that names nothing measured must not cost the report
         report.write(out)
         replay.record(out)
     return report
+
+
+def judged(report: Report, rules: Sequence[Rule], stages: Mapping[str, Stage], baseline: str) -> Report:
+    """The report with the verdicts on the last stage; a rule on what a failed task did not measure is a failure too."""
+    last = [stage for stage in stages.values() if stage.measurements or stage.failures][-1]
+    try:
+        verdicts = gate.judge(rules, last.name, last.measurements, stages[baseline].measurements)
+        return replace(report, gate=gate_as_data(verdicts))
+    except UserError as error:
+        if not report.failures:
+            raise
+        failed = Failure("gate", "rules", one_line(error))
+        return replace(report, failures=[*report.failures, {"stage": last.name, **asdict(failed)}])

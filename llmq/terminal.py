@@ -21,8 +21,13 @@ def say(message: str) -> None:
     if not processes.is_first():
         return
     console.print(message, markup=False, soft_wrap=True)
-    for log in _logs:
-        with log.open("a") as stream:
+    log(message)
+
+
+def log(message: str) -> None:
+    """Write something to the log of the run alone."""
+    for file in _logs:
+        with file.open("a") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
 

@@ -122,6 +122,11 @@ class Task(Plugin):
         """What its measurements are filed under: `perplexity`."""
         return self.word.rpartition(".")[2]
 
+    @property
+    def figures_of(self) -> tuple[str, ...]:
+        """The names that its measurements can be filed under: its own, or those of the tasks that it stands for."""
+        return (self.name,)
+
     def depends(self) -> "Mapping[str, Any] | None":
         """What its answers depend on besides its settings, the `Data` among them, and the model.
 

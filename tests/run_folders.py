@@ -8,7 +8,7 @@ import numpy as np
 
 from llmq.estimates import figure
 from llmq.files import write_json
-from llmq.pipeline import write_samples
+from llmq.questions import write_samples
 from llmq.report import Report, Stage
 from llmq.types import Artifact, Measurement, Samples
 

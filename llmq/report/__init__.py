@@ -15,6 +15,15 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A task that failed at a stage: what it was asked (`score`, `against`, `clocks`), and the error in one line."""
+
+    task: str
+    asked: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stage of a run and what was found out about it."""
 
@@ -24,6 +33,7 @@ class Stage:
     exhibits: tuple[Exhibit, ...] = ()
     reused: tuple[str, ...] = ()
     """The tasks whose answers were kept from an earlier run."""
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Report:
     exhibits: Sequence[Mapping[str, Any]]
     gate: Mapping[str, Any] | None = None
     """The verdicts on the rules of the recipe, where it has some."""
+    failures: Sequence[Mapping[str, str]] = ()
+    """The tasks that failed, with their stages; what they answered before that stands among the measurements."""
 
     @classmethod
     def of(
@@ -54,6 +66,7 @@ class Report:
             [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
             _comparisons([s for s in stages if s is not base], base),
             [{"stage": s.name, **_without_picture(e)} for s in stages for e in s.exhibits],
+            failures=[{"stage": s.name, **asdict(f)} for s in stages for f in s.failures],
         )
 
     @property

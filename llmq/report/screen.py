@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq.report import Report
-from llmq.report.table import LEGEND, rows
+from llmq.report.table import LEGEND, failed, rows
 
 COLOURS = {"better": "green", "worse": "red"}
 
@@ -28,3 +28,5 @@ def show(report: Report, console: Console | None = None) -> None:
         last = row.task
     console.print(table)
     console.print(LEGEND, style="dim")
+    for line in failed(report):
+        console.print(line, style="red", markup=False, soft_wrap=True)

@@ -89,9 +89,14 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}" if size >= 0.001 or size == 0 else f"{value:.1e}"
 
 
+def failed(report: Report) -> list[str]:
+    """One line for each task that failed at a stage."""
+    return [f"FAILED: {f['stage']}: {f['task']}: {f['error']}" for f in report.failures]
+
+
 def summary(report: Report) -> list[str]:
-    """One line a stage: the ratios to the base that most people look for first."""
-    lines = []
+    """One line a failure; one line a stage: the ratios to the base that most people look for first."""
+    lines = failed(report)
     for name in report.measured[1:]:
         found: dict[str, str] = {}
         for c in report.comparisons:

@@ -62,6 +62,19 @@ def leaves(names: Iterable[str], include_path: Path | None) -> Iterator[Definiti
             yield from _within(definition, include_path)
 
 
+def names_within(names: Iterable[str], include_path: Path | None) -> Iterator[str]:
+    """The names that figures can bear: of the tasks, of the groups that hold them, and of the groups within."""
+    for name in names:
+        yield name
+        for definition in defined(name, include_path):
+            yield definition.name
+            members = definition.says.get("task")
+            inner = [m if isinstance(m, str) else m.get("task") for m in members] if isinstance(members, list) else []
+            yield from names_within([m for m in inner if isinstance(m, str)], include_path)
+            yield from (str(m["group"]) for m in members or () if isinstance(m, dict) and "group" in m)
+        yield from (leaf.name for leaf in leaves([name], include_path))
+
+
 def check_leaves(names: Iterable[str], include_path: Path | None, num_fewshot: int | None) -> None:
     """Raise `UserError` for a task that the names hold twice, or one that takes no examples and is to be given some."""
     seen: set[str] = set()

@@ -33,6 +33,11 @@ class LmEval(Task):
     apply_chat_template: bool = Field(False, description="ask as a conversation, by the tokenizer's template")
     allow_code: bool = Field(False, description="let tasks such as humaneval run the code that the model writes")
 
+    @property
+    def figures_of(self) -> tuple[str, ...]:
+        """Its name, for what it says itself, and those of the tasks and groups that it asks."""
+        return (self.name, *dict.fromkeys(harness.names_within(self.tasks, self.include_path)))
+
     def check(self) -> None:
         """Raise `UserError` for a task, a version or a folder that is not there, and for code that is not allowed."""
         for name in ("include_path", "data_dir"):
