@@ -36,10 +36,10 @@ def test_a_run_leaves_a_report_that_sets_every_stage_beside_the_base(job, tmp_pa
     pipeline.run(recipe.load(str(job)), out)
     data = json.loads((out / "report.json").read_text())
     names = [s["name"] for s in data["stages"]]
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert names == ["0-base", "1-quantize.bnb", "2-adapt.lora"]
     assert [s["step"] for s in data["stages"]] == [None, "quantize.bnb", "adapt.lora"]
-    needed = {"stage", "task", "metric", "value", "unit", "better", "n", "stderr", "convention"}
+    needed = {"stage", "task", "metric", "value", "unit", "better", "n", "stderr", "convention", "exact"}
     assert all(set(m) == needed for m in data["measurements"])
     compared = {(c["stage"], c["metric"]): c for c in data["comparisons"]}
     assert compared["1-quantize.bnb", "bytes_on_disk"]["verdict"] == "better"
