@@ -62,7 +62,10 @@ def rewrite(
             trim(source.device)  # or freed pieces between living ones would add up, block after block
         if not files[-1].exists():
             head = walk.change_head()
-            outside = {name: tensor for name, tensor in source.outside() if not head or name != f"{source.head}.weight"}
+            outside = dict(source.outside())
+            if head:  # what shared the head's matrix is a matrix of its own from here on
+                outside |= {name: source.tensor(its) for name, its in source.tied.items()}
+                del outside[f"{source.head}.weight"]
             write(source.as_in_files(outside | head), files[-1])
     write_index(files)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import apply, base_of, logits_of, reshaped, some_ids
 
-from llmq.quantize.bnb_layers import is_packed_for_cpu, keep_unpacked, layers_4bit
+from llmq.quantize.bnb_layers import is_packed, is_packed_for_cpu, keep_unpacked, layers_4bit, weight_of
 
 KINDS = [
     {"bits": 4, "quant_type": "nf4", "double_quant": True},
@@ -92,3 +92,81 @@ def test_skipped_modules_stay_float_and_so_does_the_head(tiny_llama, tmp_path):
             name: type(layer) for name, layer in loaded.module.named_modules() if isinstance(layer, torch.nn.Linear)
         }
     assert all((kind is Linear4bit) == ("down_proj" not in n and "lm_head" not in n) for n, kind in kinds.items())
+
+
+def repack(module) -> None:
+    """What bitsandbytes does to 4-bit layers at their first evaluation where a processor has AVX-512 BF16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    for layer in layers_4bit(module):
+        if not is_packed_for_cpu(layer):
+            packed, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+                layer.weight.data, layer.weight.quant_state
+            )
+            layer.weight.data = packed
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_a_weight_is_read_the_same_before_and_after_repacking(tiny_llama, tmp_path, settings):
+    stage = apply("quantize.bnb", base_of(tiny_llama), tmp_path / "q", **settings)
+    with stage.open("cpu") as loaded:
+        layers = {name: layer for name, layer in loaded.module.named_modules() if is_packed(layer)}
+        before = {name: weight_of(layer).float() for name, layer in layers.items()}
+        logits_of(loaded.module, some_ids())
+        repack(loaded.module)
+        after = {name: weight_of(layer).float() for name, layer in layers.items()}
+    with base_of(tiny_llama).open("cpu") as loaded:
+        own = {name: loaded.module.get_submodule(name).weight.float() for name in layers}
+    for name, weight in before.items():
+        assert ((weight - own[name]).norm() / own[name].norm()).item() < 0.13, "4 bits lose about a tenth"
+        # Repacking rounds scales to bfloat16, once or, where they are quantized themselves, twice.
+        torch.testing.assert_close(after[name], weight, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_a_size_does_not_depend_on_what_was_asked_before(tiny_llama, tmp_path, settings):
+    from llmq.tasks.size import Size
+
+    stage = apply("quantize.bnb", base_of(tiny_llama), tmp_path / "q", **settings)
+
+    def asked(first) -> dict[str, float]:
+        with stage.open("cpu") as loaded:
+            first(loaded.module)
+            return {m.metric: m.value for m in Size().score(loaded)}
+
+    at_once = asked(lambda module: None)
+    assert asked(lambda module: logits_of(module, some_ids())) == at_once
+    assert asked(repack) == at_once
+    float_bytes = {m.metric: m.value for m in Size().score(base_of(tiny_llama).model.open(base_of(tiny_llama), "cpu"))}
+    assert at_once["parameters"] == float_bytes["parameters"]
+    assert at_once["bytes_in_memory"] < float_bytes["bytes_in_memory"]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_dora_over_quantized_weights_is_measured_as_it_is_merged(tiny_llama, tmp_path, settings):
+    from dataclasses import replace
+
+    from peft import LoraConfig, get_peft_model
+
+    stage = apply("quantize.bnb", base_of(tiny_llama, "float32"), tmp_path / "q", **{**settings, **FLOAT32})
+    with stage.open("cpu") as loaded:
+        keep_unpacked(loaded.module)
+        model = get_peft_model(loaded.module, LoraConfig(use_dora=True, target_modules="all-linear", r=4))
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+        model.save_pretrained(tmp_path / "a")
+    adapted = replace(stage, adapter=tmp_path / "a")
+    with adapted.open("cpu") as loaded:
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers_4bit(loaded.module))
+        first, second = (logits_of(loaded.module, some_ids()) for _ in range(2))
+        assert torch.equal(first, second)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
+    with merged.open("cpu") as loaded:
+        there = logits_of(loaded.module, some_ids())
+    error = ((first - there).norm() / there.norm()).item()
+    assert error < (0.02 if settings["bits"] == 8 else 1e-4), "LLM.int8() rounds activations, merged weights do not"
+
+
+FLOAT32 = {"compute_dtype": "float32"}

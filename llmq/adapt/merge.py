@@ -41,16 +41,18 @@ class Merge(Step):
         from peft import PeftModel
 
         from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+        from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
 
         model: Any = artifact.model
         module = load_causal_lm(artifact.weights, "float32", context.device, model.trust_remote_code)
         module = dequantized(module) if artifact.packed else module
+        pairs = untie(module)  # or an adapter on the head would change the embeddings with it, and the other way round
         zeros = _zeros(module) if self.keep_sparsity else {}
         module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
-        module.to(getattr(torch, self.dtype or model.dtype)).save_pretrained(folder)
+        save(module.to(getattr(torch, self.dtype or model.dtype)), folder, pairs)
         load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
@@ -67,5 +69,5 @@ class Merge(Step):
 
 
 def _zeros(module: Any) -> dict[str, Any]:
-    """Where the matrices of a model are zero, by parameter."""
-    return {name: p == 0 for name, p in module.named_parameters() if p.ndim == 2}
+    """Where the matrices of a model are zero, by parameter; experts held as one tensor are matrices too."""
+    return {name: p == 0 for name, p in module.named_parameters() if p.ndim > 1}

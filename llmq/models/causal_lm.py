@@ -39,7 +39,11 @@ class CausalLM(Model):
         if artifact.adapter:
             from peft import PeftModel
 
+            from llmq.quantize.bnb_layers import keep_unpacked, reads_weights
+
             module = PeftModel.from_pretrained(module, artifact.adapter).eval()
+            if reads_weights(module):
+                keep_unpacked(module)
         tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
         return Loaded(module, tokenizer, device, artifact)
 

@@ -172,7 +172,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
     from transformers import AutoModelForCausalLM
 
     from llmq.models.packed import config_to_open
-    from llmq.quantize.bnb_layers import leave_odd_shapes_unpacked
+    from llmq.quantize.bnb_layers import as_opened
 
     config = config_to_open(folder, device, trust_remote_code)
     if config is not None:
@@ -185,7 +185,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
         trust_remote_code=trust_remote_code,
         **options,
     )
-    leave_odd_shapes_unpacked(module)
+    as_opened(module)
     return module.eval()
 
 

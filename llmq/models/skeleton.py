@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.errors import UserError
 from llmq.files import safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
+from llmq.models.tying import tied, untied
 from llmq.types import Artifact
 
 if TYPE_CHECKING:
@@ -77,15 +78,7 @@ class Skeleton:
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, str]]:
         """File and key of every stored tensor, by the name that the module has for it."""
-        from safetensors import safe_open
-
-        files = {}
-        for file in safetensors_of(self.folder):
-            with safe_open(file, "pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), file))
-        layers = {key.rpartition(".")[0] for key in files}
-        names = module_names(self.module, layers)
-        return {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": (files[key], key) for key in files}
+        return stored(self.folder, self.module)
 
     @cached_property
     def _file_names(self) -> dict[str, str]:
@@ -143,15 +136,27 @@ class Skeleton:
                 if tensor is not None:
                     yield name, tensor
 
+    def _leaves_tied(self, folder: Path) -> bool:
+        """Whether head and embeddings are one matrix in a folder written from this one, packed or not."""
+        if not self.module.get_expanded_tied_weights_keys(all_submodels=True):
+            return True  # nobody calls them so
+        return bool(tied(self.module, {name.replace(".qweight", ".weight") for name in stored(folder, self.module)}))
+
     def copy_side_files(self, folder: Path, **changes: Any) -> None:
-        """Copy everything that holds no weights (tokenizer, chat template, code), and the changed configuration."""
+        """Copy all that holds no weights (tokenizer, template, code), and the configuration of the weights there."""
         for file in (file for pattern in PATTERNS for file in self.folder.glob(pattern)):
             if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in OUR_OWN:
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((self.folder / "config.json").read_text())
         config.pop("torch_dtype", None)
+        config = config if self._leaves_tied(folder) else untied(config)
         told = {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes}
         write_json(folder / "config.json", tagged(told))
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensor that the files leave out -> the one that stands for it."""
+        return tied(self.module, self._stored)
 
     def load_outside(self) -> None:
         """Give everything outside the blocks its weights, tied ones too."""
@@ -159,13 +164,27 @@ class Skeleton:
         for name, tensor in self.outside():
             if name in parameters:
                 self.set(name, tensor)
-        self.module.tie_weights()
+        for name, source in self.tied.items():
+            self.set(name, self.module.get_parameter(source).data)
         blocks = tuple(f"{block}." for block in self.blocks)
         for name, parameter in self.module.named_parameters():
             if parameter.is_meta and not name.startswith(blocks):
                 raise UserError(self._lacks(name))
         for module in self.module.modules():
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+
+
+def stored(folder: Path, module: Any) -> dict[str, tuple[Path, str]]:
+    """File and key of every tensor in a folder, by the name that `module` has for it."""
+    from safetensors import safe_open
+
+    files = {}
+    for file in safetensors_of(folder):
+        with safe_open(file, "pt") as opened:
+            files.update(dict.fromkeys(opened.keys(), file))
+    layers = {key.rpartition(".")[0] for key in files}
+    names = module_names(module, layers)
+    return {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": (files[key], key) for key in files}
 
 
 def module_names(module: Any, layers: Iterable[str]) -> dict[str, str]:

@@ -45,7 +45,6 @@ class Layers(Calibrated, Step):
         order = sorted(range(len(influences)), key=influences.__getitem__)
         dropped = sorted(order[: self.drop])
         kept = [i for i in range(len(influences)) if i not in dropped]
-        source.copy_side_files(folder, **config_of(source, kept))
         files = [folder / f"model-{i:05}-of-{len(kept) + 1:05}.safetensors" for i in range(1, len(kept) + 2)]
         for new, (old, file) in enumerate(zip(kept, files, strict=False)):
             block, renamed = source.blocks[old], source.blocks[new]
@@ -53,6 +52,7 @@ class Layers(Calibrated, Step):
             write(source.as_in_files({name: tensor.data for name, tensor in tensors}), file)
         write(source.as_in_files(dict(source.outside())), files[-1])
         write_index(files)
+        source.copy_side_files(folder, **config_of(source, kept))
         if len(Skeleton.of(artifact.then(self, weights=folder)).blocks) != len(kept):
             raise UserError(f"{source.config.model_type} does not take its number of blocks from its configuration")
         notes = {"influences": [round(i, 6) for i in influences], "dropped": dropped, "calibration": calibration}

@@ -29,6 +29,7 @@ class Bnb(Step):
         """Load the float weights quantized, and save them so."""
         from llmq.errors import UserError
         from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+        from llmq.models.tying import save
 
         model: Any = artifact.model
         module = load_causal_lm(
@@ -41,7 +42,7 @@ class Bnb(Step):
         layers = self._layers(module)
         if not layers:
             raise UserError(f"quantize.bnb found no linear layer to quantize in {artifact.weights}")
-        module.save_pretrained(folder)
+        save(module, folder)
         load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
         return artifact.then(self, weights=folder, packed=True, notes={"quantized_layers": layers})
 

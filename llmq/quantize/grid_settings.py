@@ -106,11 +106,10 @@ def format_of(grids: Mapping[str, Grid]) -> str:
 
 def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step: GridStep, **settings: Any) -> None:
     """Everything beside the weights: configuration, `quantize_config.json`, tokenizer."""
-    head = source.head in grids
     config = {
         **{name: getattr(step, name) for name in ("bits", "group_size", "sym")},
         **settings,
-        "lm_head": head,
+        "lm_head": source.head in grids,
         "quant_method": "gptq",
         "checkpoint_format": format_of(grids),
         "pack_dtype": "int32",
@@ -118,8 +117,7 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
         "meta": {"quantizer": [f"llmq:{__version__}"]},
     }
     write_json(folder / "quantize_config.json", config)
-    untied = {"tie_word_embeddings": False} if head else {}
-    source.copy_side_files(folder, quantization_config=config, **untied)
+    source.copy_side_files(folder, quantization_config=config)
 
 
 def dynamic(source: Skeleton, grids: Mapping[str, Grid], step: GridStep) -> dict[str, dict[str, Any]]:

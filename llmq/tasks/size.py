@@ -36,10 +36,10 @@ class Size(Task):
             ),
             exact(
                 "bytes_in_memory",
-                sum(t.untyped_storage().nbytes() for t in unique(held(loaded.module))),
+                bytes_in_memory(loaded.module),
                 "bytes",
                 "lower",
-                "parameters, buffers and scales of packed weights as allocated, or a graph's constants; tied ones once",
+                "parameters, buffers and scales of packed weights as opened, or a graph's constants; tied ones once",
             ),
             exact("parameters", parameters, "parameters", "lower", "as they multiply: a packed weight counts unpacked"),
             exact("nonzeros", nonzeros, "parameters", "lower", "parameters whose value, unpacked, is not zero"),
@@ -53,50 +53,28 @@ class Size(Task):
         )
 
 
-def held(module: Any) -> Iterator[Any]:
-    """Every tensor that a module holds, those that bitsandbytes keeps beside its weights too."""
-    yield from module.buffers()
-    for layer in module.modules():
-        yield from layer.parameters(recurse=False)
-        weight, state = getattr(layer, "weight", None), getattr(layer, "state", None)
-        yield from _tensors(getattr(weight, "quant_state", None))
-        yield from _tensors(state)
-        yield from _tensors(weight, ("CB", "SCB"))
+def bytes_in_memory(module: Any) -> int:
+    """What a module holds, each piece once; packed weights as they were opened, whatever was asked of them since."""
+    from llmq.quantize.bnb_layers import bytes_in, tensors_of
 
-
-def _tensors(holder: Any, names: Iterable[str] = ("absmax", "code", "offset", "CB", "SCB")) -> Iterator[Any]:
-    import torch
-
-    for name in names:
-        value = getattr(holder, name, None)
-        if isinstance(value, torch.Tensor):
-            yield value
-    if getattr(holder, "state2", None) is not None:
-        yield from _tensors(holder.state2)
-
-
-def unique(tensors: Iterable[Any]) -> list[Any]:
-    """One tensor for each piece of memory."""
-    return list({t.untyped_storage().data_ptr(): t for t in tensors if t.numel()}.values())
+    others = (t for layer in module.modules() if not hasattr(layer, "bytes_as_opened") for t in tensors_of(layer))
+    return bytes_in(others) + sum(getattr(layer, "bytes_as_opened", 0) for layer in module.modules())
 
 
 def dense_weights(module: Any) -> Iterator[tuple[Any, int]]:
     """Every parameter with its values, packed ones unpacked one at a time, and the bits that a value is stored in."""
+    from llmq.quantize.bnb_layers import is_packed, weight_of
     from llmq.quantize.gptq_linear import PackedLinear
 
     seen: set[int] = set()
     for layer in module.modules():
+        packed = None
         if isinstance(layer, PackedLinear):
             yield layer.weight, layer.bits
+        elif is_packed(layer):
+            packed = layer.weight
+            yield weight_of(layer), 4 if hasattr(packed, "quant_state") else 8
         for parameter in layer.parameters(recurse=False):
-            if parameter.data_ptr() not in seen:
+            if parameter is not packed and parameter.data_ptr() not in seen:
                 seen.add(parameter.data_ptr())
-                yield _unpacked(parameter)
-
-
-def _unpacked(parameter: Any) -> tuple[Any, int]:
-    if getattr(parameter, "quant_state", None) is None:
-        return parameter.data, parameter.element_size() * 8
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(parameter.data, parameter.quant_state), 4
+                yield parameter.data, parameter.element_size() * 8
