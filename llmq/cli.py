@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
+TaskOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[TASK.KEY=VALUE]...", help="perplexity.limit=32, accuracy.data=photos/"),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use what an earlier run measured on the same model.")]
@@ -97,6 +101,7 @@ def quantize(
 @app.command(name="eval")
 def evaluate(
     target: str,
+    overrides: TaskOverrides = None,
     suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
@@ -114,20 +119,25 @@ def evaluate(
     cache: Cache = True,
     as_json: Json = False,
 ) -> None:
-    """Measure a model (hub id, folder, built-in word), one stage of a run, or all stages of a run."""
-    from llmq import environment, pipeline
-    from llmq.targets import asked_for, stages_of
+    """Measure a model (hub id, folder, built-in word), one stage of a run, or all stages of a run.
+
+    Tasks that name no data read what the run of the stage read.
+    """
+    from llmq import environment, pipeline, plugin
+    from llmq.targets import asked_for, recipe_of, stages_of
     from llmq.types import Context
 
     asked = asked_for(suite, tasks, limit, data_dir, allow_code, batch_size)
-    open_stages, chosen = stages_of(target, model, asked)
+    open_stages, chosen = stages_of(target, model, asked, overrides or ())
     folder = _fresh(out, f"eval-{Path(target).name}")
     if folder.exists() and any(folder.iterdir()):  # what it holds would be taken for answers of this target
         raise _user_error(f"{str(folder)!r} is not empty; use a new --out")
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
-    told = {"target": target, "evaluate": asked}
-    report = pipeline.evaluate(artifacts, chosen, folder, context, told, cache)
+    told = {"target": target, "evaluate": [plugin.entry(task) for task in chosen]}
+    made_by = recipe_of(target)
+    steps = made_by.steps if made_by else ()
+    report = pipeline.evaluate(artifacts, chosen, folder, context, told, cache, steps)
     _show(report, folder, as_json)
     cli_judging.end(report, as_json)
 
@@ -139,12 +149,14 @@ for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify, cli_j
 @app.command()
 def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe without running it."""
-    from llmq import pipeline
+    from llmq import pipeline, reading
     from llmq import recipe as recipes
 
     job = recipes.load(recipe, overrides or ())
     typer.echo(to_json(job.plain()) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
     if not as_json:
+        for line in reading.told(job.steps, job.evaluate):
+            typer.echo(f"# {line}", err=True)
         typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
 
 
@@ -188,10 +200,11 @@ def copy_recipe(recipe: str, folder: Path) -> None:
 def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
     from llmq import pipeline
     from llmq import recipe as recipes
+    from llmq.overrides import in_order
     from llmq.source import Source
 
     source = Source("command line", plain)
-    for override in overrides or ():
+    for override in in_order(overrides or ()):
         recipes.apply_override(source, override)
     job = recipes.parse(source, name)
     typer.echo(pipeline.to_yaml(job.plain()), err=True)

@@ -43,6 +43,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> 
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
+        reads = say_reads(recipe.steps, recipe.evaluate)
         names = recipe.stage_names
         compared = names[recipe.baseline_stages[0] :]
         measured = compared if recipe.stages == "all" else list(dict.fromkeys((compared[0], compared[-1])))
@@ -61,7 +62,7 @@ def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> 
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, out, context.device)
         parts = [*recipe.steps, *recipe.evaluate]
-        return finish(recipe.plain(), parts, stages, measured[0], out, context, recipe.rules)
+        return finish(recipe.plain(), parts, stages, measured[0], out, context, recipe.rules, reads)
 
 
 def evaluate(
@@ -71,15 +72,17 @@ def evaluate(
     context: Context,
     asked: Mapping[str, Any],
     cache: bool = True,
+    steps: Sequence[Step] = (),
 ) -> Report:
-    """Question models that exist already; the first of them is the base."""
+    """Question models that exist already; the first of them is the base, and `steps` are those of their run."""
     reading.hashes(tasks)  # what lacks is said before a model is opened
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
+        reads = say_reads(steps, tasks)
         first, base = next(iter(artifacts.items()))
         stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
         stages |= take_times(stages, tasks, out, context.device)
-        return finish(asked, tasks, stages, first, out, context)
+        return finish(asked, tasks, stages, first, out, context, reads=reads)
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -113,6 +116,14 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
             raise UserError(f"{recipe.name}: {step.word}: {error}") from None
     reading.hashes([*recipe.steps, *recipe.evaluate])
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
+
+
+def say_reads(steps: Sequence[Step], tasks: Sequence[Task]) -> list[str]:
+    """Say what each step and task reads, and hand it back for the report."""
+    lines = reading.told(steps, tasks)
+    for line in lines:
+        say(f"  {line}")
+    return lines
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -151,12 +162,13 @@ def finish(
     out: Path,
     context: Context,
     rules: Sequence[Rule] = (),
+    reads: Sequence[str] = (),
 ) -> Report:
     """Build the report with the verdicts on the last stage, and write its faces."""
     base = stages[baseline].artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
-    facts["data_sha256"] = reading.hashes(parts)
+    facts["data_sha256"], facts["reads"] = reading.hashes(parts), list(reads)
     facts["dtype"] = getattr(base.model, "dtype", None)
     report = Report.of(asked, facts, list(stages.values()), baseline)
     try:

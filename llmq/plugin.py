@@ -115,10 +115,15 @@ def to_plain(plugin: Plugin) -> Any:
     }
 
 
+def entry(plugin: Plugin, *, whole: bool = False) -> Any:
+    """A plug-in as it stands in a recipe: its word, the `whole` of it where the place does not say the package."""
+    word, settings = plugin.word if whole else plugin.word.split(".", 1)[-1], to_plain(plugin)
+    return {word: settings} if settings else word
+
+
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Plugin):
-        word, settings = value.word.split(".", 1)[-1], to_plain(value)
-        return {word: settings} if settings else word
+        return entry(value)
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if isinstance(value, dict):

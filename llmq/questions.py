@@ -14,6 +14,7 @@ from llmq import measure
 from llmq.answers import Interview
 from llmq.errors import one_line
 from llmq.files import to_json, write_json, write_text
+from llmq.reading import named
 from llmq.report import SCHEMA_VERSION, Failure, Stage
 from llmq.terminal import log, say
 from llmq.types import Answer, Artifact, Attachment, Clock, Exhibit, Loaded, Measurement, Task, measurement_from
@@ -90,15 +91,6 @@ def keep_picture(exhibit: Exhibit, out: Path, stage: str) -> dict[str, Any]:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(exhibit.picture)
     return data
-
-
-def named(tasks: Sequence[Task]) -> dict[str, Task]:
-    """Tasks by the name that their measurements go under; the second of one word is `perplexity-2`."""
-    names: dict[str, Task] = {}
-    for task in tasks:
-        number = 1 + sum(other.name == task.name for other in names.values())
-        names[task.name if number == 1 else f"{task.name}-{number}"] = task
-    return names
 
 
 def filed(task: str, name: str, asked: Task) -> str:

@@ -1,14 +1,66 @@
-"""What the steps and tasks of a run read, and where a task reads what no one named: the run's own data."""
+"""What the steps and tasks of a run read, and where nobody named it: the run's own data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from llmq import plugin
-from llmq.types import Data, Plugin, Task
+from llmq.types import Data, Plugin, Step, Task
+
+P = TypeVar("P", Step, Task)
+USES = {"training": "trains on", "calibration": "calibrates on", "comparison": "compares on"}
+
+
+def named(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Tasks by the name that their measurements go under; the second of one word is `perplexity-2`."""
+    names: dict[str, Task] = {}
+    for task in tasks:
+        number = 1 + sum(other.name == task.name for other in names.values())
+        names[task.name if number == 1 else f"{task.name}-{number}"] = task
+    return names
 
 
 def data_of(part: Plugin) -> Iterator[Data]:
     """Every data set among the settings of a step or a task."""
     return (its for _, its in part.parts() if isinstance(its, Data))
+
+
+def with_own_data(steps: Sequence[Step], kind: str) -> tuple[Step, ...]:
+    """Steps whose unset data is what the last step before them trains on, where there is such a step."""
+    known: list[Step] = []
+    for step in steps:
+        trained = [one for one in known if one.uses == "training"]
+        known.append(_reading(step, kind, trained))
+    return tuple(known)
+
+
+def with_data_of(tasks: Sequence[Task], kind: str, steps: Sequence[Step], asked: Sequence[Task] = ()) -> list[Task]:
+    """Tasks whose unset data is the run's: what the task of its name reads among those that the run `asked` already.
+
+    Else what the last step trains on, else what the last calibrates on, else the task's own default.
+    """
+    before = named(asked)
+    found = []
+    for name, task in named(tasks).items():
+        same = before.get(name)
+        told = {f: getattr(same, f) for f in task.unset_data(kind) if same and isinstance(getattr(same, f), Data)}
+        found.append(_reading(task.model_copy(update=told), kind, steps))
+    return found
+
+
+def _reading(part: P, kind: str, steps: Sequence[Step]) -> P:
+    defaults = part.unset_data(kind)
+    return part.model_copy(update={name: _first(part, steps) or its for name, its in defaults.items()})
+
+
+def _first(part: Step | Task, steps: Sequence[Step]) -> Data | None:
+    """The data of the last step that trains, else of the last that calibrates, that can have a shape the part takes."""
+    shapes = part.shapes if isinstance(part, Task) else frozenset()
+    for use in ("training", "calibration"):
+        for step in reversed([step for step in steps if step.uses == use]):
+            for data in data_of(step):
+                if not (shapes and data.shapes) or shapes & data.shapes:
+                    return data
+    return None
 
 
 def called(data: Data) -> str:
@@ -17,6 +69,17 @@ def called(data: Data) -> str:
     path = settings.pop("path", None)
     told = [str(path)] if path is not None else []
     return " ".join([data.word, *told, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def told(steps: Sequence[Step], tasks: Sequence[Task]) -> list[str]:
+    """A line for each data set that each step and task reads: which, and which step of the run reads it as well."""
+    lines = [f"{step.word} {USES[step.uses]} {called(data)}" for step in steps for data in data_of(step)]
+    for name, task in named(tasks).items():
+        for data in data_of(task):
+            users = {step.word: USES[step.uses] for step in steps if data in data_of(step)}
+            why = next((f"what {word} {use}" for word, use in users.items()), "which no step reads")
+            lines.append(f"{name} reads {called(data)}, {why}")
+    return lines
 
 
 def hashes(parts: Iterable[Plugin]) -> dict[str, str]:

@@ -1,11 +1,11 @@
 """YAML -> `Recipe`. Every check happens here, before anything runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llmq import overrides, plugin
+from llmq import overrides, plugin, reading
 from llmq.errors import UserError, did_you_mean, explain
 from llmq.rules import Rule, read_rule
 from llmq.source import Place, Source, find, names, read, with_suite, word_at
@@ -55,14 +55,10 @@ class Recipe(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
 
-        def entry(p: Plugin, *, whole: bool) -> Any:
-            word, settings = p.word if whole else p.word.split(".", 1)[1], plugin.to_plain(p)
-            return {word: settings} if settings else word
-
         plain = {
-            "model": entry(self.model, whole=False),
-            "steps": [entry(s, whole=True) for s in self.steps],
-            "evaluate": [entry(t, whole=False) for t in self.evaluate],
+            "model": plugin.entry(self.model),
+            "steps": [plugin.entry(s, whole=True) for s in self.steps],
+            "evaluate": [plugin.entry(t) for t in self.evaluate],
         }
         others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline", "gate")}
         return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
@@ -98,22 +94,29 @@ def check_shape(source: Source) -> None:
 
 def parse(source: Source, name: str) -> Recipe:
     """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
+    recipe = built(source, name)
+    check_part(recipe.model, source, ("model", recipe.model.word.removeprefix("models.")))
+    for i, step in enumerate(recipe.steps):
+        check_part(step, source, ("steps", i, step.word))
+    _check_tasks(recipe.evaluate, source)
+    return recipe
+
+
+def built(source: Source, name: str) -> Recipe:
+    """The recipe, its words fit for one another; what its weights and data are need not be there."""
     check_shape(source)
     with_suite(source)
     data = source.data
     if not data.get("model"):
         raise UserError(f"{source.name}: a recipe needs a 'model', such as 'causal_lm: {{weights: smollm2-135m}}'")
-    steps, suite = data.get("steps") or [], data.get("evaluate") or []
+    steps = data.get("steps") or []
     model = _part(source, ("model",), data["model"], "models")
-    parts = {
-        "name": name,
-        "model": model,
-        "steps": tuple(_part(source, ("steps", i), s, None, model.kind) for i, s in enumerate(steps)),
-        "evaluate": suite_tasks(suite, source, model.kind),
-    }
-    for i, step in enumerate(parts["steps"]):
+    made = [_part(source, ("steps", i), s, None, model.kind) for i, s in enumerate(steps)]
+    for i, step in enumerate(made):
         if not isinstance(step, Step):
             raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
+    own = reading.with_own_data(made, model.kind)
+    parts = {"name": name, "model": model, "steps": own, "evaluate": _tasks(source, model.kind, own)}
     others = {k: v for k, v in data.items() if k not in parts}
     recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
     check_order(recipe.model.kind, recipe.steps, source)
@@ -136,19 +139,43 @@ def _check_gate(recipe: Recipe, source: Source) -> None:
         raise UserError(f"{source.where(('gate',))}: a gate judges what is measured; say what to 'evaluate'")
 
 
-def suite_tasks(suite: Any, source: Source, kind: str) -> tuple[Task, ...]:
-    """The tasks of a named suite or an inline list. Raises `UserError` if one does not suit the kind of model."""
-    place: Place = ("evaluate",)
-    if isinstance(suite, str):
-        source = Source(source.name, {"evaluate": suite}, dict(source.lines))
-        with_suite(source)
-        suite = source.data["evaluate"]
-    if not isinstance(suite, list):
-        raise UserError(f"{source.where(place)}: 'evaluate' is the name of a suite or a list of tasks")
-    tasks = tuple(_part(source, (*place, i), t, "tasks", kind) for i, t in enumerate(suite))
-    for i, task in enumerate(tasks):
-        _suits(task, kind, source, (*place, i, task.word.rpartition(".")[2]))
+def suite_tasks(
+    suite: Any, source: Source, kind: str, steps: Sequence[Step] = (), asked: Sequence[Task] = ()
+) -> tuple[Task, ...]:
+    """The tasks of a named suite or an inline list, each checked; see `_tasks`."""
+    source = Source(source.name, {"evaluate": suite}, dict(source.lines), dict(source.files))
+    with_suite(source)
+    tasks = _tasks(source, kind, steps, asked)
+    _check_tasks(tasks, source)
     return tasks
+
+
+def _tasks(source: Source, kind: str, steps: Sequence[Step], asked: Sequence[Task] = ()) -> tuple[Task, ...]:
+    """The tasks that a recipe lists; they read the data of these steps, or what the tasks `asked` before did.
+
+    Raises `UserError` if one does not suit the kind of model.
+    """
+    entries, place = source.data.get("evaluate") or [], ("evaluate",)
+    if not isinstance(entries, list):
+        raise UserError(f"{source.where(place)}: 'evaluate' is the name of a suite or a list of tasks")
+    made = [_part(source, (*place, i), entry, "tasks", kind) for i, entry in enumerate(entries)]
+    tasks = reading.with_data_of(made, kind, steps, asked)
+    for i, task in enumerate(tasks):
+        _suits(task, kind, source, (*place, i, task.word.removeprefix("tasks.")))
+    return tuple(tasks)
+
+
+def _check_tasks(tasks: Iterable[Task], source: Source) -> None:
+    for i, task in enumerate(tasks):
+        check_part(task, source, ("evaluate", i, task.word.removeprefix("tasks.")))
+
+
+def check_part(part: Plugin, source: Source, place: Place) -> None:
+    """Check a plug-in, and what is among its settings."""
+    try:
+        part.check()
+    except UserError as error:
+        raise UserError(f"{source.where(place)}: {error}") from None
 
 
 def _part(source: Source, place: Place, value: Any, package: str | None, kind: str | None = None) -> Any:
@@ -157,14 +184,9 @@ def _part(source: Source, place: Place, value: Any, package: str | None, kind: s
         cls = plugin.load(f"{package}.{word}" if package else word)
     except UserError as error:
         raise UserError(f"{source.where(place)}: {_strip(str(error), package)}") from None
-    part: Plugin = _validated(
+    return _validated(
         lambda: cls.model_validate(settings, context={"kind": kind}), source, (*place, word), cls, settings
     )
-    try:
-        part.check()
-    except UserError as error:
-        raise UserError(f"{source.where((*place, word))}: {error}") from None
-    return part
 
 
 def _strip(message: str, package: str | None) -> str:

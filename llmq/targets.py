@@ -1,7 +1,7 @@
 """What `llmq eval` can be pointed at."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +9,60 @@ import yaml
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.recipe import find, suite_tasks
-from llmq.source import Source, read
+from llmq.overrides import fold, in_order
+from llmq.recipe import Recipe, built, suite_tasks
+from llmq.source import Source, find, read
 from llmq.types import Artifact, Context, Task
 
 Bring = Callable[[Context], Artifact]
 
 
-def stages_of(target: str, model: str, asked: Any) -> tuple[dict[str, Bring], Sequence[Task]]:
-    """How to bring each stage that `target` means, and the tasks asked for, checked to suit it."""
-    folder = Path(target)
-    source = Source("command line", {})
-    if (folder / "artifact.json").is_file():
-        artifacts = {folder.resolve().name: _load(folder)}
-    elif (folder / "recipe.yaml").is_file():
-        stages = [f.parent for f in folder.glob("*/artifact.json") if f.parent.name.split("-")[0].isdecimal()]
-        found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
-        if not found:
-            raise UserError(f"{target!r} is a run without a whole stage")
-        baseline = yaml.safe_load((folder / "recipe.yaml").read_text()).get("baseline")
-        # Stages before the one that the others are set beside are nets yet to be trained.
-        first = next((i for i, f in enumerate(found) if baseline in (f.name, f.name.partition("-")[2])), 0)
-        artifacts = {f.name: _load(f) for f in found[first:]}
-    else:
-        opener: Any = plugin.build({model: {"weights": target}}, "models")
+def stages_of(
+    target: str, model: str, asked: Any, changes: Iterable[str] = ()
+) -> tuple[dict[str, Bring], Sequence[Task]]:
+    """How to bring each stage that `target` means, and the tasks asked for, checked to suit it.
+
+    Of a run or its stage they read what the run's recipe read, unless they, or the `changes`, say otherwise.
+    """
+    artifacts, job = _artifacts(Path(target)), recipe_of(target)
+    source = Source("command line", {"model": {model: {"weights": target}}, "evaluate": asked})
+    for change in in_order(changes):
+        if artifacts and change.startswith("model."):
+            raise UserError(f"override {change!r}: {target!r} is a stage, and says itself how it is opened")
+        fold(source, change, ())
+    if not artifacts:
+        opener: Any = plugin.build(source.data["model"], "models")
         opener.check()
-        return {"0-base": opener.base}, suite_tasks(asked, source, opener.kind)
+        return {"0-base": opener.base}, suite_tasks(source.data["evaluate"], source, opener.kind)
     kind = next(iter(artifacts.values())).model.kind
-    return {name: _ready(a) for name, a in artifacts.items()}, suite_tasks(asked, source, kind)
+    before = (job.steps, job.evaluate) if job else ()
+    return {name: _ready(a) for name, a in artifacts.items()}, suite_tasks(
+        source.data["evaluate"], source, kind, *before
+    )
+
+
+def recipe_of(target: str) -> Recipe | None:
+    """The recipe of the run that `target` is, or is a stage of; None where there is none beside it."""
+    folder = Path(target)
+    home = folder.resolve().parent if (folder / "artifact.json").is_file() else folder
+    file = home / "recipe.yaml"
+    return built(read(file), home.name) if file.is_file() else None
+
+
+def _artifacts(folder: Path) -> dict[str, Artifact]:
+    """The stage in a folder, or the stages of the run in it, from the one on that the others are set beside."""
+    if (folder / "artifact.json").is_file():
+        return {folder.resolve().name: _load(folder)}
+    if not (folder / "recipe.yaml").is_file():
+        return {}
+    stages = [f.parent for f in folder.glob("*/artifact.json") if f.parent.name.split("-")[0].isdecimal()]
+    found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
+    if not found:
+        raise UserError(f"{str(folder)!r} is a run without a whole stage")
+    baseline = yaml.safe_load((folder / "recipe.yaml").read_text()).get("baseline")
+    # Stages before the one that the others are set beside are nets yet to be trained.
+    first = next((i for i, f in enumerate(found) if baseline in (f.name, f.name.partition("-")[2])), 0)
+    return {f.name: _load(f) for f in found[first:]}
 
 
 def _load(folder: Path) -> Artifact:

@@ -39,6 +39,14 @@ class Plugin(BaseModel):
             yield place, part
             yield from (((*place, *within), inner) for within, inner in part.parts())
 
+    def unset_data(self, kind: str) -> "Mapping[str, Data]":
+        """The data of it that nobody named, by field, and what it reads where a run of this kind has none of its own.
+
+        `reading` puts the run's own data there.
+        """
+        unset = [name for name in type(self).model_fields if name not in self.model_fields_set]
+        return {name: its for name in unset if isinstance(its := getattr(self, name), Data)}
+
     def check(self) -> None:
         """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy.
 
@@ -101,6 +109,8 @@ class Step(Plugin):
     suits: ClassVar[frozenset[str]]
     requires: ClassVar[Mapping[str, bool]] = {}
     leaves: ClassVar[Mapping[str, bool]] = {}
+    uses: ClassVar[Literal["training", "calibration", "comparison"]] = "calibration"
+    """The use it makes of its data. What is trained or calibrated on is what the tasks of the run read, too."""
     in_every_process: ClassVar[bool] = False
     """Whether the step shares its work out where a run has several processes; others are done by the first."""
 
@@ -116,6 +126,8 @@ class Task(Plugin):
     """A question to a model. It overrides at least one of `score`, `against` and `clocks`."""
 
     suits: ClassVar[frozenset[str]]
+    shapes: ClassVar[frozenset[str]] = frozenset()
+    """The shapes of examples that it can be asked on; empty: all that data of its kinds can have."""
 
     @property
     def name(self) -> str:
@@ -168,6 +180,8 @@ class Data(Plugin):
     """A source of examples for the kinds of models that it suits."""
 
     suits: ClassVar[frozenset[str]]
+    shapes: ClassVar[frozenset[str]] = frozenset()
+    """The shapes that its examples can have; empty where only reading tells."""
 
     @classmethod
     def takes(cls, path: str) -> bool:

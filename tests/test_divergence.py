@@ -10,7 +10,7 @@ from llmq import pipeline, plugin, recipe
 from llmq.errors import UserError
 from llmq.source import Source
 from llmq.tasks import kl
-from llmq.tasks.windows import windows_of
+from llmq.tasks.windows import held_out_windows, windows_of
 from llmq.types import Measurement
 
 FEW = {"window": 32, "windows": 3, "limit": 12}
@@ -117,7 +117,36 @@ def test_what_cannot_work_is_said_before_anything_runs(settings, says):
         plugin.build({"divergence": settings}, "tasks").check()
 
 
-def test_text_is_what_divergence_is_measured_on(tiny_llama, tiny_jsonl):
+class AtPrompts(Always):
+    """Says one thing where a prompt goes on, and another where the completion does."""
+
+    def __init__(self, of_prompts, of_completions, said):
+        super().__init__(*of_completions)
+        self.of_prompts, self.said = torch.tensor(of_prompts).log(), torch.tensor([*said[1:], True])
+
+    def forward(self, input_ids, use_cache=False):
+        made = super().forward(input_ids)
+        made.logits = torch.where(self.said[:, None], made.logits, self.of_prompts)
+        return made
+
+
+def test_of_rows_with_prompts_the_completions_alone_are_compared(tiny_llama, tiny_jsonl):
+    from transformers import AutoTokenizer
+
+    split = plugin.build({"file": {"path": str(tiny_jsonl)}}, "data").read()
+    windows, told_of = held_out_windows(split, AutoTokenizer.from_pretrained(tiny_llama), 64, 1)
+    p, q = (0.5, 0.3, 0.2), (0.2, 0.3, 0.5)
+    assert told_of == "1 completions after their prompts, at most 64 tokens"
+    assert 0 < windows[0].scored < len(windows[0].tokens) - 1
+    same = kl.apart(Always(*p), AtPrompts(q, p, windows[0].tokens.said), windows, "cpu")
+    other = kl.apart(Always(*p), AtPrompts(p, q, windows[0].tokens.said), windows, "cpu")
+    expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert (same.divergences, same.tokens) == ((0.0,), (float(windows[0].scored),))
+    assert other.divergences[0] == pytest.approx(expected * windows[0].scored, abs=1e-5)
+
+
+def test_divergence_reads_data_of_any_shape(tiny_llama, tiny_jsonl):
     base = base_of(tiny_llama)
-    with pytest.raises(UserError, match="reads text"):
-        told(base, base, text=str(tiny_jsonl))
+    found = told(base, base, text=str(tiny_jsonl), tasks=[])
+    assert found["kl_to_base"].value == 0
+    assert "completions after their prompts" in found["kl_to_base"].convention

@@ -26,6 +26,7 @@ class Lora(Step):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    uses: ClassVar[Literal["training", "calibration", "comparison"]] = "training"
     requires: ClassVar[Mapping[str, bool]] = {"adapter": False}
     leaves: ClassVar[Mapping[str, bool]] = {"adapter": True}
     in_every_process: ClassVar[bool] = True

@@ -20,6 +20,7 @@ class Merge(Step):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    uses: ClassVar[Literal["training", "calibration", "comparison"]] = "comparison"
     requires: ClassVar[Mapping[str, bool]] = {"adapter": True}
     leaves: ClassVar[Mapping[str, bool]] = {"adapter": False, "packed": False}
 
@@ -57,14 +58,13 @@ class Merge(Step):
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.tasks.kl import compare_outputs
-        from llmq.tasks.windows import joined, windows_of
+        from llmq.tasks.windows import held_out_windows
 
         split = self.data.read()
-        if split.shape != "text":
-            raise UserError(f"adapt.merge compares on text, and {self.data.word} is {split.shape}; name another data")
-        text = joined(split.held_out)
         with adapted.open(device) as a, merged.open(device) as b:
-            windows = windows_of(text, a.processor, self.window, max(1, self.tokens // self.window))
+            windows, _ = held_out_windows(split, a.processor, self.window, max(1, self.tokens // self.window))
+            if not windows:
+                raise UserError(f"adapt.merge: the held-out part of {self.data.word} has nothing to compare on")
             return compare_outputs(a.module, b.module, windows, device, self.word, "base + adapter", "merged")
 
 

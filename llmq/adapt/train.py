@@ -21,6 +21,7 @@ class Train(Step):
     """
 
     suits: ClassVar[frozenset[str]] = KINDS
+    uses: ClassVar[Literal["training", "calibration", "comparison"]] = "training"
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
     data: DataWord

@@ -19,6 +19,7 @@ class Coco(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
     path: str = Field(description="a COCO annotation file, a YOLO data.yaml, or the folder that holds one")
     images: str | None = Field(None, description="folder of a COCO file's images; looked for beside it if unset")

@@ -17,6 +17,7 @@ class Digits(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "gan"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/label"})
 
     held_out: float = Field(0.2, gt=0, lt=1, description="share of each class set aside")
     seed: int = Field(0, ge=0, lt=2**32)

@@ -28,6 +28,7 @@ class Docstrings(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"prompt/completion"})
 
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of the modules set aside")
     max_characters: int = Field(1200, ge=100, description="leave longer functions out")

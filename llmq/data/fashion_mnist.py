@@ -29,6 +29,7 @@ class FashionMnist(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "gan"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/label"})
 
     path: str | None = Field(None, description="folder of the four files; Debian's, or else the hub, if unset")
     limit: PositiveInt | None = Field(None, description="use the first training images only")

@@ -29,6 +29,7 @@ class Photographs(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
 
     train: PositiveInt = Field(192, description="crops to calibrate with")
     held_out: PositiveInt = Field(96, description="crops to be asked about")

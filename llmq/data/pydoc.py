@@ -19,6 +19,7 @@ class Pydoc(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of the characters set aside")
 

@@ -23,6 +23,7 @@ class Rock(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
 
     path: Path | None = Field(None, description="the folder of DRSRD1, or an .npz or .tif volume (z, y, x)")
     scale: Literal[2, 3, 4] = 4

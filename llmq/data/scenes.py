@@ -23,6 +23,7 @@ class Scenes(Data):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
     train: PositiveInt = Field(40_000, description="scenes to learn from; each is painted when it is asked for")
     held_out: PositiveInt = Field(256, description="scenes to be asked about")

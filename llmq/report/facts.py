@@ -17,11 +17,14 @@ def facts(report: Report) -> Facts:
     data = ", ".join(f"{k} sha256 {v[:12]}" for k, v in environment["data_sha256"].items())
     libraries = ", ".join(f"{k} {v}" for k, v in environment["libraries"].items() if v)
     gate = {"Gate": [(v["verdict"], sentence(v)) for v in report.gate["rules"]]} if report.gate else {}
-    return gate | {
+    read = [line.partition(" ") for line in environment.get("reads", ())]
+    what = {"What was read": [(name, text) for name, _, text in read]} if read else {}
+    found = {
         "Stages": [(s["name"], _stage(s)) for s in report.stages],
         "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows(report)],
         "Machine": [*((k, str(environment.get(k))) for k in machine), ("data", data), ("libraries", libraries)],
     }
+    return gate | what | found
 
 
 def _stage(stage: Mapping[str, Any]) -> str:

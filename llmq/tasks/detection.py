@@ -25,6 +25,7 @@ class Detection(Task):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
     data: DataWord = Field("scenes", validate_default=True)
     limit: PositiveInt | None = Field(None, description="held-out images at most")

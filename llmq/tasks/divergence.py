@@ -64,17 +64,15 @@ class Divergence(Task):
 
     def _on_text(self, loaded: Loaded, base: Loaded, its_hash: str) -> Iterable[Measurement]:
         from llmq.tasks.kl import apart, figures
-        from llmq.tasks.windows import joined, windows_of
+        from llmq.tasks.windows import held_out_windows
 
         split = self.text.read()
-        if split.shape != "text":
-            raise UserError(f"{self.name} reads text, and {self.text.word} is {split.shape}; name another")
-        windows = windows_of(joined(split.held_out), loaded.processor, self.window, self.windows)
+        windows, told = held_out_windows(split, loaded.processor, self.window, self.windows)
         if not windows:
             raise UserError(f"{self.name}: the held-out part of {self.text.word} has nothing to read")
         found = apart(base.module, loaded.module, windows, loaded.device)
         protocol = (
-            f"KL(base || stage), float64 softmax, {len(windows)} windows of {self.window} tokens, no overlap; "
+            f"KL(base || stage), float64 softmax, {told}; "
             f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {its_hash}"
         )
         return figures(found, self.name, "kl_to_base", protocol)

@@ -1,15 +1,15 @@
 """What a compressed model still makes of the same input."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError
-from llmq.plugin import DataWord
-from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.plugin import DataWord, build
+from llmq.types import Better, Data, Exhibit, Loaded, Measurement, Samples, Task
 
 
 class Fidelity(Task):
@@ -24,6 +24,11 @@ class Fidelity(Task):
     n: PositiveInt = Field(64, description="inputs, or latents")
     seed: int = Field(0, ge=0, lt=2**32, description="of the latents")
     shown: int = Field(8, ge=0, description="images to look at")
+
+    def unset_data(self, kind: str) -> Mapping[str, Data]:
+        """A gan draws latents; what makes images out of images reads the run's."""
+        asks = kind == "super-resolution" and "data" not in self.model_fields_set
+        return {"data": cast(Data, build("rock", "data"))} if asks else {}
 
     def score(self, loaded: Loaded) -> Iterable[Exhibit]:
         """The first images, to look at."""

@@ -15,7 +15,7 @@ class Generate(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
-    data: DataWord
+    data: DataWord = Field("docstrings", validate_default=True)
     examples: PositiveInt = 3
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")

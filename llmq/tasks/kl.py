@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.data.tokens import IGNORED
 from llmq.statistics import ratio_stderr
 from llmq.tasks.windows import Window, padded
 from llmq.types import Better, Measurement, Samples
@@ -27,9 +28,10 @@ def apart(reference: Any, other: Any, windows: Sequence[Window], device: str) ->
     sums: list[tuple[float, float, float]] = []
     with torch.inference_mode():
         for window in track(windows, "divergence"):
-            ids, _ = padded([window.tokens], device)
+            ids, labels = padded([window.tokens], device)
+            scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
             p, q = (
-                m(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for m in (reference, other)
+                m(input_ids=ids, use_cache=False).logits[0, scored].double().log_softmax(-1) for m in (reference, other)
             )
             agreed = (p.argmax(-1) == q.argmax(-1)).sum()
             sums.append((float(torch.sum(p.exp() * (p - q))), float(agreed), float(len(p))))

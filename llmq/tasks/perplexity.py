@@ -75,15 +75,9 @@ class Perplexity(Task):
         return windows, f"texts joined, {self.window}-token windows, {overlap}, {mark}"
 
     def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
-        from llmq.data.tokens import encode_all
-        from llmq.tasks.windows import Window
+        from llmq.tasks.windows import completions
 
-        examples, counts = encode_all(rows[: self.limit], loaded.processor, self.window)
-        windows: list[Window] = []
-        for tokens in examples:
-            said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
-            text = loaded.processor.decode(said, skip_special_tokens=True)
-            windows.append(Window(tokens, len(text.split()), len(text.encode())))
+        windows, counts = completions(rows[: self.limit], loaded.processor, self.window)
         lost = f"{counts['truncated']} cut, {counts['prompt_too_long']} left out"
         return (
             windows,

@@ -8,8 +8,9 @@ from math import isfinite
 from typing import Any
 
 from llmq.data.rows import Row
-from llmq.data.tokens import IGNORED, Tokens
+from llmq.data.tokens import IGNORED, Tokens, encode_all
 from llmq.errors import LlmqError, UserError
+from llmq.types import Split
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,26 @@ def windows_of(
         if end == len(ids) or len(windows) == limit:
             break
     return windows
+
+
+def completions(rows: Sequence[Row], tokenizer: Any, length: int) -> tuple[list[Window], dict[str, int]]:
+    """A window for each row with a prompt, of which what the model should say is scored; what became of the rows."""
+    examples, counts = encode_all(rows, tokenizer, length)
+    windows: list[Window] = []
+    for tokens in examples:
+        said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        windows.append(Window(tokens, len(text.split()), len(text.encode())))
+    return windows, counts
+
+
+def held_out_windows(split: Split, tokenizer: Any, length: int, limit: int) -> tuple[list[Window], str]:
+    """At most `limit` windows of the held-out part of a data set of any shape, and what they are in words."""
+    if split.shape == "text":
+        windows = windows_of(joined(split.held_out), tokenizer, length, limit)
+        return windows, f"{len(windows)} windows of {length} tokens, no overlap"
+    windows = completions(split.held_out[:limit], tokenizer, length)[0]
+    return windows, f"{len(windows)} completions after their prompts, at most {length} tokens"
 
 
 def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
