@@ -156,7 +156,7 @@ def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> No
     typer.echo(to_json(job.plain()) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
     if not as_json:
         for line in reading.told(job.steps, job.evaluate):
-            typer.echo(f"# {line}", err=True)
+            typer.echo(f"# {line}")
         typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
 
 
