@@ -1,18 +1,15 @@
 """Results side by side: differences with intervals, and a refusal where two figures do not speak of the same thing."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmq import power, results, statistics
+from llmq import power, protocols, results, statistics
 from llmq.errors import UserError
-from llmq.estimates import unpaired
+from llmq.estimates import FEWEST, unpaired
 from llmq.results import Key, Result
 from llmq.statistics import Comparison
 from llmq.types import Measurement
-
-HARNESS = re.compile(r"^lm-eval [^,]+, ")  # the version of the task, and the hash of what was asked, say enough
 
 
 @dataclass(frozen=True)
@@ -86,26 +83,9 @@ def _nothing_shared(found: Sequence[Result]) -> str:
 
 def unlike(first: Result, other: Result, key: Key) -> str:
     """Why the two figures of this task and metric are not comparable, or nothing."""
-    a, b = first.figures[key], other.figures[key]
-    if first.run == other.run:
-        return ""
-    if key in first.timed or key in other.timed:
+    if first.run != other.run and (key in first.timed or key in other.timed):
         return "timed in different runs, so not in turn; run both as stages of one recipe"
-    for what, x, y in (("units", b.unit, a.unit), ("directions", b.better, a.better)):
-        if x != y:
-            return f"unlike {what}, {x} against {y}"
-    protocols = [HARNESS.sub("", m.convention) for m in (b, a)]
-    if protocols[0] != protocols[1]:
-        return _what_differs(*protocols)
-    if b.samples and a.samples and len(b.samples.values) != len(a.samples.values):
-        return f"unlike samples, {len(b.samples.values)} against {len(a.samples.values)}"
-    return ""
-
-
-def _what_differs(x: str, y: str) -> str:
-    parts = [[p.strip() for p in re.split(r"[,;]", protocol)] for protocol in (x, y)]
-    only = [", ".join(p for p in mine if p not in theirs) or "not said" for mine, theirs in (parts, parts[::-1])]
-    return f"unlike protocols, {only[0]!r} against {only[1]!r}"
+    return protocols.refused(other.figures[key], first.figures[key])
 
 
 def _comparison(m: Measurement, base: Measurement, seed: int) -> Comparison:
@@ -113,11 +93,14 @@ def _comparison(m: Measurement, base: Measurement, seed: int) -> Comparison:
     loose = None if found.ci95 or (m.samples and base.samples) else unpaired(m, base)
     if not loose:
         return found
+    few = loose.n < FEWEST
     return replace(
         found,
         ci95=loose.interval,
-        verdict=statistics.verdict(loose.interval, m.better),
-        p=loose.p,
+        verdict=statistics.verdict(None if few else loose.interval, m.better),
+        p=None if few else loose.p,
         detectable=power.detectable(loose.stderr),
-        needed=loose.needed(0.0),
+        needed=FEWEST if few else loose.needed(0.0),
+        n=loose.n,
+        reason=statistics.too_few(loose.n) if few else "",
     )

@@ -1,8 +1,15 @@
-"""A figure that samples make, alone or beside a base, with its interval. Pure: numbers in, numbers out."""
+"""A figure that samples make, alone or beside a base, with its interval. Pure: numbers in, numbers out.
 
-from dataclasses import dataclass
+No sample makes a figure certain. Where samples do not vary, at most a share `u` of all documents can be otherwise
+(0 of n seen: the rule of three), and those move the mean by `u` times their distance at most: 1 for scores from 0 to 1,
+else that of two unrelated samples. Where nothing tells that distance there is no interval.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import exp, log
+from math import exp, isfinite, log
 from statistics import NormalDist
 from typing import Any
 
@@ -25,6 +32,65 @@ from llmq.resampling import (
     t_two_sided,
 )
 from llmq.types import Measurement, Samples
+
+FEWEST = 8
+"""Documents under which nothing is decided: intervals of fewer hold the truth too seldom (`tests/test_coverage.py`)."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The samples of two stages on the documents that both scored, and how many only one of them scored."""
+
+    stage: Samples
+    base: Samples
+    only_stage: int = 0
+    only_base: int = 0
+
+    @property
+    def n(self) -> int:
+        """How many documents both scored."""
+        return count(self.stage)
+
+
+def pairs(stage: Samples, base: Samples) -> Pairs:
+    """What both stages scored: by the documents' ids, or without ids by position.
+
+    Raises `ValueError` if the samples do not pair.
+    """
+    if stage.ids is None or base.ids is None or (stage.statistic, stage.quantile) != (base.statistic, base.quantile):
+        _check_pairs(stage, base)
+        return Pairs(stage, base)
+    places, base_places = _places(stage.ids), _places(base.ids)
+    both = [name for name in places if name in base_places]
+    if not both:
+        raise ValueError("samples do not pair: no document stands on both sides")
+    found = _chosen(stage, [places[k] for k in both]), _chosen(base, [base_places[k] for k in both])
+    _check_pairs(*found)
+    return Pairs(*found, len(places) - len(both), len(base_places) - len(both))
+
+
+def count(samples: Samples) -> int:
+    """The documents of samples: several samples of one count once."""
+    return len(samples.values) if samples.clusters is None else len(set(samples.clusters))
+
+
+def _places(ids: Sequence[str]) -> dict[tuple[str, int], int]:
+    """Where each document stands; one that is asked twice is found by its turn."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for place, name in enumerate(ids):
+        places[name, seen[name]] = place
+        seen[name] += 1
+    return places
+
+
+def _chosen(samples: Samples, rows: Sequence[int]) -> Samples:
+    def of(values: tuple[Any, ...] | None) -> Any:
+        return None if values is None else tuple(values[i] for i in rows)
+
+    return replace(
+        samples, values=of(samples.values), weights=of(samples.weights), clusters=of(samples.clusters), ids=None
+    )
 
 
 @dataclass(frozen=True)
@@ -57,32 +123,41 @@ class Estimate:
 def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     """`figure(a) - figure(b)`. Raises `ValueError` if the samples are not of the same questions."""
     _check_pairs(a, b)
-    n, value = len(a.values), float(figure(a)[0] - figure(b)[0])
+    n, value = count(a), float(figure(a)[0] - figure(b)[0])
     if _is_binary(a) and _is_binary(b) and not a.clusters:
         if n < 2:
             return None
         table = Table.of(a.values, b.values)
         stderr, (low, high) = proportions.difference(table)
         return Estimate(value, low, high, stderr, n, p=proportions.mcnemar(table))
-    if a.values == b.values and a.weights == b.weights:
+    if _are_one_network(a, b):
         return Estimate(0.0, 0.0, 0.0, 0.0, n)
     if a.statistic == "quantile":
         return _spread(a, lambda rows: figure(a, rows) - figure(b, rows), value, seed)
     found = _contrast(EXP if a.statistic == "exp" else PLAIN, seed, a, b)
-    return Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
+    if not found or found.stderr:
+        return Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
+    alike = _unvaried(a, b)
+    if a.statistic != "exp" or not alike:
+        return alike
+    level = float(figure(b)[0])
+    low, high = (level * (exp(end) - 1) for end in alike.interval)
+    return replace(alike, value=value, low=low, high=high, stderr=level * alike.stderr)
 
 
 def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     """`figure(a) / figure(b)` of samples none of which is negative; `None` where the base may be 0."""
     _check_pairs(a, b)
-    n = len(a.values)
+    n = count(a)
     if _is_binary(a) and _is_binary(b) and not a.clusters:
         table = Table.of(a.values, b.values)
         if n < 2 or not sum(b.values):
             return None
         stderr, (low, high) = proportions.ratio(table)
+        if not isfinite(high):
+            return None
         return Estimate(sum(a.values) / sum(b.values), low, high, stderr, n, log=True, p=proportions.mcnemar(table))
-    if a.values == b.values and a.weights == b.weights:
+    if _are_one_network(a, b):
         return Estimate(1.0, 1.0, 1.0, 0.0, n, log=True)
     if a.statistic != "exp" and (min(a.values) < 0 or min(b.values) < 0):
         return None
@@ -92,12 +167,14 @@ def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
         value = float(np.log(figure(a)[0] / figure(b)[0]))
         return _exponential(_spread(a, lambda rows: np.log(figure(a, rows) / figure(b, rows)), value, seed))
     found = _contrast(PLAIN if a.statistic == "exp" else LOG, seed, a, b)
+    if found and not found.stderr:
+        return _exponential(_unvaried(a, b)) if a.statistic == "exp" else _unvaried_ratio(a, b)
     return _exponential(Estimate(found.value, found.low, found.high, found.stderr, n, p=found.p)) if found else None
 
 
 def alone(a: Samples, seed: int = 0) -> Estimate | None:
     """The figure of one stage."""
-    n, value = len(a.values), float(figure(a)[0])
+    n, value = count(a), float(figure(a)[0])
     if n < 2:
         return None
     if _is_binary(a) and not a.clusters:
@@ -106,15 +183,81 @@ def alone(a: Samples, seed: int = 0) -> Estimate | None:
     if a.statistic == "quantile":
         return _spread(a, lambda rows: figure(a, rows), value, seed)
     found = _contrast(PLAIN, seed, a)
+    if found and not found.stderr:
+        return _unvaried_share(a)
     plain = Estimate(found.value, found.low, found.high, found.stderr, n) if found else None
     return _exponential(plain) if a.statistic == "exp" else plain
+
+
+def _are_one_network(a: Samples, b: Samples) -> bool:
+    """Whether the losses of texts, sums over continuous logits, are the same to the last bit: that is no accident.
+
+    Scores are coarse: those of two networks are the same by accident.
+    """
+    return a.statistic == "exp" and count(a) >= FEWEST and (a.values, a.weights) == (b.values, b.weights)
+
+
+def _unvaried(a: Samples, b: Samples) -> Estimate | None:
+    """The difference of two means whose pairs all differ alike."""
+    (values, weights), (others, other_weights) = _rows(a), _rows(b)
+    n, found = len(values), float(values.sum() / weights.sum() - others.sum() / other_weights.sum())
+    reach = 1.0 if _are_shares(a) and _are_shares(b) else abs(found) + _apart(a, b)
+    if n < FEWEST or reach == abs(found):
+        return None
+    u = proportions.at_most(0, n)
+    middle, half = (1 - u) * found, u * reach
+    # The share that would have to be otherwise for there to be no difference, and the chance of then seeing none such.
+    p = (reach / (reach + abs(found))) ** n
+    return Estimate(found, middle - half, middle + half, half / proportions.Z, n, p=p)
+
+
+def _unvaried_ratio(a: Samples, b: Samples) -> Estimate | None:
+    """The ratio of two means whose pairs all have one ratio."""
+    n, base = count(a), float(figure(b)[0])
+    reach = 1.0 if _are_shares(a) and _are_shares(b) else _apart(a, a)
+    if n < FEWEST or not reach or not base:
+        return None
+    mean, u = float(figure(a)[0]), proportions.at_most(0, n)
+    shares = reach == 1.0 and _are_shares(a)
+    low, high = ((1 - u) * mean, (1 - u) * mean + u) if shares else (mean - u * reach, mean + u * reach)
+    if not low > 0:
+        return None
+    stderr = log(high / low) / (2 * proportions.Z)
+    return Estimate(mean / base, low / base, high / base, stderr, n, log=True)
+
+
+def _unvaried_share(a: Samples) -> Estimate | None:
+    """A mean of scores from 0 to 1 that are all alike; of other scores nothing is known."""
+    n = count(a)
+    if n < FEWEST or not _are_shares(a):
+        return None
+    u, mean = proportions.at_most(0, n), float(figure(a)[0])
+    return Estimate(mean, (1 - u) * mean, (1 - u) * mean + u, u / (2 * proportions.Z), n)
+
+
+def _are_shares(samples: Samples) -> bool:
+    """Whether the scores lie from 0 to 1, as those of graded answers do."""
+    values, weights = _rows(samples)
+    return samples.statistic == "mean" and bool((values >= 0).all() and (values <= weights).all())
+
+
+def _apart(a: Samples, b: Samples) -> float:
+    """How far two unrelated samples lie apart: the root of twice their variance."""
+    rates = (values / weights for values, weights in (_rows(a), _rows(b)))
+    return float(2**0.5 * max(rate.std(ddof=1) for rate in rates))
 
 
 def _check_pairs(a: Samples, b: Samples) -> None:
     if len(a.values) != len(b.values) or (a.statistic, a.quantile) != (b.statistic, b.quantile):
         raise ValueError(f"samples do not pair: {len(a.values)} {a.statistic} against {len(b.values)} {b.statistic}")
-    if a.clusters != b.clusters:
+    if _partition(a.clusters) != _partition(b.clusters):
         raise ValueError("samples do not pair: they share their documents in other ways")
+
+
+def _partition(clusters: Sequence[int] | None) -> list[int] | None:
+    """Which samples share a document, whatever the documents' numbers."""
+    first: dict[int, int] = {}
+    return None if clusters is None else [first.setdefault(c, i) for i, c in enumerate(clusters)]
 
 
 def _exponential(e: Estimate | None) -> Estimate | None:
@@ -156,9 +299,10 @@ def _spread(a: Samples, figures: Any, value: float, seed: int) -> Estimate | Non
     if n < 3 or n * min(a.quantile, 1 - a.quantile) < 1:
         return None
     stderr = quantile_spread(figures, n, seed)
+    if not stderr:
+        return None
     half = t_quantile((1 + LEVEL) / 2, n - 1) * stderr
-    p = t_two_sided(value / stderr, n - 1) if stderr else float(value == 0)
-    return Estimate(value, value - half, value + half, stderr, n, p=p)
+    return Estimate(value, value - half, value + half, stderr, n, p=t_two_sided(value / stderr, n - 1))
 
 
 def figure(samples: Samples, rows: Any = None) -> Any:
@@ -176,21 +320,36 @@ def unpaired(a: Measurement, b: Measurement, *, as_ratio: bool = False) -> Estim
 
     Of answers to the same questions it is wider than need be, for such answers err together.
     """
-    n = min(a.n, b.n)
-    if a.stderr is None or b.stderr is None or (as_ratio and min(a.value, b.value) <= 0):
+    n, first, second = min(a.n, b.n), _known_stderr(a), _known_stderr(b)
+    if first is None or second is None or (as_ratio and min(a.value, b.value) <= 0):
         return None
     if as_ratio:
-        stderr = ((a.stderr / a.value) ** 2 + (b.stderr / b.value) ** 2) ** 0.5
+        stderr = ((first / a.value) ** 2 + (second / b.value) ** 2) ** 0.5
         return _exponential(_normal(log(a.value / b.value), stderr, n))
-    return _normal(a.value - b.value, (a.stderr**2 + b.stderr**2) ** 0.5, n)
+    return _normal(a.value - b.value, (first**2 + second**2) ** 0.5, n)
 
 
 def by_stderr(a: Measurement) -> Estimate | None:
     """A figure whose standard error alone is known."""
-    return None if a.stderr is None else _normal(a.value, a.stderr, a.n)
+    if a.stderr or not _is_share(a):
+        return _normal(a.value, a.stderr, a.n) if a.stderr else None
+    low, high = proportions.wilson(round(a.value * a.n), a.n)
+    return Estimate(a.value, low, high, (high - low) / (2 * proportions.Z), a.n)
+
+
+def _known_stderr(a: Measurement) -> float | None:
+    """The standard error; where it is 0 because no answer differed, that of Wilson's interval."""
+    found = by_stderr(a)
+    return found.stderr if found else None
+
+
+def _is_share(a: Measurement) -> bool:
+    """Whether all of `n` answers were counted right, or all wrong."""
+    is_share = a.unit.startswith("share") or a.unit == ""
+    return is_share and a.value in (0.0, 1.0) and a.stderr == 0 and a.n > 0 and not a.exact
 
 
 def _normal(value: float, stderr: float, n: int) -> Estimate:
     half = proportions.Z * stderr
-    p = 2 * NormalDist().cdf(-abs(value) / stderr) if stderr else float(value == 0)
+    p = 2 * NormalDist().cdf(-abs(value) / stderr)
     return Estimate(value, value - half, value + half, stderr, n, p=p)

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from llmq import estimates, power, results
 from llmq.errors import UserError, did_you_mean
-from llmq.estimates import Estimate
+from llmq.estimates import FEWEST, Estimate, count, pairs
+from llmq.protocols import unlike, unpaired
 from llmq.report.table import HEADLINE
 from llmq.results import Key
 from llmq.rules import Rule, read_rule
+from llmq.statistics import too_few
 from llmq.types import Measurement
 
 Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
@@ -28,8 +30,9 @@ ORDER: Sequence[Outcome] = ("fail", "base-unhealthy", "undecided", "pass")
 class Verdict:
     """What one rule comes to: the ratio, difference or figure that it speaks of, with its interval.
 
-    `needed` is how many samples would settle it if the figure stays where it is; `fine` how many would see `grain`,
-    a percentage point or one part in a hundred.
+    `n` counts the samples, or documents that share them, that it was judged by; `only_stage` and `only_base` those
+    that have no pair. `needed` is how many samples would settle it if the figure stays where it is; `fine` how many
+    would see `grain`, a percentage point or one part in a hundred.
     """
 
     rule: str
@@ -48,6 +51,8 @@ class Verdict:
     needed: int | None = None
     grain: float | None = None
     fine: int | None = None
+    only_stage: int = 0
+    only_base: int = 0
 
 
 def judge(
@@ -94,7 +99,10 @@ def resolve(rule: Rule, found: Iterable[Measurement]) -> Measurement:
     names = _candidates(rule, known)
     leading = [name for name in names if known[name].metric in HEADLINE]
     if len(names) == 1 or len(leading) == 1:
-        return known[(names if len(names) == 1 else leading)[0]]
+        m = known[(names if len(names) == 1 else leading)[0]]
+        if m.better == "unknown":
+            raise UserError(f"rule {rule.text!r}: direction unknown: whether more {m.metric} is better is not said")
+        return m
     if names:
         raise UserError(f"rule {rule.text!r}: {rule.metric!r} can mean {', '.join(map(repr, names))}; name one")
     near = {*known, *(m.task for m in known.values()), *(m.metric for m in known.values())}
@@ -129,21 +137,34 @@ def _judge(
     if b and rule.is_relative:
         if kind == "ratio" and b.value <= 0:
             return replace(plain, reason=f"the base's figure is {b.value:g}, and no ratio to it means anything")
+        if not is_base and (reason := unlike(m, b)):
+            raise UserError(f"rule {rule.text!r}: {m.task} {m.metric} cannot be held against the base: {reason}")
         plain = replace(plain, value=m.value / b.value if kind == "ratio" else m.value - b.value)
         if sick := broken or _unhealthy(b):
             return replace(plain, verdict="base-unhealthy", reason=sick)
-    estimate = _exact(plain) if is_base and rule.is_relative else _estimate(kind, m, b, plain)
+    if (is_base and rule.is_relative) or (m.exact and (kind == "figure" or (b and b.exact))):
+        return _decide(plain, rule, _exact(plain))
+    return _by_samples(plain, rule, m, b if rule.is_relative else None)
+
+
+def _by_samples(plain: Verdict, rule: Rule, m: Measurement, b: Measurement | None) -> Verdict:
+    """The verdict on what was sampled, alone or beside the base."""
+    if b and (reason := unpaired(m, b)):
+        return replace(plain, reason=reason)
+    both = pairs(m.samples, b.samples) if b and m.samples and b.samples else None
+    if both:
+        plain = replace(plain, n=both.n, only_stage=both.only_stage, only_base=both.only_base)
+    else:
+        plain = replace(plain, n=min(m.n, b.n) if b else count(m.samples) if m.samples else m.n)
+    if plain.n < FEWEST:
+        return replace(plain, needed=FEWEST, reason=too_few(plain.n))
+    if both:
+        estimate = (estimates.ratio if plain.kind == "ratio" else estimates.difference)(both.stage, both.base)
+    elif b:
+        estimate = estimates.unpaired(m, b, as_ratio=plain.kind == "ratio")
+    else:
+        estimate = estimates.alone(m.samples) if m.samples else estimates.by_stderr(m)
     return _decide(plain, rule, estimate) if estimate else replace(plain, reason=_why_not(m, b))
-
-
-def _estimate(kind: str, m: Measurement, b: Measurement | None, plain: Verdict) -> Estimate | None:
-    if m.stderr == 0 and (kind == "figure" or (b and b.stderr == 0)):
-        return _exact(plain)
-    if kind == "figure" or b is None:
-        return estimates.alone(m.samples) if m.samples else estimates.by_stderr(m)
-    if m.samples and b.samples and len(m.samples.values) == len(b.samples.values):
-        return (estimates.ratio if kind == "ratio" else estimates.difference)(m.samples, b.samples)
-    return estimates.unpaired(m, b, as_ratio=kind == "ratio")
 
 
 def _exact(plain: Verdict) -> Estimate:
@@ -169,15 +190,16 @@ def _decide(plain: Verdict, rule: Rule, e: Estimate) -> Verdict:
 
 
 def _why_not(m: Measurement, b: Measurement | None) -> str:
-    if m.n < 2:
-        return "one measurement has no interval; measure it more than once"
-    missing = m.samples is None or (b is not None and b.samples is None)
-    return "neither samples nor a standard error are known" if missing else "these samples allow no interval"
+    if m.samples is None or (b is not None and b.samples is None):
+        return "neither samples nor a standard error are known"
+    if len(set(m.samples.values)) == 1:
+        return f"all {len(m.samples.values)} samples are alike, so nothing is known of how others would scatter"
+    return "these samples allow no interval"
 
 
 def _unhealthy(base: Measurement) -> str:
     """Why nothing can be judged by this base, or nothing."""
-    if base.chance is None:
+    if base.chance is None or base.better == "unknown":
         return ""
     e = (estimates.alone(base.samples) if base.samples else None) or estimates.by_stderr(base)
     at_chance = (

@@ -32,6 +32,8 @@ RESAMPLES = 5000
 ENOUGH = 5_000
 """Rows beyond which the t interval needs no correction: that of the skewness falls with one over their number."""
 CHUNK = 4_000_000
+ROUNDING = 1e-11
+"""A row's influence that is so small beside what it is the difference of is none, but rounding."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,15 @@ class Resampled:
     def contrast(self, scale: Scale) -> Contrast | None:
         """The sum of the means on `scale`; `None` where some resample leaves the scale, such as the log of 0."""
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            stderr = float(self._shift_and_stderr(self._whole, scale)[1][0])
+            influence = self._influence(scale)
+            stderr = float(np.sqrt(np.sum(influence**2) * self.n / (self.n - 1)))
             value = sum(m.sign * float(scale.of(np.float64(m.value))) for m in self.means)
             drawn = None if self._drawn is None else self._shift_and_stderr(self._drawn, scale)
         if not np.isfinite([value, stderr]).all() or (drawn and not np.isfinite(drawn).all()):
             return None
-        if stderr <= 1e-12 * max(abs(float(scale.of(np.float64(m.value)))) for m in self.means):
+        if np.abs(influence).max() <= ROUNDING * self._size(scale):
             return Contrast(value, 0.0, value, value, float(value == 0))
-        freedom = max(1, self.n - _commonest(self._influence(scale)))
+        freedom = max(1, self.n - _commonest(influence))
         return _both(value, stderr, freedom, drawn, self.n)
 
     def _coefficients(self, sums: Array, scale: Scale) -> tuple[Array, Array]:
@@ -118,7 +121,13 @@ class Resampled:
         return shift, np.sqrt(np.maximum(variance, 0) * self.n / (self.n - 1))
 
     def _influence(self, scale: Scale) -> Array:
+        """What each row adds to the contrast: it does not vary where all pairs differ alike."""
         return self._columns @ self._coefficients(self._whole, scale)[0][0]
+
+    def _size(self, scale: Scale) -> float:
+        """The greatest that one value adds to a mean on `scale`: rounding errors are some 1e-16 of it."""
+        coefficients = self._coefficients(self._whole, scale)[0][0]
+        return max(float(np.abs(m.values * coefficients[2 * i]).max()) for i, m in enumerate(self.means))
 
 
 def _both(value: float, stderr: float, freedom: float, drawn: tuple[Array, Array] | None, n: int) -> Contrast:

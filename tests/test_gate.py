@@ -311,7 +311,7 @@ def test_a_gate_that_names_nothing_measured_is_seen_before_the_steps(job, llmq, 
 
 def test_a_gate_on_what_only_stages_have_and_a_task_that_is_asked_twice(job, llmq, tmp_path):
     questions = [{"lm_eval": {"tasks": ["pydoc_continuation"], "limit": n}} for n in (4, 6)]
-    divergence = {"divergence": {"tasks": [], "windows": 2, "window": 32}}
+    divergence = {"divergence": {"tasks": [], "windows": 8, "window": 16}}
     ended, _, err = llmq("run", job("kl_to_base <= 9", evaluate=[*questions, divergence]), "--out", "run")
     assert ended == 0, err
     found = {(m["task"], m["metric"], m["n"]) for m in Report.read(tmp_path / "run").measurements}

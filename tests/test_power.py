@@ -72,7 +72,7 @@ def test_one_false_alarm_in_twenty_tables_and_not_in_two_rows():
 
 
 def test_exact_figures_are_no_part_of_the_correction():
-    size, other = (Measurement("size", "bytes", v, "", "lower", 1, 0.0, "") for v in (1.0, 2.0))
+    size, other = (Measurement("size", "bytes", v, "", "lower", 1, 0.0, "", exact=True) for v in (1.0, 2.0))
     found = statistics.corrected([statistics.compare(size, other)] * 50)
     assert {(c.verdict, c.p_holm) for c in found} == {("better", None)}
 
