@@ -22,6 +22,7 @@ from llmq.resampling import (
     LEVEL,
     LOG,
     PLAIN,
+    ROUNDING,
     Contrast,
     Interval,
     Mean,
@@ -133,7 +134,7 @@ def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     if _are_one_network(a, b):
         return Estimate(0.0, 0.0, 0.0, 0.0, n)
     if a.statistic == "quantile":
-        return _spread(a, lambda rows: figure(a, rows) - figure(b, rows), value, seed)
+        return _spread(a, lambda rows: figure(a, rows) - figure(b, rows), value, seed, max(map(abs, a.values)))
     found = _contrast(EXP if a.statistic == "exp" else PLAIN, seed, a, b)
     if not found or found.stderr:
         return Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
@@ -165,7 +166,7 @@ def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
         if min(a.values) <= 0 or min(b.values) <= 0:
             return None
         value = float(np.log(figure(a)[0] / figure(b)[0]))
-        return _exponential(_spread(a, lambda rows: np.log(figure(a, rows) / figure(b, rows)), value, seed))
+        return _exponential(_spread(a, lambda rows: np.log(figure(a, rows) / figure(b, rows)), value, seed, 1.0))
     found = _contrast(PLAIN if a.statistic == "exp" else LOG, seed, a, b)
     if found and not found.stderr:
         return _exponential(_unvaried(a, b)) if a.statistic == "exp" else _unvaried_ratio(a, b)
@@ -181,7 +182,7 @@ def alone(a: Samples, seed: int = 0) -> Estimate | None:
         low, high = proportions.wilson(int(sum(a.values)), n)
         return Estimate(value, low, high, (high - low) / (2 * proportions.Z), n)
     if a.statistic == "quantile":
-        return _spread(a, lambda rows: figure(a, rows), value, seed)
+        return _spread(a, lambda rows: figure(a, rows), value, seed, max(map(abs, a.values)))
     found = _contrast(PLAIN, seed, a)
     if found and not found.stderr:
         return _unvaried_share(a)
@@ -293,13 +294,13 @@ def _weights(samples: Samples) -> Any:
     return np.ones(len(samples.values)) if given is None else np.asarray(given, dtype=np.float64)
 
 
-def _spread(a: Samples, figures: Any, value: float, seed: int) -> Estimate | None:
+def _spread(a: Samples, figures: Any, value: float, seed: int, scale: float) -> Estimate | None:
     """A t interval about a quantile. Where not one sample lies beyond the quantile, nothing is known of its scatter."""
     n = len(a.values)
     if n < 3 or n * min(a.quantile, 1 - a.quantile) < 1:
         return None
     stderr = quantile_spread(figures, n, seed)
-    if not stderr:
+    if stderr <= ROUNDING * scale:  # rounds that all took the same tell nothing of others
         return None
     half = t_quantile((1 + LEVEL) / 2, n - 1) * stderr
     return Estimate(value, value - half, value + half, stderr, n, p=t_two_sided(value / stderr, n - 1))

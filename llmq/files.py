@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import isfinite
 from pathlib import Path
@@ -110,6 +111,29 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a model's weights: an exported graph and its constants, or safetensors."""
     graph = folder / "model.xml"
     return [graph, graph.with_suffix(".bin")] if graph.exists() else safetensors_of(folder)
+
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PACKED = {"U8": "uint8", "I8": "int8", "I32": "int32", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
+"""safetensors' names of dtypes."""
+
+
+def stored_as(files: Iterable[Path]) -> str:
+    """The dtype that most weights of safetensors files are stored in; packed ones with that of the rest beside them.
+
+    Such as `float32`, or `uint8 and bfloat16`. Empty where no file tells.
+    """
+    held: Counter[str] = Counter()
+    for file in files:
+        if file.suffix == ".safetensors" and file.is_file():
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    held[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    dtypes = [dtype for dtype, _ in held.most_common()]
+    main = [PACKED.get(dtypes[0], dtypes[0])] if dtypes and dtypes[0] not in FLOATS else []
+    return " and ".join(main + [FLOATS[dtype] for dtype in dtypes if dtype in FLOATS][:1])
 
 
 def bytes_of(files: Iterable[Path]) -> int:

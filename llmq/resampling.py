@@ -14,7 +14,13 @@ either fails with 20 samples: in 2,000 simulated runs 95 % intervals of a mean h
 
 (`tests/test_coverage.py` repeats it.) The last line is how graded answers differ: most pairs do not. The t interval
 takes its degrees of freedom from the pairs that differ from the commonest, since the others say nothing of how those
-scatter.
+scatter. Of under 20 rows it takes half of them: in 1,500 runs of 8 and of 12 samples
+
+    distribution                 8 rows   halved   12 rows  halved
+    normal                       0.96     0.98     0.97     0.97
+    exponential                  0.94     0.95     0.96     0.96
+    one in seven not 0           0.95     0.96     0.93     0.94
+    losses of beta (0.5, 4)      0.91     0.91     0.94     0.94
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +37,8 @@ LEVEL = 0.95
 RESAMPLES = 5000
 ENOUGH = 5_000
 """Rows beyond which the t interval needs no correction: that of the skewness falls with one over their number."""
+FEW = 20
+"""Rows under which their own scatter is half believed."""
 CHUNK = 4_000_000
 ROUNDING = 1e-11
 """A row's influence that is so small beside what it is the difference of is none, but rounding."""
@@ -100,7 +108,7 @@ class Resampled:
             return None
         if np.abs(influence).max() <= ROUNDING * self._size(scale):
             return Contrast(value, 0.0, value, value, float(value == 0))
-        freedom = max(1, self.n - _commonest(influence))
+        freedom = max(1.0, (self.n - _commonest(influence)) / (2 if self.n < FEW else 1))
         return _both(value, stderr, freedom, drawn, self.n)
 
     def _coefficients(self, sums: Array, scale: Scale) -> tuple[Array, Array]:

@@ -38,15 +38,18 @@ def test_a_measurement_is_finite_or_an_error_that_names_task_and_metric(made, sa
     assert told.value.exit_code == 4
 
 
-def test_a_task_that_yields_no_number_ends_in_one_line_and_no_file(tiny_llama, tmp_path):
+def test_a_task_that_yields_no_number_is_a_failure_in_one_line(tiny_llama, tmp_path):
     class Broken(Task):
         def score(self, loaded):
             yield measured(1.0)
             yield measured(sum([1.0, NAN]))
 
-    with pytest.raises(LlmqError, match="psnr_task: the figure of psnr is nan"):
-        question(Stage("0-base", base_of(tiny_llama)), [Broken()], tmp_path, "cpu", base_of(tiny_llama), cache=False)
-    assert not list(tmp_path.rglob("measurements.json"))
+    base = base_of(tiny_llama)
+    stage = question(Stage("0-base", base), [Broken()], tmp_path, "cpu", base, cache=False)
+    (failure,) = stage.failures
+    assert failure.error.startswith("psnr_task: the figure of psnr is nan")
+    assert [m.value for m in stage.measurements] == [1.0]
+    assert "NaN" not in (tmp_path / "0-base" / "measurements.json").read_text()
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])

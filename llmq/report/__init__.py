@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.files import write_json, write_text
+from llmq.files import stored_as, write_json, write_text
+from llmq.protocols import refused
 from llmq.statistics import compare, corrected
 from llmq.types import Artifact, Exhibit, Measurement
 
@@ -51,6 +52,8 @@ class Report:
     """The verdicts on the rules of the recipe, where it has some."""
     failures: Sequence[Mapping[str, str]] = ()
     """The tasks that failed, with their stages; what they answered before that stands among the measurements."""
+    refused: Sequence[Mapping[str, str]] = ()
+    """The figures that both a stage and the base have and that are not compared, with the reason."""
 
     @classmethod
     def of(
@@ -58,15 +61,17 @@ class Report:
     ) -> "Report":
         """The report of stages, each compared with the one called `baseline`."""
         base = next(s for s in stages if s.name == baseline)
+        compared, not_compared = _comparisons([s for s in stages if s is not base], base)
         return cls(
             SCHEMA_VERSION,
             json.loads(json.dumps(recipe, default=str)),
             environment,
             [_stage(s) for s in stages],
             [{"stage": s.name, **_without_samples(m)} for s in stages for m in s.measurements],
-            _comparisons([s for s in stages if s is not base], base),
+            compared,
             [{"stage": s.name, **_without_picture(e)} for s in stages for e in s.exhibits],
             failures=[{"stage": s.name, **asdict(f)} for s in stages for f in s.failures],
+            refused=not_compared,
         )
 
     @property
@@ -101,6 +106,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "seconds": notes.pop("seconds", 0.0),
         "notes": notes,
         "reused": list(stage.reused),
+        "stored": stored_as(artifact.weight_files()),
     }
 
 
@@ -112,8 +118,16 @@ def _without_samples(measurement: Measurement) -> dict[str, Any]:
     return {k: v for k, v in asdict(measurement).items() if k not in ("samples", "chance")}
 
 
-def _comparisons(stages: Sequence[Stage], base: Stage) -> list[dict[str, Any]]:
+def _comparisons(stages: Sequence[Stage], base: Stage) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The figures of each stage beside the base's, and those that are not compared."""
     known = {(m.task, m.metric): m for m in base.measurements}
-    pairs = [(s, m, known[m.task, m.metric]) for s in stages for m in s.measurements if (m.task, m.metric) in known]
-    found = corrected([compare(m, b) for _, m, b in pairs])
-    return [{"stage": s.name, "against": base.name, **asdict(c)} for (s, _, _), c in zip(pairs, found, strict=True)]
+    both = [(s, m, known[m.task, m.metric]) for s in stages for m in s.measurements if (m.task, m.metric) in known]
+    reasons = [refused(m, b) for _, m, b in both]
+    alike = [pair for pair, reason in zip(both, reasons, strict=True) if not reason]
+    found = corrected([compare(m, b) for _, m, b in alike])
+    compared = [{"stage": s.name, "against": base.name, **asdict(c)} for (s, _, _), c in zip(alike, found, strict=True)]
+    return compared, [
+        {"stage": s.name, "task": m.task, "metric": m.metric, "reason": reason}
+        for (s, m, _), reason in zip(both, reasons, strict=True)
+        if reason
+    ]

@@ -50,7 +50,8 @@ def _trade_off(report: Report) -> str:
     axes.margins(y=0.2)
     better = next(iter(quality.values()))["better"]
     axes.set_xlabel("MB on disk  (← smaller is better)")
-    axes.set_ylabel(f"{metric.replace('_', ' ')}  ({'↑ higher' if better == 'higher' else '↓ lower'} is better)")
+    told = {"higher": "  (↑ higher is better)", "lower": "  (↓ lower is better)"}.get(better, "")
+    axes.set_ylabel(f"{metric.replace('_', ' ')}{told}")
     return _svg(figure)
 
 

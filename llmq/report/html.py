@@ -6,7 +6,7 @@ from pathlib import Path
 from llmq.report import Report, charts
 from llmq.report.facts import facts
 from llmq.report.markdown import exhibits
-from llmq.report.table import LEGEND, TITLE, rows, summary
+from llmq.report.table import LEGEND, TITLE, notes, rows, summary
 
 
 def draw(report: Report, folder: Path) -> str:
@@ -23,6 +23,7 @@ def draw(report: Report, folder: Path) -> str:
         summary=summary(report),
         rows=list(rows(report)),
         legend=LEGEND,
+        notes=notes(report),
         charts=charts.draw(report),
         exhibits=exhibits(report),
         inside=inside,

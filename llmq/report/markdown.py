@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from llmq.report import Report
 from llmq.report.facts import facts
-from llmq.report.table import LEGEND, TITLE, rows, summary
+from llmq.report.table import LEGEND, TITLE, notes, rows, summary
 
 
 def table(report: Report) -> str:
@@ -12,9 +12,7 @@ def table(report: Report) -> str:
     names = report.measured
     lines = [f"| task | metric | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
     for row in rows(report):
-        arrow = "↑" if row.better == "higher" else "↓"
-        unit = f" ({row.unit})" if row.unit else ""
-        lines.append(f"| {row.task} | {row.metric}{unit} {arrow} | {' | '.join(map(str, row.cells))} |")
+        lines.append(f"| {row.task} | {row.label} | {' | '.join(map(str, row.cells))} |")
     return "\n".join(lines)
 
 
@@ -22,6 +20,7 @@ def draw(report: Report) -> str:
     """The whole report."""
     lead = "\n".join(f"- {line}" for line in summary(report))
     parts = [f"# {TITLE}", lead, table(report), LEGEND + " ↑ higher is better, ↓ lower is better."]
+    parts += ["\n".join(f"- {line}" for line in notes(report))] if notes(report) else []
     for title, lines in facts(report).items():
         parts += [f"## {title}", "\n".join(f"- **{name}**: {text}" for name, text in lines)]
     if report.exhibits:

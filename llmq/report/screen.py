@@ -3,10 +3,11 @@
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llmq.report import Report
-from llmq.report.table import LEGEND, failed, rows
+from llmq.report.table import LEGEND, failed, notes, rows
 
 COLOURS = {"better": "green", "worse": "red"}
 
@@ -22,11 +23,12 @@ def show(report: Report, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     last = ""
     for row in rows(report):
-        metric = f"{row.metric}{f' ({row.unit})' if row.unit else ''} {'↑' if row.better == 'higher' else '↓'}"
         cells = (f"[{COLOURS[c.verdict]}]{c}[/]" if c.verdict in COLOURS else str(c) for c in row.cells)
-        table.add_row("" if row.task == last else row.task, metric, *cells)
+        table.add_row("" if row.task == last else row.task, escape(row.label), *cells)
         last = row.task
     console.print(table)
     console.print(LEGEND, style="dim")
+    for line in notes(report):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
     for line in failed(report):
         console.print(line, style="red", markup=False, soft_wrap=True)

@@ -4,13 +4,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.estimates import FEWEST
 from llmq.report import Report
 
+TOLD = {"unknown": "direction unknown"}
 MARKS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?"}
+ARROWS = {"higher": "↑", "lower": "↓"}
+"""Of a figure whose direction is unknown there is none."""
 LEGEND = (
-    "▲ better, ▼ worse than the base, = the same, ? undecided: the 95 % interval of the paired difference "
-    "contains 0, or would if all comparisons of the table were to hold at once (Holm). ×: ratio to the base. "
-    "±: one standard error."
+    "▲ better, ▼ worse than the base, = the same samples, ? undecided: the 95 % interval of the paired difference "
+    "contains 0, or would if all comparisons of the table were to hold at once (Holm), or there are fewer than "
+    f"{FEWEST} pairs. No mark: not compared, or the direction is unknown. ×: ratio to the base. ±: one standard error."
 )
 
 
@@ -36,8 +40,13 @@ class Cell:
     ratio: str = ""
     verdict: str = ""
 
+    @property
+    def mark(self) -> str:
+        """The mark of the verdict; none where there is no verdict."""
+        return MARKS.get(self.verdict, "")
+
     def __str__(self) -> str:
-        return " ".join(x for x in (self.value, self.ratio, MARKS.get(self.verdict, "")) if x)
+        return " ".join(x for x in (self.value, self.ratio, self.mark) if x)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,16 @@ class Row:
     better: str
     convention: str
     cells: tuple[Cell, ...]
+
+    @property
+    def arrow(self) -> str:
+        """Where better lies, if that is known."""
+        return ARROWS.get(self.better, "")
+
+    @property
+    def label(self) -> str:
+        """The metric, its unit and its arrow."""
+        return " ".join(filter(None, (self.metric, f"({self.unit})" if self.unit else "", self.arrow)))
 
 
 def rows(report: Report) -> Iterator[Row]:
@@ -101,6 +120,45 @@ def summary(report: Report) -> list[str]:
         found: dict[str, str] = {}
         for c in report.comparisons:
             if c["stage"] == name and c["metric"] in HEADLINE and c["ratio"] is not None:
-                found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({c['verdict']})")
+                told = TOLD.get(c["verdict"], c["verdict"])
+                of_size = c["metric"] == "bytes_on_disk" and stored_otherwise(report, name)
+                told += f"; {of_size}" if of_size else ""
+                found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({told})")
         lines.append(f"{name}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
     return lines
+
+
+def notes(report: Report) -> list[str]:
+    """What the table's marks and ratios leave unsaid: other dtypes, documents without a pair, what is not compared."""
+    lines = []
+    for name in report.measured[1:]:
+        if said := stored_otherwise(report, name):
+            lines.append(f"{name}: {said}: its ratios of sizes compare both what was done to it and how it is stored")
+    said_of: dict[tuple[str, str, str], list[str]] = {}
+    for c in report.comparisons:
+        if left := left_out(c):
+            said_of.setdefault((c["stage"], c["task"], left), []).append(c["metric"])
+    for r in report.refused:
+        said_of.setdefault((r["stage"], r["task"], f"not compared: {r['reason']}"), []).append(r["metric"])
+    return lines + [f"{stage}: {task} {', '.join(m)}: {said}" for (stage, task, said), m in said_of.items()]
+
+
+def left_out(c: Mapping[str, Any]) -> str:
+    """Which documents of a comparison or of a gate's verdict have no pair, or nothing."""
+    if not (c.get("only_stage") or c.get("only_base")):
+        return ""
+    return (
+        f"judged on the {c['n']:,} documents that both scored; left out: {c['only_stage']:,} that only the stage "
+        f"scored, {c['only_base']:,} that only the base scored"
+    )
+
+
+def stored_otherwise(report: Report, name: str) -> str:
+    """The dtypes that a stage and the base are stored in, where half of a ratio of sizes is theirs; or nothing."""
+    stored = {s["name"]: s.get("stored", "") for s in report.stages}
+    base, stage = stored[report.measured[0]], stored[name]
+    packed, _, floats = stage.rpartition(" and ")
+    wide = base in ("float32", "float64")
+    if not (base and stage) or (floats == base and not (packed and wide)):
+        return ""
+    return f"stored as {stage}, the base as {base}"

@@ -11,15 +11,16 @@ from rich.table import Table
 
 from llmq.compare import SideBySide
 from llmq.gate import EXIT_CODES, Verdict, overall
-from llmq.report.table import MARKS, number
+from llmq.report.table import ARROWS, MARKS, left_out, number
 from llmq.statistics import Comparison
 from llmq.types import Measurement
 
 COLOURS = {"better": "green", "pass": "green", "worse": "red", "fail": "red", "base-unhealthy": "red"}
 LEGEND = (
     "Each figure with its difference from the first column and the 95 % interval of that difference, from pairs of the "
-    "same samples. ▲ better, ▼ worse, = the same, ? undecided: the interval contains 0, or would if all comparisons "
-    "of the table were to hold at once (Holm). sees: the smallest true difference that 4 of 5 such samples show."
+    "same samples. ▲ better, ▼ worse, = the same samples, ? undecided: the interval contains 0, or would if all "
+    "comparisons of the table were to hold at once (Holm), or there are too few pairs. sees: the smallest true "
+    "difference that 4 of 5 such samples show."
 )
 
 
@@ -45,14 +46,17 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
         if not any(row):
             continue
         cells = [_cell(c, o.figures[task, metric]) if c else "—" for c, o in zip(row, others, strict=True)]
-        arrow, scale, unit = "↑" if base.better == "higher" else "↓", *_scaled(base)
+        scale, unit = _scaled(base)
         seen = [c.detectable for c in row if c and c.detectable]
         sees = f"±{number(max(seen) * scale)}" if seen else ""
-        name = f"{metric}{f' ({unit})' if unit else ''} {arrow}"
+        name = " ".join(filter(None, (metric, f"({unit})" if unit else "", ARROWS.get(base.better))))
         table.add_row("" if task == last else task, escape(name), number(base.value * scale), *cells, sees)
         last = task
     out.print(table)
     out.print(LEGEND, style="dim", soft_wrap=True)
+    for name, c in found.comparisons:
+        if said := left_out(asdict(c)) or c.reason:
+            out.print(f"{name}: {c.task} {c.metric}: {said}", markup=False, soft_wrap=True)
     for refusal in found.refusals:
         out.print(f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}", markup=False)
 
@@ -67,7 +71,7 @@ def _cell(c: Comparison, m: Measurement) -> str:
     ends = (
         f" \\[{_signed(c.ci95[0] * scale)}, {_signed(c.ci95[1] * scale)}]" if c.ci95 and c.ci95[0] < c.ci95[1] else ""
     )
-    text = f"{number(m.value * scale)}  {_signed(c.difference * scale)}{ends} {MARKS[c.verdict]}"
+    text = f"{number(m.value * scale)}  {_signed(c.difference * scale)}{ends} {MARKS.get(c.verdict, '')}"
     return f"[{COLOURS[c.verdict]}]{text}[/]" if c.verdict in COLOURS else text
 
 
@@ -119,6 +123,8 @@ def _parts(v: Mapping[str, Any]) -> Iterator[str]:
     yield f"{v['rule']}: {v['task']} {v['metric']} {seen}{' of the base' if v['kind'] == 'ratio' else ''}"
     if v["reason"]:
         yield v["reason"]
+    if said := left_out(v):
+        yield said
     if v["verdict"] == "undecided" and v["ci95"]:
         yield f"{v['n']:,} samples are too few"
         if v["needed"]:

@@ -1,0 +1,329 @@
+"""What has samples is judged by its samples: no accident is certain, and few samples decide nothing."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from run_folders import accuracy, perplexity, size, speed, write_run
+from scipy import stats
+
+from llmq import compare, gate, proportions, statistics
+from llmq.errors import UserError
+from llmq.estimates import alone, difference, ratio
+from llmq.proportions import Table
+from llmq.report import Report, markdown, screen
+from llmq.rules import read_rule
+from llmq.types import Measurement, Samples
+
+
+def judged(rule: str, stage, base):
+    """The verdict on one rule."""
+    (found,) = gate.judge([read_rule(rule)], "1-x", stage, base)
+    return found
+
+
+def graded(values, metric="f1", better="higher", **more):
+    """Scores from 0 to 1."""
+    samples = Samples(tuple(map(float, values)), **more)
+    mean, stderr = statistics.ratio_stderr(samples.values)
+    return Measurement("qa", metric, mean, "share", better, len(samples.values), stderr, "c", samples)
+
+
+def flips(values):
+    return graded(values, "flips", "lower")
+
+
+CERTAIN_BY_ACCIDENT = [
+    ("acc >= 90%", [accuracy([1] * 5)], [accuracy([1] * 5)]),
+    ("acc >= 50%", [accuracy([1] * 7)], [accuracy([1] * 7)]),
+    ("flips <= 1%", [flips([0] * 5)], []),
+    ("flips <= 1%", [flips([0] * 100)], []),
+    ("acc >= base - 1pt", [accuracy([1, 1, 0], chance=None)], [accuracy([1, 1, 0], chance=None)]),
+    ("acc >= base - 1pt", [accuracy([1] * 20, chance=None)], [accuracy([1] * 20, chance=None)]),
+    ("acc >= 0.99x base", [accuracy([1] * 20, chance=None)], [accuracy([1] * 20, chance=None)]),
+    ("f1 >= base - 1pt", [graded([0.5] * 8)], [graded([0.5] * 8)]),
+    ("f1 >= base + 45pt", [graded([1.0] * 8)], [graded([0.5] * 8)]),
+    ("f1 >= 0.99x base", [graded([0.5, 0.7] * 4)], [graded([0.5, 0.7] * 4)]),
+    ("f1 >= 99%", [graded([1.0] * 20)], []),
+    ("psnr >= 30", [replace(graded([42.0] * 64), metric="psnr", unit="dB")], []),
+    ("perplexity <= 1.0x base", [perplexity([2.0, 2.1, 2.2])], [perplexity([2.0, 2.1, 2.2])]),
+    ("speed >= 1.1x base", [speed([20.0] * 12)], [speed([10.0] * 12)]),
+    ("acc >= 90%", [replace(accuracy([1] * 5), samples=None, stderr=0.0)], []),
+    ("acc >= 90%", [replace(accuracy([1] * 20), samples=None, stderr=0.0)], []),
+    (
+        "acc >= base - 1pt",
+        [replace(accuracy([1] * 20, chance=None), samples=None, stderr=0.0)],
+        [replace(accuracy([1] * 20, chance=None), samples=None, stderr=0.0)],
+    ),
+    ("rate >= 2", [Measurement("t", "rate", 3.0, "/s", "higher", 9, 0.0, "c")], []),
+]
+
+
+@pytest.mark.parametrize(("rule", "stage", "base"), CERTAIN_BY_ACCIDENT)
+def test_no_gate_is_passed_or_failed_by_an_accident(rule, stage, base):
+    found = judged(rule, stage, base)
+    assert found.verdict == "undecided"
+    if found.ci95:
+        assert found.ci95[0] < found.ci95[1]
+        assert found.needed > found.n
+    else:
+        assert found.reason
+    turned = rule.replace("<=", "\0").replace(">=", "<").replace("\0", ">")
+    assert judged(turned, stage, base).verdict == "undecided", "nor is its contrary"
+
+
+@pytest.mark.parametrize(("rule", "stage", "base"), CERTAIN_BY_ACCIDENT)
+def test_no_comparison_is_decided_by_an_accident(rule, stage, base):
+    for m, b in zip(stage, base, strict=False):
+        found = statistics.compare(m, b)
+        assert found.verdict in ("undecided", "same") or found.n >= 8
+        if found.n and found.n < 8:
+            assert (found.verdict, found.p, found.needed) == ("undecided", None, 8)
+            assert found.reason.endswith("8 may")
+        if found.ci95:
+            assert found.ci95[0] < found.ci95[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "verdict"),
+    [("acc >= 90%", 35, "pass"), ("acc >= 90%", 34, "undecided"), ("acc <= 10%", 35, "fail"), ("acc > 40%", 8, "pass")],
+)
+def test_all_right_passes_where_wilsons_interval_does(rule, n, verdict):
+    low = stats.binomtest(n, n).proportion_ci(method="wilson").low
+    assert (low >= 0.9) == (n >= 35)
+    found = judged(rule, [accuracy([1] * n)], [])
+    assert (found.verdict, found.ci95[0]) == (verdict, pytest.approx(low))
+
+
+@pytest.mark.parametrize("n", [8, 20, 39])
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_where_all_that_changed_was_lost_the_exact_bound_holds(n, lost):
+    table = Table(n - lost, 0, lost, 0)
+    exact = stats.binomtest(lost, n, alternative="less").proportion_ci(0.95, method="exact").high
+    assert proportions.at_most(lost, n) == pytest.approx(exact)
+    low, high = proportions.difference(table)[1]
+    assert low <= -exact * (1 - 1e-9)
+    assert proportions.ratio(table)[1][0] <= 1 - exact + 1e-12
+    turned = proportions.difference(Table(n - lost, lost, 0, 0))[1]
+    assert turned == pytest.approx((-high, -low))
+
+
+def test_no_flip_of_n_leaves_room_for_three_of_n():
+    assert proportions.at_most(0, 300) == pytest.approx(3 / 300, rel=0.01)
+    found = alone(Samples((0.5,) * 300))
+    assert found.interval == pytest.approx((0.5 * 0.05 ** (1 / 300), 0.5 * 0.05 ** (1 / 300) + 1 - 0.05 ** (1 / 300)))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.5])
+def test_pairs_that_all_differ_alike_are_bounded_in_closed_form(shift):
+    base = np.random.default_rng(0).uniform(0, 0.5, 12)
+    found = difference(Samples(tuple(base + shift)), Samples(tuple(base)))
+    u = 1 - 0.05 ** (1 / 12)
+    assert found.interval == pytest.approx(((1 - u) * shift - u, (1 - u) * shift + u))
+    assert (found.p < 0.05) == (found.low > 0)
+    assert found.value == pytest.approx(shift)
+
+
+def test_two_pairs_that_differ_alike_are_no_interval():
+    a, b = Samples((0.5, 0.9)), Samples((0.0, 0.4))
+    assert difference(a, b) is None
+    assert alone(Samples((0.5, 0.5))) is None
+    assert statistics.compare(graded(a.values), graded(b.values)).verdict == "undecided"
+
+
+def test_documents_that_share_samples_count_once():
+    rng = np.random.default_rng(1)
+    clusters = tuple(int(i) for i in np.repeat(np.arange(5), 20))
+    base = rng.uniform(0, 0.5, 100)
+    stage = base + np.repeat(rng.normal(0.4, 0.01, 5), 20)
+    a, b = (graded(x, clusters=clusters) for x in (stage, base))
+    found = statistics.compare(a, b)
+    assert (found.n, found.verdict) == (5, "undecided")
+    assert judged("f1 >= base", [a], [b]).n == 5
+    # Of twelve documents of each one sample right the share's bound speaks of twelve, not of 240.
+    of_twelve = tuple(int(i) for i in np.repeat(np.arange(12), 20))
+    all_right = alone(Samples((1.0,) * 240, clusters=of_twelve))
+    assert (all_right.n, all_right.low) == (12, pytest.approx(0.05 ** (1 / 12)))
+    renamed = tuple(100 - c for c in clusters)
+    assert difference(Samples(tuple(stage), clusters=clusters), Samples(tuple(base), clusters=renamed)) is not None
+
+
+def test_rounding_is_no_scatter():
+    base = np.random.default_rng(2).uniform(1000, 2000, 50)
+    found = difference(Samples(tuple(base + 0.1)), Samples(tuple(base)))
+    assert found.high - found.low > 10, "bounded by how far unrelated samples lie apart"
+
+
+# Direction
+
+
+def test_a_figure_of_unknown_direction_has_no_verdict_no_gate_and_no_mark(tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    base, stage = (graded(x, better="unknown") for x in (rng.uniform(0, 0.5, 50), rng.uniform(0.5, 1, 50)))
+    same = graded(base.samples.values, better="unknown")
+    for m in (stage, same, replace(stage, exact=True)):
+        found = statistics.compare(m, replace(base, exact=m.exact))
+        assert found.verdict == "unknown"
+        assert statistics.corrected([found])[0] == found
+    for rule in ("f1 >= base", "f1 >= 10%", "f1 <= 1.1x base"):
+        with pytest.raises(UserError, match="direction unknown"):
+            judged(rule, [stage], [base])
+    with pytest.raises(UserError, match="unlike directions"):
+        judged("f1 >= base", [replace(stage, better="higher")], [base])
+    folder = write_run(tmp_path / "run", {"0-base": [base, size(2)], "1-x": [stage, size(1)]})
+    report = Report.read(folder)
+    (line,) = (line for line in markdown.table(report).splitlines() if "| f1" in line)
+    assert not set(line) & set("↑↓▲▼=?")
+    screen.show(report)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "f1" in line)
+    assert not set(line) & set("↑↓▲▼=?")
+
+
+# Documents
+
+
+def of_documents(answers):
+    """Answers by the documents' ids."""
+    return replace(
+        accuracy(answers.values(), chance=None),
+        samples=Samples(tuple(map(float, answers.values())), ids=tuple(answers)),
+    )
+
+
+@pytest.mark.parametrize("shift", [0, 20], ids=["fewer", "others"])
+def test_pairs_are_the_documents_that_both_scored(shift):
+    """Where no answer changed none is gained or lost, whichever documents one side left unscored."""
+    rng = np.random.default_rng(4)
+    right = {f"doc{i}": int(rng.random() < 0.5) for i in range(200)}
+    base = of_documents({k: v for i, (k, v) in enumerate(right.items()) if i < 180})
+    stage = of_documents({k: v for i, (k, v) in enumerate(right.items()) if i >= shift and i < 190})
+    found = statistics.compare(stage, base)
+    assert (found.n, found.only_stage, found.only_base) == (180 - shift, 10, shift)
+    assert (found.difference, found.ratio, found.verdict, found.p) == (0.0, 1.0, "same", 1.0)
+    told = judged("acc >= base - 5pt", [stage], [base])
+    assert (told.verdict, told.n, told.only_stage, told.only_base) == ("pass", 180 - shift, 10, shift)
+
+
+def test_the_order_of_documents_and_one_asked_twice_change_nothing():
+    ids = tuple(f"d{i % 30}" for i in range(40))
+    values = tuple(float(i % 3 == 0) for i in range(40))
+    order = np.random.default_rng(5).permutation(40)
+    order = sorted(order, key=lambda i: i >= 30)  # the first turn of a document stands before its second
+    turned = Samples(tuple(values[i] for i in order), ids=tuple(ids[i] for i in order))
+    found = statistics.compare(*(replace(accuracy(s.values), samples=s) for s in (turned, Samples(values, ids=ids))))
+    assert (found.n, found.only_stage, found.only_base, found.verdict) == (40, 0, 0, "same")
+
+
+@pytest.mark.parametrize(
+    ("stage", "base", "says"),
+    [
+        (accuracy([1, 0] * 50), accuracy([1, 0] * 60), "unlike samples, 100 against 120"),
+        (of_documents({"a": 1, "b": 0}), of_documents({"c": 1, "d": 0}), "no document stands on both sides"),
+        (graded([0.5] * 9), graded([0.5] * 9, statistic="exp"), "do not pair"),
+        (graded([0.5] * 9, clusters=(0,) * 9), graded([0.5] * 9), "share their documents in other ways"),
+    ],
+)
+def test_samples_that_do_not_pair_end_nothing_and_are_told(stage, base, says, tmp_path, capsys):
+    assert says.split(",")[0] in statistics.compare(stage, base).reason or "do not pair" in says or "unlike" in says
+    rule = f"{stage.metric} >= base"
+    found = judged(rule, [stage], [base])
+    assert (found.verdict, found.ci95) == ("undecided", None)
+    assert says in found.reason
+    folder = write_run(tmp_path / "run", {"0-base": [base, size(2)], "1-x": [stage, size(1)]})
+    report = Report.read(folder)
+    assert [c["metric"] for c in report.comparisons] == ["bytes_on_disk"]
+    (refused,) = report.refused
+    assert says in refused["reason"]
+    assert f"not compared: {refused['reason']}" in markdown.draw(report)
+    screen.show(report)
+    assert "not compared" in capsys.readouterr().out
+    (told,) = compare.side_by_side(compare.targets([str(folder)])).refusals
+    assert says in told.reason
+
+
+def test_left_out_documents_are_counted_on_every_face(tmp_path, capsys):
+    base = of_documents({f"d{i}": i % 2 for i in range(50)})
+    stage = of_documents({f"d{i}": i % 2 for i in range(3, 55)})
+    folder = write_run(tmp_path / "run", {"0-base": [base], "1-x": [stage]})
+    said = "judged on the 47 documents that both scored; left out: 5 that only the stage scored, 3 that only the base"
+    report = Report.read(folder)
+    assert said in markdown.draw(report)
+    screen.show(report)
+    assert said in capsys.readouterr().out
+    from llmq.report import verdicts
+
+    verdicts.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
+    told = verdicts.gate_as_data(gate.of_run(str(folder), ["acc >= base"]))
+    verdicts.show_gate(told)
+    assert capsys.readouterr().out.count(said) == 2
+    json.dumps(told, allow_nan=False)
+
+
+# One run, unlike conditions
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["input 32 float32, 2 threads, cuda:0", "input 32 bfloat16, 2 threads, cpu", "input 32 float32, 1 threads, cpu"],
+)
+def test_unlike_conditions_are_refused_within_one_run(tmp_path, other):
+    rates = np.random.default_rng(6).normal(10, 0.1, 12)
+    base = replace(speed(rates), convention="input 32 float32, 2 threads, cpu")
+    stage = replace(speed(3 * rates), convention=other)
+    folder = write_run(tmp_path / "run", {"0-base": [base, size(2)], "1-x": [stage, size(1)]})
+    (refused,) = Report.read(folder).refused
+    assert refused["metric"] == "decode_tokens_per_second"
+    assert "unlike protocols" in refused["reason"]
+    (told,) = compare.side_by_side(compare.targets([str(folder)])).refusals
+    assert told.reason == refused["reason"]
+    with pytest.raises(UserError, match="cannot be held against the base: unlike protocols"):
+        gate.of_run(str(folder), ["decode >= 1.2x base"])
+    assert gate.of_run(str(folder), ["decode >= 20"])[0].verdict == "pass"
+
+
+# The dtype of what is stored
+
+
+def stored(folder, dtype, packed=False):
+    """A weight file of one tensor, and one of packed bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    tensors = {"a": torch.zeros(64, dtype=dtype)}
+    save_file(tensors | ({"b": torch.zeros(4096, dtype=torch.uint8)} if packed else {}), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "stage", "packed", "says"),
+    [
+        ("float32", "bfloat16", False, "stored as bfloat16, the base as float32"),
+        ("float32", "float32", True, "stored as uint8 and float32, the base as float32"),
+        ("bfloat16", "bfloat16", False, ""),
+        ("bfloat16", "bfloat16", True, ""),
+        ("bfloat16", "float32", False, "stored as float32, the base as bfloat16"),
+    ],
+)
+def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, base, stage, packed, says):
+    import torch
+
+    from llmq.report import Stage
+    from llmq.types import Artifact
+
+    places = stored(tmp_path / "b", getattr(torch, base)), stored(tmp_path / "s", getattr(torch, stage), packed)
+    stages = [
+        Stage(name, Artifact(None, place), (size(mb),))
+        for name, place, mb in zip(("0-base", "1-x"), places, (2, 1), strict=True)
+    ]
+    report = Report.of({}, {"data_sha256": {}, "libraries": {}}, stages, "0-base")
+    text = markdown.draw(report)
+    assert text.count(says) == 2 if says else "stored as" not in text
+    assert math.isclose(report.comparisons[0]["ratio"], 0.5)
+
+
+def test_a_ratio_of_shares_of_none_has_no_endless_interval():
+    found = ratio(Samples((1.0,) * 9 + (0.0,)), Samples((0.0,) * 9 + (1.0,)))
+    assert found is None or math.isfinite(found.high)
