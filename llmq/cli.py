@@ -147,15 +147,29 @@ for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify, cli_j
 
 
 @app.command()
-def check(recipe: str, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check a recipe without running it."""
-    from llmq import pipeline, reading
+def check(
+    recipe: str,
+    overrides: Overrides = None,
+    data: Annotated[bool, typer.Option("--data", help="Read all data, too, and see that it fits the base.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe without running it, and name what each of its steps and tasks reads.
+
+    With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
+    """
+    from llmq import environment, pipeline, reading
     from llmq import recipe as recipes
 
     job = recipes.load(recipe, overrides or ())
+    if data:
+        from llmq.types import Context
+
+        pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
     typer.echo(to_json(job.plain()) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
     if not as_json:
         for line in reading.told(job.steps, job.evaluate):
+            typer.echo(f"# {line}")
+        for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
             typer.echo(f"# {line}")
         typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
 

@@ -76,6 +76,8 @@ def evaluate(
 ) -> Report:
     """Question models that exist already; the first of them is the base, and `steps` are those of their run."""
     reading.hashes(tasks)  # what lacks is said before a model is opened
+    for name, artifact in artifacts.items():
+        reading.check_base(name, (), tasks, artifact)
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
         reads = say_reads(steps, tasks)
@@ -100,8 +102,12 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def bring(recipe: Recipe, context: Context) -> Artifact:
-    """The base, before anything is written; that it may be packed already is only seen now."""
+    """The base, and all that is read seen to fit it, before anything is written.
+
+    Data is read first: it is what most often cannot be used. Whether the base is packed is only known once it is here.
+    """
     began = time.perf_counter()
+    reading.hashes([*recipe.steps, *recipe.evaluate])
     say("bringing the base")
     if not processes.is_first():
         processes.wait(context.device)
@@ -109,12 +115,7 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
     if processes.is_first():
         processes.wait(context.device)
     check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
-    for step in recipe.steps:
-        try:
-            step.check_base(base)
-        except UserError as error:
-            raise UserError(f"{recipe.name}: {step.word}: {error}") from None
-    reading.hashes([*recipe.steps, *recipe.evaluate])
+    reading.check_base(recipe.name, recipe.steps, recipe.evaluate, base)
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 
 

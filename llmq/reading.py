@@ -1,10 +1,11 @@
 """What the steps and tasks of a run read, and where nobody named it: the run's own data."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from llmq import plugin
-from llmq.types import Data, Plugin, Step, Task
+from llmq.errors import UserError
+from llmq.types import Artifact, Data, Plugin, Step, Task
 
 P = TypeVar("P", Step, Task)
 USES = {"training": "trains on", "calibration": "calibrates on", "comparison": "compares on"}
@@ -80,6 +81,44 @@ def told(steps: Sequence[Step], tasks: Sequence[Task]) -> list[str]:
             why = next((f"what {word} {use}" for word, use in users.items()), "which no step reads")
             lines.append(f"{name} reads {called(data)}, {why}")
     return lines
+
+
+def counted(parts: Iterable[Plugin]) -> list[str]:
+    """A line for each data set: how much of it there is to train on and held out, of which shape and classes."""
+    lines = []
+    for name, data in {called(data): data for part in parts for data in data_of(part)}.items():
+        split = data.read()
+        classes = f", {len(split.classes)} classes" if split.classes else ""
+        sides = f"{len(split.train)} to train on, {len(split.held_out)} held out"
+        lines.append(f"{name}: {sides}, {split.shape}{classes}")
+    return lines
+
+
+def check_base(where: str, steps: Sequence[Step], tasks: Sequence[Task], base: Artifact) -> None:
+    """See that the base can be changed and asked so. Raises `UserError`: the base and all data are read by now."""
+    learned: dict[str, Mapping[int, str]] = {}
+    parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *named(tasks).items()]
+    for name, part in parts:
+        try:
+            part.check_base(base)
+            for data in data_of(part):
+                outputs = base.model.outputs_of(data.read())
+                _check_classes(outputs, learned, called(data))
+                if isinstance(part, Step) and part.uses == "training":
+                    learned[called(data)] = outputs
+        except UserError as error:
+            raise UserError(f"{where}: {name}: {error}") from None
+
+
+def _check_classes(outputs: Mapping[int, str], learned: Mapping[str, Mapping[int, str]], data: str) -> None:
+    """Raise `UserError` if an output was taught as one class and stands for another here."""
+    for other, its in learned.items():
+        for place, name in outputs.items():
+            if place in its and its[place].lower() != name.lower():
+                raise UserError(
+                    f"class {place} of {data} is {name!r}, and the network learns {its[place]!r} there from {other}; "
+                    "both need the same classes in the same order"
+                )
 
 
 def hashes(parts: Iterable[Plugin]) -> dict[str, str]:

@@ -94,6 +94,10 @@ class Model(Plugin):
         """Load an artifact of this family, of any stage, ready for inference."""
         raise NotImplementedError
 
+    def outputs_of(self, split: "Split") -> Mapping[int, str]:
+        """The class that each output stands for by its number alone, where no name that the weights know decides."""
+        return {}
+
     def clocks(self, loaded: "Loaded", speed: Any) -> "Iterable[Clock]":
         """The units of work that tell how fast this family is; `speed` is the task that asks, with its settings."""
         raise NotImplementedError

@@ -73,6 +73,12 @@ class Lora(Step):
                 f"optim {self.optim!r} pages to an accelerator's memory and there is none; {cure!r} runs here"
             )
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for data that leaves no token to learn."""
+        from llmq.tasks.windows import check_rows
+
+        check_rows(base, self.data, "train", self.max_length)
+
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train an adapter and write it to `folder` in PEFT's format."""
         from transformers import set_seed

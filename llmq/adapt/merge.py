@@ -30,6 +30,12 @@ class Merge(Step):
     keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for data with nothing to compare on."""
+        from llmq.tasks.windows import check_rows
+
+        check_rows(base, self.data, "held_out", self.window)
+
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the merged model to `folder`, then compare the two."""
         self._write(artifact, folder, context)

@@ -51,8 +51,12 @@ class Train(Step):
         model: Any = base.model
         split = self.data.read()
         model.check_split(split)
-        if not split.train:
+        if not len(split.train):
             raise UserError(f"{self.word}: the training part of {self.data.word} is empty; hold less out")
+        import numpy as np
+
+        # What the family makes of one example says whether it can learn from it: labels, channels, crop.
+        model.batch(model.numbered(split).train[:1], np.random.default_rng(0), "none", self.crop)
         watched = split.held_out[: self.held_out_examples]
         if len(watched) and (lacks := model.not_watchable(watched)):
             raise UserError(f"{self.word}: {lacks} to watch the training; hold more out, or set held_out_examples: 0")

@@ -50,6 +50,10 @@ class Classifier(Vision):
             )
         return list(range(self.outputs)) if found is None else found
 
+    def outputs_of(self, split: Split) -> Mapping[int, str]:
+        """The class of each output, where classes are told by their numbers."""
+        return {} if numbers_of(split.classes, self.names()) else dict(enumerate(split.classes))
+
     def numbered(self, split: Split) -> Split:
         """The split with its labels as this network numbers them."""
         return relabelled(split, self.places(split))

@@ -99,6 +99,14 @@ class Detector(Vision):
         """
         return numbers_of(split.classes, [(name,) for name in self.class_names()])
 
+    def outputs_of(self, split: Split) -> Mapping[int, str]:
+        """The class of each output, where classes are told by their numbers."""
+        return (
+            {}
+            if numbers_of(split.classes, [(name,) for name in self.class_names()])
+            else dict(enumerate(split.classes))
+        )
+
     def numbered(self, split: Split) -> Split:
         """The split with its labels as this network numbers them."""
         return relabelled(split, self.places(split) or range(len(split.classes)))

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
-from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Split, Task
+from llmq.types import Artifact, Better, Exhibit, Loaded, Measurement, Samples, Split, Task
 
 COLUMNS = 6
 
@@ -27,6 +27,11 @@ class Accuracy(Task):
     part: Literal["held_out", "all"] = "held_out"
     limit: PositiveInt | None = Field(None, description="images at most")
     pictures: NonNegativeInt = Field(18, description="images shown at most")
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for images that are not there, or of other classes than the network's."""
+        model: Any = base.model
+        model.places(self._examples()[0])
 
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Top-1, and top-5 where there are more than five classes; what was wrong, in pictures."""

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from llmq.errors import UserError
 from llmq.models.vision import the_shape
 from llmq.plugin import DataWord
-from llmq.types import Exhibit, Loaded, Measurement, Samples, Split, Task
+from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Split, Task
 
 METRICS = {"map": "all", "map_small": "small", "map_medium": "medium", "map_large": "large"}
 SINGLE = {"map50": (0, "map_50"), "map75": (5, "map_75")}
@@ -33,14 +33,14 @@ class Detection(Task):
     examples: int = Field(6, ge=0, description="images shown with what was found")
     shown_from: float = Field(0.4, ge=0, le=1, description="score from which a detection is drawn")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for data without boxes, or with other classes than the network's."""
+        self._examples(base)
+
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Detect in every held-out image, measure, and show some."""
-        split = the_shape(self.data.read(), "image/boxes", self.data.word)
-        examples = list(split.held_out[: self.limit])
-        if not any(len(example.boxes) for example in examples):
-            raise UserError(f"{self.name}: the held-out part of {self.data.word} has no box to be found")
+        split, examples = self._examples(loaded.artifact)
         model: Any = loaded.artifact.model
-        model.check_split(split)
         places = model.places(split)
         found = model.detect(loaded, [example.image for example in examples], self.batch_size)
         if places is not None:
@@ -59,6 +59,15 @@ class Detection(Task):
                 reference="green: the truth",
                 picture=picture(shown, split.classes, self.shown_from),
             )
+
+    def _examples(self, artifact: Artifact) -> tuple[Split, list[Any]]:
+        split = the_shape(self.data.read(), "image/boxes", self.data.word)
+        model: Any = artifact.model
+        model.check_split(split)
+        examples = list(split.held_out[: self.limit])
+        if not any(len(example.boxes) for example in examples):
+            raise UserError(f"{self.name}: the held-out part of {self.data.word} has no box to be found")
+        return split, examples
 
     def _protocol(self, split: Split, model: Any, how: str) -> str:
         return (

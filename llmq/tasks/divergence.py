@@ -10,7 +10,7 @@ from llmq.errors import UserError
 from llmq.files import sha256_files
 from llmq.plugin import DataWord
 from llmq.tasks.harness_data import Asked
-from llmq.types import Answer, Loaded, Measurement, Samples, Task
+from llmq.types import Answer, Artifact, Loaded, Measurement, Samples, Task
 
 
 class Divergence(Task):
@@ -52,6 +52,12 @@ class Divergence(Task):
 
     def _asked(self) -> Asked:
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for text with nothing to read."""
+        from llmq.tasks.windows import check_rows
+
+        check_rows(base, self.text, "held_out", self.window)
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
         """Divergence from the base on text, then the flips on each task."""

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord, build
-from llmq.types import Better, Data, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Artifact, Better, Data, Exhibit, Loaded, Measurement, Samples, Task
 
 
 class Fidelity(Task):
@@ -29,6 +29,12 @@ class Fidelity(Task):
         """A gan draws latents; what makes images out of images reads the run's."""
         asks = kind == "super-resolution" and "data" not in self.model_fields_set
         return {"data": cast(Data, build("rock", "data"))} if asks else {}
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for images that the network cannot be given."""
+        model: Any = base.model
+        if self.data:
+            model.check_split(self.data.read())
 
     def score(self, loaded: Loaded) -> Iterable[Exhibit]:
         """The first images, to look at."""

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Loaded, Measurement, Task
+from llmq.types import Artifact, Loaded, Measurement, Split, Task
 
 FEWEST = 20
 
@@ -41,6 +41,11 @@ class Frechet(Task):
             from llmq.models.efficientnet_lite0 import lite0_file
 
             lite0_file()
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for real images that are too few, or cannot be framed."""
+        if self.data:
+            self._images(base.model)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """With `data`, the distance from real images, and of real images from others of their kind."""
@@ -75,8 +80,8 @@ class Frechet(Task):
         yield self._measured("frechet_distance_other_latents", made, others, extract.name, new)
         yield self._measured("frechet_floor", own, others, extract.name, "base from base, other latents")
 
-    def _real(self, model: Any, extract: Any) -> tuple[Any, str]:
-        """Features of at most `n` real images of the generator's size, and what they are."""
+    def _images(self, model: Any) -> tuple[list[Any], Split]:
+        """At most `n` real images, drawn evenly. Raises `UserError` for too few, or what does not fit the generator."""
         assert self.data
         split = self.data.read()
         model.check_split(split)
@@ -86,8 +91,13 @@ class Frechet(Task):
                 f"{self.name}: {self.data.word} {self.part} has {len(examples)} images; {FEWEST} are needed"
             )
         step = max(1, len(examples) // self.n)
-        images = [examples[i * step].image for i in range(min(self.n, len(examples)))]
-        return extract(model.framed(images)), f"real images, {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
+        return [examples[i * step].image for i in range(min(self.n, len(examples)))], split
+
+    def _real(self, model: Any, extract: Any) -> tuple[Any, str]:
+        """Features of at most `n` real images of the generator's size, and what they are."""
+        images, split = self._images(model)
+        word = self.data.word if self.data else ""
+        return extract(model.framed(images)), f"real images, {word} {self.part}, sha256 {split.sha256[:12]}"
 
     def _measured(self, metric: str, first: Any, second: Any, features: str, between: str) -> Measurement:
         from llmq.tasks.gaussians import frechet_with_stderr

@@ -1,13 +1,13 @@
 """What a model writes."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from llmq.data.rows import Row
 from llmq.plugin import DataWord
-from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Task
 
 
 class Generate(Task):
@@ -20,12 +20,19 @@ class Generate(Task):
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for data without a prompt that is short enough."""
+        from llmq.models.hugging_face import load_tokenizer
+
+        model: Any = base.model
+        self._rows(load_tokenizer(base.weights, model.trust_remote_code))
+
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """The first held-out prompts that are short enough, answered."""
         from llmq.data.tokens import prompt_and_reference, shown_prompt
 
         ended = []
-        for row in self._rows(loaded):
+        for row in self._rows(loaded.processor):
             prompt, reference = prompt_and_reference(row, loaded.processor)
             answer, is_ended = self._answer(loaded, prompt)
             ended.append(float(is_ended))
@@ -36,13 +43,13 @@ class Generate(Task):
             self.name, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
         )
 
-    def _rows(self, loaded: Loaded) -> list[Row]:
+    def _rows(self, tokenizer: Any) -> list[Row]:
         from llmq.data.tokens import prompt_and_reference
         from llmq.errors import UserError
 
         fitting: list[Row] = []
         for row in self.data.read().held_out:
-            prompt, _ = prompt_and_reference(row, loaded.processor)
+            prompt, _ = prompt_and_reference(row, tokenizer)
             if 0 < len(prompt) <= self.prompt_tokens:
                 fitting.append(row)
             if len(fitting) == self.examples:

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from llmq.errors import UserError
 from llmq.files import sha256_text
 from llmq.plugin import DataWord
-from llmq.types import Loaded, Measurement, Samples, Task
+from llmq.types import Artifact, Loaded, Measurement, Samples, Task
 
 
 class Perplexity(Task):
@@ -40,6 +40,12 @@ class Perplexity(Task):
     def depends(self) -> Mapping[str, Any]:
         """Nothing besides."""
         return {}
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for data with nothing to score."""
+        from llmq.tasks.windows import check_rows
+
+        check_rows(base, self.data, self.part, self.window)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Loss of every window or example, and the three perplexities that follow."""

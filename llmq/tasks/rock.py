@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Task
 
 if TYPE_CHECKING:
     from llmq.tasks.upscaled import Upscaled
@@ -29,6 +29,14 @@ class Rock(Task):
     limit: PositiveInt | None = Field(None, description="slices at most")
     pictures: int = Field(1, ge=0, description="slices shown")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for pairs of another scale than the network's, or no larger than the `distance`."""
+        from llmq.tasks.upscaled import held_out_pairs
+
+        for pair in held_out_pairs(base, self.data.read(), self.limit):
+            if min(pair.high.shape[:2]) <= self.distance:
+                raise UserError(f"{pair.name}: {pair.high.shape[:2]} is no larger than distance {self.distance}")
+
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Every slice upscaled, segmented and compared; the first of them shown."""
         from llmq.tasks.image_quality import luma
@@ -36,10 +44,8 @@ class Rock(Task):
         from llmq.tasks.upscaled import PROTOCOL, upscaled
 
         split = self.data.read()
+        self.check_base(loaded.artifact)
         scenes = upscaled(loaded, split, self.limit)
-        for scene in scenes:
-            if min(scene.truth.shape[:2]) <= self.distance:
-                raise UserError(f"{scene.name}: {scene.truth.shape[:2]} is no larger than distance {self.distance}")
         grey = {kind: [luma(getattr(s, kind)).round().astype("uint8") for s in scenes] for kind in KINDS}
         levels = {kind: otsu(images) for kind, images in grey.items()}
         if levels["truth"] is None:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Exhibit, Loaded, Measurement, Task
+from llmq.types import Artifact, Exhibit, Loaded, Measurement, Task
 
 if TYPE_CHECKING:
     from llmq.tasks.upscaled import Upscaled
@@ -32,17 +32,27 @@ class SuperResolution(Task):
     pictures: int = Field(2, ge=0, description="images shown")
     view: PositiveInt = Field(96, description="pixels of the square shown: where bicubic errs most")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for pairs of another scale than the network's, or too small for SSIM within the border."""
+        from llmq.tasks.upscaled import held_out_pairs
+
+        border = self._border(base.model)
+        for pair in held_out_pairs(base, self.data.read(), self.limit):
+            if min(pair.high.shape[:2]) - 2 * border < SSIM_SIDE:
+                raise UserError(f"{pair.name}: {pair.high.shape[:2]} less a border of {border} is under {SSIM_SIDE}")
+
+    def _border(self, model: Any) -> int:
+        return int(model.scale) if self.border is None else self.border
+
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """Every image upscaled and scored; the first of them shown."""
         from llmq.tasks.upscaled import PROTOCOL, upscaled
 
         model: Any = loaded.artifact.model
         split = self.data.read()
+        self.check_base(loaded.artifact)
         scenes = upscaled(loaded, split, self.limit)
-        border = model.scale if self.border is None else self.border
-        for scene in scenes:
-            if min(scene.truth.shape[:2]) - 2 * border < SSIM_SIDE:
-                raise UserError(f"{scene.name}: {scene.truth.shape[:2]} less a border of {border} is under {SSIM_SIDE}")
+        border = self._border(model)
         channel = "Y of YCbCr (BT.601)" if self.channel == "y" else "all channels"
         protocol = (
             f"x{model.scale}, data range 255, {channel}, {border}-pixel border cropped, mean over images; {PROTOCOL}; "

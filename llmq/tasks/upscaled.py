@@ -6,7 +6,7 @@ from typing import Any
 
 from llmq.data.images import Example
 from llmq.errors import LlmqError, UserError
-from llmq.types import Loaded, Measurement, Samples, Split
+from llmq.types import Artifact, Loaded, Measurement, Samples, Split
 
 PROTOCOL = "images clipped to [0, 255] and rounded to 8 bits as a file holds them"
 
@@ -24,11 +24,17 @@ class Upscaled:
 
 def upscaled(loaded: Loaded, split: Split, limit: int | None) -> list[Upscaled]:
     """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
-    model: Any = loaded.artifact.model
+    return list(_each(loaded, held_out_pairs(loaded.artifact, split, limit)))
+
+
+def held_out_pairs(artifact: Artifact, split: Split, limit: int | None) -> Sequence[Example]:
+    """The first `limit` held-out pairs. Raises `UserError` for data that does not fit the network."""
+    model: Any = artifact.model
     model.check_split(split)
-    if not len(split.held_out):
+    pairs = split.held_out[:limit]
+    if not len(pairs):
         raise UserError("its data has nothing held out to measure on")
-    return list(_each(loaded, split.held_out[:limit]))
+    return pairs
 
 
 def _each(loaded: Loaded, pairs: Sequence[Example]) -> Iterator[Upscaled]:

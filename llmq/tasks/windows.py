@@ -10,7 +10,7 @@ from typing import Any
 from llmq.data.rows import Row
 from llmq.data.tokens import IGNORED, Tokens, encode_all
 from llmq.errors import LlmqError, UserError
-from llmq.types import Split
+from llmq.types import Artifact, Data, Split
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,28 @@ def held_out_windows(split: Split, tokenizer: Any, length: int, limit: int) -> t
         return windows, f"{len(windows)} windows of {length} tokens, no overlap"
     windows = completions(split.held_out[:limit], tokenizer, length)[0]
     return windows, f"{len(windows)} completions after their prompts, at most {length} tokens"
+
+
+BEGINNING = 4096
+"""Characters of a text that are looked at to see that it can be used."""
+
+
+def check_rows(base: Artifact, data: Data, part: str, length: int) -> None:
+    """Raise `UserError` unless a row of this part of the data leaves a token to learn or to score in `length`."""
+    from llmq.models.hugging_face import load_tokenizer
+
+    model: Any = base.model
+    split = data.read()
+    rows = {"train": split.train, "held_out": split.held_out, "all": [*split.train, *split.held_out]}[part]
+    of = f"the {part.replace('_', '-')} part of {data.word}"
+    if not rows:
+        raise UserError(f"{of} is empty; change its held_out, or name other data")
+    tokenizer = load_tokenizer(base.weights, model.trust_remote_code)
+    for row in rows:
+        begun = {"text": row["text"][:BEGINNING]} if "text" in row else row
+        if any(any(tokens.said[1:]) for tokens in encode_all([begun], tokenizer, length)[0]):
+            return
+    raise UserError(f"{of} has no row that leaves a token to learn or to score within {length} tokens")
 
 
 def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
