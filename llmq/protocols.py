@@ -7,6 +7,9 @@ from llmq.types import Measurement
 
 HARNESS = re.compile(r"^lm-eval [^,]+, ")  # the version of the task, and the hash of what was asked, say enough
 
+LEFT_OUT = re.compile(r"[,;] [\d,]+(?: of [\d,]+)? [\w ]+ left (?:out|unscored)")
+"""What came out of asking; of samples that name their documents the pairs say it better."""
+
 
 def refused(m: Measurement, base: Measurement) -> str:
     """Why two figures of one task and metric are not compared, or nothing."""
@@ -22,6 +25,8 @@ def unlike(m: Measurement, base: Measurement) -> str:
         if x != y:
             return f"unlike {what}, {x} against {y}"
     protocols = [HARNESS.sub("", one.convention) for one in (m, base)]
+    if m.samples and base.samples and m.samples.ids and base.samples.ids:
+        protocols = [LEFT_OUT.sub("", protocol) for protocol in protocols]
     if protocols[0] != protocols[1]:
         return _what_differs(*protocols)
     return ""

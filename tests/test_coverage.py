@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from llmq import proportions
 from llmq.estimates import Estimate, alone, difference, ratio
+from llmq.proportions import Table
 from llmq.types import Samples
 
 Generator = np.random.Generator
@@ -82,6 +84,68 @@ def speeds_in_turn(rng: Generator, n: int) -> Drawn:
     return ratio(a, b), 1.3
 
 
+def graded_steps(rng: Generator, n: int) -> np.ndarray:
+    """Scores in quarters, of which most stay what they were."""
+    return rng.choice([-0.25, 0.0, 0.25], n, p=[0.2, 0.7, 0.1])
+
+
+def halved(rng: Generator, n: int) -> np.ndarray:
+    """One score in seven falls by a part of itself."""
+    return np.where(rng.random(n) < 0.15, -(rng.random(n) ** 2), 0.0)
+
+
+def graded(change: Callable[[Generator, int], np.ndarray]):
+    """Scores from 0 to 1 of two stages, the second changed; the truth by a million draws."""
+    truth: list[float] = []
+
+    def draw(rng: Generator, n: int) -> Drawn:
+        def sides(rng: Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+            base = rng.uniform(0, 1, n)
+            return np.clip(base + change(rng, n), 0, 1), base
+
+        if not truth:
+            a, b = sides(np.random.default_rng(0), 1_000_000)
+            truth.append(float((a - b).mean()))
+        a, b = sides(rng, n)
+        return difference(samples(a), samples(b)), truth[0]
+
+    return draw
+
+
+def all_but_some_lose_half(rng: Generator, n: int) -> Drawn:
+    """Scores of which nine in ten fall by exactly a half: often all pairs differ alike."""
+    base = rng.uniform(0.5, 1, n)
+    return difference(samples(base - 0.5 * (rng.random(n) < 0.9)), samples(base)), -0.45
+
+
+def flips(gained: float, lost: float):
+    """Right and wrong answers of which these shares are gained and lost: one truth, at which no luck averages out."""
+
+    def draw(rng: Generator, n: int) -> Drawn:
+        kinds = rng.choice(3, n, p=[gained, lost, 1 - gained - lost])
+        a, b = np.where(kinds == 2, 1, kinds == 0), np.where(kinds == 2, 1, kinds == 1)
+        return difference(samples(a), samples(b)), gained - lost
+
+    return draw
+
+
+FROM_8 = [
+    Case("graded-steps", graded(graded_steps)),
+    Case("graded-seldom", graded(halved)),
+    Case("graded-all", graded(lambda rng, n: rng.normal(-0.05, 0.1, n))),
+    Case("all-but-some", all_but_some_lose_half),
+    Case("seldom-different", of_a_difference(seldom_different, 0.1)),
+    Case("normal", of_a_difference(lambda rng, n: rng.normal(0.3, 1, n), 0.3)),
+    Case("exponential", of_a_difference(lambda rng, n: rng.exponential(1, n), 1.0)),
+    Case("perplexity-ratio", perplexity_ratio),
+    Case("by-document", by_document),
+    *(
+        Case(f"flips-{g}-{x}", flips(g, x))
+        for g, x in ((0, 0.1), (0, 0.2), (0.02, 0.2), (0.1, 0.1), (0, 0.4), (0.3, 0.2))
+    ),
+]
+
+
 def share(low: float, high: float):
     """One share, the truth anew in each run: for a single one a share's steps decide the coverage."""
 
@@ -151,6 +215,38 @@ def test_intervals_cover_roughly_in_a_few_runs(case):
 @pytest.mark.parametrize(("case", "n"), [(c, n) for c in CASES for n in c.sizes], ids=lambda v: getattr(v, "name", v))
 def test_95_percent_intervals_cover_93_to_97_percent(case, n):
     assert 0.93 <= covered(case, n, 2000) <= 0.97
+
+
+@pytest.mark.parametrize("case", FROM_8, ids=lambda c: c.name)
+def test_intervals_of_8_pairs_cover_roughly_in_a_few_runs(case):
+    # 150 runs: three and a half standard deviations of a share of 93 %.
+    assert covered(case, 8, 150) >= 0.86
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [8, 10, 12, 16])
+@pytest.mark.parametrize("case", FROM_8, ids=lambda c: c.name)
+def test_intervals_of_few_pairs_cover_93_percent(case, n):
+    # Of 2,000 runs that cover 93 % one in twenty is under 92 %.
+    assert covered(case, n, 2000) >= 0.92
+
+
+def coverage_of_flips(n: int, gained: float, lost: float) -> float:
+    """The exact share of tables of `n` pairs whose interval of the difference holds the truth."""
+    hits = 0.0
+    for g in range(n + 1):
+        for x in range(n + 1 - g):
+            low, high = proportions.difference(Table(n - g - x, g, x, 0))[1]
+            if low <= gained - lost <= high:
+                ways = math.comb(n, g) * math.comb(n - g, x)
+                hits += ways * gained**g * lost**x * (1 - gained - lost) ** (n - g - x)
+    return hits
+
+
+@pytest.mark.parametrize("n", [8, 10, 16, 30, 39])
+def test_the_interval_of_few_flips_covers_at_every_truth(n):
+    truths = [(g, x / 40) for g in (0.0, 0.02, 0.1, 0.3) for x in range(1, 21)]
+    assert min(coverage_of_flips(n, *truth) for truth in truths) >= 0.92
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from run_folders import accuracy, perplexity, size, speed, write_run
 from scipy import stats
 
-from llmq import compare, gate, proportions, statistics
+from llmq import compare, gate, proportions, protocols, statistics
 from llmq.errors import UserError
 from llmq.estimates import alone, difference, ratio
 from llmq.proportions import Table
@@ -204,6 +204,20 @@ def test_pairs_are_the_documents_that_both_scored(shift):
     assert (found.difference, found.ratio, found.verdict, found.p) == (0.0, 1.0, "same", 1.0)
     told = judged("acc >= base - 5pt", [stage], [base])
     assert (told.verdict, told.n, told.only_stage, told.only_base) == ("pass", 180 - shift, 10, shift)
+
+
+def test_how_many_were_left_unscored_is_no_part_of_the_protocol():
+    protocol = "lm-eval 0.4.13, task version 1, hash a, 0-shot"
+    right = {f"d{i}": i % 2 for i in range(50)}
+    base, stage = of_documents(right), of_documents({k: v for k, v in right.items() if k not in ("d3", "d5")})
+    base = replace(base, convention=protocol)
+    stage = replace(stage, convention=f"{protocol}, 2 of 50 questions left unscored")
+    assert protocols.refused(stage, base) == ""
+    assert statistics.compare(stage, base).only_base == 2
+    assert judged("acc >= base - 9pt", [stage], [base]).verdict == "pass"
+    unnamed = [replace(m, samples=replace(m.samples, ids=None)) for m in (stage, base)]
+    assert "left unscored" in protocols.refused(*unnamed)
+    assert "hash b" in protocols.refused(replace(stage, convention=protocol.replace("hash a", "hash b")), base)
 
 
 def test_the_order_of_documents_and_one_asked_twice_change_nothing():
