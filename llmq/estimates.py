@@ -28,6 +28,7 @@ from llmq.resampling import (
     Mean,
     Resampled,
     Scale,
+    commonest,
     quantile_spread,
     t_quantile,
     t_two_sided,
@@ -137,7 +138,8 @@ def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
         return _spread(a, lambda rows: figure(a, rows) - figure(b, rows), value, seed, max(map(abs, a.values)))
     found = _contrast(EXP if a.statistic == "exp" else PLAIN, seed, a, b)
     if not found or found.stderr:
-        return Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
+        plain = Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
+        return _at_least(plain, _seldom(a, b))
     alike = _unvaried(a, b)
     if a.statistic != "exp" or not alike:
         return alike
@@ -170,7 +172,16 @@ def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     found = _contrast(PLAIN if a.statistic == "exp" else LOG, seed, a, b)
     if found and not found.stderr:
         return _exponential(_unvaried(a, b)) if a.statistic == "exp" else _unvaried_ratio(a, b)
-    return _exponential(Estimate(found.value, found.low, found.high, found.stderr, n, p=found.p)) if found else None
+    plain = Estimate(found.value, found.low, found.high, found.stderr, n, p=found.p) if found else None
+    seldom = _seldom(a, b)
+    if plain and seldom:
+        # The base's own figure is held to be what it was seen to be.
+        level = float(figure(b)[0])
+        ends = [1 + end / level for end in seldom.interval]
+        if ends[0] <= 0:
+            return None
+        plain = _at_least(plain, replace(seldom, low=log(ends[0]), high=log(ends[1]), stderr=seldom.stderr / level))
+    return _exponential(plain)
 
 
 def alone(a: Samples, seed: int = 0) -> Estimate | None:
@@ -196,6 +207,31 @@ def _are_one_network(a: Samples, b: Samples) -> bool:
     Scores are coarse: those of two networks are the same by accident.
     """
     return a.statistic == "exp" and count(a) >= FEWEST and (a.values, a.weights) == (b.values, b.weights)
+
+
+def _seldom(a: Samples, b: Samples) -> Estimate | None:
+    """The difference of two means of scores from 0 to 1 most of whose pairs differ alike, such as by nothing.
+
+    Few pairs then tell how the others scatter. As to right and wrong answers (`proportions.difference`), half a pair
+    more is added of each kind: one that gains all, and one that loses all.
+    """
+    if not (_are_shares(a) and _are_shares(b)):
+        return None
+    rates, others = (values / weights for values, weights in (_rows(a), _rows(b)))
+    off, n = rates - others, len(rates)
+    if 2 * commonest(off) < n:
+        return None
+    middle = float(off.sum()) / (n + 2)
+    stderr = (float(np.sum(off**2)) + 1 - (n + 2) * middle**2) ** 0.5 / (n + 2)
+    return _normal(middle, stderr, n)
+
+
+def _at_least(e: Estimate | None, other: Estimate | None) -> Estimate | None:
+    """The estimate with the wider of both ends of two intervals."""
+    if not e or not other:
+        return e
+    p = None if e.p is None or other.p is None else max(e.p, other.p)
+    return replace(e, low=min(e.low, other.low), high=max(e.high, other.high), stderr=max(e.stderr, other.stderr), p=p)
 
 
 def _unvaried(a: Samples, b: Samples) -> Estimate | None:

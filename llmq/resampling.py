@@ -108,7 +108,9 @@ class Resampled:
             return None
         if np.abs(influence).max() <= ROUNDING * self._size(scale):
             return Contrast(value, 0.0, value, value, float(value == 0))
-        freedom = max(1.0, (self.n - _commonest(influence)) / (2 if self.n < FEW else 1))
+        # Half a pair more, as to the answers of a share: one more may differ that was not seen to.
+        freedom = min(self.n - 1, self.n - commonest(influence) + 0.5)
+        freedom = max(1.0, freedom / (2 if self.n < FEW else 1))
         return _both(value, stderr, freedom, drawn, self.n)
 
     def _coefficients(self, sums: Array, scale: Scale) -> tuple[Array, Array]:
@@ -170,7 +172,7 @@ def _counts(n: int, seed: int) -> list[Array]:
     return drawn
 
 
-def _commonest(values: Array) -> int:
+def commonest(values: Array) -> int:
     """How many of the values are the commonest one, rounding aside."""
     size = np.abs(values).max()
     return int(np.unique(np.round(values / size, 9) if size else values, return_counts=True)[1].max())
