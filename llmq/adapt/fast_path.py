@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from llmq.adapt.fused_loss import linear_cross_entropy
+from llmq.adapt.neighbours import neighbours_reach
 from llmq.adapt.packing import Collator
 from llmq.adapt.segment_attention import Segment, attend, segments_of
 from llmq.data.tokens import IGNORED, Tokens
+from llmq.errors import UserError
 
 ATTENTION = "llmq_segments"
 DROPOUTS = ("attention_dropout", "attn_pdrop")
@@ -80,31 +83,28 @@ class FastPath:
             return "its attention cannot be exchanged"
         if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
             return "the output head is sharded"
-        with self.switched_on():
-            fast, _ = self._probe()
-        _, alone = self._probe()
-        if _agree(fast, alone):
+        fast, stock = self._probe()
+        if abs(fast - stock) <= TOLERANCE * abs(stock):
             return ""
-        return f"on a probe they give a loss of {fast:.4f}, the model itself {alone:.4f}"
+        return f"on a probe they give a loss of {fast:.4f}, the model itself {stock:.4f}"
 
-    def stock_keeps_examples_apart(self) -> bool:
-        """Whether the model by itself leaves an example untouched by what stands before it in its row."""
-        one, other, following = self._random_examples(3)
-        logits = []
-        for first in (one, other):
-            batch = self._on_device(Collator(0)([[first, following]]))
-            inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
-            logits.append(self._evaluated(inputs).logits[0, len(first) :])
-        return bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits[0].abs().max())
+    def neighbours_reach(self, packed: bool, switched_on: bool, autocast: Any = None) -> str:
+        """How an example depends on the others of its batch, by this path or the model itself; empty if it does not."""
+
+        def run(ids: Any, positions: Any) -> Any:
+            self.see({"position_ids": positions})
+            return self.model(input_ids=ids, position_ids=positions).logits
+
+        with self.switched_on() if switched_on else nullcontext():
+            return neighbours_reach(self.model, run, packed, autocast)
 
     def _probe(self) -> tuple[float, float]:
-        """The loss of two short examples packed in one row, and the mean of their losses alone."""
-        examples, collate = self._random_examples(2), Collator(0)
-        losses = []
-        for batch in (collate([examples]), *(collate([[e]]) for e in examples)):
-            self.see(batch)
-            losses.append(float(self._evaluated(self._on_device(batch)).loss))
-        return losses[0], sum(losses[1:]) / 2
+        """The loss of two short examples in rows of their own by this path, and by the model itself."""
+        batch = self._on_device(Collator(0)([[e] for e in self._random_examples(2)]))
+        self.see(batch)
+        with self.switched_on():
+            fast = float(self._evaluated(batch).loss)
+        return fast, float(self._evaluated(batch).loss)
 
     def _random_examples(self, count: int) -> list[Tokens]:
         import torch
@@ -127,5 +127,33 @@ class FastPath:
         return {k: v.to(self.head.weight.device) for k, v in batch.items() if k != "tokens"}
 
 
-def _agree(one: float, other: float) -> bool:
-    return abs(one - other) <= TOLERANCE * abs(other)
+@dataclass(frozen=True)
+class Way:
+    """How a model trains: by the fast path or its own, several examples to a row or one; and why not otherwise."""
+
+    fast: FastPath | None
+    packing: bool
+    why_slow: str
+    why_unpacked: str
+
+
+def choose(model: Any, packing: bool, batch_size: int, autocast: Any = None) -> Way:
+    """The fastest way to train in which no example depends on another, as probes of the model itself show.
+
+    Raises `UserError` where the rows of a batch, or their padding, reach one another even with one example a row.
+    """
+    fast = FastPath(model)
+    slow = fast.why_not()
+    found: dict[tuple[bool, bool], str] = {}
+    for packed in (True, False) if packing else (False,):
+        for is_fast in (True, False) if not slow else (False,):
+            found[packed, is_fast] = fast.neighbours_reach(packed, is_fast, autocast)
+            if not found[packed, is_fast]:
+                why_slow = slow or found.get((packed, True), "")
+                return Way(fast if is_fast else None, packed, why_slow, found.get((True, False), ""))
+    if batch_size > 1:
+        raise UserError(
+            f"adapt.lora: an example depends on the padding and the other rows of its batch ({found[False, False]}); "
+            "set per_device_train_batch_size: 1"
+        )
+    return Way(None if slow else fast, False, slow, found.get((True, False), ""))  # a row alone has neither

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmq.errors import LlmqError
+from llmq.adapt.finite import check_gradients, check_loss, check_weights
+from llmq.errors import LlmqError, UserError
 from llmq.models.vision import Player
 from llmq.terminal import Bar
 from llmq.types import Loaded
+
+WORD = "training"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ def order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan: Plan, folder: Path) -> dict[str, Any]:
-    """Train the opened network in place; returns the history. Raises `LlmqError` if a loss is not finite."""
+    """Train the opened network in place; returns the history.
+
+    Raises `LlmqError` for the first loss, gradient, weight or held-out figure that is not finite.
+    """
     model: Any = loaded.artifact.model
     network = loaded.module
     with torch.random.fork_rng(devices=[]):
@@ -80,7 +86,7 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
     done, history = _resume(checkpoint, players, optimizers)
     bar, began = Bar("training", plan.steps, start=done), time.perf_counter()
     for step in range(done, plan.steps):
-        losses = _step(loaded, examples, players, optimizers, plan, step)
+        losses = _step(loaded, examples, players, optimizers, plan, checkpoint, step)
         for weight, is_zero in zeros:
             weight.data.masked_fill_(is_zero, 0)
         _record(history, players, losses, step + 1, plan)
@@ -88,14 +94,18 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
             network.eval()
             metric, value = model.validate_on(loaded, held_out)
             network.train()
+            if not math.isfinite(value):
+                raise LlmqError(f"{WORD}: the held-out {metric} after step {step + 1} is no finite number ({value})")
             history["held_out"].append([step + 1, round(value, 5)])
             history["metric"] = metric
         seen = f" · {history['metric']} {history['held_out'][-1][1]:.4g}" if history["held_out"] else ""
         speed = (step + 1 - done) * plan.batch_size / (time.perf_counter() - began)
         bar.advance(" · ".join(f"{p.name} {v:.4f}" for p, v in zip(players, losses, strict=True)) + seen)
         if (step + 1) % plan.save_steps == 0 and step + 1 < plan.steps:
+            _check_state(players, step + 1, checkpoint)
             _save(checkpoint, players, optimizers, step + 1, history)
     bar.close()
+    _check_state(players, plan.steps, checkpoint)
     checkpoint.unlink(missing_ok=True)
     network.eval().to(memory_format=torch.contiguous_format)
     rates = {"seconds": round(time.perf_counter() - began, 2), "examples_per_second": round(speed, 1)}
@@ -103,7 +113,13 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
 
 
 def _step(
-    loaded: Loaded, examples: Sequence[Any], players: list[Player], optimizers: list[Any], plan: Plan, step: int
+    loaded: Loaded,
+    examples: Sequence[Any],
+    players: list[Player],
+    optimizers: list[Any],
+    plan: Plan,
+    checkpoint: Path,
+    step: int,
 ) -> list[float]:
     model: Any = loaded.artifact.model
     chosen = [examples[i] for i in order(len(examples), plan.batch_size, plan.seed, step)]
@@ -117,15 +133,43 @@ def _step(
                 group["lr"] = plan.rate(step)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(loaded.device.split(":")[0], torch.bfloat16, enabled=plan.autocast):
-                loss = player.loss(batch)
+                loss = _loss(player, batch, plan)
+            losses.append(loss.item())
+            kept = checkpoint if checkpoint.exists() else None
+            check_loss(losses[-1], step + 1, _who(player, players), kept)
             loss.backward()
+            check_gradients(player.module.named_parameters(), step + 1, _who(player, players), kept)
             if plan.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(player.module.parameters(), plan.max_grad_norm)
             optimizer.step()
-            losses.append(loss.item())
-    if not all(map(math.isfinite, losses)):
-        raise LlmqError(f"training: the loss of step {step + 1} is not a finite number; lower learning_rate")
     return losses
+
+
+def _loss(player: Player, batch: dict[str, Any], plan: Plan) -> Any:
+    try:
+        return player.loss(batch)
+    except ValueError as error:
+        if "Expected more than 1" not in str(error):
+            raise
+        raise UserError(
+            f"{WORD}: normalization over a batch has a single value a channel, and nothing to take a mean of; "
+            f"raise batch_size above {plan.batch_size}, or the images' size"
+        ) from None
+
+
+def _who(player: Player, players: list[Player]) -> str:
+    """The name of what is not finite: of several players, whose."""
+    return f"{WORD} of the {player.name}" if len(players) > 1 else WORD
+
+
+def _check_state(players: list[Player], step: int, checkpoint: Path) -> None:
+    """Weights and running means, before they are kept."""
+    kept = checkpoint if checkpoint.exists() else None
+    for player in players:
+        learned = {n for n, _ in player.module.named_parameters()}
+        state = player.module.state_dict().items()
+        running = ((n, t) for n, t in state if n in learned or "running_" in n)
+        check_weights(running, step, _who(player, players), kept)
 
 
 def _placed(value: Any, device: str, channels_last: bool) -> Any:

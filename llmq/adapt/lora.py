@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from llmq import processes
 from llmq.errors import UserError
@@ -63,8 +63,31 @@ class Lora(Step):
     def check(self) -> None:
         """Raise `UserError` for data or an optimizer that cannot be had."""
         super().check()
+        if self.lr_scheduler_type == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
+            raise UserError("lr_scheduler_type 'constant' has no warm-up; 'constant_with_warmup' has")
         if "paged" in self.optim:
             self._check_paged()
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for training arguments that nobody knows, and for data that leaves no token to learn."""
+        from llmq.tasks.windows import check_rows
+
+        self._with_arguments_folded_in()
+        check_rows(base, self.data, "train", self.max_length)
+
+    def _with_arguments_folded_in(self) -> "Lora":
+        """This step, with what `training_arguments` say of its own settings as its settings."""
+        from llmq.adapt.in_force import check_names
+
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        check_names(self.training_arguments, fields, frozenset(self.model_fields_set))
+        own = {k: v for k, v in self.training_arguments.items() if k in fields}
+        rest = {k: v for k, v in self.training_arguments.items() if k not in fields}
+        try:
+            return type(self).model_validate({**fields, **own, "training_arguments": rest})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"adapt.lora: training_arguments: {first['loc'][0]}: {first['msg']}") from None
 
     def _check_paged(self) -> None:
         if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
@@ -73,32 +96,33 @@ class Lora(Step):
                 f"optim {self.optim!r} pages to an accelerator's memory and there is none; {cure!r} runs here"
             )
 
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for data that leaves no token to learn."""
-        from llmq.tasks.windows import check_rows
-
-        check_rows(base, self.data, "train", self.max_length)
-
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train an adapter and write it to `folder` in PEFT's format."""
+        return self._with_arguments_folded_in()._apply(artifact, folder, context)
+
+    def _apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         from transformers import set_seed
 
-        from llmq.adapt.fast_path import FastPath
+        from llmq.adapt.fast_path import choose
         from llmq.adapt.training import train
 
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
         with artifact.open(context.device) as loaded:
             set_seed(seed)
-            model, fast, reason = self._prepare(loaded)
-            packing = self.packing and (fast is not None or FastPath(model).stock_keeps_examples_apart())
-            rows, held_out, counts = self._rows(loaded, split, packing)
+            model = self._with_adapter(loaded)
+            way = choose(model, self.packing, self.per_device_train_batch_size, _autocast(loaded))
+            rows, held_out, counts = self._rows(loaded, split, way.packing)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
-            history = train(model, fast, rows, held_out, loaded.processor.pad_token_id, folder, arguments)
+            pad, asked = loaded.processor.pad_token_id, self.training_arguments
+            history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
+        about = {"seed": seed, "packing": way.packing, "fast_path": way.why_slow or "used"}
+        if way.why_unpacked:
+            about["one_example_a_row"] = f"packed, {way.why_unpacked}"
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
             "tokens": counts,
-            "training": {**history, "seed": seed, "packing": packing, "fast_path": reason or "used"},
+            "training": {**history, **about},
         }
         return artifact.then(self, adapter=folder, notes=notes)
 
@@ -108,7 +132,9 @@ class Lora(Step):
 
         made = []
         for part in (split.train, split.held_out):
-            examples, counts = encode_all(part, loaded.processor, self.max_length)
+            encoded, counts = encode_all(part, loaded.processor, self.max_length)
+            examples = [e for e in encoded if any(e.said[1:])]  # a loss over no token is no number
+            counts = {**counts, "nothing_to_learn": len(encoded) - len(examples)}
             made.append((pack(examples, self.max_length) if packing else [[e] for e in examples], counts))
         (rows, counts), (held_out, held_out_counts) = made
         if not rows:
@@ -126,12 +152,15 @@ class Lora(Step):
             },
         )
 
-    def _prepare(self, loaded: Loaded) -> tuple[Any, Any, str]:
+    def _with_adapter(self, loaded: Loaded) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        from llmq.adapt.fast_path import FastPath
         from llmq.quantize.bnb_layers import keep_unpacked
 
+        if self.gradient_checkpointing and not loaded.module.supports_gradient_checkpointing:
+            raise UserError(
+                f"adapt.lora: {type(loaded.module).__name__} has no gradient checkpointing; set it to false"
+            )
         keep_unpacked(loaded.module)
         # With a cache transformers does not look for examples that begin within a row, and lets them see one another.
         loaded.module.config.use_cache = False
@@ -148,12 +177,9 @@ class Lora(Step):
             init_lora_weights=self.init_lora_weights,
         )
         try:
-            model = get_peft_model(loaded.module, config)
+            return get_peft_model(loaded.module, config)
         except ValueError as error:
             raise UserError(f"adapt.lora: target_modules {targets!r}: {str(error).splitlines()[0]}") from None
-        fast = FastPath(model)
-        reason = fast.why_not()
-        return model, None if reason else fast, reason
 
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
         per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
@@ -178,6 +204,7 @@ class Lora(Step):
             "save_steps": self.save_steps or quarter,
             "save_total_limit": 2,
             "logging_steps": max(1, steps // 40),
+            "logging_nan_inf_filter": False,
             "seed": seed,
             "use_cpu": on_cpu,
             "bf16": loaded.artifact.model.dtype == "bfloat16",  # type: ignore[attr-defined]
@@ -188,3 +215,14 @@ class Lora(Step):
             "report_to": "none",
             **self.training_arguments,
         }
+
+
+def _autocast(loaded: Loaded) -> Any:
+    """The products' precision while training, as `Trainer` sets it; None for the weights' own."""
+    import torch
+
+    dtype = loaded.artifact.model.dtype  # type: ignore[attr-defined]
+    kind = loaded.device.split(":")[0]
+    if dtype == "float32" or (dtype == "float16" and kind == "cpu"):
+        return None
+    return torch.autocast(kind, getattr(torch, dtype))

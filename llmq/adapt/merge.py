@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Measurement, Step
 
@@ -47,6 +47,7 @@ class Merge(Step):
         import torch
         from peft import PeftModel
 
+        from llmq.adapt.finite import first_not_finite
         from llmq.models.hugging_face import load_causal_lm, load_tokenizer
         from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
@@ -59,7 +60,10 @@ class Merge(Step):
         module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
-        save(module.to(getattr(torch, self.dtype or model.dtype)), folder, pairs)
+        module.to(getattr(torch, self.dtype or model.dtype))
+        if name := first_not_finite(dict(module.named_parameters())):
+            raise LlmqError(f"{self.word}: {name} is not finite in {self.dtype or model.dtype}; set dtype: float32")
+        save(module, folder, pairs)
         load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:

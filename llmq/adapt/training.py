@@ -1,8 +1,10 @@
 """transformers' `Trainer`, fed with packed rows, evaluated exactly, and watched."""
 
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ from transformers import Trainer, TrainerCallback
 
 from llmq import processes, terminal
 from llmq.adapt.fast_path import FastPath
+from llmq.adapt.finite import advice, check_gradients, check_loss, check_weights
+from llmq.adapt.in_force import check_in_force
 from llmq.adapt.packing import Collator
 from llmq.data.tokens import IGNORED
 from llmq.errors import LlmqError, UserError
+
+WORD = "adapt.lora"
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -34,6 +40,29 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             inputs.pop("tokens")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; raises `LlmqError` for a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        check_loss(float(loss), self.state.global_step + 1, WORD, self._kept())
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # A scaler of float16 leaves out the steps whose gradients overflow, and lowers its scale: that is its work.
+        if self.accelerator.scaler is None:
+            check_gradients(_trained(self.model), self.state.global_step + 1, WORD, self._kept())
+        return super()._clip_grad_norm(model)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.check_weights()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def check_weights(self) -> None:
+        """Raise `LlmqError` for an adapter that is not finite."""
+        check_weights(_trained(self.model), self.state.global_step, WORD, self._kept())
+
+    def _kept(self) -> Path | None:
+        return last_checkpoint(Path(self.args.output_dir))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss in nats a token over all held-out rows, independent of how they are batched."""
         collate, size = Collator(self.data_collator.pad_token_id), self.args.per_device_eval_batch_size
@@ -49,21 +78,26 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 tokens += learned
         model.train()
         metrics = {"eval_loss": total / tokens}
+        if not isfinite(metrics["eval_loss"]):
+            step, kept = self.state.global_step, self._kept()
+            raise LlmqError(f"{WORD}: the held-out loss after step {step} is not a finite number; {advice(kept)}")
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with loss and tokens a second."""
+    """A progress bar with loss and tokens a second; before it begins, a look at what is in force."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        self.asked = asked
         self.trainer: Any = None
         self.bar: Any = None
         self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the bar."""
+        """Check that what was asked is in force, and begin the bar."""
+        check_in_force(self.trainer, self.asked)
         self.bar = terminal.Bar("training", state.max_steps, start=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,6 +116,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """What transformers tells accelerate of one training by environment variables is not told to the next."""
+    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    before = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    try:
+        yield
+    finally:
+        for name in [n for n in os.environ if n.startswith(names) and n not in before]:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@_environment_kept()
 def train(
     model: Any,
     fast: FastPath | None,
@@ -90,24 +138,31 @@ def train(
     pad_token_id: int,
     folder: Path,
     arguments: dict[str, Any],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train, from the last whole checkpoint in `folder` if there is one, and write the adapter there.
 
-    Returns the history. Raises `LlmqError` if training does not see the processes that were started.
+    `asked` is what of the `arguments` the recipe wants of transformers by name. Returns the history. Raises `LlmqError`
+    if training does not see the processes that were started or what is learned is not finite, `UserError` for what was
+    asked and is not in force.
     """
     from transformers.trainer_callback import PrinterCallback
 
     checkpoints = folder / "checkpoints"
-    watch = Watch()
-    trainer = PackedTrainer(
-        fast,
-        model=model,
-        train_dataset=rows,
-        eval_dataset=held_out or None,
-        data_collator=Collator(pad_token_id),
-        args=_arguments(checkpoints, arguments),
-        callbacks=[watch],
-    )
+    watch = Watch(asked)
+    with _one_line(asked):
+        made = _arguments(checkpoints, arguments)
+        trainer = PackedTrainer(
+            fast,
+            model=model,
+            train_dataset=rows,
+            eval_dataset=held_out or None,
+            data_collator=Collator(pad_token_id),
+            args=made,
+            callbacks=[watch],
+        )
+        trainer.get_train_dataloader()
+        _check_scheduler(made)
     watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     seen = trainer.accelerator.num_processes
@@ -116,6 +171,7 @@ def train(
     done = last_checkpoint(checkpoints)
     with fast.switched_on() if fast else nullcontext():
         trainer.train(resume_from_checkpoint=str(done) if done else None)
+    trainer.check_weights()
     trainer.save_model(str(folder))
     if processes.is_first():
         (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
@@ -140,13 +196,34 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda f: int(f.name.split("-")[1]), default=None)
 
 
+@contextmanager
+def _one_line(asked: Mapping[str, Any]) -> Iterator[None]:
+    """What a library says of arguments that it cannot follow, in one line."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        if not asked:
+            raise
+        raise UserError(f"{WORD}: training_arguments {dict(asked)}: {' '.join(str(error).split())}") from None
+
+
+def _check_scheduler(arguments: Any) -> None:
+    """Raise what the scheduler would raise after everything was prepared."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    kwargs = arguments.lr_scheduler_kwargs
+    get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
+
+
+def _trained(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def _arguments(checkpoints: Path, arguments: dict[str, Any]) -> Any:
     from transformers import TrainingArguments
 
-    try:
-        made = TrainingArguments(str(checkpoints), **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"adapt.lora: training_arguments: {str(error).splitlines()[0]}") from None
+    made = TrainingArguments(str(checkpoints), **arguments)
     if processes.count() == 1:
         # Several cards in one process would mean DataParallel, which splits a batch behind our attention's back.
         made._n_gpu = min(made.n_gpu, 1)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llmq.tasks.prefix_tree import Piece, Row
+from llmq.tasks.prefix_tree import Piece, Row, common
 
 NAME = "llmq_prefixes"
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -157,6 +157,9 @@ def unwrapped(module: Any) -> Any:
 
 SPECIAL = ("attn_logit_softcapping", "attention_chunk_size", "layer_types", "sliding_window")
 
+SAME = 1e-6
+"""How far logits may move, relative to the largest, by the rounding of float32."""
+
 
 def why_not(module: Any, device: str) -> str:
     """Why the sequences of this model must be run one by one in its own way; empty if they need not."""
@@ -178,18 +181,28 @@ def why_not(module: Any, device: str) -> str:
 
 
 def _differs(module: Any, device: str) -> str:
-    """A probe: two sequences that share their beginning, together and by the model itself."""
+    """A probe: two sequences that share their beginning, together and by the model itself; and one beside another."""
     import torch
 
-    from llmq.tasks.prefix_tree import rows
-
     vocabulary = unwrapped(module).config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = [ids[:16], ids[:10] + ids[16:]]
-    (row,) = rows(sequences, 64)
+    ids = torch.randint(vocabulary, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, second, exchanged_first = ids[:16], ids[:10] + ids[16:24], ids[:10] + ids[24:]
     with torch.inference_mode():
-        together = forward(module, row, [row.places[row.members.index(i)][-1] for i in (0, 1)], device).float()
-        alone = [module(input_ids=torch.tensor([s]).to(device), use_cache=False).logits[0, -1] for s in sequences]
+        together = _ends([first, second], module, device)
+        alone = [module(input_ids=torch.tensor([s]).to(device), use_cache=False).logits[0, -1] for s in (first, second)]
+        beside_another = _ends([exchanged_first, second], module, device)[1]
     expected = torch.stack(alone).float()
     apart = float((together - expected).abs().max() / expected.abs().max())
-    return f"on a probe its logits differ by {apart:.1%}" if not apart <= 0.05 else ""
+    if not apart <= 0.05:
+        return f"on a probe its logits differ by {apart:.1%}"
+    # Nothing but the other sequence changed: what moves at all, beyond the last bits of a product, is a dependence.
+    moved = float((together[1] - beside_another).abs().max() / expected.abs().max())
+    return f"on a probe a sequence beside another moves its logits by {moved:.1%}" if moved > SAME else ""
+
+
+def _ends(sequences: Sequence[Sequence[int]], module: Any, device: str) -> Any:
+    """The logits (sequences, vocabulary) after the last token of each, of all in one row in the order given."""
+    row = Row()
+    for i, sequence in enumerate(sequences):
+        row.add(i, sequence, common(sequences[0], sequence) if i else 0)
+    return forward(module, row, [places[-1] for places in row.places], device).float()

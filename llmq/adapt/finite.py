@@ -1,0 +1,47 @@
+"""The first number that is not finite stops a training, by its step and its name."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import LlmqError
+
+CURE = "lower learning_rate"
+
+
+def check_loss(loss: float, step: int, what: str, kept: Path | None = None) -> None:
+    """Raise `LlmqError` for a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise LlmqError(f"{what}: the loss of step {step} is not a finite number; {advice(kept)}")
+
+
+def check_gradients(named: Iterable[tuple[str, Any]], step: int, what: str, kept: Path | None = None) -> None:
+    """Raise `LlmqError` for the first gradient that is not finite, of parameters by name."""
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    if name := first_not_finite(gradients):
+        raise LlmqError(f"{what}: the gradient of {name} in step {step} is not finite; {advice(kept)}")
+
+
+def check_weights(named: Iterable[tuple[str, Any]], step: int, what: str, kept: Path | None = None) -> None:
+    """Raise `LlmqError` for the first tensor of a trained network that is not finite."""
+    if name := first_not_finite(dict(named)):
+        raise LlmqError(f"{what}: after step {step} {name} is not finite; {advice(kept)}")
+
+
+def first_not_finite(tensors: dict[str, Any]) -> str:
+    """The name of the first tensor that holds a value that is not finite; empty if none does."""
+    import torch
+
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    # A sum of numbers times 0 is 0, or NaN where one is not finite: one product a tensor, and one wait for them all.
+    zeros = {name: (t.detach() * 0).sum(dtype=torch.float32).reshape(()) for name, t in floats.items()}
+    first = next(iter(zeros.values()), None)
+    if first is None or bool(torch.stack([z.to(first.device) for z in zeros.values()]).isfinite().all()):
+        return ""
+    return next(name for name, zero in zeros.items() if not bool(zero.isfinite()))
+
+
+def advice(kept: Path | None) -> str:
+    """What to do, and what is left to go on from."""
+    return CURE + (f"; the last whole checkpoint is kept in {kept}" if kept else "")
