@@ -43,18 +43,18 @@ def _ddp(attribute: str) -> Look:
         from torch.nn.parallel import DistributedDataParallel
 
         wrapped = trainer.model_wrapped
-        return isinstance(wrapped, DistributedDataParallel) and getattr(wrapped, attribute) == asked
+        return isinstance(wrapped, DistributedDataParallel) and bool(getattr(wrapped, attribute) == asked)
 
     return look
 
 
 def _loader(attribute: str) -> Look:
-    return lambda trainer, asked: getattr(trainer.callback_handler.train_dataloader, attribute) == asked
+    return lambda trainer, asked: bool(getattr(trainer.callback_handler.train_dataloader, attribute) == asked)
 
 
 def _drops_last(trainer: Any, asked: Any) -> bool:
     loader = trainer.callback_handler.train_dataloader
-    return bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last)) == asked
+    return bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last) == asked)
 
 
 def _betas(place: int) -> Look:
@@ -87,19 +87,19 @@ def _compiled(trainer: Any, asked: Any) -> bool:
 def _backend(trainer: Any, asked: str) -> bool:
     import torch
 
-    return torch.distributed.is_initialized() and torch.distributed.get_backend() == asked
+    return torch.distributed.is_initialized() and bool(torch.distributed.get_backend() == asked)
 
 
 def _tf32(trainer: Any, asked: bool) -> bool:
     import torch
 
-    return trainer.args.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 == asked
+    return bool(trainer.args.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 == asked)
 
 
 def _deterministic(trainer: Any, asked: bool) -> bool:
     import torch
 
-    return torch.are_deterministic_algorithms_enabled() == asked
+    return bool(torch.are_deterministic_algorithms_enabled() == asked)
 
 
 def _reports(trainer: Any, asked: Any) -> bool:
