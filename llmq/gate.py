@@ -142,6 +142,8 @@ def _judge(
         plain = replace(plain, value=m.value / b.value if kind == "ratio" else m.value - b.value)
         if sick := broken or _unhealthy(b):
             return replace(plain, verdict="base-unhealthy", reason=sick)
+        if doubt := _doubtful(b):
+            return replace(plain, n=_size(b), needed=FEWEST if _size(b) < FEWEST else None, reason=doubt)
     if (is_base and rule.is_relative) or (m.exact and (kind == "figure" or (b and b.exact))):
         return _decide(plain, rule, _exact(plain))
     return _by_samples(plain, rule, m, b if rule.is_relative else None)
@@ -155,7 +157,7 @@ def _by_samples(plain: Verdict, rule: Rule, m: Measurement, b: Measurement | Non
     if both:
         plain = replace(plain, n=both.n, only_stage=both.only_stage, only_base=both.only_base)
     else:
-        plain = replace(plain, n=min(m.n, b.n) if b else count(m.samples) if m.samples else m.n)
+        plain = replace(plain, n=min(_size(m), _size(b)) if b else _size(m))
     if plain.n < FEWEST:
         return replace(plain, needed=FEWEST, reason=too_few(plain.n))
     if both:
@@ -191,7 +193,8 @@ def _decide(plain: Verdict, rule: Rule, e: Estimate) -> Verdict:
 
 def _why_not(m: Measurement, b: Measurement | None) -> str:
     if m.samples is None or (b is not None and b.samples is None):
-        return "neither samples nor a standard error are known"
+        missing = m.stderr is None or (b is not None and b.stderr is None)
+        return f"{'neither samples nor a standard error are' if missing else 'no scatter is'} known"
     if len(set(m.samples.values)) == 1:
         return f"all {len(m.samples.values)} samples are alike, so nothing is known of how others would scatter"
     return "these samples allow no interval"
@@ -199,19 +202,34 @@ def _why_not(m: Measurement, b: Measurement | None) -> str:
 
 def _unhealthy(base: Measurement) -> str:
     """Why nothing can be judged by this base, or nothing."""
-    if base.chance is None or base.better == "unknown":
+    as_bad = base.chance is not None and _beyond(base.value, base)
+    if not as_bad or _size(base) < FEWEST:
         return ""
+    return f"the base's own {_beside_chance(base)}"
+
+
+def _doubtful(base: Measurement) -> str:
+    """Why more samples may yet show that nothing can be judged by this base, or nothing."""
     e = (estimates.alone(base.samples) if base.samples else None) or estimates.by_stderr(base)
-    at_chance = (
-        base.chance >= (e.low if e else base.value)
-        if base.better == "higher"
-        else base.chance <= (e.high if e else base.value)
-    )
-    if not at_chance:
+    if base.chance is None or not e or not _beyond(e.low if base.better == "higher" else e.high, base):
         return ""
+    return f"so few samples do not say whether the base itself is sound: its {_beside_chance(base)}"
+
+
+def _beyond(value: float, base: Measurement) -> bool:
+    """Whether a value is no better than blind guessing."""
+    assert base.chance is not None
+    return value <= base.chance if base.better == "higher" else base.better == "lower" and value >= base.chance
+
+
+def _beside_chance(base: Measurement) -> str:
     guess = "guessing scores" if base.better == "higher" else "guessing evenly among its tokens scores"
     figure = f"{base.metric} of {base.value:.4g} ({base.n} samples)"
-    return f"the base's own {figure} is not told from chance: {guess} {base.chance:.4g}"
+    return f"{figure} is not told from chance: {guess} {base.chance:.4g}"
+
+
+def _size(m: Measurement) -> int:
+    return count(m.samples) if m.samples else m.n
 
 
 def _in_unit_of(rule: Rule, m: Measurement) -> Rule:

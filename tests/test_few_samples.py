@@ -156,6 +156,29 @@ def test_rounding_is_no_scatter():
     assert found.high - found.low > 10, "bounded by how far unrelated samples lie apart"
 
 
+@pytest.mark.parametrize(
+    ("right", "n", "verdict", "says"),
+    [
+        (2, 3, "undecided", "do not say whether the base itself is sound"),
+        (1, 4, "undecided", "do not say whether the base itself is sound"),
+        (4, 8, "undecided", "do not say whether the base itself is sound"),
+        (50, 200, "base-unhealthy", "the base's own acc of 0.25 (200 samples) is not told from chance"),
+        (40, 200, "base-unhealthy", "the base's own"),
+        (100, 200, "pass", ""),
+    ],
+)
+def test_a_base_is_broken_only_where_enough_samples_say_so(right, n, verdict, says):
+    base = accuracy([1] * right + [0] * (n - right))
+    found = judged("acc >= base - 20pt", [accuracy(base.samples.values)], [base])
+    assert (found.verdict, says in found.reason) == (verdict, True)
+
+
+def test_the_perplexity_of_few_windows_breaks_no_base_for_other_rules():
+    base = [perplexity([11.5, 11.4]), size(100)]
+    assert judged("size <= 0.5x base", [size(10)], base).verdict == "pass"
+    assert judged("perplexity <= 2x base", [perplexity([11.5, 11.4])], base).verdict == "undecided"
+
+
 # Direction
 
 
