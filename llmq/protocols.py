@@ -10,6 +10,10 @@ HARNESS = re.compile(r"^lm-eval [^,]+, ")  # the version of the task, and the ha
 LEFT_OUT = re.compile(r"[,;] [\d,]+(?: of [\d,]+)? [\w ]+ left (?:out|unscored)")
 """What came out of asking; of samples that name their documents the pairs say it better."""
 
+RUNTIME = re.compile(r"\b(?:torch|openvino) in (?=\w)")
+"""A graph beside the network that it was made of is the comparison that is asked for: on the same device and threads,
+and in the same precision (`environment.where_it_runs`)."""
+
 
 def refused(m: Measurement, base: Measurement) -> str:
     """Why two figures of one task and metric are not compared, or nothing."""
@@ -24,7 +28,7 @@ def unlike(m: Measurement, base: Measurement) -> str:
     for what, x, y in (("units", m.unit, base.unit), ("directions", m.better, base.better)):
         if x != y:
             return f"unlike {what}, {x} against {y}"
-    protocols = [HARNESS.sub("", one.convention) for one in (m, base)]
+    protocols = [RUNTIME.sub("", HARNESS.sub("", one.convention)) for one in (m, base)]
     if m.samples and base.samples and m.samples.ids and base.samples.ids:
         protocols = [LEFT_OUT.sub("", protocol) for protocol in protocols]
     if protocols[0] != protocols[1]:

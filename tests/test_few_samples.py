@@ -320,6 +320,21 @@ def test_unlike_conditions_are_refused_within_one_run(tmp_path, other):
     assert gate.of_run(str(folder), ["decode >= 20"])[0].verdict == "pass"
 
 
+def test_a_graph_is_compared_with_the_network_that_it_was_made_of(tmp_path):
+    rates = np.random.default_rng(6).normal(10, 0.1, 12)
+    stages = {
+        name: [replace(speed(rate * rates), convention=f"input 32 float32, 2 threads, {where}")]
+        for name, rate, where in (
+            ("0-base", 1, "cpu, torch in float32"),
+            ("1-quantize.int8", 3, "cpu, openvino in float32"),
+            ("2-quantize.int8", 3, "cpu, openvino in bfloat16"),
+        )
+    }
+    report = Report.read(write_run(tmp_path / "run", stages))
+    assert [(c["stage"], c["verdict"]) for c in report.comparisons] == [("1-quantize.int8", "better")]
+    assert [(r["stage"], "bfloat16" in r["reason"]) for r in report.refused] == [("2-quantize.int8", True)]
+
+
 # The dtype of what is stored
 
 
