@@ -38,6 +38,9 @@ from llmq.types import Measurement, Samples
 FEWEST = 8
 """Documents under which nothing is decided: intervals of fewer hold the truth too seldom (`tests/test_coverage.py`)."""
 
+ENDLESS = 700.0
+"""The logarithm of what a float can hold."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -141,11 +144,13 @@ def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
         plain = Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
         return _at_least(plain, _seldom(a, b))
     alike = _unvaried(a, b)
-    if a.statistic != "exp" or not alike:
+    if a.statistic != "exp":
         return alike
-    level = float(figure(b)[0])
-    low, high = (level * (exp(end) - 1) for end in alike.interval)
-    return replace(alike, value=value, low=low, high=high, stderr=level * alike.stderr)
+    times, level = _exponential(alike), float(figure(b)[0])
+    if not times:
+        return None
+    low, high = (level * (end - 1) for end in times.interval)
+    return Estimate(value, low, high, level * times.stderr, n, p=times.p)
 
 
 def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
@@ -298,7 +303,10 @@ def _partition(clusters: Sequence[int] | None) -> list[int] | None:
 
 
 def _exponential(e: Estimate | None) -> Estimate | None:
-    return Estimate(exp(e.value), exp(e.low), exp(e.high), e.stderr, e.n, log=True, p=e.p) if e else None
+    """Of an estimate of a logarithm; none where an end is beyond all numbers."""
+    if not e or max(abs(e.low), abs(e.high)) > ENDLESS:
+        return None
+    return Estimate(exp(e.value), exp(e.low), exp(e.high), e.stderr, e.n, log=True, p=e.p)
 
 
 def _is_binary(samples: Samples) -> bool:

@@ -9,12 +9,13 @@ import pytest
 from run_folders import accuracy, perplexity, size, speed, write_run
 from scipy import stats
 
-from llmq import compare, gate, proportions, protocols, statistics
+from llmq import compare, gate, pipeline, proportions, protocols, recipe, statistics
 from llmq.errors import UserError
 from llmq.estimates import alone, difference, ratio
 from llmq.proportions import Table
 from llmq.report import Report, markdown, screen
 from llmq.rules import read_rule
+from llmq.source import Source
 from llmq.types import Measurement, Samples
 
 
@@ -379,3 +380,33 @@ def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, base, sta
 def test_a_ratio_of_shares_of_none_has_no_endless_interval():
     found = ratio(Samples((1.0,) * 9 + (0.0,)), Samples((0.0,) * 9 + (1.0,)))
     assert found is None or math.isfinite(found.high)
+
+
+def test_losses_of_a_broken_model_have_no_interval_and_no_traceback():
+    base = tuple(np.random.default_rng(7).normal(2, 0.1, 8))
+    broken = (*base[:7], 600.0)
+    a, b = (Samples(values, statistic="exp") for values in (broken, base))
+    assert ratio(a, b) is None
+    shifted = Samples(tuple(x + 650 for x in base), statistic="exp")
+    assert ratio(shifted, b) is None
+    assert difference(shifted, b) is None
+
+
+def test_no_figure_of_an_ordinary_run_is_refused(tiny_llama, tmp_path):
+    steps = [{"prune.magnitude": {"sparsity": 0.5}}, "quantize.bnb"]
+    tasks = [
+        "size",
+        {"perplexity": {"window": 32, "limit": 10}},
+        {"speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 8}},
+        {"lm_eval": {"tasks": ["pydoc_continuation"], "limit": 10}},
+        {"divergence": {"windows": 8, "window": 16, "limit": 10}},
+    ]
+    plain = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": steps, "evaluate": tasks}
+    report = pipeline.run(recipe.parse(Source("x", plain), "x"), tmp_path / "run")
+    assert report.refused == []
+    assert {s["stored"] for s in report.stages} >= {"bfloat16"}
+    told = {(c["stage"], c["metric"]): c for c in report.comparisons}
+    assert {name for name, _ in told} == {"1-prune.magnitude", "2-quantize.bnb"}
+    assert told["2-quantize.bnb", "bytes_on_disk"]["ci95"][0] == told["2-quantize.bnb", "bytes_on_disk"]["ci95"][1]
+    assert all(c["ci95"][0] < c["ci95"][1] for (_, m), c in told.items() if c["ci95"] and "bytes" not in m and c["n"])
+    assert told["2-quantize.bnb", "peak_memory"]["verdict"] == "undecided"
