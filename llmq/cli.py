@@ -56,17 +56,21 @@ def finetune(
     overrides: Overrides = None,
     bits: Annotated[int, typer.Option(help="4 or 8 to quantize the base first (QLoRA), 16 not to.")] = 4,
     merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
+    columns: Annotated[str | None, typer.Option(help="Our columns and DATA's: prompt=query,completion=reply")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL, fine-tune it on DATA with LoRA, measure every stage: QLoRA in one command."""
     if bits not in (4, 8, 16):
         raise _user_error(f"--bits {bits}: 4, 8 or 16")
+    from llmq.overrides import with_columns
+
+    told = with_columns(data, columns)
     quantize_step = [{"quantize.bnb": {"bits": bits}}] if bits != 16 else []
-    steps: list[Any] = [*quantize_step, {"adapt.lora": {"data": data}}, *(["adapt.merge"] if merge else [])]
+    steps: list[Any] = [*quantize_step, {"adapt.lora": {"data": told}}, *(["adapt.merge"] if merge else [])]
     evaluate = [
         "size",
-        {"perplexity": {"data": data, "limit": 64}},
+        {"perplexity": {"limit": 64}},  # on what adapt.lora trains on, its columns named or not
         {"perplexity": {"data": "pydoc", "limit": 16}},
         "speed",
     ]

@@ -111,3 +111,16 @@ def _one_of(
         source.data[key][number] = {word: settings}
         return settings, (key, number, word), inner
     return None
+
+
+def with_columns(data: str, columns: str | None) -> Any:
+    """A bare word or path of rows of text, with the columns that `prompt=query,completion=reply` names."""
+    if columns is None:
+        return data
+    pairs = [pair.partition("=") for pair in columns.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise UserError(
+            f"--columns {columns!r}: write prompt=query,completion=reply, our names before those of the data"
+        )
+    ((word, settings),) = plugin.data_entry(data, "causal-lm").items()
+    return {word: {**settings, "columns": {ours.strip(): theirs.strip() for ours, _, theirs in pairs}}}

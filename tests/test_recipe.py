@@ -236,3 +236,63 @@ def test_of_two_steps_of_one_word_an_override_names_one_by_its_stage():
     assert (first.max_steps, second.max_steps) == (None, 7)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"2 steps 'adapt\.train'; write 1-adapt\.train or 3-adapt\.train"):
         recipe.load(name, ["adapt.train.max_steps=7"])
+
+
+# Overrides of tasks
+
+
+def test_an_override_reaches_a_task_of_a_named_suite(load):
+    text = TEXT.replace("evaluate:\n  - size", "evaluate: text-quick")
+    made = load(text, "perplexity.limit=32", "tasks.speed.rounds=3")
+    by_name = {task.name: task for task in made.evaluate}
+    assert (by_name["perplexity"].limit, by_name["speed"].rounds) == (32, 3)  # type: ignore[attr-defined]
+    assert made.plain()["evaluate"][1] == {"perplexity": {"data": "pydoc", "limit": 32}}
+
+
+def test_an_override_names_the_data_of_a_task(load, tmp_path):
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    made = load(TEXT.replace("  - size", "  - perplexity"), "perplexity.data=my.jsonl")
+    assert made.evaluate[0].data.path == Path("my.jsonl")  # type: ignore[attr-defined]
+
+
+def test_what_is_wrong_in_an_overridden_suite_is_named_where_it_stands(load, tmp_path):
+    (tmp_path / "s.yaml").write_text("# a comment\n- size\n- speed: {rounds: 0}\n- perplexity\n")
+    text = TEXT.replace("evaluate:\n  - size", "evaluate: s.yaml")
+    with pytest.raises(UserError, match=r"^s\.yaml:3: rounds: 0 of tasks\.speed is wrong"):
+        load(text, "perplexity.limit=3")
+    with pytest.raises(UserError, match=r"^command line: unknown key 'windows' of tasks\.perplexity; did you mean"):
+        load(text, "speed.rounds=2", "perplexity.windows=8")
+
+
+def test_of_two_tasks_of_one_word_an_override_names_one_by_its_place(load):
+    text = TEXT.replace("  - size", "  - perplexity: {window: 8}\n  - perplexity: {window: 9}")
+    assert [t.limit for t in load(text, "perplexity-2.limit=3").evaluate] == [None, 3]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"2 tasks 'perplexity'; write perplexity-1 or perplexity-2"):
+        load(text, "perplexity.limit=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "cure"),
+    [
+        ("perplexty.limit=3", "this recipe has no 'perplexty'; did you mean 'perplexity'"),
+        ("detection.limit=3", "this recipe has no 'detection'"),
+        ("adapt.lra.r=3", "this recipe has no 'adapt.lra'; did you mean 'adapt.lora'"),
+    ],
+)
+def test_an_override_of_nothing_is_one_line(load, override, cure):
+    with pytest.raises(UserError, match=cure):
+        load(TEXT.replace("evaluate:\n  - size", "evaluate: text-quick"), override)
+
+
+def test_the_suite_is_chosen_before_its_tasks_are_changed(load):
+    made = load(TEXT, "perplexity.limit=3", "evaluate=text-quick")
+    assert [t.limit for t in made.evaluate if t.name == "perplexity"] == [3]  # type: ignore[attr-defined]
+
+
+def test_an_override_changes_the_data_that_stands_there(load, tmp_path):
+    (tmp_path / "my.jsonl").write_text('{"q": "a", "completion": "b"}\n')
+    text = TEXT.replace("pydoc", "my.jsonl")
+    data = load(text, "adapt.lora.data.columns.prompt=q").steps[1].data  # type: ignore[attr-defined]
+    assert (data.path, data.columns) == (Path("my.jsonl"), {"prompt": "q"})
+    other = load(TEXT, "adapt.lora.data.docstrings.held_out=0.2").steps[1].data  # type: ignore[attr-defined]
+    assert (other.word, other.held_out) == ("data.docstrings", 0.2)

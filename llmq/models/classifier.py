@@ -36,6 +36,10 @@ class Classifier(Vision):
                 f"set model.classes={len(split.classes)} (and model.new_head=true where it keeps its weights)"
             )
 
+    def check_images(self, split: Split) -> None:
+        """Raise `UserError` for examples that are no images; calibration looks at no label."""
+        _the_shape(split)
+
     def places(self, split: Split) -> list[int]:
         """The output that stands for each class of the data: by its name, or, where none is known, the same number.
 
@@ -46,7 +50,7 @@ class Classifier(Vision):
         if found is None and split.classes and len(split.classes) != self.outputs:
             raise UserError(
                 f"the data has {len(split.classes)} classes, and this network has {self.outputs}, "
-                f"none of them named {split.classes[0]!r}"
+                f"none of them named {split.classes[0]!r}; name data of its classes, or images without (labels: false)"
             )
         return list(range(self.outputs)) if found is None else found
 

@@ -145,7 +145,7 @@ class Vision(BaseModel):
         """
         if split is None:
             raise UserError("it needs 'data' to calibrate on, such as the data that the network was trained on")
-        self.check_split(split)
+        self.check_images(split)
         import numpy as np
 
         rows = np.random.default_rng(seed).permutation(len(split.train))[:samples]
@@ -167,6 +167,10 @@ class Vision(BaseModel):
 
     def check_split(self, split: Split) -> None:
         """Raise `UserError` for data that this network cannot learn from, or be asked about."""
+
+    def check_images(self, split: Split) -> None:
+        """Raise `UserError` for images that this network cannot be given, whatever they are labelled with."""
+        self.check_split(split)
 
     def numbered(self, split: Split) -> Split:
         """The split with its labels as this network numbers them."""
