@@ -21,6 +21,8 @@ class Result:
     measurements: tuple[Measurement, ...]
     timed: frozenset[Key] = frozenset()
     """The figures of clocks, which only pair within their run."""
+    stored: str = ""
+    """The dtype that its weights are stored in, where the report of its run says so."""
 
     @property
     def figures(self) -> dict[Key, Measurement]:
@@ -81,9 +83,9 @@ def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
     except LlmqError as error:
         raise UserError(f"{str(folder.parent / 'report.json')!r}: {error}") from None
     rest = [m for m in bare if (m.task, m.metric) not in have]
-    return Result(
-        folder.name, folder.resolve().parent, (*found, *rest), frozenset((m.task, m.metric) for m in (*timed, *rest))
-    )
+    of_clocks = frozenset((m.task, m.metric) for m in (*timed, *rest))
+    stored = next((s.get("stored", "") for s in report.get("stages", ()) if s["name"] == folder.name), "")
+    return Result(folder.name, folder.resolve().parent, (*found, *rest), of_clocks, stored)
 
 
 def _without_stage(entry: Mapping[str, Any]) -> dict[str, Any]:

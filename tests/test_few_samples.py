@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,10 @@ from llmq import compare, gate, pipeline, proportions, protocols, recipe, statis
 from llmq.errors import UserError
 from llmq.estimates import alone, difference, ratio
 from llmq.proportions import Table
-from llmq.report import Report, markdown, screen
+from llmq.report import Report, Stage, markdown, screen, verdicts
 from llmq.rules import read_rule
 from llmq.source import Source
-from llmq.types import Measurement, Samples
+from llmq.types import Artifact, Measurement, Samples
 
 
 def judged(rule: str, stage, base):
@@ -290,8 +290,6 @@ def test_left_out_documents_are_counted_on_every_face(tmp_path, capsys):
     assert said in markdown.draw(report)
     screen.show(report)
     assert said in capsys.readouterr().out
-    from llmq.report import verdicts
-
     verdicts.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
     told = verdicts.gate_as_data(gate.of_run(str(folder), ["acc >= base"]))
     verdicts.show_gate(told)
@@ -360,11 +358,8 @@ def stored(folder, dtype, packed=False):
         ("bfloat16", "float32", False, "stored as float32, the base as bfloat16"),
     ],
 )
-def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, base, stage, packed, says):
+def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, capsys, base, stage, packed, says):
     import torch
-
-    from llmq.report import Stage
-    from llmq.types import Artifact
 
     places = stored(tmp_path / "b", getattr(torch, base)), stored(tmp_path / "s", getattr(torch, stage), packed)
     stages = [
@@ -375,6 +370,11 @@ def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, base, sta
     text = markdown.draw(report)
     assert text.count(says) == 2 if says else "stored as" not in text
     assert math.isclose(report.comparisons[0]["ratio"], 0.5)
+    run = write_run(tmp_path / "run", {s.name: s.measurements for s in stages})
+    (run / "report.json").write_text(json.dumps(asdict(report)))
+    verdicts.show_comparison(compare.side_by_side(compare.targets([str(run)])))
+    told = capsys.readouterr().out
+    assert f"1-x: {says}" in told if says else "stored as" not in told
 
 
 def test_a_ratio_of_shares_of_none_has_no_endless_interval():

@@ -121,7 +121,7 @@ def summary(report: Report) -> list[str]:
         for c in report.comparisons:
             if c["stage"] == name and c["metric"] in HEADLINE and c["ratio"] is not None:
                 told = TOLD.get(c["verdict"], c["verdict"])
-                of_size = c["metric"] == "bytes_on_disk" and stored_otherwise(report, name)
+                of_size = c["metric"] == "bytes_on_disk" and _stored_otherwise(report, name)
                 told += f"; {of_size}" if of_size else ""
                 found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({told})")
         lines.append(f"{name}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
@@ -132,7 +132,7 @@ def notes(report: Report) -> list[str]:
     """What the table's marks and ratios leave unsaid: other dtypes, documents without a pair, what is not compared."""
     lines = []
     for name in report.measured[1:]:
-        if said := stored_otherwise(report, name):
+        if said := _stored_otherwise(report, name):
             lines.append(f"{name}: {said}: its ratios of sizes compare both what was done to it and how it is stored")
     said_of: dict[tuple[str, str, str], list[str]] = {}
     for c in report.comparisons:
@@ -153,10 +153,16 @@ def left_out(c: Mapping[str, Any]) -> str:
     )
 
 
-def stored_otherwise(report: Report, name: str) -> str:
-    """The dtypes that a stage and the base are stored in, where half of a ratio of sizes is theirs; or nothing."""
+def _stored_otherwise(report: Report, name: str) -> str:
     stored = {s["name"]: s.get("stored", "") for s in report.stages}
-    base, stage = stored[report.measured[0]], stored[name]
+    return stored_otherwise(stored[name], stored[report.measured[0]])
+
+
+def stored_otherwise(stage: str, base: str) -> str:
+    """The dtypes that a stage and the base are stored in, where a part of their ratio of sizes is theirs; or nothing.
+
+    Packed weights beside a base of 4 bytes a weight are told too: beside one of 2 their ratio would be twice as large.
+    """
     packed, _, floats = stage.rpartition(" and ")
     wide = base in ("float32", "float64")
     if not (base and stage) or (floats == base and not (packed and wide)):

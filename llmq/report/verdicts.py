@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmq.compare import SideBySide
 from llmq.gate import EXIT_CODES, Verdict, overall
-from llmq.report.table import ARROWS, MARKS, left_out, number
+from llmq.report.table import ARROWS, MARKS, left_out, number, stored_otherwise
 from llmq.statistics import Comparison
 from llmq.types import Measurement
 
@@ -57,6 +57,10 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
     for name, c in found.comparisons:
         if said := left_out(asdict(c)) or c.reason:
             out.print(f"{name}: {c.task} {c.metric}: {said}", markup=False, soft_wrap=True)
+    sized = {name for name, c in found.comparisons if c.metric == "bytes_on_disk"}
+    for other in others:
+        if other.name in sized and (said := stored_otherwise(other.stored, first.stored)):
+            out.print(f"{other.name}: {said}", markup=False, soft_wrap=True)
     for refusal in found.refusals:
         out.print(f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}", markup=False)
 
