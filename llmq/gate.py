@@ -143,7 +143,7 @@ def _judge(
         if sick := broken or _unhealthy(b):
             return replace(plain, verdict="base-unhealthy", reason=sick)
         if doubt := _doubtful(b):
-            return replace(plain, n=_size(b), needed=FEWEST if _size(b) < FEWEST else None, reason=doubt)
+            return replace(plain, n=_size(b), reason=doubt)
     if (is_base and rule.is_relative) or (m.exact and (kind == "figure" or (b and b.exact))):
         return _decide(plain, rule, _exact(plain))
     return _by_samples(plain, rule, m, b if rule.is_relative else None)
@@ -211,7 +211,7 @@ def _unhealthy(base: Measurement) -> str:
 def _doubtful(base: Measurement) -> str:
     """Why more samples may yet show that nothing can be judged by this base, or nothing."""
     e = (estimates.alone(base.samples) if base.samples else None) or estimates.by_stderr(base)
-    if base.chance is None or not e or not _beyond(e.low if base.better == "higher" else e.high, base):
+    if base.chance is None or not e or e.n < FEWEST or not _beyond(e.low if base.better == "higher" else e.high, base):
         return ""
     return f"so few samples do not say whether the base itself is sound: its {_beside_chance(base)}"
 

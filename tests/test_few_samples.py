@@ -160,8 +160,8 @@ def test_rounding_is_no_scatter():
 @pytest.mark.parametrize(
     ("right", "n", "verdict", "says"),
     [
-        (2, 3, "undecided", "do not say whether the base itself is sound"),
-        (1, 4, "undecided", "do not say whether the base itself is sound"),
+        (2, 3, "undecided", "3 samples decide nothing; 8 may"),
+        (1, 4, "undecided", "4 samples decide nothing; 8 may"),
         (4, 8, "undecided", "do not say whether the base itself is sound"),
         (50, 200, "base-unhealthy", "the base's own acc of 0.25 (200 samples) is not told from chance"),
         (40, 200, "base-unhealthy", "the base's own"),
@@ -295,6 +295,21 @@ def test_left_out_documents_are_counted_on_every_face(tmp_path, capsys):
     verdicts.show_gate(told)
     assert capsys.readouterr().out.count(said) == 2
     json.dumps(told, allow_nan=False)
+
+
+def test_too_few_samples_are_told_on_every_face(tmp_path, capsys):
+    base, stage = accuracy([1, 1, 1, 0, 0]), accuracy([1, 1, 1, 1, 0])
+    peak = Measurement("speed", "peak_memory", 1e9, "bytes", "lower", 1, None, "c", Samples((1e9,)))
+    folder = write_run(tmp_path / "run", {"0-base": [base, peak], "1-x": [stage, peak]})
+    screen.show(Report.read(folder))
+    verdicts.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
+    told = capsys.readouterr().out
+    assert told.count("arc_easy acc: 5 samples decide nothing; 8 may") == 2
+    assert "1 sample" not in told
+    verdicts.show_gate(verdicts.gate_as_data(gate.of_run(str(folder), ["acc >= base", "peak_memory <= base"])))
+    told = capsys.readouterr().out
+    assert "5 samples decide nothing; 8 may" in told
+    assert "1 sample decides nothing; 8 may" in told
 
 
 # One run, unlike conditions

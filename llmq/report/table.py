@@ -136,11 +136,17 @@ def notes(report: Report) -> list[str]:
             lines.append(f"{name}: {said}: its ratios of sizes compare both what was done to it and how it is stored")
     said_of: dict[tuple[str, str, str], list[str]] = {}
     for c in report.comparisons:
-        if left := left_out(c):
-            said_of.setdefault((c["stage"], c["task"], left), []).append(c["metric"])
+        if said := unsaid(c):
+            said_of.setdefault((c["stage"], c["task"], said), []).append(c["metric"])
     for r in report.refused:
         said_of.setdefault((r["stage"], r["task"], f"not compared: {r['reason']}"), []).append(r["metric"])
     return lines + [f"{stage}: {task} {', '.join(m)}: {said}" for (stage, task, said), m in said_of.items()]
+
+
+def unsaid(c: Mapping[str, Any]) -> str:
+    """Which documents of a comparison have no pair, and why nothing was decided; of a single figure that is plain."""
+    reason = c.get("reason", "") if c.get("n") != 1 else ""
+    return "; ".join(filter(None, (left_out(c), reason)))
 
 
 def left_out(c: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmq.compare import SideBySide
 from llmq.gate import EXIT_CODES, Verdict, overall
-from llmq.report.table import ARROWS, MARKS, left_out, number, stored_otherwise
+from llmq.report.table import ARROWS, MARKS, left_out, number, stored_otherwise, unsaid
 from llmq.statistics import Comparison
 from llmq.types import Measurement
 
@@ -55,7 +55,7 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
     out.print(table)
     out.print(LEGEND, style="dim", soft_wrap=True)
     for name, c in found.comparisons:
-        if said := left_out(asdict(c)) or c.reason:
+        if said := unsaid(asdict(c)):
             out.print(f"{name}: {c.task} {c.metric}: {said}", markup=False, soft_wrap=True)
     sized = {name for name, c in found.comparisons if c.metric == "bytes_on_disk"}
     for other in others:
