@@ -13,6 +13,10 @@ class LlmqError(Exception):
 
     exit_code = 4
 
+    def __str__(self) -> str:
+        # A file name that is no UTF-8 has lone surrogates, which no terminal and no JSON takes.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class UserError(LlmqError):
     """The user's input is wrong (exit code 2); nothing was started."""

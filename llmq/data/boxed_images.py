@@ -8,12 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmq.data.images import Example, Lazily, make_split, read_image, unreadable
+from llmq.data.images import Example, Lazily, make_split, read_image, size_of_file
 from llmq.errors import UserError
 from llmq.types import Split
 
 ROUNDING = 1.0  # pixels that a box may reach out of its image, as files that were rounded do; it is clipped
-ORIENTATION = 0x0112
 Box = tuple[float, float, float, float]
 
 
@@ -68,14 +67,7 @@ def facts(path: Path) -> tuple[int, int, str]:
 @cache
 def _facts(path: Path, size: int, changed: int) -> tuple[int, int, str]:
     # Size and time of change are there for the cache.
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(ORIENTATION, 1)
-    except unreadable() as error:
-        raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}; copy it again") from None
+    width, height, turned = size_of_file(path)
     if turned != 1:
         raise UserError(
             f"{path}: is to be turned when it is shown (EXIF orientation {turned}), and boxes may be meant either way; "

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmq.data.pixels import ORIENTATION, Window, as_bytes, is_tiff, range_of, read_tiff, readable
 from llmq.errors import UserError
 from llmq.files import sha256_text
 from llmq.types import Split
@@ -49,26 +50,66 @@ class Lazily(Sequence[Example]):
         return (self.open(item) for item in self.items)
 
 
-def read_image(path: Path, channels: int = 3) -> Any:
-    """A file as uint8 `(height, width, channels)`. Raises `UserError` for one that cannot be read or is 16-bit."""
+def read_image(path: Path, channels: int = 3, window: Window | None = None) -> Any:
+    """A file as uint8 `(height, width, channels)`, turned as it is shown (EXIF).
+
+    Other numbers than bytes are read through `window`, whose ends become 0 and 255. Raises `UserError` for a file that
+    cannot be read, that is deeper without a window, or that holds several images.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}")
+    image = _of_tiff(path, window) if is_tiff(path) else _by_pillow(path, channels, window)
+    return in_channels(image, channels)
+
+
+def in_channels(image: Any, channels: int) -> Any:
+    """uint8 `(height, width)` or `(height, width, 3)` as `(height, width, channels)`; grey as Pillow has it."""
     import numpy as np
     from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            if deep := _deep(opened):
-                raise UserError(f"{path}: {deep} holds more than 8 bits a pixel; scale it to 8 and save it again")
-            image = np.asarray(opened.convert("RGB" if channels == 3 else "L"))
-    except unreadable() as error:
-        raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
-    return image.reshape(*image.shape[:2], channels)
+    if image.ndim == 3 and channels == 1:
+        image = np.asarray(Image.fromarray(image).convert("L"))
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], channels, axis=-1)
+    return image
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What Pillow raises for a file that it cannot read, or that would fill the memory."""
-    from PIL import Image, UnidentifiedImageError
+def _of_tiff(path: Path, window: Window | None) -> Any:
+    pixels, _ = read_tiff(path)
+    if len(pixels) > 1:
+        raise UserError(f"{path}: holds {len(pixels)} images, and one is needed; save each in a file of its own")
+    return as_bytes(pixels, window, str(path), _too_deep(f"{pixels.dtype}, {range_of(pixels)},"))[0]
 
-    return UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError
+
+def _by_pillow(path: Path, channels: int, window: Window | None) -> Any:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with readable(path, "image"), Image.open(path) as opened:
+        deep, plain = _deep(opened), opened.mode.startswith(("I", "F"))
+        if deep and not plain:  # Pillow drops half of such colours
+            raise UserError(f"{path}: {deep} holds more than 8 bits a pixel; scale it to 8, or save it as TIFF")
+        if deep and window is None:
+            raise UserError(f"{path}: {_too_deep(deep)}")
+        shown = ImageOps.exif_transpose(opened)
+        if window is None:
+            return np.asarray(shown.convert("RGB" if channels == 3 else "L"))
+        pixels = np.asarray(shown if plain else shown.convert("RGB" if channels == 3 else "L"))
+    return as_bytes(pixels[None], window, str(path), "")[0]
+
+
+def _too_deep(what: str) -> str:
+    return f"{what} holds more than 8 bits a pixel; scale it to 8 and save it again, or set window: [low, high]"
+
+
+def size_of_file(path: Path) -> tuple[int, int, int]:
+    """Width and height as an image is shown, off the head of its file, and its EXIF orientation (1: as stored)."""
+    from PIL import Image
+
+    with readable(path, "image"), Image.open(path) as opened:
+        turned = int(opened.getexif().get(ORIENTATION, 1))
+        width, height = opened.size
+    return (height, width, turned) if turned >= 5 else (width, height, turned)
 
 
 def _deep(opened: Any) -> str:
@@ -100,16 +141,34 @@ def _renumbered(part: Sequence[Example], numbers: Sequence[int], place: int) -> 
 def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[int] | None:
     """The output that stands for each class by its name; None where none of them is among the `names`.
 
-    Raises `UserError` where some are and some are not.
+    Raises `UserError` where some are and some are not, for a name that several outputs share (ImageNet has two cranes),
+    and for two classes that are one output.
     """
-    known = {name.lower(): i for i, its in enumerate(names) for name in its}
+    known: dict[str, int] = {}
+    shared: dict[str, list[int]] = {}
+    for i, its in enumerate(names):
+        for name in {name.lower() for name in its}:
+            known[name] = i
+            shared.setdefault(name, []).append(i)
     unknown = [name for name in classes if name.lower() not in known]
     if unknown and len(unknown) < len(classes):
         raise UserError(
             f"the data's class {unknown[0]!r} is none of those that its weights name, and "
             f"{next(n for n in classes if n not in unknown)!r} is; rename it, or begin with a new head"
         )
-    return None if unknown or not classes else [known[name.lower()] for name in classes]
+    if unknown or not classes:
+        return None
+    for name in classes:
+        if len(outputs := shared[name.lower()]) > 1:
+            which = " or ".join(f"{names[i][0]!r} (output {i})" for i in outputs)
+            raise UserError(f"the data's class {name!r} names {len(outputs)} outputs; call it {which}")
+    numbers = [known[name.lower()] for name in classes]
+    if twice := next((i for i, n in enumerate(numbers) if n in numbers[:i]), None):
+        first = classes[numbers.index(numbers[twice])]
+        raise UserError(
+            f"the data's classes {first!r} and {classes[twice]!r} are both output {numbers[twice]}; join them"
+        )
+    return numbers
 
 
 def make_split(

@@ -12,7 +12,7 @@ from llmq.data.images import Example, Lazily, make_split
 from llmq.errors import UserError
 from llmq.types import Data, Split
 
-VOLUMES = (".npz", ".tif", ".tiff")
+VOLUMES = "an .npz, .tif, .nc or .raw, or a folder of slices"
 
 
 class Rock(Data):
@@ -25,7 +25,9 @@ class Rock(Data):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
     shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
 
-    path: Path | None = Field(None, description="the folder of DRSRD1, or an .npz or .tif volume (z, y, x)")
+    path: Path | None = Field(
+        None, description="the folder of DRSRD1, or a volume (z, y, x): .npz, .tif, .nc, .raw, a folder of slices"
+    )
     scale: Literal[2, 3, 4] = 4
     kernel: Literal["default", "unknown"] = "default"
     noise: NonNegativeFloat = Field(0.0, description="on low images to learn from: sigma in grey levels, at most")
@@ -36,6 +38,13 @@ class Rock(Data):
     held_out: Literal["valid", "test"] = Field("test", description="the part of DRSRD1 that is set aside")
 
     partner: Path | None = Field(None, description="the registered low-resolution volume, if not `lr` in the .npz")
+    window: tuple[float, float] | None = Field(
+        None, description="numbers that become grey levels 0 and 255; needed where a volume is not 8-bit"
+    )
+    partner_window: tuple[float, float] | None = Field(None, description="the partner's, if not the same")
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, description="of a .raw volume: z, y, x")
+    partner_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, description="of a .raw partner")
+    dtype: str | None = Field(None, description="of .raw volumes, as numpy writes it: uint8, <u2, >f4, …")
     across: Literal["z", "y", "both"] = Field("z", description="what the slices of a volume lie across")
     train_until: PositiveInt | None = Field(None, description="x of a volume where training ends; 75 % if unset")
     held_out_from: PositiveInt | None = Field(None, description="x where the part set aside begins; 80 % if unset")
@@ -57,7 +66,8 @@ class Rock(Data):
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
         if self.partner is not None and not self._is_volume:
-            raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {', '.join(VOLUMES)}")
+            raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {VOLUMES}")
+        self._check_numbers()
         if self.path is not None and not self._is_volume and self.scale == 3:
             raise UserError("scale 3 is not among the low-resolution images of DRSRD1: 2 or 4")
         if self.train_until and self.held_out_from and self.train_until > self.held_out_from:
@@ -65,6 +75,20 @@ class Rock(Data):
         if self.path is not None and not self.path.expanduser().exists():
             cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
             raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
+
+    def _check_numbers(self) -> None:
+        for name, window in (("window", self.window), ("partner_window", self.partner_window)):
+            if window and not window[0] < window[1]:
+                raise UserError(f"{name} {list(window)}: its first number is to be below its second")
+        if self.dtype is not None:
+            import numpy as np
+
+            try:
+                numbers = np.dtype(self.dtype).kind in "iuf"
+            except TypeError:
+                numbers = False
+            if not numbers:
+                raise UserError(f"dtype {self.dtype!r} is no kind of numbers; write uint8, <u2, >i2, <f4, …")
 
     def read(self) -> Split:
         """All pairs, low and high. Raises `UserError` naming the first file that is missing or does not fit."""
@@ -79,7 +103,9 @@ class Rock(Data):
 
     @property
     def _is_volume(self) -> bool:
-        return self.path is not None and self.path.suffix in VOLUMES
+        from llmq.data.rock_volumes import is_volume
+
+        return self.path is not None and is_volume(self.path)
 
     def _drsrd1(self) -> Split:
         from llmq.data.rock_files import digest, find_pairs, open_pair
@@ -87,7 +113,8 @@ class Rock(Data):
         root = Path(str(self.path)).expanduser()
         parts = [find_pairs(root, p, self.subset, self.kernel, self.scale) for p in ("train", self.held_out)]
         files = [file for part in parts for pair in part for file in pair]
-        return self.split(Lazily(parts[0], open_pair), Lazily(parts[1], open_pair), digest(files))
+        opened = partial(open_pair, window=self.window)
+        return self.split(Lazily(parts[0], opened), Lazily(parts[1], opened), digest(files))
 
     def lower(self, side: int, image: Any, number: int) -> Any:
         """The low-resolution image of one slice, the `number`th of training (`side` 0) or held out (1)."""
@@ -141,7 +168,9 @@ def _volume(rock: Rock, *changed: int) -> Split:
 
     path = Path(str(rock.path)).expanduser()
     partner = rock.partner.expanduser() if rock.partner else None
-    high, low = rock_volumes.read_volumes(path, partner)
+    how = rock_volumes.Reading(rock.window, rock.shape, rock.dtype)
+    of_partner = rock_volumes.Reading(rock.partner_window or rock.window, rock.partner_shape, rock.dtype)
+    high, low = rock_volumes.read_volumes(path, partner, how, of_partner)
     if low is not None:
         rock_volumes.check_partner(str(path), high, low, rock.scale, across_z=rock.across == "z")
     width = high.shape[2]
@@ -154,4 +183,5 @@ def _volume(rock: Rock, *changed: int) -> Split:
         for across in ("z", "y") if rock.across == "both" else (rock.across,):
             lower = partial(rock.lower, side)
             sides[side] += rock_volumes.slices(*volumes, rock.scale, across, path.name, lower)
-    return rock.split(sides[0], sides[1], sha256_files([path, *([partner] if partner else [])]))
+    files = [file for its in (path, partner) if its for file in rock_volumes.files_of(its)]
+    return rock.split(sides[0], sides[1], sha256_files(files))

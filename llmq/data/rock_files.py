@@ -5,25 +5,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmq.data.images import Example, read_image, unreadable
+from llmq.data.images import Example, read_image, size_of_file
+from llmq.data.pixels import Window
 from llmq.errors import UserError
 from llmq.files import sha256_files
 
 Pair = tuple[Path, Path]
 
 
-def read_grey(path: Path) -> Any:
+def read_grey(path: Path, window: Window | None = None) -> Any:
     """A slice as uint8 `(height, width, 1)`; of three equal channels one. Raises `UserError` if they are unlike."""
-    image = read_image(path, 3)
+    image = read_image(path, 3, window)
     if (image != image[..., :1]).any():
         raise UserError(f"{path}: its colour channels are unlike, and rock is grey; save it in grey")
     return image[..., :1].copy()
 
 
-def open_pair(pair: Pair) -> Example:
+def open_pair(pair: Pair, window: Window | None = None) -> Example:
     """A pair of files as an example."""
     low, high = pair
-    return Example(f"{high.parent.name}/{high.name}", read_grey(low), high=read_grey(high))
+    return Example(f"{high.parent.name}/{high.name}", read_grey(low, window), high=read_grey(high, window))
 
 
 def find_pairs(root: Path, part: str, subset: str, kernel: str, scale: int) -> list[Pair]:
@@ -55,9 +56,18 @@ def digest(files: Sequence[Path]) -> str:
 
 
 def changed(path: Path | None) -> int:
-    """When a file was last written, 0 if it is not there. Every stage asks for its data again: what is read is kept."""
+    """When a file, or one in a folder, was last written, 0 if it is not there.
+
+    Every stage asks for its data again: what is read is kept.
+    """
     path = path and path.expanduser()
-    return path.stat().st_mtime_ns if path and path.exists() else 0
+    if path is None or not path.exists():
+        return 0
+    return max(
+        [path.stat().st_mtime_ns, *(f.stat().st_mtime_ns for f in path.iterdir())]
+        if path.is_dir()
+        else [path.stat().st_mtime_ns]
+    )
 
 
 @cache
@@ -67,11 +77,5 @@ def _digest(files: tuple[Path, ...], when: tuple[int, ...]) -> str:
 
 @cache
 def _size(path: Path, when: int) -> tuple[int, int]:
-    # Off the head of the file.
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            return opened.size
-    except unreadable() as error:
-        raise UserError(f"{path}: not a readable image: {str(error).splitlines()[0]}") from None
+    width, height, _ = size_of_file(path)
+    return width, height

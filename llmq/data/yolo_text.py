@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from llmq.data.boxed_images import Boxed, Item, Part, facts, within, without_copies
+from llmq.data.folders import under
 from llmq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -66,7 +67,7 @@ def _images(file: Path, root: Path, part: str, written: str | Sequence[str]) -> 
     for name in [written] if isinstance(written, str) else written:
         place = root / str(name)
         if place.is_dir():
-            paths = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            paths = under(place, SUFFIXES).images
         elif place.is_file():
             lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
             paths = [place.parent / line for line in lines]
