@@ -77,7 +77,7 @@ def evaluate(
     """Question models that exist already; the first of them is the base, and `steps` are those of their run."""
     reading.hashes(tasks)  # what lacks is said before a model is opened
     for name, artifact in artifacts.items():
-        reading.check_base(name, (), tasks, artifact)
+        reading.check_base(name, (), tasks, artifact, steps)
     out.mkdir(parents=True, exist_ok=True)
     with logged_to(out / "log.txt"):
         reads = say_reads(steps, tasks)

@@ -94,20 +94,40 @@ def counted(parts: Iterable[Plugin]) -> list[str]:
     return lines
 
 
-def check_base(where: str, steps: Sequence[Step], tasks: Sequence[Task], base: Artifact) -> None:
-    """See that the base can be changed and asked so. Raises `UserError`: the base and all data are read by now."""
-    learned: dict[str, Mapping[int, str]] = {}
+def check_base(
+    where: str, steps: Sequence[Step], tasks: Sequence[Task], base: Artifact, made_by: Sequence[Step] = ()
+) -> None:
+    """See that the base can be changed and asked so; `made_by` are steps that it went through before.
+
+    Raises `UserError`. The base and all data are there by now.
+    """
+    learned = {called(data): base.model.outputs_of(data.read()) for data in _trained_on(made_by) if _is_here(data)}
     parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *named(tasks).items()]
     for name, part in parts:
         try:
             part.check_base(base)
             for data in data_of(part):
-                outputs = base.model.outputs_of(data.read())
+                split = data.read()
+                if isinstance(part, Step) and not len(split.held_out if part.uses == "comparison" else split.train):
+                    raise UserError(f"it {USES[part.uses]} {called(data)}, and that part of it is empty")
+                outputs = base.model.outputs_of(split)
                 _check_classes(outputs, learned, called(data))
-                if isinstance(part, Step) and part.uses == "training":
-                    learned[called(data)] = outputs
+                learned |= {called(data): outputs} if data in _trained_on([part]) else {}
         except UserError as error:
             raise UserError(f"{where}: {name}: {error}") from None
+
+
+def _trained_on(parts: Iterable[Plugin]) -> list[Data]:
+    return [data for part in parts if isinstance(part, Step) and part.uses == "training" for data in data_of(part)]
+
+
+def _is_here(data: Data) -> bool:
+    """Whether data that a stage was trained on still lies where it did."""
+    try:
+        data.check()
+    except UserError:
+        return False
+    return True
 
 
 def _check_classes(outputs: Mapping[int, str], learned: Mapping[str, Mapping[int, str]], data: str) -> None:

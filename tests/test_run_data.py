@@ -289,9 +289,13 @@ def test_other_classes_under_the_same_numbers_are_refused(pets, tmp_path):
     for name in ("bird", "cat"):
         noise(tmp_path / "birds" / name, map(str, range(10)))
     step = {"adapt.train": {"data": str(pets), "max_steps": 1}}
-    said = refused(job(NET, [step], [{"accuracy": {"data": str(tmp_path / "birds")}}]))
+    made = job(NET, [step], [{"accuracy": {"data": str(tmp_path / "birds")}}])
+    said = refused(made)
     assert "accuracy: class 0 of data.image_folder" in said
     assert "is 'bird', and the network learns 'cat' there" in said
+    stage = {"0-base": made.model.base(CPU)}
+    with pytest.raises(UserError, match="the network learns 'cat' there"):
+        pipeline.evaluate(stage, made.evaluate, tmp_path / "eval", CPU, {}, steps=made.steps)
 
 
 def test_images_without_labels_cannot_be_learned_from(pets):
@@ -321,3 +325,19 @@ def test_check_names_what_is_read_and_with_data_reads_it(tmp_path, monkeypatch, 
     assert "not scale 3 of srcnn" in capsys.readouterr().err
     assert end_of("check", tmp_path / "r.yaml", "--data", "model.scale=4", patch=monkeypatch) == 0
     assert ": 2 to train on, 3 held out, low/high\n" in capsys.readouterr().out
+
+
+def test_eval_takes_changes_of_tasks_and_of_a_model_that_is_no_stage(tiny_llama, tmp_path, monkeypatch, capsys):
+    (tmp_path / "s.yaml").write_text("- perplexity\n")
+    words = ("eval", tiny_llama, "perplexity.limit=2", "perplexity.window=32", "--suite", tmp_path / "s.yaml")
+    more = ("model.dtype=float32", "--out", tmp_path / "out", "--json")
+    assert end_of(*words, *more, patch=monkeypatch) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {m["n"] for m in report["measurements"]} == {2}
+    assert report["recipe"]["evaluate"] == [{"perplexity": {"data": "pydoc", "window": 32, "limit": 2}}]
+    assert report["environment"]["dtype"] == "float32"
+    assert report["environment"]["reads"] == ["perplexity reads data.pydoc, which no step reads"]
+    stage = tmp_path / "out/0-base"
+    assert not (stage / "artifact.json").exists()
+    assert end_of(*words, "speed.rounds=3", patch=monkeypatch) == 2
+    assert "this recipe has no 'speed'" in capsys.readouterr().err

@@ -23,7 +23,11 @@ class Accuracy(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"classifier"})
 
-    data: DataWord = Field("photographs", validate_default=True)
+    data: DataWord = Field(
+        "photographs",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     part: Literal["held_out", "all"] = "held_out"
     limit: PositiveInt | None = Field(None, description="images at most")
     pictures: NonNegativeInt = Field(18, description="images shown at most")

@@ -27,7 +27,11 @@ class Detection(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
     shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
-    data: DataWord = Field("scenes", validate_default=True)
+    data: DataWord = Field(
+        "scenes",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     limit: PositiveInt | None = Field(None, description="held-out images at most")
     batch_size: PositiveInt = 16
     examples: int = Field(6, ge=0, description="images shown with what was found")

@@ -22,7 +22,11 @@ class Divergence(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
-    text: DataWord = Field("pydoc", validate_default=True, description="whose held-out part is read")
+    text: DataWord = Field(
+        "pydoc",
+        validate_default=True,
+        description="its held-out part is read; what the run trains on, else calibrates on, if unset",
+    )
     window: PositiveInt = Field(256, ge=2, description="tokens")
     windows: PositiveInt = Field(32, description="windows at most")
     tasks: tuple[str, ...] = Field(("pydoc_continuation",), description="multiple-choice tasks of lm-eval; may be none")

@@ -20,7 +20,9 @@ class Fidelity(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"gan", "super-resolution"})
 
-    data: DataWord | None = Field(None, description="whose held-out images are the input; a gan draws latents instead")
+    data: DataWord | None = Field(
+        None, description="its held-out images are the input, the run's if unset; a gan draws latents"
+    )
     n: PositiveInt = Field(64, description="inputs, or latents")
     seed: int = Field(0, ge=0, lt=2**32, description="of the latents")
     shown: int = Field(8, ge=0, description="images to look at")

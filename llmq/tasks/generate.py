@@ -15,7 +15,11 @@ class Generate(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
-    data: DataWord = Field("docstrings", validate_default=True)
+    data: DataWord = Field(
+        "docstrings",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     examples: PositiveInt = 3
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")

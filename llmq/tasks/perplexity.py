@@ -21,7 +21,11 @@ class Perplexity(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
-    data: DataWord = Field("pydoc", validate_default=True)
+    data: DataWord = Field(
+        "pydoc",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     part: Literal["held_out", "all"] = "held_out"
     window: PositiveInt = Field(512, ge=2, description="tokens")
     stride: PositiveInt | None = Field(None, description="tokens from one window to the next; the window if unset")

@@ -24,7 +24,11 @@ class Rock(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
 
-    data: DataWord = Field("rock", validate_default=True)
+    data: DataWord = Field(
+        "rock",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     distance: PositiveInt = Field(32, description="pixels up to which two points are correlated")
     limit: PositiveInt | None = Field(None, description="slices at most")
     pictures: int = Field(1, ge=0, description="slices shown")

@@ -25,7 +25,11 @@ class SuperResolution(Task):
 
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
 
-    data: DataWord = Field("rock", validate_default=True)
+    data: DataWord = Field(
+        "rock",
+        validate_default=True,
+        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+    )
     channel: Literal["all", "y"] = Field("all", description="of colour images: every channel, or Y of YCbCr (BT.601)")
     border: int | None = Field(None, ge=0, description="pixels cut off on each side before scoring; the scale if unset")
     limit: PositiveInt | None = Field(None, description="images at most")
