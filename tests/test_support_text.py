@@ -109,12 +109,23 @@ def half_pruned(word: str) -> Callable[..., None]:
 
 
 def fewer_layers(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
-    """One block less, and plain transformers opens what is left to the same logits."""
+    """What plain transformers opens is the base without one block, taken out of its list by hand."""
     stage = apply("prune.layers", base, folder, drop=1, **FEW)
-    module = plain(stage.weights)
+    module, spliced = plain(stage.weights), plain(base.weights)
     assert torch.allclose(ours(stage), logits_of(module, IDS), atol=1e-5)
-    before = plain(base.weights).config.num_hidden_layers
-    assert module.config.num_hidden_layers == before - 1
+    blocks = max((m for m in spliced.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    count = len(blocks)
+    for i in stage.notes["dropped"]:
+        del blocks[i]
+    for config in (m.config for m in spliced.modules() if hasattr(m, "config")):
+        config.num_hidden_layers = count - 1
+        for name in ("layer_types", "block_types", "attn_layer_indices"):
+            meant = config.attribute_map.get(name, name)
+            if hasattr(config, meant) and not isinstance(getattr(type(config), meant, None), property):
+                setattr(config, meant, getattr(module.config, meant))
+    assert module.config.num_hidden_layers == count - 1
+    with torch.inference_mode():
+        assert torch.allclose(logits_of(module, IDS), spliced(input_ids=IDS, use_cache=False).logits, atol=1e-5)
 
 
 def merged(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:

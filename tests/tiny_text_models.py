@@ -44,7 +44,7 @@ DELTA_NET = {
 }
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "bamba": {**MAMBA_HEADS, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+    "bamba": {**MAMBA_HEADS, "num_hidden_layers": 3, "attn_layer_indices": [0, 2], "attn_rotary_emb": 8},
     "bloom": {"n_layer": 2, "n_head": 4},
     "cohere": {},
     "deepseek_v3": {**LATENT, **EXPERTS},
@@ -59,7 +59,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         **MAMBA_HEADS,
         **EXPERTS,
-        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 3,
+        "layer_types": ["attention", "mamba", "attention"],
         "mamba_expand": 2,
         "shared_intermediate_size": 64,
     },
@@ -73,7 +74,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "llama": {},
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 32},
@@ -91,7 +96,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64},
     "recurrent_gemma": {
         **HEADS_OF_16,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 4,
+        "block_types": ["attention", "recurrent", "attention", "recurrent"],
         "num_key_value_heads": 1,
         "lru_width": 64,
         "attention_window_size": 64,

@@ -1,5 +1,6 @@
 """Pruning of whole blocks."""
 
+import re
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -53,8 +54,7 @@ class Layers(Calibrated, Step):
         write(source.as_in_files(dict(source.outside())), files[-1])
         write_index(files)
         source.copy_side_files(folder, **config_of(source, kept))
-        if len(Skeleton.of(artifact.then(self, weights=folder)).blocks) != len(kept):
-            raise UserError(f"{source.config.model_type} does not take its number of blocks from its configuration")
+        check_blocks(source, kept, Skeleton.of(artifact.then(self, weights=folder)))
         notes = {"influences": [round(i, 6) for i in influences], "dropped": dropped, "calibration": calibration}
         return artifact.then(self, weights=folder, notes=notes)
 
@@ -92,8 +92,58 @@ def influence_of_blocks(source: Skeleton, windows: list[list[int]]) -> list[floa
 
 
 def config_of(source: Skeleton, kept: list[int]) -> dict[str, Any]:
-    """What the configuration says otherwise of a model with only the `kept` blocks: their number, lists of them."""
-    count = len(source.blocks)
+    """What the configuration says otherwise of a model with only the `kept` blocks: their number, lists about them.
+
+    Raises `UserError` if no attention would be left beside recurrent blocks, which transformers does not run.
+    """
     key = source.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    lists = {k: v for k, v in source.config.to_dict().items() if isinstance(v, list) and len(v) == count}
-    return {key: len(kept), **{k: [v[i] for i in kept] for k, v in lists.items()}}
+    derived = {k for k in dir(type(source.config)) if isinstance(getattr(type(source.config), k), property)}
+    said = {k: v for k, v in source.config.to_dict().items() if isinstance(v, list) and k not in derived}
+    each = {k: [v[i] for i in kept] for k, v in said.items() if EACH.search(k) and len(v) == len(source.blocks)}
+    places = {k: [kept.index(i) for i in v if i in kept] for k, v in said.items() if PLACES.search(k)}
+    changes = {key: len(kept), **each, **places}
+    for name, after in {**each, **{k: places[k] for k in places if "attn" in k}}.items():
+        before, now = (any(_attends(name, kind) for kind in kinds) for kinds in (said[name], after))
+        if before and not now:
+            raise UserError(f"drop: no block of attention would be left of {source.config.model_type}; drop fewer")
+    return changes
+
+
+EACH = re.compile(r"_types?$|^no_rope_layers$")
+"""Lists of a configuration with an entry for each block."""
+PLACES = re.compile(r"_indices$|^mlp_only_layers$")
+"""Lists of a configuration with the numbers of some blocks."""
+
+
+def _attends(name: str, kind: Any) -> bool:
+    return PLACES.search(name) is not None or ("attention" in str(kind) and "linear" not in str(kind))
+
+
+def check_blocks(source: Skeleton, kept: list[int], written: Skeleton) -> None:
+    """Raise `UserError` unless each block that a configuration now makes is of the kind that it takes the place of."""
+    name = source.config.model_type
+    if len(written.blocks) != len(kept):
+        raise UserError(f"{name} does not take its number of blocks from its configuration")
+    if getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError(f"{name} scales attention by the number of the block, which dropping blocks would change")
+    for new, old in enumerate(kept):
+        if _kind(written.module.get_submodule(written.blocks[new])) != _kind(
+            source.module.get_submodule(source.blocks[old])
+        ):
+            raise UserError(
+                f"prune.layers: {name} makes another kind of block {new} than block {old} is, which would take its "
+                "place (a configuration that counts kinds of blocks by their number); use another drop"
+            )
+
+
+def _kind(block: Any) -> dict[str, Any]:
+    """The shapes of a block's parameters, and all that its modules say of themselves but their number."""
+    kind: dict[str, Any] = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    for name, module in block.named_modules():
+        said = {k: v for k, v in vars(module).items() if isinstance(v, str | bool | int | float) and k not in NUMBERS}
+        kind[f"{name}."] = (type(module).__name__, {k: v for k, v in said.items() if not k.startswith("_")})
+    return kind
+
+
+NUMBERS = ("layer_idx", "layer_id", "block_idx", "training")
+"""How blocks call their own number, and what differs by who opened them."""
