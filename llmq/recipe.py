@@ -234,7 +234,11 @@ def _innermost(settings: Any, loc: Place) -> tuple[int, Place, str] | None:
 
 
 def _suits(part: Step | Task, kind: str, source: Source, place: Place) -> None:
+    takes = part.shapes if isinstance(part, Task) else frozenset()
     for at, asked in (((), part), *part.parts()):
+        if isinstance(asked, Data) and takes and asked.shapes and not takes & asked.shapes:
+            wanted, has = (" or ".join(sorted(shapes)) for shapes in (takes, asked.shapes))
+            raise UserError(f"{source.where((*place, *at))}: {part.word!r} reads {wanted}, and {asked.word!r} is {has}")
         if isinstance(asked, Step | Task | Data) and kind not in asked.suits:
             suited, where = ", ".join(sorted(asked.suits)), source.where((*place, *at))
             raise UserError(f"{where}: {asked.word!r} suits {suited}, and this model is a {kind}")

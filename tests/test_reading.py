@@ -129,3 +129,20 @@ def test_a_key_of_data_within_a_list_is_named_where_it_stands():
     assert recipe._innermost(settings, ("several", 1, "pth")) == (2, ("several", 1, "file"), "file")
     assert recipe._innermost({"data": "pydoc"}, ("data", "pth")) is None
     assert Source("here", {}).where(("several", 1)) == "here"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "pydoc",
+        "digits",
+        "photographs",
+        {"scenes": {"train": 1, "held_out": 1}},
+        {"rock": {"train_slices": 1, "held_out_slices": 1}},
+    ],
+    ids=lambda data: next(iter(data)) if isinstance(data, dict) else data,
+)
+def test_data_has_the_shape_that_it_says_unread(data):
+    built = plugin.build(data, "data")
+    assert isinstance(built, Data)
+    assert built.shapes == {built.read().shape}

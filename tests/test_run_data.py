@@ -124,6 +124,11 @@ def test_data_that_has_no_boxes_is_not_taken_to_find_boxes_in():
     assert reads(job(FCOS, with_boxes, ["detection"])) == {"detection": ["data.coco yolo"]}
 
 
+def test_data_whose_shape_is_known_not_to_fit_is_refused_unread():
+    with pytest.raises(UserError, match=r"'tasks\.detection' reads image/boxes, and 'data\.photographs' is image"):
+        job(FCOS, [], [{"detection": {"data": "photographs"}}])
+
+
 def test_a_suite_of_upscaling_reads_the_scale_that_is_trained():
     train = {"adapt.train": {"data": {"rock": {"scale": 3}}}}
     assert set(map(tuple, reads(job(SRCNN, [train], "rock-sr")).values())) == {(), ("data.rock scale=3",)}
