@@ -347,6 +347,9 @@ def test_a_graph_is_compared_with_the_network_that_it_was_made_of(tmp_path):
     report = Report.read(write_run(tmp_path / "run", stages))
     assert [(c["stage"], c["verdict"]) for c in report.comparisons] == [("1-quantize.int8", "better")]
     assert [(r["stage"], "bfloat16" in r["reason"]) for r in report.refused] == [("2-quantize.int8", True)]
+    text = markdown.draw(report)
+    for stage, where in (("0-base", "torch in float32"), ("1-quantize.int8", "openvino in float32")):
+        assert f"{stage}: input 32 float32, 2 threads, cpu, {where}" in text
 
 
 # The dtype of what is stored

@@ -1,6 +1,6 @@
 """The table that every face of the report shows: a row a metric, a column a stage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,17 @@ def rows(report: Report) -> Iterator[Row]:
         first = next(m for m in shown if m)
         cells = tuple(_cell(m, compared.get((s, task, metric))) for s, m in zip(stages, shown, strict=True))
         unit = "MB" if first["unit"] == "bytes" else "M" if first["unit"] == "parameters" else first["unit"]
-        yield Row(task, metric, unit, first["better"], first["convention"], cells)
+        yield Row(task, metric, unit, first["better"], _conventions(filter(None, shown)), cells)
+
+
+def _conventions(measurements: Iterable[Mapping[str, Any]]) -> str:
+    """How a figure was taken; with the stages' names where it was not taken alike of all."""
+    stages: dict[str, list[str]] = {}
+    for m in measurements:
+        stages.setdefault(m["convention"], []).append(m["stage"])
+    if len(stages) == 1:
+        return next(iter(stages))
+    return " | ".join(f"{', '.join(names)}: {convention}" for convention, names in stages.items())
 
 
 def _cell(measurement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> Cell:
