@@ -13,6 +13,7 @@ from llmq.errors import LlmqError, UserError
 from llmq.files import tagged, to_json, write_json
 from llmq.pipeline import question, take_times
 from llmq.report import Report, Stage
+from llmq.tasks.harness_files import files
 from llmq.types import Measurement, Samples, Task
 
 INF, NAN = float("inf"), float("nan")
@@ -117,3 +118,26 @@ def test_a_standard_error_of_0_meant_exact_in_older_runs_where_one_thing_was_cou
         (folder / "0-base" / "measurements.json").unlink()
     figures = results.run(folder)["0-base"].figures
     assert {name[1]: m.exact for name, m in figures.items()} == {"bytes_on_disk": True, "acc": False, "f1": False}
+
+
+def test_lm_evals_files_hold_no_number_that_is_not_finite():
+    """Of one question lm-eval's standard error is NaN; the likelihood of what cannot be said is -inf."""
+    sample = {
+        "doc_id": 0, "doc": {}, "target": "a", "arguments": [("q", "a")], "resps": [[(-INF, False)]],
+        "filtered_resps": [(-INF, False)], "doc_hash": "d", "prompt_hash": "p", "target_hash": "t", "acc": 1.0,
+    }  # fmt: skip
+    results = {
+        "results": {"arc": {"alias": "arc", "acc,none": 1.0, "acc_stderr,none": NAN}},
+        "samples": {"arc": [sample]},
+        "configs": {"arc": {"task": "arc", "output_type": "multiple_choice"}},
+        "versions": {"arc": 1},
+        "config": {"model": "hf", "limit": None},
+    }
+    written = files(results, "lm_eval", "some-model")
+    assert len(written) == 2
+    for attachment in written:
+        for line in attachment.text.splitlines() if attachment.file.endswith("jsonl") else [attachment.text]:
+            json.loads(line, parse_constant=pytest.fail)
+    (told,) = (a.text for a in written if a.file.endswith("json"))
+    assert json.loads(told)["results"]["arc"]["acc_stderr,none"] == "N/A"
+    assert any('"-inf"' in a.text for a in written)
