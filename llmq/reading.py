@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.types import Artifact, Data, Plugin, Step, Task
+from llmq.types import Artifact, Data, Model, Plugin, Step, Task
 
 P = TypeVar("P", Step, Task)
 USES = {"training": "trains on", "calibration": "calibrates on", "comparison": "compares on"}
@@ -101,18 +101,20 @@ def check_base(
 
     Raises `UserError`. The base and all data are there by now.
     """
-    learned = {called(data): base.model.outputs_of(data.read()) for data in _trained_on(made_by) if _is_here(data)}
+    has_classes = type(base.model).outputs_of is not Model.outputs_of
+    before = [data for data in _trained_on(made_by) if has_classes and is_here(data)]
+    learned = {called(data): base.model.outputs_of(data.read()) for data in before}
     parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *named(tasks).items()]
     for name, part in parts:
         try:
             part.check_base(base)
             for data in data_of(part):
-                split = data.read()
-                if isinstance(part, Step) and not len(split.held_out if part.uses == "comparison" else split.train):
-                    raise UserError(f"it {USES[part.uses]} {called(data)}, and that part of it is empty")
-                outputs = base.model.outputs_of(split)
-                _check_classes(outputs, learned, called(data))
-                learned |= {called(data): outputs} if data in _trained_on([part]) else {}
+                if isinstance(part, Step) and part.uses == "calibration" and not len(data.read().train):
+                    raise UserError(f"it calibrates on {called(data)}, whose training part is empty")
+                if has_classes:  # of rows of text each reading may take minutes
+                    outputs = base.model.outputs_of(data.read())
+                    _check_classes(outputs, learned, called(data))
+                    learned |= {called(data): outputs} if data in _trained_on([part]) else {}
         except UserError as error:
             raise UserError(f"{where}: {name}: {error}") from None
 
@@ -121,8 +123,8 @@ def _trained_on(parts: Iterable[Plugin]) -> list[Data]:
     return [data for part in parts if isinstance(part, Step) and part.uses == "training" for data in data_of(part)]
 
 
-def _is_here(data: Data) -> bool:
-    """Whether data that a stage was trained on still lies where it did."""
+def is_here(data: Data) -> bool:
+    """Whether data that a run read still lies where it did."""
     try:
         data.check()
     except UserError:

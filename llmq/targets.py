@@ -10,6 +10,7 @@ import yaml
 from llmq import plugin
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
+from llmq.reading import called, data_of, is_here
 from llmq.recipe import Recipe, built, suite_tasks
 from llmq.source import Source, find, read
 from llmq.types import Artifact, Context, Task
@@ -36,9 +37,19 @@ def stages_of(
         return {"0-base": opener.base}, suite_tasks(source.data["evaluate"], source, opener.kind)
     kind = next(iter(artifacts.values())).model.kind
     before = (job.steps, job.evaluate) if job else ()
-    return {name: _ready(a) for name, a in artifacts.items()}, suite_tasks(
-        source.data["evaluate"], source, kind, *before
-    )
+    try:
+        tasks = suite_tasks(source.data["evaluate"], source, kind, *before)
+    except UserError as error:
+        raise UserError(f"{error}{_lost(job)}") from None
+    return {name: _ready(a) for name, a in artifacts.items()}, tasks
+
+
+def _lost(job: Recipe | None) -> str:
+    """What to do where data that the run read is gone."""
+    read = [data for part in (*job.steps, *job.evaluate) for data in data_of(part)] if job else []
+    lost = [called(data) for data in read if not is_here(data)]
+    cure = "call it from where that lies, or name other data, such as perplexity.data=pydoc"
+    return f"; the run read {lost[0]}: {cure}" if lost else ""
 
 
 def recipe_of(target: str) -> Recipe | None:

@@ -229,6 +229,12 @@ def test_a_stage_is_asked_on_what_the_task_of_that_name_read_in_its_run(tmp_path
     assert first == third
     assert "my.jsonl" in first[0]
     assert second == ["data.pydoc held_out=0.2"]
+    questions.rename(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(
+        UserError, match=r"there is no file .*my\.jsonl.*name other data, such as perplexity\.data=pydoc"
+    ):
+        stages_of(str(stage), "causal_lm", ["perplexity"])
+    assert stages_of(str(stage), "causal_lm", ["perplexity"], ["perplexity.data=pydoc"])
     (tmp_path / "run/recipe.yaml").unlink()
     assert [reading.called(d) for t in stages_of(str(stage), "causal_lm", asked)[1] for d in reading.data_of(t)] == [
         "data.pydoc"
