@@ -98,9 +98,23 @@ def test_a_leak_that_only_training_has_is_seen():
 
     model = tiny("llama")
     model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp, Mixing())
-    with pytest.raises(UserError, match=r"the padding and the other rows of its batch \(its outputs move by .*size: 1"):
+    with pytest.raises(UserError, match=r"the padding and the other rows of its batch \(its .*size: 1"):
         choose(adapted(model, ["q_proj"]), True, 2)
     assert not choose(adapted(model, ["q_proj"]), True, 1).packing, "a row alone has no padding"
+
+
+def test_rounding_by_the_rest_of_a_batch_packs_nothing_and_refuses_nothing():
+    """As where a card multiplies more rows by another rule: a millionth, of which no gradient comes."""
+
+    class Rounding(torch.nn.Module):
+        def forward(self, x):
+            return x + 1e-6 * x.detach().mean((0, 1))
+
+    model = tiny("llama")
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp, Rounding())
+    way = choose(adapted(model, ["q_proj"]), True, 4)
+    assert not way.packing
+    assert "its outputs move by" in way.why_unpacked
 
 
 def test_a_model_that_counts_positions_from_the_rows_beginning_is_not_packed():

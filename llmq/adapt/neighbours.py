@@ -8,8 +8,9 @@ from llmq.errors import LlmqError
 
 LENGTH = 12
 """Tokens of an example of the probe."""
-EXACT, LLM_INT8 = 0.0, 0.05
-"""How far outputs may move, relative to the largest: LLM.int8() looks for its outliers in all tokens of a batch."""
+EXACT, OF_THE_BATCH = 0.0, 0.05
+"""How far outputs may move, relative to the largest: packed not at all. LLM.int8() looks for its outliers in all tokens
+of a batch, and beside padding a card may multiply more rows by another rule; of neither comes a gradient."""
 ROUNDING = 0.05
 """How far the outputs of an example may be, packed and alone, in their norm; bfloat16 alone makes a fifth of it."""
 
@@ -21,8 +22,8 @@ def neighbours_reach(model: Any, run: Run, packed: bool, autocast: Any = None) -
     """How an example depends on the others of its batch while the model trains; empty if it does not.
 
     Packed: it is the second of three in a row. Else it is the first, and padding follows. A second row lies below. All
-    tokens but its own are exchanged: its outputs must be the same to the last bit, and no gradient may reach the
-    others' embeddings. Packed, its outputs must also be those of it alone.
+    tokens but its own are exchanged: packed, its outputs must be the same to the last bit, and those of it alone but
+    for rounding; and no gradient may reach the others' embeddings.
     """
     import torch
 
@@ -43,7 +44,7 @@ def neighbours_reach(model: Any, run: Run, packed: bool, autocast: Any = None) -
     before = model.training
     model.train()
     try:
-        moved = _moved(outputs, ids, other, LLM_INT8 if _is_int8(model) else EXACT)
+        moved = _moved(outputs, ids, other, EXACT if packed and not _is_int8(model) else OF_THE_BATCH)
         if moved or _gradient_reaches(model, outputs, ids, own):
             return moved or "its gradient reaches the tokens of others"
         model.eval()
