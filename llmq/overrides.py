@@ -31,6 +31,7 @@ def fold(source: Source, override: str, keys: Collection[str]) -> None:
     parent, place, inner = _target(source, target, override, keys)
     for key, following in pairwise(inner):
         parent, place = _into(parent, key, following, place, _kind(source))
+        source.lines.setdefault(place, -1)
     parent[inner[-1]] = value
     source.lines[(*place, inner[-1])] = -1
 
@@ -38,7 +39,7 @@ def fold(source: Source, override: str, keys: Collection[str]) -> None:
 def _into(parent: Settings, key: str, following: str, place: Place, kind: str | None) -> tuple[Settings, Place]:
     """The settings under a key. Of a data set they are its own, its word named before them or not."""
     current = parent.get(key)
-    if isinstance(current, str) and key != "evaluate":
+    if isinstance(current, str) and place[:1] != ("model",):
         current = plugin.data_entry(current, kind)
     if not isinstance(current, dict):
         current = {}
@@ -80,6 +81,8 @@ def _target(source: Source, target: str, override: str, keys: Collection[str]) -
     if found:
         return found
     word = target.rpartition(".")[0] or target
+    if target in {its for _, its, _ in (*steps, *tasks)} | {"model"}:
+        raise UserError(f"override {override!r}: {target} is a word with settings; write {target}.KEY=VALUE")
     known = [*(its for _, its, _ in steps), *(its for _, its, _ in tasks), "model"]
     raise UserError(f"override {override!r}: this recipe has no {word!r}{did_you_mean(word, known)}")
 

@@ -276,6 +276,9 @@ def test_of_two_tasks_of_one_word_an_override_names_one_by_its_place(load):
     [
         ("perplexty.limit=3", "this recipe has no 'perplexty'; did you mean 'perplexity'"),
         ("detection.limit=3", "this recipe has no 'detection'"),
+        ("perplexity=3", "perplexity is a word with settings; write perplexity.KEY=VALUE"),
+        ("model.weights.x=3", "weights: .* of models.causal_lm is wrong: input should be a valid string"),
+        ("perplexity.data.digits.seed=1", "^command line: 'data.digits' suits classifier"),
         ("adapt.lra.r=3", "this recipe has no 'adapt.lra'; did you mean 'adapt.lora'"),
     ],
 )
