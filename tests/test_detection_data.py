@@ -360,3 +360,27 @@ def test_a_box_is_clipped_refused_or_left_out(box):
             assert np.abs(np.subtract(clipped, box)).max() <= 1
             assert 0 <= clipped[0] < clipped[2] <= 40
             assert 0 <= clipped[1] < clipped[3] <= 30
+
+
+def test_yolo_folders_without_what_systems_leave_and_with_their_links(tmp_path):
+    root = yolo_in(tmp_path / "d", parts=("train", "val"))
+    images_in(tmp_path / "elsewhere")
+    (root / "images" / "train" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "images" / "train" / "gone.png").symlink_to(tmp_path / "none.png")
+    eadir = root / "images" / "val" / "@eaDir"
+    eadir.mkdir()
+    (eadir / "a.png").write_bytes(b"a thumbnail")
+    split = read("coco", path=str(root))
+    assert (len(split.train), len(split.held_out)) == (6, 3)
+    assert (split.counts["broken_links"], split.counts["system_files"]) == (1, 1)
+
+
+def test_deep_images_with_boxes_go_through_a_window(tmp_path):
+    root = yolo_in(tmp_path)
+    deep = np.random.default_rng(0).integers(0, 4096, (30, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(root / "images" / "train" / "a.png")
+    split = read("coco", path=str(root), window=(0, 4095))
+    image = next(e.image for e in (*split.train, *split.held_out) if e.name.endswith("a.png"))
+    assert np.array_equal(image[..., 0], np.floor(deep / 4095 * 255 + 0.5).astype(np.uint8))
+    with pytest.raises(UserError, match="its first number is to be below its second"):
+        read("coco", path=str(root), window=(9, 9))

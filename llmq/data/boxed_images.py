@@ -4,11 +4,12 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from llmq.data.images import Example, Lazily, make_split, read_image, size_of_file
+from llmq.data.pixels import Window
 from llmq.errors import UserError
 from llmq.types import Split
 
@@ -86,16 +87,26 @@ def divided(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]
 
 
 def split_of(
-    train: Sequence[Item], held_out: Sequence[Item], classes: Sequence[str], left_out: dict[str, int]
+    train: Sequence[Item],
+    held_out: Sequence[Item],
+    classes: Sequence[str],
+    left_out: dict[str, int],
+    window: Window | None = None,
 ) -> Split:
-    """The split, its images opened when they are asked for. Raises `UserError` where an image is on both sides."""
+    """The split, its images opened when they are asked for, deep ones through `window`.
+
+    Raises `UserError` where an image is on both sides.
+    """
     seen = {facts(item.path)[2]: item for item in train}
     both = next((item for item in held_out if facts(item.path)[2] in seen), None)
     if both:
         other = seen[facts(both.path)[2]].path
         raise UserError(f"{both.path}: the same image as {other}, which is to be learned from; leave one of them out")
     digest = list(_digest("train", train)) + list(_digest("held_out", held_out))
-    split = make_split(Lazily(train, _open), Lazily(held_out, _open), "image/boxes", digest, classes)
+    if window:
+        digest.append(f"window {window}")
+    opened = partial(_open, window=window)
+    split = make_split(Lazily(train, opened), Lazily(held_out, opened), "image/boxes", digest, classes)
     counts = {**split.counts, **left_out}
     return Split(split.train, split.held_out, split.shape, counts, split.sha256, split.classes)
 
@@ -112,10 +123,10 @@ def without_copies(annotations: Sequence[Boxed], left_out: dict[str, int]) -> tu
     return tuple(reversed(once.values()))
 
 
-def _open(item: Item) -> Example:
+def _open(item: Item, window: Window | None) -> Example:
     import numpy as np
 
-    image: Any = read_image(item.path)
+    image: Any = read_image(item.path, window=window)
     objects, crowds = ([a for a in item.annotations if a.crowd is crowd] for crowd in (False, True))
     columns: Any = [
         (np.array([a.box for a in some], np.float32).reshape(-1, 4), np.array([a.label for a in some], np.int64))

@@ -26,6 +26,9 @@ class Coco(Data):
     held_out: str | float = Field(
         0.1, description="a second COCO file, or the share set aside where no file and no 'val' says so"
     )
+    window: tuple[float, float] | None = Field(
+        None, description="numbers that become grey levels 0 and 255; needed where images are not 8-bit"
+    )
 
     @classmethod
     def takes(cls, path: str) -> bool:
@@ -41,6 +44,8 @@ class Coco(Data):
                 raise UserError(f"{name}: there is no {value!r}")
         if isinstance(self.held_out, float | int) and not 0 < self.held_out < 1:
             raise UserError(f"held_out: {self.held_out} is no share between 0 and 1")
+        if self.window and not self.window[0] < self.window[1]:
+            raise UserError(f"window {list(self.window)}: its first number is to be below its second")
         file = find_yaml(Path(self.path).expanduser())
         if file.suffix not in (".json", ".yaml", ".yml"):
             raise UserError(f"path: {self.path!r} is neither a COCO annotation file (.json) nor a YOLO data.yaml")
@@ -66,4 +71,4 @@ class Coco(Data):
         left_out = sum((Counter(part.left_out) for part in parts), Counter())
         counts = {name: left_out[name] for name in dict.fromkeys(name for part in parts for name in part.left_out)}
         sides = (parts[0].items, parts[1].items) if len(parts) == 2 else divided(parts[0].items, float(self.held_out))
-        return split_of(*sides, parts[0].classes, counts)
+        return split_of(*sides, parts[0].classes, counts, self.window)

@@ -1,5 +1,6 @@
 """Annotations as YOLO has them: a `data.yaml`, and beside each image a text file with a line for each box."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_yolo(file: Path) -> dict[str, Part]:
     classes = _classes(file, about["names"])
     root = (file.parent / str(about.get("path", "."))).resolve()
     return {
-        part: _part(file, part, _images(file, root, part, about[part]), classes)
+        part: _part(file, part, *_images(file, root, part, about[part]), classes)
         for part in ("train", "val")
         if about.get(part)
     }
@@ -62,12 +63,18 @@ def _classes(file: Path, names: Any) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _images(file: Path, root: Path, part: str, written: str | Sequence[str]) -> list[tuple[str, Path]]:
+def _images(
+    file: Path, root: Path, part: str, written: str | Sequence[str]
+) -> tuple[list[tuple[str, Path]], dict[str, int]]:
+    """The images of a part with their names, and what was left out of its folders."""
     found: list[tuple[str, Path]] = []
+    left_out: Counter[str] = Counter()
     for name in [written] if isinstance(written, str) else written:
         place = root / str(name)
         if place.is_dir():
-            paths = under(place, SUFFIXES).images
+            its = under(place, SUFFIXES)
+            paths = its.images
+            left_out += its.left_out
         elif place.is_file():
             lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
             paths = [place.parent / line for line in lines]
@@ -78,11 +85,14 @@ def _images(file: Path, root: Path, part: str, written: str | Sequence[str]) -> 
         found += [(str(path.relative_to(root)) if path.is_relative_to(root) else path.name, path) for path in paths]
     if not found:
         raise UserError(f"{file}: {part}: no image in {written!r}")
-    return found
+    del left_out["no_image"]  # the text files with the boxes lie there, too
+    return found, dict(left_out)
 
 
-def _part(file: Path, part: str, images: Sequence[tuple[str, Path]], classes: tuple[str, ...]) -> Part:
-    left_out = {"empty_boxes_left_out": 0}
+def _part(
+    file: Path, part: str, images: Sequence[tuple[str, Path]], left_out: dict[str, int], classes: tuple[str, ...]
+) -> Part:
+    left_out = {"empty_boxes_left_out": 0, **left_out}
     items = []
     if not any(label_file(path).is_file() for _, path in images):
         expected = str(label_file(images[0][1]))
