@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmq import pipeline, plugin, recipe
+from llmq import pipeline, plugin, reading, recipe
 from llmq.files import bundled
 from llmq.models import hugging_face
 
@@ -70,6 +70,21 @@ def test_a_recipe_written_down_is_the_same_recipe(name, tmp_path):
     again = recipe.load(str(file))
     assert again == job
     assert again.plain() == job.plain()
+
+
+DEMOS = {"perplexity": "pydoc", "accuracy": "photographs", "detection": "scenes"}
+DEMOS |= dict.fromkeys(("super_resolution", "rock", "fidelity"), "rock")
+
+
+def test_what_bundled_recipes_are_measured_on_is_what_their_figures_were_taken_on():
+    seen = set()
+    for name, file in RECIPES.items():
+        if isinstance(yaml.safe_load(file.read_text())["evaluate"], str):
+            for task in recipe.load(name).evaluate:
+                for data in reading.data_of(task):
+                    assert reading.called(data) == f"data.{DEMOS[task.name]}", name
+                    seen.add(task.name)
+    assert seen == set(DEMOS)
 
 
 @pytest.mark.parametrize("name", SUITES)
