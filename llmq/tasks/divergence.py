@@ -1,6 +1,6 @@
 """How far a model has moved from the base, where accuracy may not show it yet."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -87,37 +87,44 @@ class Divergence(Task):
         )
         return figures(found, self.name, "kl_to_base", protocol)
 
-    def _right(self, model: Loaded) -> Iterator[tuple[str, list[float]]]:
+    def _right(self, model: Loaded) -> Iterator[tuple[str, dict[str, float]]]:
         """For each task whether each question was answered right, by the plain `acc` of lm-eval."""
+        from llmq.tasks.harness_results import answers, identity
         from llmq.tasks.harness_run import evaluated
 
         size = None if self.batch_size == "auto" else self.batch_size
-        results = evaluated(model, self._asked(), size, limit=self.limit)
-        for task, samples in results["samples"].items():
-            rows = sorted((s for s in samples if "acc" in s), key=lambda s: int(s["doc_id"]))
-            if not rows:
+        found = evaluated(model, self._asked(), size, limit=self.limit)
+        found.end()
+        for task in found.results["samples"]:
+            right = {identity(s): float(s["acc"]) for s in answers(found.results, task) if s.get("acc") is not None}
+            if not right:
                 raise UserError(f"tasks: flips are counted on right and wrong answers, and {task!r} has no 'acc'")
-            yield task, [float(s["acc"]) for s in rows]
+            yield task, right
 
-    def _flips(self, task: str, before: Sequence[float], after: Sequence[float], base: str) -> Iterator[Measurement]:
-        pairs = list(zip(before, after, strict=True))
+    def _flips(
+        self, task: str, before: Mapping[str, float], after: Mapping[str, float], base: str
+    ) -> Iterator[Measurement]:
+        ids = tuple(i for i in before if i in after)  # a task may leave a question unscored for one of the models
+        pairs = [(before[i], after[i]) for i in ids]
+        if not pairs:
+            raise UserError(f"tasks: no question of {task!r} was scored for both models")
         lost = tuple(float(b >= 0.5 > a) for b, a in pairs)
         gained = tuple(float(a >= 0.5 > b) for b, a in pairs)
         both = tuple(x + y for x, y in zip(lost, gained, strict=True))
-        yield self._share(
-            task, "flips", both, "lower", f"answers right in one model and wrong in the other; base {base}"
-        )
-        yield self._share(
-            task, "flips_to_wrong", lost, "lower", f"right in the base and wrong in the stage; base {base}"
-        )
-        yield self._share(
-            task, "flips_to_right", gained, "higher", f"wrong in the base and right in the stage; base {base}"
-        )
+        asked = len({*before, *after})
+        left = f", {asked - len(ids)} of {asked} questions left unscored for one of them" if len(ids) < asked else ""
+        how = f"the first {asked} questions of {task}, by acc; base {base}{left}"
+        for metric, values, better, what in (
+            ("flips", both, "lower", "answers right in one model and wrong in the other"),
+            ("flips_to_wrong", lost, "lower", "right in the base and wrong in the stage"),
+            ("flips_to_right", gained, "higher", "wrong in the base and right in the stage"),
+        ):
+            yield self._share(task, metric, Samples(values, ids=ids), better, f"{what}; {how}")
 
-    def _share(self, task: str, metric: str, values: tuple[float, ...], better: Any, what: str) -> Measurement:
+    def _share(self, task: str, metric: str, samples: Samples, better: Any, protocol: str) -> Measurement:
         from llmq.statistics import ratio_stderr
 
-        mean, stderr = ratio_stderr(values)
+        mean, stderr = ratio_stderr(samples.values)
         named = f"{metric} {task}" if len(self.tasks) > 1 or task not in self.tasks else metric
-        protocol = f"{what}; the first {len(values)} questions of {task}, by acc"
-        return Measurement(self.name, named, mean, "share", better, len(values), stderr, protocol, Samples(values))
+        n = len(samples.values)
+        return Measurement(self.name, named, mean, "share", better, n, stderr, protocol, samples)

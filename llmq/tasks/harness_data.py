@@ -73,6 +73,11 @@ def _top(loaded: Any, name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 
+def name_of(item: Any) -> str:
+    """The name of a task or group of lm-eval."""
+    return str(item.config.task if hasattr(item, "config") and hasattr(item.config, "task") else item.name)
+
+
 def _needs(name: str, asked: Asked) -> str:
     """What a name needs, in words: `'openai/gsm8k (main)'`."""
     data = dict.fromkeys(d.data for d in harness.leaves([name], asked.include_path) if d.data)

@@ -17,6 +17,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, module: Any, tokenizer: Any, device: str, batch_size: int | None = None):
         super().__init__()
         self.module, self.tokenizer, self._device, self.batch_size = module, tokenizer, device, batch_size
+        self.cut: dict[str, set[int | None]] = {}
+        """For each task the questions that lost their beginning."""
 
     @property
     def max_length(self) -> int:
@@ -29,10 +31,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def _begin(self) -> int | None:
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((int(mark) for mark in marks if mark is not None), None)
+
+    @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else int(begin)
+        if self._begin is None:
+            raise UserError("a text without context begins with BOS or EOS, and this tokenizer has neither")
+        return self._begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -42,7 +50,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; the beginning-of-text mark is not put twice."""
         special: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+        begun = self._begin is not None and string.startswith(self.tokenizer.decode(self._begin))
+        if add_special_tokens is None and begun:
             special = {"add_special_tokens": False}
         return list(self.tokenizer.encode(string, **special))
 
@@ -57,8 +66,46 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
         )
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[scoring.Score]:
+        """The log-likelihood of each continuation after its context; a text that is too long loses its beginning.
+
+        Raises `UserError`, naming task and question, where there is nothing to score or nothing to score it from.
+        """
+        pairs = []
+        for request in requests:
+            context, continuation = self._tokens(request)
+            if len(context) + len(continuation) > self.max_length + 1:
+                self._lose_beginning(request)
+            pairs.append((request.args, context, continuation))
+        return self._loglikelihood_tokens(pairs)
+
+    def _tokens(self, request: Any) -> tuple[list[int], list[int]]:
+        """The tokens of a context and of its continuation, as lm-eval's own classes make them."""
+        text, said = request.args
+        if text:
+            context, continuation = self._encode_pair(text, said)
+        else:  # a continuation that begins with the mark itself needs no other
+            ids = self.tok_encode(said, add_special_tokens=False)
+            have = int(ids[:1] == [self.prefix_token_id])
+            context, continuation = [self.prefix_token_id], ids[have:]
+        if not continuation:
+            raise UserError(f"{_question(request)}: the continuation {said!r} has no tokens, so none can be scored")
+        if not context:
+            raise UserError(
+                f"{_question(request)}: the context {text!r} is blank, so the continuation has nothing before it"
+            )
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"{_question(request)}: the continuation has {len(continuation)} tokens, and the model takes "
+                f"{self.max_length}; it begins with {said[:40]!r}"
+            )
+        return context, continuation
+
+    def _lose_beginning(self, request: Any) -> None:
+        task, question = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+        self.cut.setdefault(str(task), set()).add(question)
+
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[scoring.Score]:
-        # A text that is too long loses its beginning.
         asked = [
             scoring.Request(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
             for _, context, continuation in requests
@@ -84,18 +131,28 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model goes on with after each context, up to the first of its stop sequences."""
-        end = self.tokenizer.decode(self.eot_token_id)
+        """The model's text after each context, up to the first of its stop sequences."""
+        end = None if self.tokenizer.eos_token_id is None else self.tokenizer.decode(self.eot_token_id)
         jobs = []
-        for context, settings in (request.args for request in requests):
+        for request in requests:
+            context, settings = request.args
             wanted = normalize_gen_kwargs(settings, 256)
             stops = handle_stop_sequences(wanted.pop("until", None), eos=end)
             most = wanted.pop("max_gen_toks")
             if most >= self.max_length:
                 raise UserError(
-                    f"a task asks for {most} tokens, and the model takes {self.max_length}, its prompt included; "
-                    "set max_gen_toks lower in the task's file"
+                    f"{_question(request)}: a task asks for {most} tokens, and the model takes {self.max_length}, its "
+                    "prompt included; set max_gen_toks lower in the task's file"
                 )
-            ids = self.tok_encode(context)[-(self.max_length - most) :]
-            jobs.append(decoding.Job(tuple(ids), tuple(stops), most, wanted))
+            ids, room = self.tok_encode(context), self.max_length - most
+            if not ids:
+                raise UserError(f"{_question(request)}: the prompt {context!r} has no tokens to go on from")
+            if len(ids) > room:
+                self._lose_beginning(request)
+            jobs.append(decoding.Job(tuple(ids[-room:]), tuple(stops), most, wanted))
         return decoding.generate(self.module, self.tokenizer, jobs, self._device, self.batch_size)
+
+
+def _question(request: Any) -> str:
+    """Where in a task a request comes from; its number counts from 0, as lm-eval's `doc_id` does."""
+    return f"task {getattr(request, 'task_name', None)!r}, question {getattr(request, 'doc_id', None)}"

@@ -2,62 +2,154 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-from llmq.types import Measurement, Samples
+from llmq.errors import UserError
+from llmq.types import Better, Measurement, Samples
 
 SHARES = ("acc", "exact_match", "f1", "pass_at")
 Answers = Sequence[Mapping[str, Any]]
 
 
-def measurements(results: Mapping[str, Any], limit: float | None = None) -> Iterator[Measurement]:
-    """A figure for each task, metric and filter of lm-eval's `results`, with the samples that stand under `samples`."""
+def measurements(
+    results: Mapping[str, Any], limit: float | None = None, cut: Mapping[str, int] | None = None
+) -> Iterator[Measurement]:
+    """A figure for each task, metric and filter of lm-eval's `results`, with the samples that stand under `samples`.
+
+    `cut` counts for each task the questions that lost their beginning, as the model's window is shorter. Raises
+    `UserError`, after all other figures, for one that is no finite number.
+    """
+    broken = []
     for task, figures in results["results"].items():
-        samples = answers(results, task)
-        n = results.get("n-samples", {}).get(task, {}).get("effective", len(samples))
-        for key, value in figures.items():
+        asked = answers(results, task)
+        protocol = convention(results, task, asked, limit, cut or {})
+        for key, found in figures.items():
             metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            value = number(found)
+            if not filtered or metric.endswith("_stderr") or value is None:
                 continue
-            stderr = figures.get(f"{metric}_stderr,{filtered}")
-            higher = results.get("higher_is_better", {}).get(task, {}).get(metric, True)
-            yield Measurement(
-                task,
-                metric if filtered == "none" else f"{metric} ({filtered})",
-                float(value),
-                "share" if metric.startswith(SHARES) and 0 <= value <= 1 else "",
-                "higher" if higher else "lower",
-                n,
-                stderr if isinstance(stderr, float) else None,
-                convention(results, task, limit),
-                paired(samples, metric, filtered, float(value)),
-                guessing(samples, metric) if metric.startswith("acc") else None,
-            )
+            if math.isfinite(value):
+                stderr = number(figures.get(f"{metric}_stderr,{filtered}"))
+                yield _measurement(results, task, (metric, filtered), value, stderr, asked, protocol)
+            else:
+                broken.append(f"{task} {metric} ({filtered}) is {value}, no finite number")
+    if broken:
+        raise UserError(f"lm_eval: {'; '.join(broken)}")
 
 
-def answers(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
-    """The answers to a task's questions in their order, or to those of a group's tasks one after another."""
-    found = results.get("samples", {})
-    if task in found:
-        return sorted(found[task], key=lambda s: int(s["doc_id"]))
-    return [answer for member in results.get("group_subtasks", {}).get(task, ()) for answer in answers(results, member)]
-
-
-def convention(results: Mapping[str, Any], task: str, limit: float | None) -> str:
-    """Version of the harness and of the task, the hash of what was asked, and how."""
-    shots = results.get("n-shot", {}).get(task, 0)
-    asked = f", first {limit:g} questions" if limit else ""
-    return (
-        f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
-        f"hash {_what_was_asked(results, task)}, {shots}-shot{asked}"
+def _measurement(
+    results: Mapping[str, Any],
+    task: str,
+    key: tuple[str, str],
+    value: float,
+    stderr: float | None,
+    asked: Answers,
+    protocol: str,
+) -> Measurement:
+    metric, filtered = key
+    rows = [s for s in asked if s.get("filter", "none") == filtered]
+    scored = [s for s in rows if s.get(metric) is not None]
+    having = {s["task"] for s in scored}  # tasks of a group without this metric have no part in its figure
+    documents = len({identity(s) for s in rows if s["task"] in having})
+    told = f", {documents - len(scored)} of {documents} questions left unscored" if len(scored) < documents else ""
+    return Measurement(
+        task,
+        metric if filtered == "none" else f"{metric} ({filtered})",
+        value,
+        "share" if metric.startswith(SHARES) and 0 <= value <= 1 else "",
+        direction(results, task, metric),
+        len(scored) if scored else _counted(results, task),
+        stderr if stderr is not None and math.isfinite(stderr) else None,
+        protocol + (told if scored else ""),
+        paired(scored, metric, value),
+        guessing(scored, metric) if metric.startswith("acc") else None,
     )
 
 
-def _what_was_asked(results: Mapping[str, Any], task: str) -> str:
+def number(value: Any) -> float | None:
+    """A number of Python or of numpy as a float, else None; True and False are 1 and 0."""
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, Real) else None
+
+
+def _counted(results: Mapping[str, Any], task: str) -> int:
+    """The number of questions that lm-eval says it scored, where no answers are kept."""
+    if told := results.get("n-samples", {}).get(task, {}).get("effective"):
+        return int(told)
+    return sum(_counted(results, member) for member in members(results, task))
+
+
+def members(results: Mapping[str, Any], task: str) -> list[str]:
+    """The single tasks of a group, each once, whatever groups within it hold them; nothing for a task."""
+    within: dict[str, None] = {}
+    for member in results.get("group_subtasks", {}).get(task, ()):
+        within |= dict.fromkeys(members(results, member) or [member])
+    return list(within)
+
+
+def answers(results: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+    """The answers to a task's questions in their order, or to those of a group's tasks one after another.
+
+    Each bears the name of its task.
+    """
+    kept = results.get("samples", {})
+    return [
+        {**answer, "task": name}
+        for name in members(results, task) or [task]
+        for answer in sorted(kept.get(name, ()), key=lambda s: int(s["doc_id"]))
+    ]
+
+
+def identity(answer: Mapping[str, Any]) -> str:
+    """The document that an answer is about: its task, its place there, and the hash of its text."""
+    return f"{answer['task']}:{answer['doc_id']}:{str(answer.get('doc_hash', ''))[:12]}"
+
+
+def direction(results: Mapping[str, Any], task: str, metric: str) -> Better:
+    """The task's word on whether more is better, or that of all tasks of a group, or of lm-eval's registry of metrics.
+
+    "unknown" where nobody says so, or the tasks of a group disagree.
+    """
+    if within := members(results, task):
+        having = [t for t in within if any(k.partition(",")[0] == metric for k in results["results"].get(t, {}))]
+        said = {direction(results, t, metric) for t in having or within}
+        return said.pop() if len(said) == 1 else "unknown"
+    higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
+    if not isinstance(higher, bool):
+        higher = _registered(metric)
+    return "unknown" if higher is None else "higher" if higher else "lower"
+
+
+def _registered(metric: str) -> bool | None:
+    import lm_eval.api.metrics  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import higher_is_better_registry
+
+    return bool(higher_is_better_registry.get(metric)) if metric in higher_is_better_registry else None
+
+
+def convention(
+    results: Mapping[str, Any], task: str, asked: Answers, limit: float | None, cut: Mapping[str, int]
+) -> str:
+    """Version of the harness and of the task, the hash of the questions, and how they were asked."""
+    shots = results.get("n-shot", {}).get(task, 0)
+    first = f", first {limit:g} questions" if limit else ""
+    lost = sum(cut.get(name, 0) for name in members(results, task) or [task])
+    short = f", {lost} questions cut on the left to the model's window" if lost else ""
+    return (
+        f"lm-eval {results['lm_eval_version']}, task version {results['versions'].get(task)}, "
+        f"hash {_what_was_asked(results, task, asked)}, {shots}-shot{first}{short}"
+    )
+
+
+def _what_was_asked(results: Mapping[str, Any], task: str, asked: Answers) -> str:
     """The hash of all that a model was asked; of files without samples, of how they say that it was asked."""
-    if samples := answers(results, task):
-        return task_hash(samples)[:12]
+    if asked:
+        return task_hash(asked)[:12]
     config = results.get("configs", {}).get(task, {})
     said = {name: config.get(name) for name in ("dataset_path", "dataset_name", "test_split", "generation_kwargs")}
     said |= {name: results.get(name) for name in ("chat_template_sha", "system_instruction_sha")}
@@ -65,24 +157,61 @@ def _what_was_asked(results: Mapping[str, Any], task: str) -> str:
     return f"without samples {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]}"
 
 
-def paired(samples: Answers, metric: str, filtered: str, value: float) -> Samples | None:
-    """The score of each question, where the figure is their plain mean.
+def paired(scored: Answers, metric: str, value: float) -> Samples | None:
+    """The score of each question, where the figure is made of them by a mean, a perplexity or bits a byte.
 
-    lm-eval's other aggregations cannot be resampled so: they keep their figure and standard error.
+    lm-eval's other aggregations cannot be resampled so: they keep their figure and standard error. Raises `UserError`
+    for a document that is scored twice.
     """
-    scores = [s[metric] for s in samples if s.get("filter", "none") == filtered and metric in s]
-    if not scores or not all(isinstance(s, int | float) for s in scores):
-        return None
-    is_mean = abs(sum(scores) / len(scores) - value) < 1e-9
-    return Samples(tuple(float(s) for s in scores)) if is_mean else None
+    ids = tuple(identity(s) for s in scored)
+    if twice := [one for one, other in zip(sorted(ids), sorted(ids)[1:], strict=False) if one == other]:
+        raise UserError(f"lm_eval: document {twice[0]!r} is scored twice by {metric}")
+    for samples in _readings([s[metric] for s in scored], ids):
+        sums = math.fsum(samples.values), math.fsum(samples.weights or (1.0,) * len(ids))
+        mean = sums[0] / sums[1] if sums[1] else math.nan
+        wanted = math.log(value) if samples.statistic == "exp" and value > 0 else value
+        if math.isclose(mean, wanted, rel_tol=1e-9, abs_tol=1e-9):
+            return samples
+    return None
 
 
-def guessing(samples: Answers, metric: str) -> float | None:
-    """The share of right answers that guessing makes, where each question has choices and one of them is right."""
-    if not all(s.get(metric) in (0, 1) for s in samples):
+def _readings(scores: Sequence[Any], ids: tuple[str, ...]) -> Iterator[Samples]:
+    """What lm-eval's aggregations can make of scores: numbers, or pairs of a log-likelihood and its words or bytes."""
+    plain = [number(s) for s in scores]
+    if scores and None not in plain:
+        values = [v for v in plain if v is not None]
+        yield Samples(tuple(values), ids=ids)
+        yield Samples(tuple(-v for v in values), None, "exp", ids=ids)  # `perplexity`
+    pairs = [tuple(map(number, s)) if isinstance(s, tuple | list) and len(s) == 2 else (None,) for s in scores]
+    if pairs and not any(None in pair for pair in pairs):
+        lost = tuple(-float(pair[0] or 0) for pair in pairs)
+        weights = tuple(float(pair[1] or 0) for pair in pairs)
+        yield Samples(lost, weights, "exp", ids=ids)  # `weighted_perplexity`
+        yield Samples(tuple(v / math.log(2) for v in lost), weights, ids=ids)  # `bits_per_byte`
+
+
+def guessing(scored: Answers, metric: str) -> float | None:
+    """The share of right answers that guessing makes, where each question has choices and some of them are right."""
+    if not all(number(s.get(metric)) in (0, 1) for s in scored):
         return None
-    choices = [len(s["arguments"]) for s in samples]
-    return sum(1 / c for c in choices) / len(choices) if choices and min(choices) > 1 else None
+    choices = [_choices(s) for s in scored]
+    if not choices or min(choices) < 2:
+        return None
+    return sum(_right(s) / c for s, c in zip(scored, choices, strict=True)) / len(choices)
+
+
+def _choices(answer: Mapping[str, Any]) -> int:
+    """How many choices a question offers; for mutual information each is asked a second time, without the question."""
+    asked = len(answer["arguments"])
+    return asked // 2 if "acc_mutual_info" in answer else asked
+
+
+def _right(answer: Mapping[str, Any]) -> int:
+    """How many choices are right: the target lists them, in a file as text."""
+    target = answer.get("target")
+    if isinstance(target, str) and re.fullmatch(r"\[\d+(, \d+)*\]", target):
+        target = json.loads(target)
+    return len(set(target)) if isinstance(target, list) and all(isinstance(t, int) for t in target) else 1
 
 
 def task_hash(samples: Answers) -> str:

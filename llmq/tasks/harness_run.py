@@ -1,32 +1,67 @@
 """Asking an opened model the questions of lm-eval."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from llmq.tasks.harness_data import Asked, built, manager, quiet, silent
+from llmq.errors import LlmqError, one_line
+from llmq.tasks.harness_data import Asked, built, manager, name_of, quiet, silent
 from llmq.types import Loaded
 
 
-def evaluated(loaded: Loaded, asked: Asked, batch_size: int | None, **settings: Any) -> dict[str, Any]:
-    """lm-eval's results on an opened model."""
+@dataclass(frozen=True)
+class Evaluated:
+    """lm-eval's results on an opened model, and the tasks and groups that failed, by the names they were asked by."""
+
+    results: Mapping[str, Any]
+    cut: Mapping[str, int]
+    """For each task the number of questions that lost their beginning, as the model's window is shorter."""
+    failures: Mapping[str, Exception]
+
+    def end(self) -> None:
+        """Raise the failures, if there are some, as one error."""
+        if self.failures:
+            told = "; ".join(f"{name}: {one_line(error)}" for name, error in self.failures.items())
+            raise LlmqError(told) from next(iter(self.failures.values()))
+
+
+def evaluated(loaded: Loaded, asked: Asked, batch_size: int | None, **settings: Any) -> Evaluated:
+    """What lm-eval says of an opened model, each task or group asked by itself, so that none costs another's answer."""
     from lm_eval import evaluator
 
     from llmq.tasks.harness_model import HarnessModel
 
     quiet()
     model = HarnessModel(loaded.module, loaded.processor, loaded.device, batch_size)
+    failures: dict[str, Exception] = {}
+    merged: dict[str, Any] = {}
     with silent(), _briefly(evaluator), _dice(), _code(bool(settings.get("confirm_run_unsafe_code"))):
-        results: dict[str, Any] = evaluator.simple_evaluate(
-            model=model,
-            tasks=list(built(asked)),
-            num_fewshot=asked.num_fewshot,
-            log_samples=True,
-            task_manager=manager(asked),
-            **settings,
-        )
-    return results
+        for task in built(asked):
+            try:
+                found = evaluator.simple_evaluate(
+                    model=model,
+                    tasks=[task],
+                    num_fewshot=asked.num_fewshot,
+                    log_samples=True,
+                    task_manager=manager(asked),
+                    **settings,
+                )
+            except Exception as error:  # noqa: BLE001 - a task's own code raises what it likes; `end` raises it
+                failures[name_of(task)] = error
+            else:
+                _merge(merged, found)
+    return Evaluated(merged, {name: len(questions) for name, questions in model.cut.items()}, failures)
+
+
+def _merge(merged: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """What is told by task is joined; the rest is the same for all."""
+    for key, value in found.items():
+        if isinstance(value, dict) and key != "config":
+            merged.setdefault(key, {}).update(value)
+        else:
+            merged.setdefault(key, value)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class LmEval(Task):
         from llmq.tasks.harness_results import measurements
         from llmq.tasks.harness_run import evaluated
 
-        results = evaluated(
+        found = evaluated(
             loaded,
             self._asked(),
             None if self.batch_size == "auto" else self.batch_size,
@@ -76,8 +76,10 @@ class LmEval(Task):
             apply_chat_template=self.apply_chat_template,
             confirm_run_unsafe_code=self.allow_code,
         )
-        yield from measurements(results, self.limit)
-        yield from files(results, self.name, str(loaded.artifact.weights))
+        if found.results:
+            yield from files(found.results, self.name, str(loaded.artifact.weights))
+            yield from measurements(found.results, self.limit, found.cut)
+        found.end()
 
 
 def _equal(one: Any, other: Any) -> bool:
