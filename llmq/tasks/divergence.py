@@ -112,7 +112,7 @@ class Divergence(Task):
         gained = tuple(float(a >= 0.5 > b) for b, a in pairs)
         both = tuple(x + y for x, y in zip(lost, gained, strict=True))
         asked = len({*before, *after})
-        left = f", {asked - len(ids)} of {asked} questions left unscored for one of them" if len(ids) < asked else ""
+        left = f", {asked - len(ids)} of {asked} questions left unscored" if len(ids) < asked else ""
         how = f"the first {asked} questions of {task}, by acc; base {base}{left}"
         for metric, values, better, what in (
             ("flips", both, "lower", "answers right in one model and wrong in the other"),
