@@ -178,6 +178,8 @@ class Split:
     sha256: str
     classes: tuple[str, ...] = ()
     """What the labels of the examples stand for, where they have labels."""
+    unused: tuple[str, ...] = ()
+    """Columns of the data that nothing was made of."""
 
 
 class Data(Plugin):

@@ -2,13 +2,14 @@
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from llmq.data import rows
+from llmq.data import rows, strict_json
 from llmq.errors import UserError
 from llmq.types import Data, Split
 
@@ -18,7 +19,7 @@ READ_WHEN_CHECKED = 64 * 2**20  # bytes; reading more than that would make `llmq
 class File(Data):
     """Rows of a local .jsonl, .json, .csv, .parquet or .txt file; the shape of the rows is recognised.
 
-    A .txt file is one text, whose last `held_out` share is set aside at a paragraph's end.
+    A .txt file is one text, whose last `held_out` share is set aside at a paragraph's or a line's end.
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
@@ -35,41 +36,77 @@ class File(Data):
 
     def check(self) -> None:
         """See `Data.read`; files up to 64 MB are read whole."""
-        if self.path.suffix not in READERS and self.path.suffix != ".txt":
-            raise UserError(f"{str(self.path)!r}: not a .jsonl, .json, .csv, .parquet or .txt file")
-        if not self.path.is_file():
-            raise UserError(f"there is no file {str(self.path)!r}")
-        if self.path.suffix == ".parquet":
+        kind = self._kind()
+        if kind == ".parquet":
             _check_parquet(self.path)
         elif self.path.stat().st_size <= READ_WHEN_CHECKED:
             self.read()
 
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""
+        kind = self._kind()
         try:
-            if self.path.suffix == ".txt":
+            if kind == ".txt":
                 return self._text()
-            raw = READERS[self.path.suffix](self.path)
-            checked, shape = rows.check(raw, self.columns, str(self.path))
+            return rows.split_of(READERS[kind](self.path), self.columns, str(self.path), self.held_out, self.limit)
         except UnicodeDecodeError:
             raise UserError(_not_utf8(self.path)) from None
-        return rows.split(checked, shape, self.held_out, self.limit)
+        except OSError as error:
+            raise UserError(f"{str(self.path)!r} cannot be read: {error.strerror or error}") from None
+
+    def _kind(self) -> str:
+        kind = self.path.suffix.lower()
+        if kind not in READERS and kind != ".txt":
+            raise UserError(f"{str(self.path)!r}: not a .jsonl, .json, .csv, .parquet or .txt file")
+        if not self.path.is_file():
+            raise UserError(f"there is no file {str(self.path)!r}")
+        return kind
 
     def _text(self) -> Split:
         text = self.path.read_text(encoding="utf-8-sig")
         if not text.strip():
             raise UserError(f"{self.path}: the file is empty")
-        wanted = round(len(text) * (1 - self.held_out))
-        # The end of a paragraph within the tenth before the wanted place, or that place.
-        paragraph = text.rfind("\n\n", int(0.9 * wanted), wanted) if self.held_out else -1
-        end, start = (paragraph, paragraph + 2) if paragraph >= 0 else (wanted, wanted)
-        parts = [[{"text": t}] if t.strip() else [] for t in (text[:end], text[start:])]
-        return rows.make_split(parts[0], parts[1], "text", {})
+        if "\0" in text:
+            raise UserError(_nul(self.path, text.count("\n", 0, text.index("\0")) + 1))
+        border = _border(text, round(len(text) * (1 - self.held_out))) if self.held_out else len(text)
+        train: list[rows.Row] = [{"text": text[:border]}] if text[:border].strip() else []
+        held_out: list[rows.Row] = [{"text": text[border:]}] if text[border:].strip() else []
+        if train and held_out:  # one text in two parts: nothing stands between them
+            held_out[0]["continues"] = True
+        return rows.make_split(train, held_out, "text", {})
+
+
+def _border(text: str, wanted: int) -> int:
+    """Where to cut a text: after the last paragraph or line that ends in the tenth before the wanted place.
+
+    Else after the line's end, or the blank, that is nearest to it. The parts put together are the text again.
+    """
+    early = int(0.9 * wanted)
+    for end in ("\n\n", "\n"):
+        found = text.rfind(end, early, wanted)
+        if found >= 0:
+            return found + len(end)
+    last = len(text.rstrip())  # a border after the last word would leave nothing to hold out
+    for blank in (r"\n+", r"\s+"):
+        borders = [m.end() for m in re.finditer(blank, text) if m.end() < last]
+        if borders:
+            return min(borders, key=lambda place: abs(place - wanted))
+    return wanted
+
+
+def _nul(path: Path, line: int) -> str:
+    return f"{path}:{line}: a NUL byte, so this is no UTF-8 text; convert the file"
 
 
 def _not_utf8(path: Path) -> str:
     # A stream decodes by blocks and counts bytes from the last one, so its error cannot say where in the file it was.
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    data = path.read_bytes()
+    for start, name in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz")):
+        if data.startswith(start):
+            return f"{path}: compressed by {name}; unpack it first"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return f"{path}: not UTF-8 text but UTF-16; convert it first"
+    for number, line in enumerate(data.splitlines(), 1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
@@ -89,41 +126,116 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             where = f"{path}:{number}"
-            if not line.strip():
+            text = line.strip(" \t\r\n")
+            if not text:
                 raise UserError(f"{where}: the line is empty; a JSONL file has one JSON object a line")
             try:
-                yield where, json.loads(line)
+                value, end = strict_json.parse(text)
+                if end < len(text):
+                    raise json.JSONDecodeError("Extra data", text, end)
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: column {error.colno}: not JSON: {error.msg.lower()}") from None
+            except strict_json.NotPlain as error:
+                raise UserError(f"{where}: {error}") from None
+            yield where, value
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    row, place = 0, strict_json.skip_blanks(text, 0)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        if text[place : place + 1] != "[":
+            strict_json.parse(text, place)
+            raise UserError(f"{path}: a .json file of rows is a list of objects; use .jsonl for one object a line")
+        place = strict_json.skip_blanks(text, place + 1)
+        while row or text[place : place + 1] != "]":
+            value, end = strict_json.parse(text, place)
+            yield f"{path}: row {row}", value
+            row, place = row + 1, strict_json.skip_blanks(text, end)
+            if text[place : place + 1] == "]":
+                break
+            if text[place : place + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place = strict_json.skip_blanks(text, place + 1)
+        after = strict_json.skip_blanks(text, place + 1)
+        if after < len(text):
+            raise json.JSONDecodeError("Extra data", text, after)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: column {error.colno}: not JSON: {error.msg.lower()}") from None
-    if not isinstance(data, list):
-        raise UserError(f"{path}: a .json file of rows is a list of objects; use .jsonl for one object a line")
-    yield from ((f"{path}: row {i}", row) for i, row in enumerate(data))
+    except strict_json.NotPlain as error:
+        raise UserError(f"{path}:{text.count(chr(10), 0, place) + 1}: row {row}: {error}") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # a whole document may be one field
+    lines: list[str] = []  # of the row that is being read
+    over_several: list[tuple[int, list[int]]] = []  # first line of a row, and how many fields its lines would be
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
-        head = next(reader, [])
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if len(row) != len(head):
-                raise UserError(f"{where}: the line has {len(row)} of the {len(head)} columns of the head")
-            yield where, dict(zip(head, row, strict=True))
+        reader = csv.reader(_kept(path, stream, lines), strict=True)
+        try:
+            head = next(reader, [])
+            _check_head(path, head)
+            while (row := _next_row(reader, lines)) is not None:
+                first = reader.line_num - len(lines) + 1
+                if len(row) != len(head):
+                    raise UserError(f"{path}:{first}: the line has {len(row)} of the {len(head)} columns of the head")
+                if len(lines) > 1:
+                    over_several.append((first, [line.count(",") + 1 for line in lines]))
+                yield f"{path}:{first}", dict(zip(head, row, strict=True))
+        except csv.Error as error:
+            raise UserError(_broken_csv(path, reader.line_num - len(lines) + 1, len(lines), str(error))) from None
+    # One field over many lines, in a file that has no other, and each line would make a row: a quote was left open.
+    if len(over_several) == 1 and len(over_several[0][1]) > 2 and set(over_several[0][1]) == {len(head)} != {1}:
+        raise UserError(_broken_csv(path, over_several[0][0], len(over_several[0][1]), "each line would make a row"))
+
+
+def _next_row(reader: Any, lines: list[str]) -> list[str] | None:
+    lines.clear()
+    return next(reader, None)
+
+
+def _kept(path: Path, stream: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """The lines of a file, each added to `lines` too."""
+    for number, line in enumerate(stream, 1):
+        lines.append(line)
+        if "\0" in line:
+            raise UserError(_nul(path, number))
+        yield line
+
+
+def _check_head(path: Path, head: list[str]) -> None:
+    for i, name in enumerate(head):
+        if name in head[:i]:
+            raise UserError(f"{path}:1: the column {name!r} stands twice in the head")
+
+
+def _broken_csv(path: Path, first: int, lines: int, why: str) -> str:
+    if lines == 1:
+        return f"{path}:{first}: not CSV: {why}; a quote within a quoted field is written twice"
+    return (
+        f"{path}:{first}: a quoted field begins here and goes over {lines} lines ({why}): "
+        "close the quote, or write the file as .jsonl"
+    )
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from datasets import Dataset
+    import pyarrow
+    from pyarrow import parquet
 
-    data = Dataset.from_parquet(str(path))
-    yield from ((f"{path}: row {i}", row) for i, row in enumerate(data))
+    _check_parquet(path)
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as opened:
+            names = opened.schema_arrow.names
+            _check_head(path, names)
+            for batch in opened.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", {name: rows.without_absent(value) for name, value in row.items()}
+                    number += 1
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: from row {number}: a text is not UTF-8") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"{path}: from row {number}: cannot be read: {' '.join(str(error).split())[:120]}") from None
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

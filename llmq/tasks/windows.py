@@ -28,8 +28,11 @@ class Window:
 
 
 def joined(rows: Iterable[Row]) -> str:
-    """Text rows as one text, an empty line between them."""
-    return "\n\n".join(row["text"] for row in rows)
+    """Text rows as one text, an empty line between them; one that continues the row before follows it directly."""
+    pieces: list[str] = []
+    for row in rows:
+        pieces += ["\n\n", row["text"]] if pieces and not row.get("continues") else [row["text"]]
+    return "".join(pieces)
 
 
 def windows_of(
@@ -38,19 +41,21 @@ def windows_of(
     """Windows of `length` tokens every `stride` tokens (`length` if unset) over a text; each token is scored once.
 
     With a stride shorter than the window, a window scores its last `stride` tokens and sees the others. The first token
-    of a window that nothing precedes is not scored, unless `bos` puts the beginning-of-text mark there.
+    of a window that nothing precedes is not scored, unless `bos` puts the beginning-of-text mark there. Where a window
+    begins with that mark by itself, no second one is put before it, and the mark is not scored.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if bos and tokenizer.bos_token_id is None:
         raise UserError("bos: true, and this tokenizer has no beginning-of-text mark")
-    begin = [tokenizer.bos_token_id] if bos else []
-    step, body = stride or length, length - len(begin)
+    mark = [tokenizer.bos_token_id] if bos else []
+    step, body = stride or length, length - len(mark)
     windows: list[Window] = []
     word_starts = [word.start() for word in re.finditer(r"\S+", text)]
     done = covered = 0
     for start in range(0, max(1, len(ids)), min(step, body)):
         end = min(start + body, len(ids))
+        begin = [] if ids[start : start + 1] == mark else mark
         said = [False] * len(begin) + [i >= done for i in range(start, end)]
         if any(said[1:]):
             first = start + said.index(True, 1) - len(begin)

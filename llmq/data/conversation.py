@@ -1,0 +1,192 @@
+"""A conversation as the chat template writes it, and which characters of it the assistant should have said.
+
+A template with `{% generation %}` tags says so itself. Of any other the turns are found by rendering: what stands
+between the prompt for a turn and the conversation up to that turn, or, where a template writes earlier turns otherwise
+than last ones, what stands in the place of a word that was put there instead of the turn. Either way the parts before,
+within and after a turn, put together, are the text itself; a turn for which they are not is refused.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from llmq.data.messages import REASONING, learned
+from llmq.errors import UserError
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RESERVED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+T = TypeVar("T")
+Span = tuple[int, int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row of messages under a tokenizer's chat template, up to the last turn that is to be learned."""
+
+    row: Mapping[str, Any]
+    tokenizer: Any
+
+    @cached_property
+    def messages(self) -> Messages:
+        """The messages up to the last one that is to be learned."""
+        messages: Messages = self.row["messages"]
+        return messages[: 1 + max(i for i, message in enumerate(messages) if learned(message))]
+
+    @cached_property
+    def template(self) -> str:
+        """The chat template's own text."""
+        template = self.tokenizer.chat_template
+        return template if isinstance(template, str) else str(
+            self.tokenizer.get_chat_template(None, self.row.get("tools"))
+        )
+
+    @cached_property
+    def text(self) -> str:
+        """All of it. Raises `UserError` where the template drops something that changes its meaning."""
+        text = self.render(self.messages)
+        self._check_settings()
+        self._check_nothing_dropped(text)
+        return text
+
+    def turns(self, is_learned: bool) -> Iterator[Span]:
+        """Where the assistant's turns stand in the text, those that are to be learned or the others.
+
+        A turn ends after its end mark, or before it, where the template was not to be asked for more.
+        """
+        for i, message in enumerate(self.messages):
+            if message["role"] == "assistant" and learned(message) == is_learned:
+                yield self._turn(i)
+
+    def tagged(self) -> list[Span]:
+        """What the template's own `{% generation %}` tags enclose; nothing where it has none."""
+        if not GENERATION.search(self.template):
+            return []
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        def render(messages: Messages, **settings: Any) -> list[Span]:
+            special = self.tokenizer.special_tokens_map
+            rendered, spans = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True, **{**special, **settings}
+            )
+            return [(start, end) for start, end in spans[0] if start < end] if rendered == [self.text] else []
+
+        return self._guarded(render, self.messages)
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        """The text of messages; with `prompt`, as it stands before the assistant's answer."""
+
+        def render(given: Messages, **settings: Any) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt, **settings)
+            )
+
+        return self._guarded(render, messages)
+
+    @property
+    def begins(self) -> str:
+        """The first words of it, for a message."""
+        return next((str(m["content"])[:40] for m in self.row["messages"] if m["content"]), "")
+
+    def _guarded(self, render: Callable[..., T], messages: Messages) -> T:
+        from jinja2 import TemplateError
+
+        plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        tools = {"tools": self.row["tools"]} if "tools" in self.row else {}
+        settings = {**tools, **self.row.get("chat_template_kwargs", {})}
+        try:
+            try:
+                return render(plain, **settings)
+            except TypeError:  # some templates write the arguments of a call as they are, so that they must be text
+                return render([_with_text_arguments(message) for message in plain], **settings)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the chat template of this tokenizer refuses the row that begins {self.begins!r}: {why}"
+            ) from None
+
+    def _tried(self, messages: Messages, prompt: bool = False) -> str | None:
+        """The text of messages, or None where the template refuses them or there are none."""
+        try:
+            return self.render(messages, prompt) if messages else None
+        except UserError:
+            return None
+
+    def _turn(self, i: int) -> Span:
+        before, prompt = self._tried(self.messages[:i]), self._tried(self.messages[:i], prompt=True)
+        upto = self.text if i == len(self.messages) - 1 else self._tried(self.messages[: i + 1])
+        start = len(prompt) if prompt is not None and self.text.startswith(prompt) else None
+        end = len(upto) if upto is not None and self.text.startswith(upto) else None
+        # A template that knows no prompt for an answer may still write something before it, such as a role.
+        if start is None or end is None or before == prompt:
+            place = self._place(i) or (start, end)
+            has_prompt = start is not None and (before != prompt or not self.text[start : place[0]].strip())
+            start, end = start if has_prompt else place[0], place[1] if end is None or before == prompt else end
+        if start is None or end is None or start >= end:
+            raise UserError(
+                f"the chat template of this tokenizer writes turn {i} of the row that begins {self.begins!r} so that "
+                "it cannot be told apart from the others; use one turn a row, or a template with {% generation %} tags"
+            )
+        return start, end
+
+    def _place(self, i: int) -> Span | None:
+        """What stands where a word comes out that is put instead of a turn; the text around it must not change."""
+        word = self._word()
+        rendered = self._tried([*self.messages[:i], {"role": "assistant", "content": word}, *self.messages[i + 1 :]])
+        if rendered is None or rendered.count(word) != 1:
+            return None
+        before, after = rendered.split(word)
+        is_exact = self.text.startswith(before) and self.text.endswith(after)
+        # A blank before a word is part of the word's first token.
+        return (len(before.rstrip(" ")), len(self.text) - len(after)) if is_exact else None
+
+    def _word(self) -> str:
+        word = "PLACEHOLDER"
+        while word in self.text:
+            word += "R"
+        return word
+
+    def _check_settings(self) -> None:
+        for name in self.row.get("chat_template_kwargs", {}):
+            if name in RESERVED or name not in self.template:
+                raise UserError(f"chat_template_kwargs: the chat template of this tokenizer takes no {name!r}")
+
+    def _check_nothing_dropped(self, text: str) -> None:
+        def refuse(what: str, cure: str) -> None:
+            raise UserError(
+                f"the chat template of this tokenizer leaves out {what} of the row that begins {self.begins!r}; {cure}"
+            )
+
+        for tool in self.row.get("tools", []):
+            if tool["function"]["name"] not in text:
+                refuse(f"'tools' ({tool['function']['name']!r})", "use a template that knows tools, or drop the column")
+        for i, message in enumerate(self.messages):
+            for call in message.get("tool_calls", []):
+                if call["function"]["name"] not in text:
+                    refuse(f"'tool_calls' of message {i}", "use a template that knows tools")
+            if self._is_dropped(i, text):
+                refuse(f"message {i} (role {message['role']!r})", "use a template that knows this role, or drop it")
+            reasoning = message.get("reasoning_content", "").strip()
+            is_last = i == len(self.messages) - 1  # of earlier turns a template may drop it, as at inference
+            if reasoning and (not any(n in self.template for n in REASONING) or (is_last and reasoning not in text)):
+                refuse(f"'reasoning_content' of message {i}", "write it into the content, as the model does")
+
+    def _is_dropped(self, i: int, text: str) -> bool:
+        content = self.messages[i]["content"].strip()
+        if not content or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            return False
+        other = {**self.messages[i], "content": "PLACEHOLDER"}  # a template may write a text otherwise than it is
+        return self._tried([*self.messages[:i], other, *self.messages[i + 1 :]]) == text
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
