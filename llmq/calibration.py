@@ -28,8 +28,8 @@ class Calibrated(BaseModel):
 
     def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
         """Token windows that do not overlap, and notes on them. Raises `UserError` if there is not one token."""
-        from llmq.data.tokens import encode
-        from llmq.models.hugging_face import load_tokenizer
+        from llmq.data.tokens import Encoder, unused
+        from llmq.models.hugging_face import end_marks, load_tokenizer
         from llmq.tasks.windows import joined
 
         model: Any = artifact.model
@@ -38,14 +38,15 @@ class Calibrated(BaseModel):
         if split.shape == "text":
             ids = tokenizer(joined(split.train), add_special_tokens=False)["input_ids"]
         else:
-            ids = [token for row in split.train for token in encode(row, tokenizer).ids]
+            encoder = Encoder(tokenizer, end_marks(artifact.weights))
+            ids = [token for row in split.train for token in encoder.encode(row).ids]
         if not ids:
             raise UserError(f"the calibration data {self.data.word} has no token to calibrate on")
         starts = range(0, max(1, len(ids) - self.length + 1), self.length)
         drawn = sorted(random.Random(seed).sample(starts, min(self.samples, len(starts))))
         windows = [ids[start : start + self.length] for start in drawn]
         return windows, {
-            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256},
+            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256} | unused(split, tokenizer),
             "samples": len(windows),
             "tokens": sum(map(len, windows)),
         }

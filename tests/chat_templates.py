@@ -5,7 +5,13 @@
 
 from dataclasses import dataclass, field
 
-TALK = [("system", "Be kind."), ("user", "Hello!"), ("assistant", "Hi you."), ("user", "Bye?"), ("assistant", "Farewell!")]
+TALK = [
+    ("system", "Be kind."),
+    ("user", "Hello!"),
+    ("assistant", "Hi you."),
+    ("user", "Bye?"),
+    ("assistant", "Farewell!"),
+]
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ PHI_3_STRIPPING = Family(  # its added tokens swallow the line's end after them
 ZEPHYR = Family(
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
     "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
     "<s>",
     "</s>",
@@ -172,15 +179,15 @@ ZEPHYR = Family(
 QWEN_3 = Family(
     # Shortened to what it does with thoughts: those of turns before the last question are dropped, an answer to the
     # last question begins with its thoughts, and with empty ones where it has none.
-    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
-    "{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role != 'assistant' %}"
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role != 'assistant' %}"
     "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- else %}{%- set thoughts = '' %}"
     "{%- set said = m.content %}{%- if m.reasoning_content is string %}{%- set thoughts = m.reasoning_content %}"
     "{%- elif '</think>' in m.content %}{%- set said = m.content.split('</think>')[-1].lstrip('\n') %}"
     "{%- set thoughts = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}{%- endif %}"
     "{{- '<|im_start|>assistant\n' }}{%- if loop.index0 > ns.last and (loop.last or thoughts) %}"
     "{{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') }}{%- else %}{{- said }}{%- endif %}"
-    "{%- for call in m.tool_calls or [] %}{{- '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": '"
+    '{%- for call in m.tool_calls or [] %}{{- \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \''
     " + call.function.arguments | tojson + '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endif %}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
     "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
@@ -237,8 +244,4 @@ PLAIN = Family(  # no special token but the end of text, and no prompt for an an
     ("SYSTEM: Be kind. USER: Hello! ASSISTANT:", " Hi you.</s>", "USER: Bye? ASSISTANT:", " Farewell!</s>"),
 )
 
-FAMILIES = {
-    name.lower(): family
-    for name, family in globals().copy().items()
-    if isinstance(family, Family)
-}
+FAMILIES = {name.lower(): family for name, family in globals().copy().items() if isinstance(family, Family)}

@@ -43,7 +43,7 @@ class Letters:
 
 
 class Rewriting(Letters):
-    """Its chat template shows the thoughts of the last turn alone, as those of reasoning models do."""
+    """Its chat template writes the last message otherwise than earlier ones, as those of reasoning models do."""
 
     def shown(self, message, is_last):
         return message["content"] + ("(thought)" if is_last else "")
@@ -210,14 +210,14 @@ CONVERSATION = dialogue(
 def test_of_a_conversation_the_chat_template_marks_the_assistants_words_and_their_end():
     tokens = encode(CONVERSATION, Letters("a template", marks_beginning=True))
     # No mark before it: a chat template writes its own.
-    assert spelled(tokens) == "<system>be kind$\n<user>hello$\n<assistant>hi$\n<user>bye$\n<assistant>farewell$\n"
-    assert spelled(tokens, said=True) == "hi$\nfarewell$\n"
-    assert spelled(tokens, said=False) == "<system>be kind$\n<user>hello$\n<assistant><user>bye$\n<assistant>"
+    assert spelled(tokens) == "<system>be kind$\n<user>hello$\n<assistant>hi$\n<user>bye$\n<assistant>farewell$"
+    assert spelled(tokens, said=True) == "hi$farewell$"
+    assert spelled(tokens, said=False) == "<system>be kind$\n<user>hello$\n<assistant>\n<user>bye$\n<assistant>"
 
 
 def test_what_a_person_says_last_is_not_part_of_a_templated_example():
     tokens = encode(dialogue(("user", "a"), ("assistant", "b"), ("user", "thanks")), Letters("a template"))
-    assert spelled(tokens) == "<user>a$\n<assistant>b$\n"
+    assert spelled(tokens) == "<user>a$\n<assistant>b$"
 
 
 def test_without_a_chat_template_a_conversation_is_lines():
@@ -226,15 +226,29 @@ def test_without_a_chat_template_a_conversation_is_lines():
     assert spelled(tokens, said=True) == "hi\nfarewell$"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    with pytest.raises(UserError, match="one turn a row"):
-        encode(CONVERSATION, Rewriting("a template"))
+def test_of_a_template_that_rewrites_earlier_turns_the_turns_are_found_as_they_stand():
+    tokens = encode(CONVERSATION, Rewriting("a template"))
+    assert spelled(tokens, said=True) == "hi$farewell(thought)$"
+    assert spelled(tokens, said=False).endswith("<user>hello$\n<assistant>\n<user>bye$\n<assistant>")
+
+
+class Counting(Letters):
+    """Its chat template writes how long the whole conversation is before each of its turns."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        length = sum(len(m["content"]) for m in messages)
+        return "".join(f"<{m['role']} {length}>{m['content']}$\n" for m in messages)
+
+
+def test_a_template_whose_turns_cannot_be_told_apart_is_refused():
+    with pytest.raises(UserError, match=r"turn 2 of the row that begins 'be kind'.*one turn a row"):
+        encode(CONVERSATION, Counting("a template"))
 
 
 def test_the_reference_is_the_last_thing_that_the_model_should_say():
     prompt, reference = prompt_and_reference(CONVERSATION, Letters("a template"))
     assert spelled(Tokens(prompt, (False,) * len(prompt))).endswith("<user>bye$\n<assistant>")
-    assert reference == "farewell\n"
+    assert reference == "farewell"
     assert prompt_and_reference({"prompt": "ask", "completion": "told"}, Letters()) == (tuple(map(ord, "ask")), "told")
 
 

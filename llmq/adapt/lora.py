@@ -105,6 +105,7 @@ class Lora(Step):
 
         from llmq.adapt.fast_path import choose
         from llmq.adapt.training import train
+        from llmq.data.tokens import unused
 
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
@@ -114,13 +115,14 @@ class Lora(Step):
             way = choose(model, self.packing, self.per_device_train_batch_size, _autocast(loaded))
             rows, held_out, counts = self._rows(loaded, split, way.packing)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
-            pad, asked = loaded.processor.pad_token_id, self.training_arguments
+            pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
             history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
         about = {"seed": seed, "packing": way.packing, "fast_path": way.why_slow or "used"}
         if way.why_unpacked:
             about["one_example_a_row"] = f"packed, {way.why_unpacked}"
         notes = {
-            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
+            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts}
+            | unused(split, loaded.processor),
             "tokens": counts,
             "training": {**history, **about},
         }
@@ -129,10 +131,12 @@ class Lora(Step):
     def _rows(self, loaded: Loaded, split: Any, packing: bool) -> tuple[list[Any], list[Any], dict[str, Any]]:
         from llmq.adapt.packing import pack
         from llmq.data.tokens import encode_all
+        from llmq.models.hugging_face import end_marks
 
         made = []
+        ends = end_marks(loaded.artifact.weights)
         for part in (split.train, split.held_out):
-            encoded, counts = encode_all(part, loaded.processor, self.max_length)
+            encoded, counts = encode_all(part, loaded.processor, self.max_length, ends)
             examples = [e for e in encoded if any(e.said[1:])]  # a loss over no token is no number
             counts = {**counts, "nothing_to_learn": len(encoded) - len(examples)}
             made.append((pack(examples, self.max_length) if packing else [[e] for e in examples], counts))

@@ -48,7 +48,7 @@ class Merge(Step):
         from peft import PeftModel
 
         from llmq.adapt.finite import first_not_finite
-        from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+        from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
 
@@ -64,7 +64,7 @@ class Merge(Step):
         if name := first_not_finite(dict(module.named_parameters())):
             raise LlmqError(f"{self.word}: {name} is not finite in {self.dtype or model.dtype}; set dtype: float32")
         save(module, folder, pairs)
-        load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
+        copy_tokenizer(artifact.weights, folder)
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.tasks.kl import compare_outputs

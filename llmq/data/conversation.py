@@ -40,15 +40,17 @@ class Conversation:
     def template(self) -> str:
         """The chat template's own text."""
         template = self.tokenizer.chat_template
-        return template if isinstance(template, str) else str(
-            self.tokenizer.get_chat_template(None, self.row.get("tools"))
+        return (
+            template
+            if isinstance(template, str)
+            else str(self.tokenizer.get_chat_template(None, self.row.get("tools")))
         )
 
     @cached_property
     def text(self) -> str:
         """All of it. Raises `UserError` where the template drops something that changes its meaning."""
-        text = self.render(self.messages)
         self._check_settings()
+        text = self.render(self.messages)
         self._check_nothing_dropped(text)
         return text
 

@@ -230,7 +230,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             _check_head(path, names)
             for batch in opened.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
-                    yield f"{path}: row {number}", {name: rows.without_absent(value) for name, value in row.items()}
+                    yield f"{path}: row {number}", rows.without_absent_keys(row)
                     number += 1
     except UnicodeDecodeError:
         raise UserError(f"{path}: from row {number}: a text is not UTF-8") from None

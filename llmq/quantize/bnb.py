@@ -28,7 +28,7 @@ class Bnb(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Load the float weights quantized, and save them so."""
         from llmq.errors import UserError
-        from llmq.models.hugging_face import load_causal_lm, load_tokenizer
+        from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.tying import save
 
         model: Any = artifact.model
@@ -43,7 +43,7 @@ class Bnb(Step):
         if not layers:
             raise UserError(f"quantize.bnb found no linear layer to quantize in {artifact.weights}")
         save(module, folder)
-        load_tokenizer(artifact.weights, model.trust_remote_code).save_pretrained(folder)
+        copy_tokenizer(artifact.weights, folder)
         return artifact.then(self, weights=folder, packed=True, notes={"quantized_layers": layers})
 
     def _config(self, weights: Path, trust_remote_code: bool) -> Any:

@@ -1,6 +1,7 @@
 """What a model writes."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
@@ -29,15 +30,14 @@ class Generate(Task):
         from llmq.models.hugging_face import load_tokenizer
 
         model: Any = base.model
-        self._rows(load_tokenizer(base.weights, model.trust_remote_code))
+        self._rows(load_tokenizer(base.weights, model.trust_remote_code), base.weights)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """The first held-out prompts that are short enough, answered."""
-        from llmq.data.tokens import prompt_and_reference, shown_prompt
+        from llmq.data.tokens import shown_prompt
 
         ended = []
-        for row in self._rows(loaded.processor):
-            prompt, reference = prompt_and_reference(row, loaded.processor)
+        for row, prompt, reference in self._rows(loaded.processor, loaded.artifact.weights):
             answer, is_ended = self._answer(loaded, prompt)
             ended.append(float(is_ended))
             yield Exhibit(self.name, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
@@ -47,15 +47,18 @@ class Generate(Task):
             self.name, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
         )
 
-    def _rows(self, tokenizer: Any) -> list[Row]:
+    def _rows(self, tokenizer: Any, folder: Path) -> list[tuple[Row, tuple[int, ...], str]]:
+        """Rows whose prompts are short enough, each with its prompt and the right answer."""
         from llmq.data.tokens import prompt_and_reference
         from llmq.errors import UserError
+        from llmq.models.hugging_face import end_marks
 
-        fitting: list[Row] = []
+        fitting: list[tuple[Row, tuple[int, ...], str]] = []
+        ends = end_marks(folder)
         for row in self.data.read().held_out:
-            prompt, _ = prompt_and_reference(row, tokenizer)
+            prompt, reference = prompt_and_reference(row, tokenizer, ends)
             if 0 < len(prompt) <= self.prompt_tokens:
-                fitting.append(row)
+                fitting.append((row, prompt, reference))
             if len(fitting) == self.examples:
                 return fitting
         if not fitting:

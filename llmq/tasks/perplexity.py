@@ -65,6 +65,8 @@ class Perplexity(Task):
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
         ids = sha256_text(*(" ".join(map(str, w.tokens.ids)) for w in windows))  # tokenizers cut otherwise
         protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}, tokens {ids[:12]}"
+        if split.unused:
+            protocol += f"; columns not used: {', '.join(split.unused)}"
         counts = {
             "token": [w.scored for w in windows],
             "word": [w.words for w in windows],
@@ -82,13 +84,16 @@ class Perplexity(Task):
         windows = windows_of(joined(rows), loaded.processor, self.window, self.limit, self.stride, bos)
         overlap = f"a window every {self.stride} tokens" if self.stride and self.stride < self.window else "no overlap"
         mark = "BOS first" if bos else "no BOS, the first token of the text or of a window without overlap not scored"
-        return windows, f"texts joined, {self.window}-token windows, {overlap}, {mark}"
+        first = f", the first {self.limit} windows" if self.limit and len(windows) == self.limit else ""
+        return windows, f"texts joined, {self.window}-token windows from the left{first}, {overlap}, {mark}"
 
     def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
+        from llmq.models.hugging_face import end_marks
         from llmq.tasks.windows import completions
 
-        windows, counts = completions(rows[: self.limit], loaded.processor, self.window)
-        lost = f"{counts['truncated']} cut, {counts['prompt_too_long']} left out"
+        ends = end_marks(loaded.artifact.weights)
+        windows, counts = completions(rows[: self.limit], loaded.processor, self.window, ends)
+        lost = f"{counts['truncated']} lost their end, {counts['prompt_too_long']} left out"
         return (
             windows,
             f"completions after their prompts with the end-of-text mark, at most {self.window} tokens ({lost})",

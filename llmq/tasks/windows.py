@@ -49,6 +49,8 @@ def windows_of(
     if bos and tokenizer.bos_token_id is None:
         raise UserError("bos: true, and this tokenizer has no beginning-of-text mark")
     mark = [tokenizer.bos_token_id] if bos else []
+    if mark and ids[:1] == mark:
+        ids, spans = ids[1:], spans[1:]
     step, body = stride or length, length - len(mark)
     windows: list[Window] = []
     word_starts = [word.start() for word in re.finditer(r"\S+", text)]
@@ -70,9 +72,11 @@ def windows_of(
     return windows
 
 
-def completions(rows: Sequence[Row], tokenizer: Any, length: int) -> tuple[list[Window], dict[str, int]]:
+def completions(
+    rows: Sequence[Row], tokenizer: Any, length: int, ends: Iterable[int] = ()
+) -> tuple[list[Window], dict[str, int]]:
     """A window for each row with a prompt, of which what the model should say is scored; what became of the rows."""
-    examples, counts = encode_all(rows, tokenizer, length)
+    examples, counts = encode_all(rows, tokenizer, length, ends)
     windows: list[Window] = []
     for tokens in examples:
         said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
