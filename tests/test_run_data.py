@@ -352,3 +352,10 @@ def test_eval_takes_changes_of_tasks_and_of_a_model_that_is_no_stage(tiny_llama,
     assert not (stage / "artifact.json").exists()
     assert end_of(*words, "speed.rounds=3", patch=monkeypatch) == 2
     assert "this recipe has no 'speed'" in capsys.readouterr().err
+
+
+def test_calibration_looks_at_no_label():
+    model: Any = plugin.build(NET, "models")
+    digits: Any = plugin.build("digits", "data")
+    assert model.outputs == 2
+    assert len(list(model.calibration(digits.read(), 3, 0))) == 3
