@@ -117,7 +117,9 @@ class Vision(BaseModel):
 
         if artifact.runtime == "openvino":
             from llmq.models.exported import DEVICE, ExportedModule
+            from llmq.quantize.apart import check_opens
 
+            check_opens(artifact.weights, self)
             return Loaded(ExportedModule(artifact.weights), self.prepare, DEVICE, artifact)
         module: Any = open_network(self.network(), artifact.weights).eval().to(device)
         return Loaded(module, self.prepare, device, artifact)

@@ -28,15 +28,23 @@ class Dynamic(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Export, and round the weights of the graph."""
         from llmq.environment import library_version
+        from llmq.quantize import apart
         from llmq.quantize.exporting import quantized_stage
 
-        notes = {"nncf": library_version("nncf")}
-        return quantized_stage(self, artifact, folder, _compressed, compute_dtype=self.compute_dtype, notes=notes)
+        model: Any = artifact.model
+        return quantized_stage(
+            self,
+            artifact,
+            folder,
+            lambda graph: apart.changed(self, model, graph, [model.example(1)]),
+            compute_dtype=self.compute_dtype,
+            notes={"nncf": library_version("nncf")},
+        )
 
+    def quantized(self, graph: Any, inputs: list[Any]) -> Any:
+        """The graph with int8 weights; no input is looked at."""
+        from llmq.quantize.exporting import nncf, quietly
 
-def _compressed(graph: Any) -> Any:
-    from llmq.quantize.exporting import nncf, quietly
-
-    library = nncf()
-    with quietly():
-        return library.compress_weights(graph, mode=library.CompressWeightsMode.INT8_SYM)
+        library = nncf()
+        with quietly():
+            return library.compress_weights(graph, mode=library.CompressWeightsMode.INT8_SYM)

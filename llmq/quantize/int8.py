@@ -46,6 +46,7 @@ class Int8(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Export, calibrate, and write the quantized graph."""
         from llmq.environment import library_version
+        from llmq.quantize import apart
         from llmq.quantize.exporting import quantized_stage
 
         split = self._split()
@@ -55,7 +56,12 @@ class Int8(Step):
             about["data"] = {"word": self.data.word, "sha256": split.sha256}
         notes = {"nncf": library_version("nncf"), "calibration": about}
         return quantized_stage(
-            self, artifact, folder, lambda graph: self.quantized(graph, inputs), inputs[:JUDGED], notes=notes
+            self,
+            artifact,
+            folder,
+            lambda graph: apart.changed(self, artifact.model, graph, inputs),
+            inputs[:JUDGED],
+            notes=notes,
         )
 
     def _split(self) -> Split | None:
