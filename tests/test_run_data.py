@@ -355,7 +355,8 @@ def test_eval_takes_changes_of_tasks_and_of_a_model_that_is_no_stage(tiny_llama,
 
 
 def test_calibration_looks_at_no_label():
-    model: Any = plugin.build(NET, "models")
+    opener: Any = plugin.build(NET, "models")
+    model: Any = opener.base(CPU).model
     digits: Any = plugin.build("digits", "data")
     assert model.outputs == 2
     assert len(list(model.calibration(digits.read(), 3, 0))) == 3
