@@ -168,3 +168,16 @@ def test_a_merge_that_overflows_its_dtype_is_refused_by_the_tensors_name(tiny_ll
     save_file(tensors, file)
     with pytest.raises(LlmqError, match=r"adapt\.merge: \S+ is not finite in float16; set dtype: float32"):
         apply("adapt.merge", stage, tmp_path / "m", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_among_thousands_is_found_wherever_it_stands(dtype, value):
+    for place in (0, 1, 17, 4094, 4095):
+        tensor = torch.ones(64, 64, dtype=dtype)
+        tensor.view(-1)[place] = value
+        assert finite.first_not_finite({"before": torch.ones(3), "it": tensor, "after": tensor.clone()}) == "it"
+    strided = torch.ones(64, 64, dtype=dtype).t()[::2]
+    assert finite.first_not_finite({"strided": strided}) == ""
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
+    assert finite.first_not_finite({"largest": largest}) == ""

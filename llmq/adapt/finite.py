@@ -33,13 +33,14 @@ def first_not_finite(tensors: dict[str, Any]) -> str:
     """The name of the first tensor that holds a value that is not finite; empty if none does."""
     import torch
 
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-    # A sum of numbers times 0 is 0, or NaN where one is not finite: one product a tensor, and one wait for them all.
-    zeros = {name: (t.detach() * 0).sum(dtype=torch.float32).reshape(()) for name, t in floats.items()}
-    first = next(iter(zeros.values()), None)
-    if first is None or bool(torch.stack([z.to(first.device) for z in zeros.values()]).isfinite().all()):
+    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
         return ""
-    return next(name for name, zero in zeros.items() if not bool(zero.isfinite()))
+    # The largest of each: NaN and infinity come through, and no sum overflows. One wait for all of them.
+    largest = torch._foreach_norm(list(floats.values()), float("inf"))
+    if bool(torch.stack([each.isfinite().to(largest[0].device) for each in largest]).all()):
+        return ""
+    return next(name for name, each in zip(floats, largest, strict=True) if not bool(each.isfinite()))
 
 
 def advice(kept: Path | None) -> str:
