@@ -44,8 +44,11 @@ class Method(Protocol):
 
 def rewrite(
     source: Skeleton, folder: Path, method: Method, windows: Sequence[Sequence[int]] = (), sequential: bool = True
-) -> None:
-    """Write `source` to `folder` with its layers changed, a safetensors file a block. Goes on where a kill left it."""
+) -> list[str]:
+    """Write `source` to `folder` with its layers changed, a safetensors file a block. Goes on where a kill left it.
+
+    Returns the layers that no token of the calibration came to, as may be those of a rare expert.
+    """
     import torch
 
     count = len(source.blocks) + 1
@@ -68,6 +71,7 @@ def rewrite(
                 del outside[f"{source.head}.weight"]
             write(source.as_in_files(outside | head), files[-1])
     write_index(files)
+    return walk.unseen
 
 
 class Walk:
@@ -78,6 +82,7 @@ class Walk:
         self.batches = in_batches(windows) if method.gathers else []
         self.passes: list[Any] = []
         self.on_input: Callable[[str, Any], None] = lambda layer, inputs: None
+        self.unseen: list[str] = []
         self.known_groups: dict[tuple[str, ...], list[list[int]]] = {}
 
     @contextmanager
@@ -114,13 +119,8 @@ class Walk:
 
     def go_through(self, block: str, file: Path) -> None:
         """Go through a block that was changed before."""
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as kept:
-            for layer in filter(self.method.wants, self.source.linears(block)):
-                prefix = f"{self.source.file_name(layer)}."
-                names = [key for key in kept.keys() if key.startswith(prefix) and key != f"{prefix}bias"]  # noqa: SIM118
-                self._set(layer, {key.removeprefix(prefix): kept.get_tensor(key) for key in names})
+        for layer in filter(self.method.wants, self.source.linears(block)):
+            self._set(layer, self.source.kept(layer, file))
         self._go_on()
 
     def change_block(self, block: str) -> dict[str, Any]:
@@ -138,8 +138,8 @@ class Walk:
         for hook in hooks:
             hook.remove()
         self._go_on()
-        others = self.source.module.get_submodule(block).named_parameters(prefix=block)
-        return {name: p.data for name, p in others if name.removesuffix(".weight") not in wanted} | kept
+        others = self.source.held(block).items()
+        return {name: tensor for name, tensor in others if name.removesuffix(".weight") not in wanted} | kept
 
     def change_head(self) -> dict[str, Any]:
         """Change the output head where that is wanted, its inputs being all that is still to come."""
@@ -159,7 +159,9 @@ class Walk:
 
         def note(layer: str, inputs: Any) -> None:
             alive.append(inputs)  # or its memory might be used for the next one
-            seen.setdefault((inputs.data_ptr(), inputs.shape, inputs._version), []).append(layer)
+            # An expert that no token comes to has an input without memory: then the tensor itself tells.
+            place = inputs.data_ptr() if inputs.numel() else id(inputs)
+            seen.setdefault((place, inputs.shape, inputs._version), []).append(layer)
 
         signature = tuple(layer.removeprefix(block) for layer in wanted)
         if signature not in self.known_groups:
@@ -189,7 +191,9 @@ class Walk:
         for group in groups:
             if self.sequential:
                 self._go_on()
-            yield group, sums.pop(group[0]).total()
+            total = sums.pop(group[0]).total()
+            self.unseen += group if not bool(total.any()) else ()
+            yield group, total
 
     def _change(self, layers: Sequence[str], sums: Any) -> dict[str, Any]:
         weights = {layer: self.source.module.get_submodule(layer).weight.data for layer in layers}

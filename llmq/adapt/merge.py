@@ -49,6 +49,7 @@ class Merge(Step):
 
         from llmq.adapt.finite import first_not_finite
         from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
+        from llmq.models.linear_view import fuse
         from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
 
@@ -60,6 +61,7 @@ class Merge(Step):
         module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
+        fuse(module)
         module.to(getattr(torch, self.dtype or model.dtype))
         if name := first_not_finite(dict(module.named_parameters())):
             raise LlmqError(f"{self.word}: {name} is not finite in {self.dtype or model.dtype}; set dtype: float32")

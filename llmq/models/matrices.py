@@ -1,6 +1,6 @@
 """The layers of an image network as matrices, for a step that changes weights and no shape."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,15 @@ class Matrices:
             for name, layer, shape in sizes
         }
 
-    def rewrite(self, folder: Path, method: Any, windows: Sequence[Any] = (), sequential: bool = True) -> None:
+    def check_layers(self) -> None:
+        """Every kind of matrix that an image network has is known here."""
+
+    def share(self, layers: Iterable[str]) -> float:
+        """How much of all weights these layers hold."""
+        changed = sum(self._layers[name].weight.numel() for name in layers)
+        return changed / sum(p.numel() for p in self.network.parameters())
+
+    def rewrite(self, folder: Path, method: Any, windows: Sequence[Any] = (), sequential: bool = True) -> list[str]:
         """Write the network to `folder`, each layer's matrix being what `method` (`blockwise.Method`) makes of it."""
         import torch
 
@@ -55,6 +63,7 @@ class Matrices:
                 if method.wants(name):
                     self._change(name, layer, method)
         save_network(self.network, folder)
+        return []
 
     def _change(self, name: str, layer: Any, method: Any) -> None:
         import torch

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import UserError
+from llmq.models.linear_view import Experts, is_merging, unfuse
 from llmq.models.skeleton import module_names
 from llmq.quantize.gptq_format import ZERO_OFFSETS
 from llmq.quantize.gptq_linear import PackedLinear
@@ -43,14 +45,17 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         stored_as = self.quantization_config.settings.get("checkpoint_format", "gptq")
         shapes = stored_shapes(checkpoint_files)
         layers = [key.removesuffix(".qweight") for key in shapes if key.endswith(".qweight")]
+        unfuse(model, module_names(model, layers).values())
         file_names = {its: file for file, its in module_names(model, layers).items()}
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, torch.nn.Linear) and name in file_names:
-                inputs, outputs, dtype = layer.in_features, layer.out_features, layer.weight.dtype
+            if isinstance(layer, torch.nn.Linear | Conv1D) and name in file_names:
+                shape, dtype = layer.weight.shape, layer.weight.dtype
+                inputs, outputs = shape if isinstance(layer, Conv1D) else shape[::-1]
                 bits = shapes[f"{file_names[name]}.qweight"][0] * 32 // inputs
                 groups = shapes[f"{file_names[name]}.scales"][0]
                 with torch.device("meta"):
                     packed = PackedLinear(inputs, outputs, layer.bias is not None, bits, groups, stored_as, dtype)
+                packed.source_cls = type(layer)
                 packed._is_hf_initialized = True  # or transformers would fill what it takes for a weight
                 model.set_submodule(name, packed)
         return model
@@ -59,6 +64,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in packed_layers(model):
             layer.prepare()
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts that are layers of their own are loaded one by one, as the files hold them."""
+        if any(isinstance(module, Experts) for module in model.modules()):
+            return [c for c in weight_conversions if not is_merging(c)]
+        return weight_conversions
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name, layer in list(model.named_modules()):

@@ -11,6 +11,7 @@ from llmq.errors import UserError
 from llmq.files import safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
 from llmq.models.tying import tied, untied
+from llmq.quantize.gptq_format import TENSORS as PACKED
 from llmq.types import Artifact
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class Skeleton:
     """A model built from its configuration alone. Weights are mapped from safetensors, never read as a whole.
 
     `blocks` are found by structure: the items of the largest list of modules. Raises `UserError` for a model that has
-    none, or none with plain linear layers.
+    none. Every matrix of them is a linear layer, each expert's of a mixture too; `parts` says what the files have for
+    those that transformers holds otherwise.
     """
 
     def __init__(self, folder: Path, dtype: str, device: str = "cpu", trust_remote_code: bool = False):
@@ -31,15 +33,16 @@ class Skeleton:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from llmq.models.linear_view import make_linear
+
         self.folder, self.device, self.dtype = folder, device, getattr(torch, dtype)
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             self.module = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
             ).eval()
-        self.blocks = _blocks(self.module)
-        if not any(self.linears(block) for block in self.blocks):
-            raise UserError(f"the blocks of {str(folder)!r} ({self.config.model_type}) hold no plain linear layer")
+        self.parts = make_linear(self.module)
+        self.blocks = blocks_of(self.module)
 
     @classmethod
     def of(cls, artifact: Artifact, device: str = "cpu") -> "Skeleton":
@@ -61,19 +64,38 @@ class Skeleton:
 
     def rewrite(
         self, folder: Path, method: "Method", windows: Sequence[Sequence[int]] = (), sequential: bool = True
-    ) -> None:
-        """Write the model to `folder`, its layers being what `method` makes of them."""
+    ) -> list[str]:
+        """Write the model to `folder`, its layers what `method` makes of them; those that no calibration came to."""
         from llmq.blockwise import rewrite
 
-        rewrite(self, folder, method, windows, sequential)
+        unseen = rewrite(self, folder, method, windows, sequential)
         self.copy_side_files(folder)
+        return unseen
 
     def linears(self, block: str) -> dict[str, Any]:
-        """The linear layers of a block by their full names."""
+        """The linear layers of a block by their full names; a gate of a single output is a vector, and none."""
         import torch
 
         modules = self.module.get_submodule(block).named_modules(prefix=block)
-        return {name: module for name, module in modules if type(module) is torch.nn.Linear}
+        return {name: m for name, m in modules if type(m) is torch.nn.Linear and m.out_features > 1}
+
+    def share(self, layers: Iterable[str]) -> float:
+        """How much of the weights of all blocks these linear layers hold."""
+        changed = sum(self.module.get_submodule(name).weight.numel() for name in layers if name != self.head)
+        return changed / sum(p.numel() for block in self.blocks for p in self.module.get_submodule(block).parameters())
+
+    def check_layers(self) -> None:
+        """Raise `UserError` if much of what the blocks hold lies in no linear layer, so that no step could reach it."""
+        known = {name for block in self.blocks for name in self.linears(block)}
+        if self.share(known) < 2 / 3:
+            blocks = tuple(f"{block}." for block in self.blocks)
+            others = [m for n, m in self.module.named_modules() if n.startswith(blocks) and n not in known]
+            largest = max(others, key=lambda m: sum(p.numel() for p in m.parameters(recurse=False)))
+            raise UserError(
+                f"{str(self.folder)!r} ({self.config.model_type}): {1 - self.share(known):.0%} of the weights of its "
+                f"blocks lie in no linear layer but in {type(largest).__name__}, which cannot be changed layer by "
+                "layer; prune.layers can drop whole blocks"
+            )
 
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, str]]:
@@ -82,7 +104,9 @@ class Skeleton:
 
     @cached_property
     def _file_names(self) -> dict[str, str]:
-        return {name.rpartition(".")[0]: key.rpartition(".")[0] for name, (_, key) in self._stored.items()}
+        """What the files call each tensor, and each module that has a weight."""
+        owners = {name.rpartition(".")[0]: key.rpartition(".")[0] for name, (_, key) in self._stored.items()}
+        return owners | {name: key for name, (_, key) in self._stored.items()}
 
     def file_name(self, name: str) -> str:
         """What the files call a module or a tensor of it: `embed_out` for a GPT-NeoX's `lm_head`."""
@@ -90,11 +114,23 @@ class Skeleton:
         return self._file_names.get(name) or f"{self._file_names.get(owner, owner)}.{leaf}".removeprefix(".")
 
     def as_in_files(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors under the names that the files have for them."""
-        return {self.file_name(name): tensor for name, tensor in tensors.items()}
+        """Tensors as the files have them and under their names: experts in one tensor if they are so, and dense."""
+        from llmq.models.linear_view import joined
+
+        wholes = {self.parts[name].whole for name in tensors if self._is_part(name)}
+        return {self.file_name(name): tensor for name, tensor in joined(tensors, self.parts, wholes).items()}
+
+    def _is_part(self, name: str) -> bool:
+        return name in self.parts and self.parts[name].whole in self._stored
 
     def tensor(self, name: str) -> Any:
         """A tensor of the files in the model's dtype, or None; mapped where it is stored so."""
+        if self._is_part(name):
+            part = self.parts[name]
+            return part.of(self.tensor(part.whole) if part.whole != name else self._read(name)).contiguous()
+        return self._read(name)
+
+    def _read(self, name: str) -> Any:
         from safetensors import safe_open
 
         if name not in self._stored:
@@ -104,25 +140,44 @@ class Skeleton:
             tensor = opened.get_tensor(key)
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
+    def kept(self, layer: str, file: Path) -> dict[str, Any]:
+        """The tensors but the bias of a layer in a file that was written from here."""
+        from safetensors import safe_open
+
+        prefix, weight = f"{self.file_name(layer)}.", f"{layer}.weight"
+        with safe_open(file, "pt") as opened:
+            if self._is_part(weight) and (whole := self.file_name(self.parts[weight].whole)) in opened.keys():  # noqa: SIM118
+                return {"weight": self.parts[weight].of(opened.get_tensor(whole))}
+            names = [key for key in opened.keys() if key.startswith(prefix) and key != f"{prefix}bias"]  # noqa: SIM118
+            return {key.removeprefix(prefix): opened.get_tensor(key) for key in names}
+
     def load(self, prefix: str) -> None:
         """Give a block its weights. Raises `UserError` for one that the files do not hold under its name."""
-        module = self.module.get_submodule(prefix)
-        for name, _ in [*module.named_parameters(prefix=prefix)]:
+        for name in self.held(prefix):
             tensor = self.tensor(name)
             if tensor is None:
                 raise UserError(self._lacks(name))
             self.set(name, tensor)
+
+    def held(self, block: str, called: str = "") -> dict[str, Any]:
+        """All that files hold of a block, parameters and buffers; under the name of another block, if need be."""
+        tensors: dict[str, Any] = self.module.get_submodule(block).state_dict(prefix=f"{called or block}.")
+        return tensors
 
     def _lacks(self, name: str) -> str:
         called = f"{name!r}, as {type(self.module).__name__} calls it"
         return f"{str(self.folder)!r} holds no {called}; open it with transformers and save it once"
 
     def set(self, name: str, tensor: Any) -> None:
-        """Put a tensor in a parameter's place."""
+        """Put a tensor in a parameter's place, or a buffer's."""
         import torch
 
         owner, _, leaf = name.rpartition(".")
-        self.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        module = self.module.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
     def free(self, prefix: str) -> None:
         """Take a block's weights out of memory again."""
@@ -182,26 +237,35 @@ def stored(folder: Path, module: Any) -> dict[str, tuple[Path, str]]:
     for file in safetensors_of(folder):
         with safe_open(file, "pt") as opened:
             files.update(dict.fromkeys(opened.keys(), file))
-    layers = {key.rpartition(".")[0] for key in files}
-    names = module_names(module, layers)
-    return {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": (files[key], key) for key in files}
+    names = tensor_names(module, files)
+    return {names[key]: (file, key) for key, file in files.items()}
 
 
-def module_names(module: Any, layers: Iterable[str]) -> dict[str, str]:
-    """What a transformers model calls the layers of a file: it renames what older files hold, and adds its prefix."""
+def tensor_names(module: Any, keys: Iterable[str]) -> dict[str, str]:
+    """What a transformers model calls the tensors of a file: it renames what older files hold, and adds its prefix."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [r for r in get_model_conversion_mapping(module) if isinstance(r, WeightRenaming)]
     known = dict(module.state_dict())
-    names = {}
-    for layer in layers:
-        name, _ = rename_source_key(f"{layer}.weight", renamings, [], module.base_model_prefix, known)
-        names[layer] = name.removesuffix(".weight")
-    return names
+
+    def name_of(key: str) -> str:
+        owner, _, leaf = key.rpartition(".")
+        if leaf not in PACKED:
+            return str(rename_source_key(key, renamings, [], module.base_model_prefix, known)[0])
+        return f"{name_of(f'{owner}.weight').removesuffix('.weight')}.{leaf}"
+
+    return {key: name_of(key) for key in keys}
 
 
-def _blocks(module: Any) -> list[str]:
+def module_names(module: Any, layers: Iterable[str]) -> dict[str, str]:
+    """What a transformers model calls the layers of a file."""
+    names = tensor_names(module, [f"{layer}.weight" for layer in layers])
+    return {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in names.items()}
+
+
+def blocks_of(module: Any) -> list[str]:
+    """The names of a model's repeated blocks: the items of its largest list of modules."""
     import torch
 
     lists = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}

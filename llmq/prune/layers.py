@@ -49,8 +49,7 @@ class Layers(Calibrated, Step):
         files = [folder / f"model-{i:05}-of-{len(kept) + 1:05}.safetensors" for i in range(1, len(kept) + 2)]
         for new, (old, file) in enumerate(zip(kept, files, strict=False)):
             block, renamed = source.blocks[old], source.blocks[new]
-            tensors = source.module.get_submodule(block).named_parameters(prefix=renamed)
-            write(source.as_in_files({name: tensor.data for name, tensor in tensors}), file)
+            write(source.as_in_files(source.held(block, renamed)), file)
         write(source.as_in_files(dict(source.outside())), files[-1])
         write_index(files)
         source.copy_side_files(folder, **config_of(source, kept))

@@ -81,6 +81,7 @@ class PruneStep(Sparsity):
 
     def sparsities(self, source: Skeleton | Matrices) -> dict[str, Sparsity]:
         """The sparsity of each layer to be pruned. Raises `UserError` for one that its pattern does not divide."""
+        source.check_layers()
         sizes = source.inputs
         found = settings_of((n for n in sizes if n != source.head), source.head, self._own(), self.modules)
         if not found:
@@ -143,5 +144,7 @@ def write_pruned(
     model: Any = artifact.model
     source = model.skeleton(artifact, context.device)
     sparsities = step.sparsities(source)  # type: ignore[attr-defined]
-    source.rewrite(folder, method(sparsities), windows, sequential)
-    return artifact.then(step, weights=folder, notes={"pruned_layers": len(sparsities), **notes})
+    unseen = source.rewrite(folder, method(sparsities), windows, sequential)
+    told = {"pruned_layers": len(sparsities), "changed_share": round(source.share(sparsities), 4)}
+    more = {"layers_without_calibration": len(unseen) or None} if windows else {}
+    return artifact.then(step, weights=folder, notes={**told, **notes, **more})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from llmq.calibration import Calibrated
-from llmq.prune.masks import by_wanda
+from llmq.prune.masks import by_magnitude, by_wanda
 from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
 from llmq.types import Artifact, Context, Step
 
@@ -29,4 +29,6 @@ class _Wanda(Pruning):
     gathers: Literal["hessian", "squares"] | None = "squares"
 
     def pruned(self, weight: Any, shared: Any, its: Sparsity) -> Any:
+        if not bool(shared.any()):  # an expert that no token came to: its weights alone can tell
+            return weight.masked_fill(by_magnitude(weight, its.sparsity, its.of_each), 0)
         return weight.masked_fill(by_wanda(weight, shared, its.sparsity, its.of_each), 0)

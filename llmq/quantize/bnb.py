@@ -1,11 +1,13 @@
 """Quantization on loading, without calibration: bitsandbytes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq.errors import UserError
+from llmq.quantize.bnb_layers import is_packed
 from llmq.types import Artifact, Context, Step
 
 
@@ -25,9 +27,13 @@ class Bnb(Step):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     skip_modules: tuple[str, ...] = Field((), description="left in float, besides the output head")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` for a model whose experts bitsandbytes would leave as they are."""
+        model: Any = base.model
+        self._checked(_empty(base.weights, model.trust_remote_code), base.weights, _is_linear)
+
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Load the float weights quantized, and save them so."""
-        from llmq.errors import UserError
         from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.tying import save
 
@@ -39,12 +45,10 @@ class Bnb(Step):
             model.trust_remote_code,
             quantization_config=self._config(artifact.weights, model.trust_remote_code),
         )
-        layers = self._layers(module)
-        if not layers:
-            raise UserError(f"quantize.bnb found no linear layer to quantize in {artifact.weights}")
+        notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
         copy_tokenizer(artifact.weights, folder)
-        return artifact.then(self, weights=folder, packed=True, notes={"quantized_layers": layers})
+        return artifact.then(self, weights=folder, packed=True, notes=notes)
 
     def _config(self, weights: Path, trust_remote_code: bool) -> Any:
         import torch
@@ -61,18 +65,56 @@ class Bnb(Step):
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
         )
 
-    def _layers(self, module: Any) -> int:
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    def _checked(self, module: Any, weights: Path, packs: Callable[[Any], bool]) -> dict[str, Any]:
+        """Notes on what it `packs`. Raises `UserError` if much of the blocks, or their experts, is left out unasked."""
+        from llmq.models.linear_view import is_fused
+        from llmq.models.skeleton import blocks_of
 
-        return sum(isinstance(layer, Linear4bit | Linear8bitLt) for layer in module.modules())
+        inside = [p for block in blocks_of(module) for p in module.get_submodule(block).named_modules(prefix=block)]
+        packed = sum(_weights(layer) for _, layer in inside if packs(layer))
+        total = packed + sum(_weights(layer) for _, layer in inside if not packs(layer))
+        named = [n for n, _ in inside if any(word in n for word in self.skip_modules)]
+        others = [layer for name, layer in inside if not packs(layer) and name not in named]
+        left = sum(map(_weights, others)) / total
+        if left > 1 / 3 or any(map(is_fused, others)):
+            raise UserError(
+                f"bitsandbytes packs linear layers, and {left:.0%} of the weights of the blocks of {str(weights)!r} "
+                f"({module.config.model_type}) lie elsewhere, most in {type(max(others, key=_weights)).__name__}; "
+                "quantize.gptq and quantize.rtn pack experts one by one; to keep them in float say so: "
+                "skip_modules: [experts]"
+            )
+        return {
+            "quantized_layers": sum(packs(layer) for _, layer in inside),
+            "changed_share": round(packed / total, 4),
+        }
+
+
+def _is_linear(layer: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(layer) is nn.Linear or isinstance(layer, Conv1D)
+
+
+def _weights(layer: Any) -> int:
+    """How many weights a module itself holds, packed or not."""
+    if is_packed(layer):
+        return int(layer.in_features * layer.out_features)
+    return sum(p.numel() for p in layer.parameters(recurse=False))
 
 
 def _default_skips(weights: Path, trust_remote_code: bool) -> list[str]:
     # transformers skips the output head by itself only as long as nobody names another module.
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return list(get_keys_to_not_convert(_empty(weights, trust_remote_code)))
+
+
+def _empty(weights: Path, trust_remote_code: bool) -> Any:
+    """The module of a folder without memory for its weights."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
     with init_empty_weights():
-        return list(get_keys_to_not_convert(AutoModelForCausalLM.from_config(config)))
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

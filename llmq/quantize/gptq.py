@@ -31,13 +31,13 @@ class Gptq(GridStep, Calibrated, Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Calibrate, and write the quantized model to `folder`; goes on after a kill where the last block ended."""
         from llmq.blockwise import rewrite
-        from llmq.quantize.grid_settings import write_config
+        from llmq.quantize.grid_settings import told, write_config
 
         source = Skeleton.of(artifact, context.device)
         grids = self.grids(source)
         windows, calibration = self.windows(artifact, context.seed)
         method = _Gptq(grids, self, any(word.startswith("prune.") for word in artifact.history))
-        rewrite(source, folder, method, windows, self.true_sequential)
+        unseen = rewrite(source, folder, method, windows, self.true_sequential)
         write_config(
             source,
             folder,
@@ -48,7 +48,12 @@ class Gptq(GridStep, Calibrated, Step):
             damp_percent=self.damp_percent,
             true_sequential=self.true_sequential,
         )
-        notes = {"quantized_layers": len(grids), "calibration": calibration, "damping": method.dampings}
+        notes = {
+            **told(source, grids),
+            "calibration": calibration,
+            "damping": method.dampings,
+            "layers_without_calibration": len(unseen) or None,
+        }
         return artifact.then(self, weights=folder, packed=True, notes=notes)
 
 

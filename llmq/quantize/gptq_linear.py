@@ -65,7 +65,7 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
             made: Tensor = _Unpacking.apply(input, self)
             return made if self.bias is None else made + self.bias
         rows = input.numel() // self.in_features
-        if not self.planes or rows > ROWS or input.dtype != torch.bfloat16:
+        if not self.planes or not 0 < rows <= ROWS or input.dtype != torch.bfloat16:
             return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
         flat = input.reshape(rows, self.in_features)
         # The kernel takes rows for lying one after another.

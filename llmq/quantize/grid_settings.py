@@ -45,6 +45,7 @@ class GridStep(Grid):
 
     def grids(self, source: Skeleton) -> dict[str, Grid]:
         """The grid of each layer to be quantized. Raises `UserError` for one whose shape it cannot hold."""
+        source.check_layers()
         linears = {name: layer for block in source.blocks for name, layer in source.linears(block).items()}
         grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
         grids = settings_of(linears, source.head, grid, self.modules)
@@ -118,6 +119,11 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
     }
     write_json(folder / "quantize_config.json", config)
     source.copy_side_files(folder, quantization_config=config)
+
+
+def told(source: Skeleton, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """The notes on what was quantized: how many layers, and how much of the weights of all blocks they hold."""
+    return {"quantized_layers": len(grids), "changed_share": round(source.share(grids), 4)}
 
 
 def dynamic(source: Skeleton, grids: Mapping[str, Grid], step: GridStep) -> dict[str, dict[str, Any]]:

@@ -22,10 +22,10 @@ class Rtn(GridStep, Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the rounded model to `folder`."""
         from llmq.blockwise import rewrite
-        from llmq.quantize.grid_settings import RoundToNearest, write_config
+        from llmq.quantize.grid_settings import RoundToNearest, told, write_config
 
         source = Skeleton.of(artifact, context.device)
         grids = self.grids(source)
         rewrite(source, folder, RoundToNearest(grids))
         write_config(source, folder, grids, self, desc_act=False)
-        return artifact.then(self, weights=folder, packed=True, notes={"quantized_layers": len(grids)})
+        return artifact.then(self, weights=folder, packed=True, notes=told(source, grids))
