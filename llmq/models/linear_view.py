@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Outputs = tuple[int | None, int | None, int | None]
+"""Start, stop and step of the outputs of a layer in a tensor that holds those of several."""
+ALL: Outputs = (None, None, None)
 FUSED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers' `use_experts_implementation` says of experts in one tensor."""
 
@@ -23,7 +26,7 @@ class Part:
     whole: str
     expert: int | None = None
     turned: bool = False
-    outputs: tuple[int | None, int | None, int | None] = (None, None, None)
+    outputs: Outputs = ALL
 
     def of(self, tensor: Tensor) -> Tensor:
         """A view of it in the whole tensor."""
@@ -129,11 +132,11 @@ class Experts(nn.ModuleList):  # type: ignore[misc]
     def parts(self, name: str) -> dict[str, Part]:
         """Where each tensor lies in those that hold all experts."""
         gate, up, down = self.names
-        halves = (0, None, 2), (1, None, 2)
+        halves: tuple[Outputs, Outputs] = (0, None, 2), (1, None, 2)
         halves = halves if self.interleaved else ((0, self.inner, None), (self.inner, None, None))
-        places = {gate: ("gate_up_proj", halves[0]), up: ("gate_up_proj", halves[1])}
-        places = places if self.gated else {up: ("up_proj", (None, None, None))}
-        places[down] = ("down_proj", (None, None, None))
+        places: dict[str, tuple[str, Outputs]] = {gate: ("gate_up_proj", halves[0]), up: ("gate_up_proj", halves[1])}
+        places = places if self.gated else {up: ("up_proj", ALL)}
+        places[down] = ("down_proj", ALL)
         found = {}
         for i in range(len(self)):
             for leaf, (whole, outputs) in places.items():

@@ -50,7 +50,7 @@ class Matrices:
     def share(self, layers: Iterable[str]) -> float:
         """How much of all weights these layers hold."""
         changed = sum(self._layers[name].weight.numel() for name in layers)
-        return changed / sum(p.numel() for p in self.network.parameters())
+        return float(changed / sum(p.numel() for p in self.network.parameters()))
 
     def rewrite(self, folder: Path, method: Any, windows: Sequence[Any] = (), sequential: bool = True) -> list[str]:
         """Write the network to `folder`, each layer's matrix being what `method` (`blockwise.Method`) makes of it."""

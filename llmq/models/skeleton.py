@@ -82,7 +82,8 @@ class Skeleton:
     def share(self, layers: Iterable[str]) -> float:
         """How much of the weights of all blocks these linear layers hold."""
         changed = sum(self.module.get_submodule(name).weight.numel() for name in layers if name != self.head)
-        return changed / sum(p.numel() for block in self.blocks for p in self.module.get_submodule(block).parameters())
+        blocks = map(self.module.get_submodule, self.blocks)
+        return float(changed / sum(p.numel() for block in blocks for p in block.parameters()))
 
     def check_layers(self) -> None:
         """Raise `UserError` if much of what the blocks hold lies in no linear layer, so that no step could reach it."""
