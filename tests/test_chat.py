@@ -288,3 +288,29 @@ def test_an_example_that_is_too_long_is_cut_alike_under_a_template(tokenizer_of)
     whole = encode(talk(PHI_3), tokenizer, stops(PHI_3, tokenizer))
     ((cut,), counts) = encode_all([talk(PHI_3)], tokenizer, len(whole) - 3, stops(PHI_3, tokenizer))
     assert (cut, counts["truncated"]) == (whole.cut(0, len(whole) - 3), 1)
+
+
+def test_steps_leave_the_tokenizer_as_it_was(tiny_llama, tiny_jsonl, tmp_path):
+    from helpers import apply, base_of
+
+    base = base_of(tiny_llama)
+    with base.open("cpu") as loaded:
+        assert loaded.processor.pad_token == loaded.processor.eos_token  # in memory, where a batch needs it
+    assert json.loads((tiny_llama / "tokenizer_config.json").read_text()).get("pad_token") is None
+    packed = apply("quantize.bnb", base, tmp_path / "bnb")
+    adapted = apply("adapt.lora", packed, tmp_path / "lora", data=str(tiny_jsonl), max_steps=1)
+    merged = apply("adapt.merge", adapted, tmp_path / "merge", tokens=64, window=64)
+    names = [f.name for f in tiny_llama.iterdir() if "token" in f.name or "template" in f.name]
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {*names}
+    for stage in (packed, merged):
+        for name in names:
+            assert (stage.weights / name).read_bytes() == (tiny_llama / name).read_bytes()
+
+
+def test_the_report_of_a_training_lists_what_was_not_used(tiny_llama, tmp_path):
+    from helpers import apply, base_of
+
+    rows_of_file = [{**talk(CHATML), "id": i, "source": "web"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_file))
+    made = apply("adapt.lora", base_of(tiny_llama), tmp_path / "lora", data=str(tmp_path / "a.jsonl"), max_steps=1)
+    assert made.notes["data"]["columns_not_used"] == "id, source"

@@ -448,3 +448,105 @@ def test_questions_are_the_same_every_time_and_written_once(questions, tmp_path,
     assert [json.loads(line) for line in path.read_text().splitlines()] == questions
     monkeypatch.setattr(continuations, "questions", lambda: pytest.fail("made again"))
     assert continuations.file() == path
+
+
+# What changes the meaning of a row
+
+
+def messages_of(raw, columns=None):
+    (row,), _ = checked(raw, columns=columns)
+    return row["messages"]
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"instruction": "do", "output": "done", "system": "be kind"}, [SYSTEM, *turns("do", "done")]),
+        ({"question": "q", "answer": "a", "system_prompt": "be kind"}, [SYSTEM, *turns("q", "a")]),
+        (
+            {"instruction": "c", "output": "d", "system": "be kind", "history": [["a", "b"]]},
+            [SYSTEM, *turns("a", "b", "c", "d")],
+        ),
+        ({"instruction": "c", "output": "d", "history": '[["a", "b"]]'}, turns("a", "b", "c", "d")),
+        ({"instruction": "c", "output": "d", "history": [], "system": ""}, turns("c", "d")),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "be kind"},
+            [SYSTEM, *turns("q", "a")],
+        ),
+        (
+            {"prompt": turns("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]},
+            [turns("a")[0], {**turns("a", "b")[1], "weight": 0}, *turns("c", "d")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, turns("", "a")[1]]},
+            turns("q", "a"),
+        ),
+        ({"messages": json.dumps(turns("q", "a"))}, turns("q", "a")),
+        ({"messages": [{"role": "developer", "content": "be kind"}, *turns("q", "a")]}, [SYSTEM, *turns("q", "a")]),
+        (
+            {"messages": [turns("q")[0], {**turns("", "a")[1], "train": False}, *turns("r", "b")]},
+            [turns("q")[0], {**turns("", "a")[1], "weight": 0}, *turns("r", "b")],
+        ),
+    ],
+)
+def test_what_changes_the_meaning_is_used(raw, expected):
+    assert messages_of(raw) == expected
+
+
+def test_calls_of_tools_have_one_form():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    forms = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]},
+        {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    ]
+    for form in forms:
+        assert messages_of({"messages": [turns("q")[0], form]})[1] == {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [call],
+        }
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "'chosen' and 'rejected' are preferences"),
+        ({"messages": turns("q", "a"), "chosen": [], "rejected": []}, "'chosen' and 'rejected' are preferences"),
+        ({"prompt": "p", "completion": "c", "label": False}, "'label' says which completions are bad"),
+        ({"prompt": "p", "completion": "c", "system": "be kind"}, "column 'system' has no place beside a prompt"),
+        ({"prompt": "p", "completion": "c", "tools": [{"name": "f"}]}, "column 'tools' has no place"),
+        ({"messages": turns("q", "a"), "images": ["a.png"]}, "column 'images': a language model reads text only"),
+        ({"messages": turns("q", "a"), "tools": ["f"]}, "column 'tools' is [\"f\"], not a list of tools"),
+        ({"messages": turns("q", "a"), "tools": [{"type": "function"}]}, "tool 0 of column 'tools' has no function"),
+        ({"messages": [SYSTEM, *turns("q", "a")], "system": "other"}, "a system turn stands in column 'system'"),
+        ({"messages": [{**turns("q")[0], "weight": 1}, turns("", "a")[1]]}, "'weight' is 1 on a turn of role 'user'"),
+        ({"messages": [turns("q")[0], {**turns("", "a")[1], "weight": 0.5}]}, "'weight' is 0.5"),
+        ({"messages": [turns("q")[0], {**turns("", "a")[1], "weight": 0}]}, "no assistant message to learn from"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, turns("", "a")[1]]}, 'type "image_url"'),
+        ({"instruction": "c", "output": "d", "history": [["a"]]}, "column 'history': item 0 is no pair"),
+        ({"instruction": "c", "output": "d", "input": 5}, "column 'input' is 5, not text"),
+        ({"messages": turns("q", "a"), "chat_template_kwargs": [1]}, "column 'chat_template_kwargs' is [1]"),
+        ({"prompt": turns("q"), "completion": "a"}, "column 'completion' is not a list of messages"),
+    ],
+)
+def test_what_has_no_use_is_refused_by_name(raw, complaint):
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        checked(raw)
+
+
+def test_what_was_chosen_can_be_learned_by_naming_it():
+    raw = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert checked(raw, columns={"completion": "chosen", "prompt": "prompt"})[0] == [{"prompt": "p", "completion": "a"}]
+    talk = {"chosen": turns("q", "a"), "rejected": turns("q", "b")}
+    assert messages_of(talk, {"messages": "chosen"}) == turns("q", "a")
+
+
+def test_columns_that_nothing_is_made_of_are_listed(tmp_path):
+    rows_of_file = [{"id": i, "query": f"q{i}", "answer": "a", "prompt": "old"} for i in range(3)]
+    made = File(path=write(tmp_path / "a.csv", rows_of_file), columns={"question": "query"}).read()
+    assert (made.shape, made.unused) == ("question/answer", ("id", "prompt"))

@@ -206,7 +206,7 @@ def _kept(path: Path, stream: Iterable[str], lines: list[str]) -> Iterator[str]:
 def _check_head(path: Path, head: list[str]) -> None:
     for i, name in enumerate(head):
         if name in head[:i]:
-            raise UserError(f"{path}:1: the column {name!r} stands twice in the head")
+            raise UserError(f"{path}:1: the column {name[:40]!r} stands twice in the head")
 
 
 def _broken_csv(path: Path, first: int, lines: int, why: str) -> str:

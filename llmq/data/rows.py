@@ -90,7 +90,7 @@ def recognise(row: Mapping[str, Any], where: str, strict: bool = True) -> str:
             return shape
     if not strict:
         return ""
-    names = ", ".join(map(repr, list(row)[:12])) + (", …" if len(row) > 12 else "")
+    names = ", ".join(repr(name[:24]) for name in list(row)[:12]) + (", …" if len(row) > 12 else "")
     raise UserError(
         f"{where}: columns {names} are none of {'; '.join(SHAPES)}; "
         "name yours with columns: {prompt: …, completion: …}"
