@@ -302,9 +302,9 @@ def test_steps_leave_the_tokenizer_as_it_was(tiny_llama, tiny_jsonl, tmp_path):
     merged = apply("adapt.merge", adapted, tmp_path / "merge", tokens=64, window=64)
     names = [f.name for f in tiny_llama.iterdir() if "token" in f.name or "template" in f.name]
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {*names}
-    for stage in (packed, merged):
+    for folder in (packed.weights, adapted.adapter, merged.weights):
         for name in names:
-            assert (stage.weights / name).read_bytes() == (tiny_llama / name).read_bytes()
+            assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
 
 
 def test_the_report_of_a_training_lists_what_was_not_used(tiny_llama, tmp_path):

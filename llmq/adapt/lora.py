@@ -106,6 +106,7 @@ class Lora(Step):
         from llmq.adapt.fast_path import choose
         from llmq.adapt.training import train
         from llmq.data.tokens import unused
+        from llmq.models.hugging_face import copy_tokenizer
 
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
@@ -117,6 +118,8 @@ class Lora(Step):
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
             pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
             history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
+        if processes.is_first():
+            copy_tokenizer(artifact.weights, folder)  # an adapter is shared without its base
         about = {"seed": seed, "packing": way.packing, "fast_path": way.why_slow or "used"}
         if way.why_unpacked:
             about["one_example_a_row"] = f"packed, {way.why_unpacked}"
