@@ -26,6 +26,7 @@ def tuned(tiny_llama, tiny_jsonl, folder, arguments, **settings):
         ({"weight_decai": 0.1}, "transformers has no 'weight_decai'; did you mean 'weight_decay'?"),
         ({"bf16": False}, "'bf16' has no effect: model.dtype decides"),
         ({"label_smoothing_factor": 0.1}, "'label_smoothing_factor' has no effect: the loss is over shifted labels"),
+        ({"torch_compile": True}, "'torch_compile' has no effect: rows differ in their examples"),
         ({"prediction_loss_only": True}, "'prediction_loss_only' has no effect that could be checked; leave it out"),
         ({"max_steps": 5}, "'max_steps' is 5, and max_steps of adapt.lora is 2; set one of them"),
         ({"max_grad_norm": -1}, "max_grad_norm: Input should be greater than 0"),

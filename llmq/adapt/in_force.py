@@ -28,6 +28,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "use --resume",
     "push_to_hub": "use llmq push",
     "disable_tqdm": "the progress bar is llmq's own",
+    "torch_compile": "rows differ in their examples, and each would be compiled anew",
     "use_cache": "no cache is kept while training",
     "save_only_model": "a killed training could not go on to the same adapter",
 }
@@ -80,10 +81,6 @@ def _scheduler(trainer: Any, asked: Mapping[str, Any]) -> bool:
     return bool(lambdas) and all(getattr(lambdas[0], "keywords", {}).get(k) == v for k, v in asked.items())
 
 
-def _compiled(trainer: Any, asked: Any) -> bool:
-    return not asked or hasattr(trainer.model_wrapped, "_orig_mod") or trainer.model._compiled_call_impl is not None
-
-
 def _backend(trainer: Any, asked: str) -> bool:
     import torch
 
@@ -121,9 +118,6 @@ LOOKS: dict[str, Look] = {
     "ddp_broadcast_buffers": _ddp("broadcast_buffers"),
     "ddp_static_graph": _ddp("static_graph"),
     "ddp_backend": _backend,
-    "torch_compile": _compiled,
-    "torch_compile_backend": _compiled,
-    "torch_compile_mode": _compiled,
     "neftune_noise_alpha": lambda trainer, asked: hasattr(trainer, "neftune_hook_handle"),
     "lr_scheduler_kwargs": _scheduler,
     "optim_args": _optim_args,
