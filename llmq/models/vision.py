@@ -197,6 +197,12 @@ class Vision(BaseModel):
         raise NotImplementedError
 
 
+def named(model: Any) -> str:
+    """A family and which of its networks, for a message: `models.timm_classifier resnet18`."""
+    kind = (getattr(model, "config", None) or {}).get("model_type")
+    return " ".join(filter(None, (model.word, getattr(model, "architecture", None) or kind or model.weights)))
+
+
 def _run(module: Any, inputs: Any) -> None:
     import torch
 

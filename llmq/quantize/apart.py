@@ -21,6 +21,7 @@ GRAPH, CHANGED, INPUTS, SETTINGS, ERROR = "model.xml", "changed.xml", "inputs.np
 def changed(step: Any, model: Any, graph: Any, inputs: Sequence[Any]) -> Any:
     """What `step.quantized(graph, inputs)` makes of a graph, tried on the first input; both in another process."""
     from llmq.models.exported import openvino
+    from llmq.models.vision import named
 
     library = openvino()
     with tempfile.TemporaryDirectory(prefix="llmq-") as name:
@@ -29,7 +30,7 @@ def changed(step: Any, model: Any, graph: Any, inputs: Sequence[Any]) -> Any:
         _write_inputs(folder, inputs)
         settings = {step.word: step.model_dump(mode="json", exclude={"data"})}
         (folder / SETTINGS).write_text(json.dumps(settings))
-        _run("change", folder, f"{step.word} of {_named(model)}")
+        _run("change", folder, f"{step.word} of {named(model)}")
         return library.Core().read_model(folder / CHANGED)
 
 
@@ -37,13 +38,14 @@ def check_opens(graph: Path, model: Any) -> None:
     """Raise `LlmqError` for a graph that ends the process which opens it. Asked once of the same graph and library."""
     from llmq.environment import library_version
     from llmq.files import cache, make_whole, sha256_files, sha256_text, weight_files
+    from llmq.models.vision import named
 
     told = sha256_text(sha256_files(weight_files(graph)), str(library_version("openvino")))
 
     def fill(folder: Path) -> None:
         _write_inputs(folder, [model.example(1)])
         (folder / SETTINGS).write_text(json.dumps(str((graph / GRAPH).resolve())))
-        _run("open", folder, f"opening the exported {_named(model)}")
+        _run("open", folder, f"opening the exported {named(model)}")
 
     make_whole(cache("graphs", told[:24]), fill, shared=True)
 
@@ -52,10 +54,6 @@ def _write_inputs(folder: Path, inputs: Sequence[Any]) -> None:
     import numpy as np
 
     np.savez(folder / INPUTS, *(x.numpy() for x in inputs))
-
-
-def _named(model: Any) -> str:
-    return " ".join(filter(None, (model.word, getattr(model, "architecture", None) or model.weights)))
 
 
 def _run(job: str, folder: Path, what: str) -> None:

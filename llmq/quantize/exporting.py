@@ -16,6 +16,7 @@ from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
 from llmq.models.exported import DEVICE, GRAPH, PRECISION, ExportedModule, openvino
+from llmq.models.vision import named
 from llmq.quantize.layer_names import restore_names
 from llmq.quantize.likeness import Likeness
 from llmq.types import Artifact, Step
@@ -86,7 +87,7 @@ def export(module: Any, model: Any) -> Any:
             graph = library.convert_model(deployed, example_input=example)
             graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
     except (RuntimeError, library.frontend.OpConversionFailure) as error:
-        raise LlmqError(f"{model.word} cannot be exported: {' '.join(str(error).split())}") from None
+        raise LlmqError(f"{named(model)} cannot be exported: {' '.join(str(error).split())}") from None
     restore_names(graph, deployed)
     rows, columns = example.shape[-2:]
     inputs = [example, model.example(2)]
@@ -99,8 +100,8 @@ def export(module: Any, model: Any) -> Any:
             off = float((f - t).abs().max() / t.abs().max().clamp_min(1e-12)) if f.shape == t.shape else float("inf")
             if not off <= PARITY:
                 raise LlmqError(
-                    f"{model.word} was exported wrongly: for an input {list(x.shape)} the graph's output {i} is off by "
-                    f"{off:.1e} of its largest value, more than {PARITY:g}"
+                    f"{named(model)} was exported wrongly: for an input {list(x.shape)} the graph's output {i} is "
+                    f"off by {off:.1e} of its largest value, more than {PARITY:g}"
                 )
     return graph
 
@@ -124,9 +125,12 @@ def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
 
 def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
     """What a quantization did to file and output. Raises `LlmqError` with these facts if it was none."""
+    name = named(artifact.model)
     before, after = bytes_of(artifact.weight_files()), bytes_of(weight_files(folder))
     if after >= before:
-        raise LlmqError(f"{word} shrank nothing: {after:,} bytes, and {before:,} before")
+        raise LlmqError(
+            f"{word} shrank nothing: {after:,} bytes, and {before:,} before; {name} is too small for it, leave it out"
+        )
     exact, changed = ExportedModule(graph), ExportedModule(folder)
     likenesses: list[Likeness] = []
     for x in inputs:
@@ -137,12 +141,13 @@ def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequ
     worst = max(likenesses, key=lambda its: its.relative_error)
     facts = f"{before / after:.2f}x smaller, relative error {worst.relative_error:.3g} on {len(inputs)} inputs"
     if all(likeness.error == 0 for likeness in likenesses):
-        raise LlmqError(f"{word} changed no output: {facts}")
+        raise LlmqError(f"{word} changed no output: {facts}; leave it out for {name}")
     for i, likeness in enumerate(likenesses):
         if likeness.is_garbage:
             raise LlmqError(
                 f"{word} spoilt the model: output {i} keeps {likeness.kept:.0%} of the variance of its float32 values "
-                f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); keep some layers in float"
+                f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); "
+                f"keep some layers of {name} in float"
             )
     return {
         "size_ratio": round(before / after, 4),

@@ -1,0 +1,136 @@
+"""Every family of image models under every word: right when it is opened again, or refused in one line.
+
+Writes `llmq/support/vision.json` where LLMQ_WRITE_SUPPORT is set.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, apply
+from test_hf_detector import CONFIGS
+
+from llmq import plugin, support
+from llmq.errors import LlmqError
+from llmq.models.exported import openvino
+from llmq.types import Artifact
+
+pytestmark = pytest.mark.slow
+
+TIMM = {
+    **dict.fromkeys(("resnet10t", "mobilenetv3_small_050", "efficientnet_lite0", "regnetx_002", "convnext_atto"), 64),
+    **dict.fromkeys(("edgenext_xx_small", "ghostnet_050", "mnasnet_050", "repvgg_a0", "fbnetc_100", "tinynet_e"), 64),
+    **dict.fromkeys(("lcnet_035", "densenet121", "mobilevit_xxs", "repghostnet_050", "starnet_s1", "fastvit_t8"), 64),
+    **dict.fromkeys(("vit_tiny_patch16_224", "deit_tiny_patch16_224", "mixer_s32_224", "xcit_nano_12_p16_224"), 64),
+    "levit_128s": 224,
+    "poolformerv2_s12": 64,
+}
+PATCHES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+SMALL_VIT = {**PATCHES, "image_size": 32, "patch_size": 8}
+STAGES = {"hidden_sizes": [64, 128], "depths": [1, 1], "num_stages": 2}
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "resnet": {"embedding_size": 32, "hidden_sizes": [64, 256], "depths": [1, 1]},
+    "vit": SMALL_VIT,
+    "deit": SMALL_VIT,
+    "convnext": {**STAGES, "image_size": 32},
+    "beit": SMALL_VIT,
+    "swin": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 64,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
+}
+TORCHVISION = ("fcos", "retinanet", "ssd", "ssdlite", "faster_rcnn")
+MODELS: dict[str, Any] = {
+    **{n: {"timm_classifier": {"architecture": n, "classes": 10, "input_size": s}} for n, s in TIMM.items()},
+    **{
+        f"transformers {n}": {"hf_classifier": {"config": {"model_type": n, "num_labels": 10, **its}}}
+        for n, its in CLASSIFIERS.items()
+    },
+    **{f"torchvision {n}": {"torchvision_detector": {"architecture": n, "classes": 10}} for n in TORCHVISION},
+    **{
+        f"transformers {n}": {
+            "hf_detector": {"config": {"model_type": n, **its, "num_labels": 10}, "size": 64, "classes": 10}
+        }
+        for n, its in CONFIGS.items()
+    },
+}
+WORDS = ("int8", "dynamic", "float16")
+COLUMNS = (*WORDS, "channels")
+CLOSE = {"float16": 0.02, "dynamic": 0.15}
+
+
+def data_of(artifact: Artifact) -> dict[str, Any]:
+    """What its kind learns from."""
+    return {"scenes": {"train": 4, "held_out": 2}} if artifact.model.kind == "detector" else {"digits": {}}
+
+
+def answers(artifact: Artifact) -> tuple[torch.Tensor, ...]:
+    """What an artifact makes of its example."""
+    with artifact.open("cpu") as loaded, torch.inference_mode():
+        made = loaded.module(artifact.model.example(2))  # type: ignore[attr-defined]
+    return tuple(made) if isinstance(made, list | tuple) else (made,)
+
+
+def check(word: str, before: Artifact, folder: Path) -> Artifact:
+    """Quantize, and hold what was kept against plain OpenVINO and against the network before."""
+    its = {"data": data_of(before), "samples": 4, "fast_bias_correction": True} if word == "int8" else {}
+    its |= {"compute_dtype": "float32"} if word == "dynamic" else {}
+    stage = apply(f"quantize.{word}", before, folder, **its)
+    stage.save(folder)
+    found = answers(Artifact.load(folder))
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino().Core().compile_model(str(folder / "model.xml"), "CPU", options)
+    plain = compiled(before.model.example(2).numpy())  # type: ignore[attr-defined]
+    for ours, theirs in zip(found, plain.values(), strict=True):
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0.05, atol=0.05 * float(ours.abs().max()))
+    for ours, truth in zip(found, answers(before), strict=True):
+        assert ours.shape == truth.shape
+        assert float((ours - truth).norm() / truth.norm()) < CLOSE.get(word, 1.0)
+    return stage
+
+
+def outcome(column: str, base: Artifact, folder: Path) -> str:
+    """`right`, or the one line in which llmq refuses."""
+    try:
+        if column != "channels":
+            check(column, base, folder)
+        else:
+            its = {"max_steps": 2, "batch_size": 2, "data": data_of(base), "held_out_examples": 2}
+            narrow = apply("prune.channels", base, folder / "1", ratio=0.25)
+            check("int8", apply("adapt.train", narrow, folder / "2", **its), folder / "3")
+    except LlmqError as error:
+        line = str(error).replace(str(folder), "")
+        assert "\n" not in line
+        return line
+    return support.RIGHT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_word_is_right_or_one_line(name, tmp_path):
+    torch.set_num_threads(1)
+    model: Any = plugin.build(MODELS[name], "models")
+    model.check()
+    base = model.base(CPU)
+    found, wrong = {}, {}
+    for column in COLUMNS:
+        try:
+            found[column] = outcome(column, base, tmp_path / column)
+        except Exception as error:  # noqa: BLE001  # every cell is looked at before the test fails
+            wrong[column] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if os.environ.get("LLMQ_WRITE_SUPPORT"):
+        support.write("vision", name, found)
+    assert not wrong, (name, wrong)
+    assert support.cells("vision").get(name, found) == found  # a row that is not there was not seen yet
+
+
+def test_the_table_holds_whole_rows_of_these_families():
+    table = support.cells("vision")
+    assert table
+    assert table.keys() <= MODELS.keys()
+    assert all(row.keys() == set(COLUMNS) for row in table.values())
