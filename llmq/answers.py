@@ -99,7 +99,8 @@ class Interview:
         for each in answer():  # one by one: what a task says before it fails is heard, and not kept for another run
             answers.append(each)
             yield each
-        write(facts, answers)
+        if task.depends() == depends:  # a helper imported, or a file read, only while answering was not in the hash
+            write(facts, answers)
 
 
 def settings(part: Any) -> dict[str, Any]:

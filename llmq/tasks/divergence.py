@@ -50,9 +50,9 @@ class Divergence(Task):
 
     def depends(self) -> Mapping[str, Any]:
         """Hashes of every task's settings and data."""
-        from llmq.tasks.harness_data import hashes
+        from llmq.tasks.harness_data import depends
 
-        return hashes(self._asked()) if self.tasks else {}
+        return depends(self._asked(), self.limit) if self.tasks else {}
 
     def _asked(self) -> Asked:
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)

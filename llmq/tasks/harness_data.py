@@ -19,12 +19,14 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from llmq.environment import library_version
-from llmq.errors import LlmqError, UserError
+from llmq.errors import LlmqError, UserError, one_line
 from llmq.files import sha256_files, sha256_text
-from llmq.tasks import harness
+from llmq.tasks import harness, harness_sources
 
 SCORING = ("evaluate", "math-verify", "nltk", "rouge-score", "sacrebleu", "scikit-learn", "sympy")
 """What metrics of tasks compute with, beside what every figure depends on."""
+SEED = 1234
+"""That from which lm-eval draws a task's examples."""
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -55,6 +57,8 @@ def built(asked: Asked) -> tuple[Any, ...]:
     Raises `UserError` for a copy that lacks what a task reads, `LlmqError` naming the data set that cannot be had.
     """
     made: list[Any] = []
+    quiet()
+    harness_sources.watch()
     with silent(), _copies_first(asked):
         for name in asked.tasks:
             try:
@@ -152,15 +156,24 @@ def _split_of(file: Path) -> str:
     return next((known[w] for w in words if w in known), file.stem)
 
 
+def depends(asked: Asked, limit: int | None) -> dict[str, str]:
+    """What answers depend on: the hash of each single task, and that of a person's code as far as it is loaded now."""
+    functions = [v for task in _single(built(asked)) for v in task.config.to_dict().values() if callable(v)]
+    return {**hashes(asked, limit), "code": harness_sources.sha256(functions)}
+
+
 @cache
-def hashes(asked: Asked) -> dict[str, str]:
-    """One hash for each single task: its settings, the files that define it, all the data that it reads."""
+def hashes(asked: Asked, limit: int | None = None) -> dict[str, str]:
+    """One hash for each single task: its settings, its files, all the data that it reads, its questions as built."""
     places = [*_places(asked), *_own_code()]
     code = sha256_text(
         *(f"{name} {library_version(name)}" for name in SCORING),
         *(sha256_files([f]) for place in places for f in sorted(place.rglob("*")) if _is_code(f)),
     )
-    return {task.config.task: sha256_text(code, _hash(task)) for task in _single(built(asked))}
+    return {
+        task.config.task: sha256_text(code, _hash(task), _questions(task, asked, limit))
+        for task in _single(built(asked))
+    }
 
 
 def _places(asked: Asked) -> list[Path]:
@@ -195,6 +208,24 @@ def _hash(task: Any) -> str:
                     total.update(json.dumps(batch[column].to_pylist(), sort_keys=True, default=str).encode())
         else:
             total.update(json.dumps(list(rows), sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def _questions(task: Any, asked: Asked, limit: int | None) -> str:
+    """The hash of a task's requests and targets, built as `simple_evaluate` builds them, but for a chat template."""
+    total = hashlib.sha256()
+    shots = task.get_config("num_fewshot")
+    if shots != 0:
+        task.set_config(key="num_fewshot", value=shots or 0 if asked.num_fewshot is None else asked.num_fewshot)
+    task.set_fewshot_seed(seed=SEED)
+    try:
+        with silent():
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        for each in task.instances:
+            told = (each.request_type, each.doc_id, each.arguments, task.doc_to_target(each.doc))
+            total.update(json.dumps(told, sort_keys=True, default=str).encode())
+    except Exception as error:  # noqa: BLE001 - the task will fail when it is asked, and say so then
+        total.update(one_line(error).encode())
     return total.hexdigest()
 
 

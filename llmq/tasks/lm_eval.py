@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.tasks import harness
-from llmq.tasks.harness_data import Asked, hashes
+from llmq.tasks.harness_data import Asked, depends
 from llmq.types import Answer, Loaded, Task
 
 
@@ -57,7 +57,7 @@ class LmEval(Task):
 
     def depends(self) -> Mapping[str, Any]:
         """Hashes of every task's settings and data, which are read for it."""
-        return hashes(self._asked())
+        return depends(self._asked(), self.limit)
 
     def _asked(self) -> Asked:
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
