@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _harness(file: Path) -> Result:
     results = _json(file)
     if not isinstance(results, dict) or not {"results", "versions", "lm_eval_version"} <= results.keys():
         raise UserError(f"{str(file)!r} is no result file of lm-eval (results_*.json) and no run of llmq")
+    _check_shape(file, results)
     date = file.stem.rpartition("_")[2]
     samples = {task: _lines(file.parent / f"samples_{task}_{date}.jsonl") for task in results["results"]}
     config = results.get("config") or {}
@@ -125,15 +127,41 @@ def _harness(file: Path) -> Result:
     name = Path(str(results.get("model_name") or file.stem)).name
     try:
         return Result(f"{name} (lm-eval)", file.resolve(), tuple(found))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{str(file)!r}, or samples beside it, lack what lm-eval writes today: {error}") from None
+
+
+def _check_shape(file: Path, results: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first part of a result file that is not of the kind that lm-eval writes."""
+    told = ("n-shot", "n-samples", "higher_is_better", "configs", "group_subtasks", "config")
+    parts = {key: results[key] for key in ("results", "versions", *(k for k in told if results.get(k) is not None))}
+    figures = parts["results"] if isinstance(parts["results"], dict) else {}
+    parts |= {f"results.{task}": its for task, its in figures.items()}
+    for deep in ("n-samples", "higher_is_better", "configs"):
+        inner = parts.get(deep)
+        parts |= {f"{deep}.{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {}
+    for place, part in parts.items():
+        if not isinstance(part, dict):
+            raise UserError(f"{str(file)!r}: {place!r} is {part!r:.40}, and lm-eval writes a mapping there")
+    for task, its in figures.items():
+        for key, value in its.items():
+            if "," not in key or value == "N/A" or key.startswith("bypass"):
+                continue
+            if not isinstance(value, int | float) or not isfinite(value):
+                raise UserError(
+                    f"{str(file)!r}: 'results.{task}.{key}' is {value!r:.40}, and should be a finite number"
+                )
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
