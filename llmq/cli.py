@@ -161,7 +161,7 @@ def check(
 
     With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
     """
-    from llmq import environment, pipeline, reading
+    from llmq import environment, pipeline, reading, support
     from llmq import recipe as recipes
 
     job = recipes.load(recipe, overrides or ())
@@ -174,6 +174,8 @@ def check(
         for line in reading.told(job.steps, job.evaluate):
             typer.echo(f"# {line}")
         for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
+            typer.echo(f"# {line}")
+        for line in support.foretold(job.model, [*job.steps, *job.evaluate]):
             typer.echo(f"# {line}")
         typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
 

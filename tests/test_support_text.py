@@ -18,8 +18,6 @@ from llmq import plugin, support
 from llmq.errors import UserError
 from llmq.types import Artifact, Exhibit, Measurement
 
-pytestmark = pytest.mark.slow
-
 IDS = some_ids()
 FEW = {"samples": 4, "length": 32}
 LORA = {"r": 4, "max_length": 64, "max_steps": 2, "learning_rate": 0.05, "per_device_train_batch_size": 2}
@@ -255,6 +253,7 @@ def outcome(architecture: str, column: str, base: Artifact, logits: torch.Tensor
     return support.RIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_word_is_right_or_one_line(architecture, tiny_llama, tmp_path):
     torch.set_num_threads(1)
@@ -275,3 +274,29 @@ def test_every_word_is_right_or_one_line(architecture, tiny_llama, tmp_path):
 def test_the_table_holds_every_architecture_and_column():
     assert CHECKS.keys() == support.TEXT_COLUMNS.keys()
     assert support.cells("text").keys() == ARCHITECTURES.keys()
+    assert all(row.keys() == CHECKS.keys() for row in support.cells("text").values())
+
+
+def test_the_page_is_drawn_from_the_table():
+    page = Path(__file__).parent.parent / "docs" / "support.md"
+    if os.environ.get("LLMQ_WRITE_SUPPORT"):
+        page.write_text(support.page(), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == support.page()
+
+
+def test_check_says_what_the_table_says(tiny_llama, tmp_path):
+    from typer.testing import CliRunner
+
+    from llmq.cli import app
+
+    architecture, line = next(
+        (name, row["bnb4"]) for name, row in support.cells("text").items() if row["bnb4"] != support.RIGHT
+    )
+    folder = build(architecture, tmp_path / "model", tiny_llama)
+    recipe = tmp_path / "job.yaml"
+    recipe.write_text(f"model: {{causal_lm: {{weights: {folder}}}}}\nsteps: [quantize.bnb]\nevaluate: [size]\n")
+    said = CliRunner().invoke(app, ["check", str(recipe)])
+    assert said.exit_code == 0
+    assert f"quantize.bnb refused a tiny {architecture}: {line}" in said.output
+    told = CliRunner().invoke(app, ["check", str(recipe), f"model.weights={tiny_llama}"])
+    assert "refused" not in told.output

@@ -5,8 +5,10 @@ outcome being `right`, or the one line in which llmq refuses.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from llmq.types import Model, Plugin
 
 RIGHT = "right"
 TEXT_COLUMNS = {
@@ -48,3 +50,49 @@ def write(kind: str, architecture: str, row: Mapping[str, str]) -> None:
     known = dict(cells(kind)) if file.exists() else {}
     rows = dict(sorted({**known, architecture: row}.items()))
     write_json(file, {"versions": {name: library_version(name) for name in LIBRARIES}, "cells": rows})
+
+
+def foretold(model: Model, parts: Iterable[Plugin]) -> Iterator[str]:
+    """What the table says of a local model's architecture under each word that refused it, a line each."""
+    folder = Path(str(getattr(model, "weights", ""))).expanduser()
+    if model.kind != "causal-lm" or not (folder / "config.json").is_file():
+        return
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    row = cells("text").get(architecture)
+    if row is None:
+        yield f"{architecture} is none of the {len(cells('text'))} architectures that were tried (docs/support.md)"
+        return
+    for part in parts:
+        for column, word in TEXT_COLUMNS.items():
+            if part.word == word and row[column] != RIGHT and getattr(part, "bits", None) in (None, *_bits(column)):
+                yield f"{part.word} refused a tiny {architecture}: {row[column]}"
+
+
+def _bits(column: str) -> tuple[int, ...]:
+    return (int(column[-1]),) if column.startswith("bnb") else (2, 3, 4, 8)
+
+
+def page() -> str:
+    """The tables as `docs/support.md`: a mark a cell, and below each table the lines in which llmq refuses."""
+    parts = [HEAD]
+    for kind in ("text", "vision"):
+        if table(kind).exists():
+            parts += [f"## {kind.capitalize()}", *_drawn(cells(kind))]
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# What works
+
+Every architecture under every word, tried on a tiny random model by a test that writes this page: ✓ is right by an
+oracle of its own (opened again to the same logits or outputs, by plain transformers where it can), a number is the line
+below in which llmq refuses. Nothing else happens."""
+
+
+def _drawn(rows: Cells) -> Iterator[str]:
+    columns = list(next(iter(rows.values())))
+    refusals = list(dict.fromkeys(line for row in rows.values() for line in row.values() if line != RIGHT))
+    numbers = {RIGHT: "✓", **{line: str(i) for i, line in enumerate(refusals, 1)}}
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(numbers[row[c]] for c in columns)} |" for name, row in rows.items()]
+    yield "\n".join(lines)
+    yield "\n".join(f"{i}. {line}" for i, line in enumerate(refusals, 1))
