@@ -95,16 +95,23 @@ def portable_path(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder.resolve()) if path.is_relative_to(run) else str(path)
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The weights of a model in one file, or the list of the files that hold them."""
+
+
 def safetensors_of(folder: Path) -> list[Path]:
-    """The files that hold a model's weights: those that its index names, `model.safetensors`, or all there are."""
-    index = folder / "model.safetensors.index.json"
+    """The files that hold a model's weights, in transformers' own order: the single file, those of the index, or all.
+
+    A repository may hold the same weights twice, as `consolidated.safetensors` too; what is opened is what counts.
+    """
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    index = folder / INDEX
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None
-    # A repository may hold the same weights twice, as `consolidated.safetensors`; what is loaded is what counts.
-    files = [folder / name for name in sorted(shards)] if (folder / min(shards)).exists() else []
-    return files or sorted(folder.glob("*.safetensors"))
+    return [folder / name for name in sorted(shards)] or sorted(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> list[Path]:

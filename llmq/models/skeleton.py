@@ -33,8 +33,10 @@ class Skeleton:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from llmq.models import opening
         from llmq.models.linear_view import make_linear
 
+        opening.check(folder, trust_remote_code)
         self.folder, self.device, self.dtype = folder, device, getattr(torch, dtype)
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):

@@ -1,0 +1,122 @@
+"""The one way in which weights of language models are opened: what the files hold is compared with what is needed."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import UserError
+from llmq.files import safetensors_of
+
+SHOWN = 3
+"""How many names of tensors an error shows."""
+INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2")
+"""What safetensors calls numbers that are no weight without scales beside them."""
+
+
+def causal_lm(place: Path, **options: Any) -> Any:
+    """What transformers opens, every tensor of it out of the files and every tensor of the files in it.
+
+    transformers fills what is missing with random numbers and only logs it. Raises `UserError` with the first names of
+    tensors that are missing, left over, or of another shape or dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        module, said = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        odd = _odd_shapes(place)
+        raise UserError(f"{str(place)!r}: its tensors do not fit together: {_some(odd)}; copy it again") from None
+    name = type(module).__name__
+    shapes = [f"{k} {list(found)}, needed {list(needed)}" for k, found, needed in sorted(said["mismatched_keys"])]
+    # A gguf file is named by an option; transformers' own mapping has read it.
+    dtypes = [] if options.get("gguf_file") else _wrong_dtypes(place, module)
+    faults = {
+        "lacks": sorted(said["missing_keys"]),
+        "has more than is needed": sorted(said["unexpected_keys"]),
+        "has other shapes": shapes,
+        "has whole numbers where weights belong": dtypes,
+    }
+    told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
+    if told:
+        shown = Path(place, options.get("gguf_file", ""))
+        raise UserError(f"{str(shown)!r} does not hold what {name} needs: it {'; it '.join(told)}")
+    return module
+
+
+def check(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise `UserError` unless a folder holds what its network needs; reads names, shapes and dtypes alone."""
+    causal_lm(folder, device_map={"": "meta"}, use_safetensors=True, trust_remote_code=trust_remote_code)
+
+
+def with_adapter(module: Any, folder: Path) -> Any:
+    """A PEFT adapter on an open module, every tensor of the one file in the other. Raises `UserError` otherwise."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        adapted = PeftModel.from_pretrained(module, folder)
+    except (RuntimeError, ValueError) as error:  # other shapes; modules that are not there
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{str(folder)!r} does not fit {type(module).__name__}: {first}") from None
+    held = stored_as(safetensors_of(folder))
+    needed = get_peft_model_state_dict(adapted, save_embedding_layers=any("embed" in k for k in held))
+    missing, more = sorted(needed.keys() - held.keys()), sorted(held.keys() - needed.keys())
+    whole = [name for name, (dtype, _) in held.items() if dtype in INTEGERS]
+    faults = {"lacks": missing, "has more than is needed": more, "has whole numbers where weights belong": whole}
+    told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
+    if told:
+        raise UserError(f"{str(folder)!r} does not hold the adapter that it describes: it {'; it '.join(told)}")
+    return adapted
+
+
+def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of every tensor in safetensors files, by safetensors' names for dtypes."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                found[name] = str(part.get_dtype()), tuple(part.get_shape())
+    return found
+
+
+def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
+    """Tensors of whole numbers that were opened as parameters of floating point, under the module's names."""
+    from llmq.models.skeleton import module_names
+
+    suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype in INTEGERS}
+    if not suspects:
+        return []
+    names = module_names(module, {key.rpartition(".")[0] for key in suspects})
+    wrong = []
+    opened = dict(module.named_parameters())
+    joined = {re.sub(r"\.\d+$", "", name.rpartition(".")[0]) for name in opened if "experts" in name}
+    for key, dtype in suspects.items():
+        owner, _, leaf = key.rpartition(".")
+        parameter = opened.get(f"{names[owner]}.{leaf}")
+        # Experts are stored apart and opened as one: their own name is that of no parameter.
+        apart = parameter is None and any(owner.startswith(name) for name in joined) and leaf == "weight"
+        if (parameter is not None and parameter.is_floating_point()) or apart:
+            wrong.append(f"{key} {dtype}")
+    return wrong
+
+
+def _odd_shapes(folder: Path) -> list[str]:
+    """Tensors that have another shape than most of their kind, their kind being the name without its numbers."""
+    shapes: dict[str, Counter[tuple[int, ...]]] = {}
+    held: Mapping[str, tuple[str, tuple[int, ...]]] = stored_as(safetensors_of(folder))
+    for name, (_, shape) in held.items():
+        shapes.setdefault(re.sub(r"\d+", "#", name), Counter())[shape] += 1
+    usual = {kind: found.most_common(1)[0][0] for kind, found in shapes.items()}
+    return [f"{n} {list(s)}" for n, (_, s) in held.items() if s != usual[re.sub(r"\d+", "#", n)]] or sorted(held)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
