@@ -30,6 +30,8 @@ def safetensors(values: bytes = b"\0\0\0\0") -> bytes:
 
 
 MODEL: Files = {"m/config.json": "{}", "m/model.safetensors": safetensors(), "m/tokenizer.json": "{}"}
+INDEX = "m/model.safetensors.index.json"
+SHARD: dict[str, str | bytes | None] = {"m/model.safetensors": None, "m/model-1.safetensors": safetensors()}
 ROWS = '{"prompt": "1 + 1?", "completion": "2"}\n'
 LORA = "steps:\n- adapt.lora: {data: pydoc}\n"
 
@@ -180,13 +182,14 @@ MODELS = [
     *model("no-tokenizer", {"m/tokenizer.json": None}, "'m'", "no tokenizer", "tokenizer.json"),
     *model(
         "missing-shard",
-        {"m/model.safetensors.index.json": '{"weight_map": {"w": "model-2.safetensors"}}'},
+        {**SHARD, INDEX: '{"weight_map": {"w": "model-2.safetensors"}}'},
         "'m'",
         "lacks 'model-2.safetensors'",
         "model.safetensors.index.json",
     ),
-    *model("broken-index", {"m/model.safetensors.index.json": "{"}, "m/model.safetensors.index.json:1", "not JSON"),
-    *model("empty-index", {"m/model.safetensors.index.json": "{}"}, "'m/model.safetensors.index.json'", "'weight_map'"),
+    *model("broken-index", {**SHARD, INDEX: "{"}, "m/model.safetensors.index.json:1", "not JSON"),
+    *model("empty-index", {**SHARD, INDEX: "{}"}, "'m/model.safetensors.index.json'", "'weight_map'"),
+    *model("another-name", SHARD, "'m' holds 'model-1.safetensors'", "model.safetensors, nor"),
     *model("adapter", {"m/config.json": None, "m/adapter_config.json": "{}"}, "'m'", "it is an adapter", "stage"),
     *weights("no-gguf", "w.gguf", None, "there is no file 'w.gguf'"),
     *weights("not-gguf", "w.gguf", "GIF89a", "'w.gguf' is not a GGUF file", "GIF8"),

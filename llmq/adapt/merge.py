@@ -45,11 +45,11 @@ class Merge(Step):
 
     def _write(self, artifact: Artifact, folder: Path, context: Context) -> None:
         import torch
-        from peft import PeftModel
 
         from llmq.adapt.finite import first_not_finite
         from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.linear_view import fuse
+        from llmq.models.opening import with_adapter
         from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
 
@@ -58,7 +58,7 @@ class Merge(Step):
         module = dequantized(module) if artifact.packed else module
         pairs = untie(module)  # or an adapter on the head would change the embeddings with it, and the other way round
         zeros = _zeros(module) if self.keep_sparsity else {}
-        module = PeftModel.from_pretrained(module, artifact.adapter).merge_and_unload(safe_merge=True)
+        module = with_adapter(module, artifact.adapter).merge_and_unload(safe_merge=True)
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
         fuse(module)

@@ -37,11 +37,10 @@ class CausalLM(Model):
         """The module in evaluation mode with its adapter if there is one, and the tokenizer."""
         module = hugging_face.load_causal_lm(artifact.weights, self.dtype, device, self.trust_remote_code)
         if artifact.adapter:
-            from peft import PeftModel
-
+            from llmq.models.opening import with_adapter
             from llmq.quantize.bnb_layers import keep_unpacked, reads_weights
 
-            module = PeftModel.from_pretrained(module, artifact.adapter).eval()
+            module = with_adapter(module, artifact.adapter).eval()
             if reads_weights(module):
                 keep_unpacked(module)
         tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)

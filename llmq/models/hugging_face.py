@@ -73,7 +73,7 @@ def check_folder(folder: Path) -> None:
 def _check_index(folder: Path, other: str) -> None:
     index = folder / INDEX
     if not index.exists():
-        raise UserError(f"{str(folder)!r} holds {other!r}, and neither {SINGLE} nor {INDEX}, which transformers opens")
+        raise UserError(f"{str(folder)!r} holds {other!r}, and no {SINGLE}, nor {INDEX}, which transformers opens")
     weight_map = _object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")

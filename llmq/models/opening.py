@@ -1,5 +1,6 @@
 """The one way in which weights of language models are opened: what the files hold is compared with what is needed."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,6 +9,8 @@ from typing import Any
 
 from llmq.errors import UserError
 from llmq.files import safetensors_of
+from llmq.models import packed_parts
+from llmq.models.names import module_names
 
 SHOWN = 3
 """How many names of tensors an error shows."""
@@ -23,6 +26,10 @@ def causal_lm(place: Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if not options.get("gguf_file"):
+        _check_packed(place, bool(options.get("trust_remote_code")))
+        if options.get("quantization_config"):  # packed while they are opened, and no longer comparable
+            check(place, bool(options.get("trust_remote_code")))
     try:
         module, said = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -87,23 +94,48 @@ def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
+def _check_packed(folder: Path, trust_remote_code: bool) -> None:
+    """Raise `UserError` for packed layers whose parts are not there or do not fit, before native code sees them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not is_packed(folder):
+        return
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights():
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
+    held = stored_as(safetensors_of(folder))
+    layers = {name.partition(".weight")[0].rpartition(".")[0] for name in held} | {
+        name.partition(".weight")[0] for name in held
+    }
+    known = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    names = module_names(network, {f for f in layers if f})
+    shapes = {f: known[f"{n}.weight"] for f, n in names.items() if len(known.get(f"{n}.weight", ())) == 2}
+    amiss = list(packed_parts.faults(held, files, shapes))
+    if amiss:
+        raise UserError(f"{str(folder)!r} does not hold whole packed layers ({len(amiss)}): {_some(amiss)}")
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder says that its weights are packed."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
     """Tensors of whole numbers that were opened as parameters of floating point, under the module's names."""
-    from llmq.models.skeleton import module_names
-
     suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype in INTEGERS}
     if not suspects:
         return []
     names = module_names(module, {key.rpartition(".")[0] for key in suspects})
+    opened, packed = dict(module.named_parameters()), is_packed(folder)
     wrong = []
-    opened = dict(module.named_parameters())
-    joined = {re.sub(r"\.\d+$", "", name.rpartition(".")[0]) for name in opened if "experts" in name}
     for key, dtype in suspects.items():
         owner, _, leaf = key.rpartition(".")
         parameter = opened.get(f"{names[owner]}.{leaf}")
-        # Experts are stored apart and opened as one: their own name is that of no parameter.
-        apart = parameter is None and any(owner.startswith(name) for name in joined) and leaf == "weight"
-        if (parameter is not None and parameter.is_floating_point()) or apart:
+        # Experts are stored apart and opened as one: a weight of theirs has the name of no parameter.
+        apart = parameter is None and leaf == "weight" and not packed
+        if apart or (parameter is not None and parameter.is_floating_point()):
             wrong.append(f"{key} {dtype}")
     return wrong
 

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import UserError
 from llmq.models.linear_view import Experts, is_merging, unfuse
-from llmq.models.skeleton import module_names
+from llmq.models.names import module_names
 from llmq.quantize.gptq_format import ZERO_OFFSETS
 from llmq.quantize.gptq_linear import PackedLinear
 

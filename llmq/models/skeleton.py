@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from llmq.errors import UserError
 from llmq.files import safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
+from llmq.models.names import tensor_names
 from llmq.models.tying import tied, untied
-from llmq.quantize.gptq_format import TENSORS as PACKED
 from llmq.types import Artifact
 
 if TYPE_CHECKING:
@@ -242,29 +242,6 @@ def stored(folder: Path, module: Any) -> dict[str, tuple[Path, str]]:
             files.update(dict.fromkeys(opened.keys(), file))
     names = tensor_names(module, files)
     return {names[key]: (file, key) for key, file in files.items()}
-
-
-def tensor_names(module: Any, keys: Iterable[str]) -> dict[str, str]:
-    """What a transformers model calls the tensors of a file: it renames what older files hold, and adds its prefix."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [r for r in get_model_conversion_mapping(module) if isinstance(r, WeightRenaming)]
-    known = dict(module.state_dict())
-
-    def name_of(key: str) -> str:
-        owner, _, leaf = key.rpartition(".")
-        if leaf not in PACKED:
-            return str(rename_source_key(key, renamings, [], module.base_model_prefix, known)[0])
-        return f"{name_of(f'{owner}.weight').removesuffix('.weight')}.{leaf}"
-
-    return {key: name_of(key) for key in keys}
-
-
-def module_names(module: Any, layers: Iterable[str]) -> dict[str, str]:
-    """What a transformers model calls the layers of a file."""
-    names = tensor_names(module, [f"{layer}.weight" for layer in layers])
-    return {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in names.items()}
 
 
 def blocks_of(module: Any) -> list[str]:
