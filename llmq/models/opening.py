@@ -71,8 +71,9 @@ def with_adapter(module: Any, folder: Path) -> Any:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{str(folder)!r} does not fit {type(module).__name__}: {first}") from None
     held = stored_as(safetensors_of(folder))
-    needed = get_peft_model_state_dict(adapted, save_embedding_layers=any("embed" in k for k in held))
-    missing, more = sorted(needed.keys() - held.keys()), sorted(held.keys() - needed.keys())
+    # PEFT also stores embeddings and head, as they are, where an adapter touches them.
+    needed, allowed = (get_peft_model_state_dict(adapted, save_embedding_layers=e).keys() for e in (False, True))
+    missing, more = sorted(needed - held.keys()), sorted(held.keys() - allowed)
     whole = [name for name, (dtype, _) in held.items() if dtype in INTEGERS]
     faults = {"lacks": missing, "has more than is needed": more, "has whole numbers where weights belong": whole}
     told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
@@ -98,6 +99,7 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
     """Raise `UserError` for packed layers whose parts are not there or do not fit, before native code sees them."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     if not is_packed(folder):
         return
@@ -110,6 +112,9 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
         name.partition(".weight")[0] for name in held
     }
     known = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    # (inputs, outputs) in the network, and (outputs, inputs) as every packed layer has it
+    turned = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Conv1D)}
+    known |= {name: known[name][::-1] for name in turned}
     names = module_names(network, {f for f in layers if f})
     shapes = {f: known[f"{n}.weight"] for f, n in names.items() if len(known.get(f"{n}.weight", ())) == 2}
     amiss = list(packed_parts.faults(held, files, shapes))
