@@ -57,9 +57,11 @@ class Dcgan(Vision, Model):
         """The generator's tensors; of `gan-faces`, a pickled file, tensors alone."""
         if self.weights != BUILT_IN:
             return super().pretrained()
-        import torch
+        from llmq.models.state import read_pickle
 
-        state: Mapping[str, Any] = torch.load(_faces(), map_location="cpu", weights_only=True)["netG_state_dict"]
+        state = read_pickle(_faces()).get("netG_state_dict")
+        if not isinstance(state, dict):
+            raise UserError(f"{BUILT_IN!r}: {str(_faces())!r} holds no 'netG_state_dict'; install its package again")
         return state
 
     def source(self) -> str:

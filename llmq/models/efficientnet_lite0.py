@@ -26,9 +26,9 @@ def state_of_lite0(network: Any) -> dict[str, Any]:
     The file holds the same tensors in the same order under other names. Raises `UserError` at the first that differs
     in shape, or in the last part of its name.
     """
-    import torch
+    from llmq.models.state import read_pickle
 
-    given = torch.load(lite0_file(), map_location="cpu", weights_only=True)
+    given = read_pickle(lite0_file())
     own = network.state_dict()
     if len(given) != len(own):
         raise UserError(f"{WORD!r} has {len(given)} tensors, and {ARCHITECTURE} has {len(own)}; install {REQUIREMENT}")

@@ -1,9 +1,10 @@
 """An exported graph that is called like the torch module it was made from, run by OpenVINO on the processor."""
 
+import math
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
         """Of a folder, or of a graph in memory."""
         super().__init__()
         self.core = openvino().Core()
-        self.graph = self.core.read_model(graph / GRAPH) if isinstance(graph, Path) else graph
+        self.graph = _read(self.core, graph) if isinstance(graph, Path) else graph
         precision = self.graph.get_rt_info(PRECISION).astype(str) if self.graph.has_rt_info(PRECISION) else "f32"
         if precision == "bf16" and "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             precision = "f32"  # what OpenVINO would do, unsaid
@@ -105,6 +106,64 @@ class _Compiled:
             self.request.set_output_tensor(i, self.tensor(output.numpy(), shared_memory=True))
         self.request.infer(share_outputs=True)
         return outputs
+
+
+def _read(core: Any, folder: Path) -> Any:
+    try:
+        graph = core.read_model(folder / GRAPH)
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[-1]
+        raise UserError(f"{str(folder / GRAPH)!r} is no whole graph of OpenVINO: {why}; make the stage again") from None
+    for constant, _ in constants(graph):
+        kind = constant.get_element_type().get_type_name()
+        if kind in ("f16", "f32", "f64") and bool(_as_tensor(constant).isnan().any()):  # a mask may well be infinite
+            raise UserError(
+                f"{str(folder / GRAPH)!r}: {constant.get_friendly_name()!r} holds values that are no number"
+            )
+    return graph
+
+
+BITS = {"f64": 64, "f32": 32, "f16": 16, "bf16": 16, "boolean": 8, "i4": 4, "u4": 4, "u1": 1}
+BITS |= {f"{sign}{bits}": bits for sign in "iu" for bits in (8, 16, 32, 64)}
+"""How many bits one number of a constant takes, by OpenVINO's names of dtypes."""
+
+
+def check_graph(folder: Path) -> None:
+    """Raise `UserError` unless a folder's graph is whole and its constants lie inside the file beside it.
+
+    OpenVINO maps that file into memory: one that was cut ends the process.
+    """
+    from xml.etree import ElementTree
+
+    file, constants_file = folder / GRAPH, (folder / GRAPH).with_suffix(".bin")
+    for needed in (file, constants_file):
+        if not needed.is_file():
+            raise UserError(f"{str(folder)!r} lacks {needed.name!r}; make the stage again")
+    try:
+        root = ElementTree.parse(file).getroot()
+        layers = [
+            (layer, data) for layer in root.iter("layer") for data in layer.iter("data") if "offset" in data.attrib
+        ]
+        ends = {str(layer.get("name")): _end(data.attrib) for layer, data in layers}
+    except (ElementTree.ParseError, ValueError, KeyError, UnicodeError) as error:
+        raise UserError(f"{str(file)!r} is no whole graph of OpenVINO: {error}; make the stage again") from None
+    if root.tag != "net" or not ends:
+        raise UserError(f"{str(file)!r} is no graph of OpenVINO with constants; make the stage again")
+    size, end = constants_file.stat().st_size, max(ends.values())
+    if end != size:
+        cut = [name for name, its in ends.items() if its > size]
+        told = f"; {len(cut)} constants lie beyond its end, first {cut[0]!r}" if cut else ""
+        raise UserError(f"{str(constants_file)!r} has {size} bytes, and its graph tells of {end}{told}")
+
+
+def _end(data: Mapping[str, str]) -> int:
+    """Where a constant ends in the file. Raises `ValueError` for a size that its shape does not have."""
+    offset, size = int(data["offset"]), int(data["size"])
+    bits = BITS.get(data["element_type"])
+    numbers = math.prod(int(n) for n in data["shape"].split(",") if n.strip())
+    if min(offset, size) < 0 or (bits and size != -(-numbers * bits // 8)):
+        raise ValueError(f"a constant {data['element_type']} of shape {data['shape']!r} has {size} bytes")
+    return offset + size
 
 
 def _as_tensor(constant: Any) -> Tensor:

@@ -104,13 +104,7 @@ class HfClassifier(Classifier, Model):
 
         from llmq.models.hf_logits import Logits
 
-        # transformers renames what older files call otherwise, so it is asked for the tensors, strictly.
-        model, report = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, dtype="float32"
-        )
-        for problem, names in report.items():
-            if names:
-                raise UserError(f"{self.weights!r}: {problem.replace('_', ' ')}: {sorted(map(str, names))[0]!r}")
+        model = hub.opened(AutoModelForImageClassification, folder, str(self.weights))
         state: dict[str, Any] = Logits(model).state_dict()
         return with_new_head(state, self.network(), self.outputs) if self.new_head else state
 

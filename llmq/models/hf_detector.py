@@ -116,13 +116,7 @@ class HfDetector(Detector, Model):
 
         from llmq.models.hf_raw import RawDetector
 
-        # transformers renames what older files call otherwise, so it is asked for the tensors, strictly.
-        model, report = AutoModelForObjectDetection.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, dtype="float32"
-        )
-        for problem, names in report.items():
-            if names:
-                raise UserError(f"{self.weights!r}: {problem.replace('_', ' ')}: {sorted(map(str, names))[0]!r}")
+        model = hub.opened(AutoModelForObjectDetection, folder, str(self.weights))
         state: dict[str, Any] = RawDetector(model).state_dict()
         if not self.new_head:
             return state

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import UserError
 from llmq.types import Artifact
 
 
@@ -72,8 +71,6 @@ class Matrices:
         # A transposed convolution holds its inputs first, all others second.
         dimension = 0 if getattr(layer, "transposed", False) else 1
         turned = layer.weight.movedim(dimension, -1)
-        if not bool(turned.isfinite().all()):
-            raise UserError(f"{name}: its weights are not finite numbers; look at the model")
         changed: Mapping[str, Any] = method.change({name: turned.flatten(1)}, None)[name]
         weight = changed["weight"].view(turned.shape).movedim(-1, dimension).contiguous()
         if parametrize.is_parametrized(layer, "weight"):

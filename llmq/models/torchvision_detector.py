@@ -129,12 +129,10 @@ class TorchvisionDetector(Detector, Model):
         state = super().pretrained()
         if state is None:
             return None
+        from llmq.models.state import load_strictly
+
         network = self.network()
-        try:
-            network.load_state_dict(dict(state))
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip().partition('", "')[0]
-            raise UserError(f"{self.weights!r} does not fit these settings: {first}") from None
+        load_strictly(network, state, str(self.weights))
         return dict(network.state_dict())
 
     def fit(self, images: Sequence[Any], targets: Sequence[dict[str, Any]] | None = None) -> Any:

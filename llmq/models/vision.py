@@ -94,6 +94,8 @@ class Vision(BaseModel):
         folder = cache("models", f"{type(self).__name__.lower()}-{sha256_text(*about)[:16]}")
         make_whole(folder, lambda partial_folder: self._fill(partial_folder, context.seed), shared=True)
         note = where if self.weights else f"{where}, seed {context.seed}"
+        if getattr(self, "new_head", False):
+            note += ", but for the last layer, which is new"
         return Artifact(model=self, weights=folder, notes={"source": note})  # type: ignore[arg-type]
 
     def _fill(self, folder: Path, seed: int) -> None:
@@ -116,9 +118,10 @@ class Vision(BaseModel):
         from llmq.models.state import open_network
 
         if artifact.runtime == "openvino":
-            from llmq.models.exported import DEVICE, ExportedModule
+            from llmq.models.exported import DEVICE, ExportedModule, check_graph
             from llmq.quantize.apart import check_opens
 
+            check_graph(artifact.weights)
             check_opens(artifact.weights, self)
             return Loaded(ExportedModule(artifact.weights), self.prepare, DEVICE, artifact)
         module: Any = open_network(self.network(), artifact.weights).eval().to(device)
