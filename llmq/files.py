@@ -109,9 +109,10 @@ def safetensors_of(folder: Path) -> list[Path]:
     index = folder / INDEX
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        named = [folder / name for name in sorted(shards)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None
-    return [folder / name for name in sorted(shards)] or sorted(folder.glob("*.safetensors"))
+    return named or sorted(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -307,6 +307,10 @@ def garbage(folder: Path, state: State) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+def numbered(folder: Path, state: State) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+
+
 SHARDS = {
     without_a_shard: "lacks 'b.safetensors', which model.safetensors.index.json names",
     cut: r"b\.safetensors' is not a whole safetensors file",
@@ -314,6 +318,7 @@ SHARDS = {
     fuller: r"index\.json' does not name 'x', which its files hold",
     twice: r"holds '.*', … \(\d+ tensors\) in b\.safetensors and in another of its files",
     garbage: "is no index of weights",
+    numbered: "is no index of weights",
 }
 
 
