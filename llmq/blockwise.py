@@ -170,7 +170,11 @@ class Walk:
             groups = [[wanted.index(layer) for layer in group if layer in wanted] for group in seen.values()]
             missed = set(wanted).difference(*seen.values())
             if missed:
-                raise UserError(f"{min(missed)} is not reached by the calibration; leave it out: modules: {{…: skip}}")
+                name = min(missed)
+                raise UserError(
+                    f"{name} of {self.source.config.model_type} is not reached by the calibration, so its model reads "
+                    f"the weight by itself; leave it out: modules: {{{name.rpartition('.')[2]}: skip}}"
+                )
             self.known_groups[signature] = [group for group in groups if group]
         return [[wanted[i] for i in group] for group in self.known_groups[signature]]
 

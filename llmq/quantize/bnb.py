@@ -10,6 +10,10 @@ from llmq.errors import UserError
 from llmq.quantize.bnb_layers import is_packed
 from llmq.types import Artifact, Context, Step
 
+EXPERTS = (
+    "quantize.gptq and quantize.rtn pack experts one by one; to keep them in float say so: skip_modules: [experts]"
+)
+
 
 class Bnb(Step):
     """4-bit NF4 or FP4 (Dettmers et al. 2023, QLoRA), or 8-bit LLM.int8() (Dettmers et al. 2022) by bitsandbytes.
@@ -47,6 +51,7 @@ class Bnb(Step):
         )
         notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
+        _run(module, context.device)
         copy_tokenizer(artifact.weights, folder)
         return artifact.then(self, weights=folder, packed=True, notes=notes)
 
@@ -80,13 +85,27 @@ class Bnb(Step):
             raise UserError(
                 f"bitsandbytes packs linear layers, and {left:.0%} of the weights of the blocks of {str(weights)!r} "
                 f"({module.config.model_type}) lie elsewhere, most in {type(max(others, key=_weights)).__name__}; "
-                "quantize.gptq and quantize.rtn pack experts one by one; to keep them in float say so: "
-                "skip_modules: [experts]"
+                + (EXPERTS if any(map(is_fused, others)) else "leave quantize.bnb out")
             )
         return {
             "quantized_layers": sum(packs(layer) for _, layer in inside),
             "changed_share": round(packed / total, 4),
         }
+
+
+def _run(module: Any, device: str) -> None:
+    """Raise `UserError` for a network that reads a packed weight by itself (Mamba's `dt_proj`), and so cannot run."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            module(input_ids=torch.tensor([[0, 1, 2]], device=device), use_cache=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{module.config.model_type} does not run with packed weights ({reason}); it reads one by itself: leave "
+            "out the layer, for a Mamba skip_modules: [dt_proj]"
+        ) from None
 
 
 def _is_linear(layer: Any) -> bool:
