@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmq.models import hugging_face
+from llmq.models import formats, hugging_face
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Clock, Context, Loaded, Model
 
@@ -31,7 +31,9 @@ class CausalLM(Model):
     def base(self, context: Context) -> Artifact:
         """Bring the weights to this machine: from the hub, or converted once from GGUF."""
         folder, notes = hugging_face.bring(self.weights, self.dtype, self.revision)
-        return Artifact(model=self, weights=folder, packed=hugging_face.is_quantized(folder), notes=notes)
+        formats.check_network(folder, self.trust_remote_code)
+        packed = formats.quantization(folder) is not None
+        return Artifact(model=self, weights=folder, packed=packed, notes=notes)
 
     def open(self, artifact: Artifact, device: str) -> Loaded:
         """The module in evaluation mode with its adapter if there is one, and the tokenizer."""
@@ -44,6 +46,7 @@ class CausalLM(Model):
             if reads_weights(module):
                 keep_unpacked(module)
         tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
+        formats.check_vocabulary(module, tokenizer, artifact.weights)
         return Loaded(module, tokenizer, device, artifact)
 
     def skeleton(self, artifact: Artifact, device: str) -> Skeleton:

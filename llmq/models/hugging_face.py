@@ -193,10 +193,14 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder, with a padding token."""
+    """The tokenizer of a folder, with a padding token. Raises `UserError` for files that make none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001  # tokenizers raises that very class
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer of {str(folder)!r} cannot be read: {reason}; copy its files again") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -219,8 +223,3 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if file.is_file() and (file.suffix != ".py" or not target.exists()):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether a model folder says that its weights are packed."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text())

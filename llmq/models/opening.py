@@ -1,6 +1,5 @@
 """The one way in which weights of language models are opened: what the files hold is compared with what is needed."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from llmq.errors import UserError
 from llmq.files import safetensors_of
 from llmq.models import packed_parts
+from llmq.models.formats import quantization
 from llmq.models.names import module_names
 
 SHOWN = 3
@@ -101,7 +101,7 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    if not is_packed(folder):
+    if quantization(folder) is None:
         return
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with init_empty_weights():
@@ -122,18 +122,13 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
         raise UserError(f"{str(folder)!r} does not hold whole packed layers ({len(amiss)}): {_some(amiss)}")
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether a model folder says that its weights are packed."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
 def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
     """Tensors of whole numbers that were opened as parameters of floating point, under the module's names."""
     suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype in INTEGERS}
     if not suspects:
         return []
     names = module_names(module, {key.rpartition(".")[0] for key in suspects})
-    opened, packed = dict(module.named_parameters()), is_packed(folder)
+    opened, packed = dict(module.named_parameters()), quantization(folder)
     wrong = []
     for key, dtype in suspects.items():
         owner, _, leaf = key.rpartition(".")

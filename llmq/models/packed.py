@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import UserError
+from llmq.models.formats import quantization
 from llmq.models.linear_view import Experts, is_merging, unfuse
 from llmq.models.names import module_names
 from llmq.quantize.gptq_format import ZERO_OFFSETS
@@ -111,7 +112,7 @@ def config_to_open(folder: Path, device: str, trust_remote_code: bool) -> Any:
     Raises `UserError` for a format of packing that is not read here.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    settings = getattr(config, "quantization_config", None) or {}
+    settings = quantization(folder) or {}
     if settings.get("quant_method") != "gptq":
         return None
     if device != "cpu" and importlib.util.find_spec("gptqmodel"):

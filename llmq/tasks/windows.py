@@ -99,10 +99,15 @@ BEGINNING = 4096
 
 
 def check_rows(base: Artifact, data: Data, part: str, length: int) -> None:
-    """Raise `UserError` unless a row of this part of the data leaves a token to learn or to score in `length`."""
+    """Raise `UserError` unless a row of this part of the data leaves a token to learn or to score in `length`.
+
+    So for a `length` that the model has no positions for.
+    """
+    from llmq.models.formats import check_length
     from llmq.models.hugging_face import load_tokenizer
 
     model: Any = base.model
+    check_length(base.weights, length)
     split = data.read()
     rows = {"train": split.train, "held_out": split.held_out, "all": [*split.train, *split.held_out]}[part]
     of = f"the {part.replace('_', '-')} part of {data.word}"
