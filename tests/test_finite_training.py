@@ -79,8 +79,8 @@ def test_rows_without_a_token_to_learn_are_counted_and_left_out(tiny_llama, tiny
 
     stock = tokens.encode_all
 
-    def with_single_tokens(rows, tokenizer, max_length):
-        examples, counts = stock(rows, tokenizer, max_length)
+    def with_single_tokens(rows, tokenizer, max_length, ends):
+        examples, counts = stock(rows, tokenizer, max_length, ends)
         return [*[tokens.Tokens((5,), (True,))] * 30, *examples], counts
 
     monkeypatch.setattr(tokens, "encode_all", with_single_tokens)
