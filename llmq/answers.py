@@ -21,9 +21,6 @@ import llmq
 from llmq import environment, files, plugin
 from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
 
-OURS = ("artifact.json", "measurements.json", "clocks.json", "samples", "pictures", "lm_eval")
-"""What llmq writes into a stage's folder beside the model."""
-
 
 class Interview:
     """A stage that is questioned, alone or beside the base; each is opened when first needed and freed at the end."""
@@ -125,7 +122,7 @@ def contents(place: Path) -> dict[str, str]:
     """The hash of every file in a folder but those that llmq wrote about it; or of the one file that it is."""
     if place.is_file():
         return {place.name: sha256(place)}
-    found = sorted(f for f in place.rglob("*") if f.is_file() and f.relative_to(place).parts[0] not in OURS)
+    found = sorted(f for f in place.rglob("*") if f.is_file() and f.relative_to(place).parts[0] not in files.BESIDE)
     return {str(f.relative_to(place)): sha256(f) for f in found}
 
 

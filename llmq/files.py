@@ -121,6 +121,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [graph, graph.with_suffix(".bin")] if graph.exists() else safetensors_of(folder)
 
 
+BESIDE = (
+    "artifact.json",
+    "measurements.json",
+    "clocks.json",
+    "samples",
+    "pictures",
+    "lm_eval",
+)  # fmt: skip
+"""Files and folders that llmq writes beside a model: they tell of it, and are no part of it."""
+
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PACKED = {"U8": "uint8", "I8": "int8", "I32": "int32", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
 """safetensors' names of dtypes."""

@@ -8,14 +8,11 @@ from typing import Any
 
 from llmq.answers import sha256
 from llmq.errors import UserError
-from llmq.files import sha256_files, write_json
+from llmq.files import BESIDE, sha256_files, write_json
 
 FILE = "hashes.json"
 UNHASHED = (FILE, "log.txt")
 """They go on changing, or would have to hash themselves."""
-TOLD = ("artifact.json", "measurements.json", "clocks.json")
-"""Files that tell when and how fast a stage was made beside what it is; their figures are compared instead."""
-TOLD_FOLDERS = ("samples", "pictures", "lm_eval")
 TEXTS = (".json", ".md")
 NOISY = ("peak_memory",)
 """Figures that no two runs share."""
@@ -177,7 +174,7 @@ def _of_stages(found: Mapping[str, str]) -> dict[str, str]:
     made = {}
     for name, value in found.items():
         within = Path(name).parts[1:]
-        if within and within[0] not in TOLD and within[0] not in TOLD_FOLDERS:
+        if within and within[0] not in BESIDE:
             made[name] = value
     return made
 

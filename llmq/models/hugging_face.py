@@ -74,12 +74,15 @@ def _check_index(folder: Path, other: str) -> None:
     index = folder / INDEX
     if not index.exists():
         raise UserError(f"{str(folder)!r} holds {other!r}, and no {SINGLE}, nor {INDEX}, which transformers opens")
-    weight_map = _object(index).get("weight_map")
+    held = _object(index)
+    weight_map = held.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
     missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in folder.iterdir()})
     if missing:
         raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
+    if not isinstance(held.get("metadata"), dict):
+        raise UserError(f"{str(index)!r} has no 'metadata', which transformers reads; an empty one ({{}}) will do")
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from llmq.models.names import module_names
 
 SHOWN = 3
 """How many names of tensors an error shows."""
-INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2")
-"""What safetensors calls numbers that are no weight without scales beside them."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the numbers that are weights as they stand. All others (integers, complex, floats of 8 bits and
+fewer) are none without scales beside them."""
 
 
 def causal_lm(place: Path, **options: Any) -> Any:
@@ -45,9 +46,9 @@ def causal_lm(place: Path, **options: Any) -> Any:
     dtypes = [] if options.get("gguf_file") else _wrong_dtypes(place, module)
     faults = {
         "lacks": sorted(said["missing_keys"]),
-        "has more than is needed": sorted(said["unexpected_keys"]),
+        "has more than is needed": sorted(set(said["unexpected_keys"]) - _zero_biases(place, said["unexpected_keys"])),
         "has other shapes": shapes,
-        "has whole numbers where weights belong": dtypes,
+        "has other numbers where weights belong": dtypes,
     }
     told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
     if told:
@@ -74,8 +75,8 @@ def with_adapter(module: Any, folder: Path) -> Any:
     # PEFT also stores embeddings and head, as they are, where an adapter touches them.
     needed, allowed = (get_peft_model_state_dict(adapted, save_embedding_layers=e).keys() for e in (False, True))
     missing, more = sorted(needed - held.keys()), sorted(held.keys() - allowed)
-    whole = [name for name, (dtype, _) in held.items() if dtype in INTEGERS]
-    faults = {"lacks": missing, "has more than is needed": more, "has whole numbers where weights belong": whole}
+    whole = [name for name, (dtype, _) in held.items() if dtype not in FLOATS]
+    faults = {"lacks": missing, "has more than is needed": more, "has other numbers where weights belong": whole}
     told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
     if told:
         raise UserError(f"{str(folder)!r} does not hold the adapter that it describes: it {'; it '.join(told)}")
@@ -90,6 +91,8 @@ def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
+                if name in found:
+                    raise UserError(f"{str(file.parent)!r} holds {name!r} in two files; keep the one that is right")
                 part = opened.get_slice(name)
                 found[name] = str(part.get_dtype()), tuple(part.get_shape())
     return found
@@ -124,7 +127,7 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
 
 def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
     """Tensors of whole numbers that were opened as parameters of floating point, under the module's names."""
-    suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype in INTEGERS}
+    suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype not in FLOATS}
     if not suspects:
         return []
     names = module_names(module, {key.rpartition(".")[0] for key in suspects})
@@ -138,6 +141,22 @@ def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
         if apart or (parameter is not None and parameter.is_floating_point()):
             wrong.append(f"{key} {dtype}")
     return wrong
+
+
+def _zero_biases(folder: Path, names: Iterable[str]) -> set[str]:
+    """Biases of nothing but zeros beside packed weights: AutoGPTQ wrote one for every layer that has none."""
+    from safetensors import safe_open
+
+    if not any(name.endswith(".bias") for name in names):
+        return set()
+    files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
+    found = set()
+    for name in names:
+        if name.endswith(".bias") and name in files and f"{name.removesuffix('.bias')}.qweight" in files:
+            with safe_open(files[name], "pt") as opened:
+                if not opened.get_tensor(name).any():
+                    found.add(name)
+    return found
 
 
 def _odd_shapes(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of, tagged, write_json
+from llmq.files import BESIDE, safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
 from llmq.models.names import tensor_names
 from llmq.models.tying import tied, untied
@@ -17,7 +17,8 @@ from llmq.types import Artifact
 if TYPE_CHECKING:
     from llmq.blockwise import Method
 
-OUR_OWN = ("artifact.json", "measurements.json", "gguf.json", "quantize_config.json")
+OF_OLD_WEIGHTS = ("gguf.json", "quantize_config.json")
+"""What tells how the weights were stored before they changed."""
 
 
 class Skeleton:
@@ -203,7 +204,11 @@ class Skeleton:
     def copy_side_files(self, folder: Path, **changes: Any) -> None:
         """Copy all that holds no weights (tokenizer, template, code), and the configuration of the weights there."""
         for file in (file for pattern in PATTERNS for file in self.folder.glob(pattern)):
-            if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in OUR_OWN:
+            if (
+                file.suffix != ".safetensors"
+                and not file.name.endswith(".index.json")
+                and file.name not in (*BESIDE, *OF_OLD_WEIGHTS)
+            ):
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((self.folder / "config.json").read_text())
         config.pop("torch_dtype", None)
