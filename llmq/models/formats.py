@@ -78,7 +78,7 @@ def check_length(folder: Path, length: int) -> None:
 
 def check_vocabulary(module: Any, tokenizer: Any, folder: Path) -> None:
     """Raise `UserError` for a tokenizer that makes tokens for which the model has no embedding."""
-    rows = module.get_input_embeddings().num_embeddings
+    rows = len(module.get_input_embeddings().weight)  # an adapter's layer in its place has a weight too
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         more = sorted(name for name, i in tokenizer.get_vocab().items() if i >= rows)
