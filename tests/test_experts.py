@@ -118,7 +118,9 @@ def dense(packed: Path, folder: Path) -> Path:
     for layer in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         four = {part: tensors.pop(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
         weight = from_tensors(four, settings["bits"], settings["checkpoint_format"]).weight()
-        tensors[f"{layer}.weight"] = weight.t().contiguous() if ".c_" in layer else weight.contiguous()
+        tensors[f"{layer}.weight"] = (
+            weight.t().contiguous() if config["model_type"] == "gpt2" and ".c_" in layer else weight.contiguous()
+        )
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))

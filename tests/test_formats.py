@@ -41,6 +41,7 @@ def test_a_packed_format_that_is_not_read_is_named(tiny_llama, tmp_path, method)
         ({"model_type": "lama"}, "'lama', which transformers does not know; did you mean"),
         ({"model_type": "t5"}, "is an encoder-decoder"),
         ({"model_type": "vit"}, "no causal language model"),
+        ({"model_type": "bert"}, "no causal language model"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "--trust-remote-code"),
         ({"hidden_size": "wide"}, "does not describe a llama"),
     ],

@@ -1,5 +1,7 @@
 """adapt.lora: true gradients, the same bytes from the same seed, whatever happens in between."""
 
+import json
+
 import pytest
 import torch
 from helpers import adapter_bytes, apply, base_of, logits_of, some_ids
@@ -231,3 +233,30 @@ def test_paged_optimizers_are_refused_where_there_is_nothing_to_page_to(tiny_jso
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="adamw_8bit"):
             lora.check()
+
+
+@pytest.mark.parametrize(("weights", "named"), [("org/tiny-model", "org/tiny-model"), (None, None)])
+def test_an_adapter_names_the_hub_id_of_its_base_and_a_moved_run_opens(
+    tiny_llama, tiny_jsonl, tmp_path, weights, named
+):
+    import shutil
+    from dataclasses import replace
+
+    from llmq.types import Artifact
+
+    base = base_of(tiny_llama)
+    if weights:  # as a hub id leaves it: the weights lie in a cache, the model is called by its name
+        base = replace(base, model=base.model.model_copy(update={"weights": weights}))
+    settings = {"r": 4, "max_length": 64, "max_steps": 1, "per_device_train_batch_size": 2}
+    quantized = apply("quantize.bnb", base, tmp_path / "run" / "1-quantize.bnb")
+    stage = apply("adapt.lora", quantized, tmp_path / "run" / "2-adapt.lora", data=str(tiny_jsonl), **settings)
+    assert stage.adapter
+    said = json.loads((stage.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert said == (named or str(quantized.weights))
+    assert (stage.adapter / "tokenizer.json").read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
+    stage.save(tmp_path / "run" / "2-adapt.lora")
+    with stage.open("cpu") as loaded:
+        before = logits_of(loaded.module, some_ids())
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    with Artifact.load(tmp_path / "elsewhere" / "2-adapt.lora").open("cpu") as loaded:
+        assert torch.equal(logits_of(loaded.module, some_ids()), before)

@@ -111,7 +111,11 @@ def outcome(column: str, base: Artifact, folder: Path) -> str:
     return support.RIGHT
 
 
-@pytest.mark.parametrize("name", MODELS)
+ASKED = list(MODELS) if os.environ.get("LLMQ_WRITE_SUPPORT") else list(support.cells("vision"))
+"""Rows that were seen; all of them where the table is written."""
+
+
+@pytest.mark.parametrize("name", ASKED)
 def test_every_word_is_right_or_one_line(name, tmp_path):
     torch.set_num_threads(1)
     model: Any = plugin.build(MODELS[name], "models")
@@ -126,7 +130,7 @@ def test_every_word_is_right_or_one_line(name, tmp_path):
     if os.environ.get("LLMQ_WRITE_SUPPORT"):
         support.write("vision", name, found)
     assert not wrong, (name, wrong)
-    assert support.cells("vision").get(name, found) == found  # a row that is not there was not seen yet
+    assert support.cells("vision")[name] == found
 
 
 def test_the_table_holds_whole_rows_of_these_families():

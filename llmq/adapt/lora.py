@@ -184,9 +184,12 @@ class Lora(Step):
             init_lora_weights=self.init_lora_weights,
         )
         try:
-            return get_peft_model(loaded.module, config)
+            model = get_peft_model(loaded.module, config)
         except ValueError as error:
             raise UserError(f"adapt.lora: target_modules {targets!r}: {str(error).splitlines()[0]}") from None
+        if name := _hub_id(loaded.artifact):
+            model.peft_config["default"].base_model_name_or_path = name
+        return model
 
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
         per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
@@ -233,3 +236,12 @@ def _autocast(loaded: Loaded) -> Any:
     if dtype == "float32" or (dtype == "float16" and kind == "cpu"):
         return None
     return torch.autocast(kind, getattr(torch, dtype))
+
+
+def _hub_id(base: Artifact) -> str | None:
+    """The hub's name of the weights that an adapter is trained on; None for weights of another place, or changed ones."""
+    from llmq.models.hugging_face import is_hub_id
+
+    name = str(getattr(base.model, "weights", ""))
+    same_weights = set(base.history) <= {"quantize.bnb"}  # which changes how they are opened, and not what they are
+    return name if same_weights and is_hub_id(name) else None

@@ -43,7 +43,10 @@ def check_network(folder: Path, trust_remote_code: bool) -> None:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     said = _read(folder / "config.json")
     kind, own = said.get("model_type"), said.get("auto_map")
@@ -63,7 +66,9 @@ def check_network(folder: Path, trust_remote_code: bool) -> None:
         raise UserError(f"{str(folder / 'config.json')!r} does not describe a {kind}: {reason}") from None
     if config.is_encoder_decoder:
         raise UserError(f"{str(folder)!r} ({kind}) is an encoder-decoder; causal_lm opens decoders alone")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    # BERT and its kin have a causal class with the same weights, which sees what comes after unless told otherwise.
+    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or both_ways:
         raise UserError(f"{str(folder)!r} ({kind}) is no causal language model")
 
 

@@ -38,11 +38,17 @@ def check_weights(weights: str) -> None:
             raise UserError(f"{weights!r} is not a GGUF file; its first bytes are {path.open('rb').read(4)!r}")
     elif path.is_file():
         raise UserError(f"{weights!r} is a file; name a folder with config.json and *.safetensors, or a .gguf file")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or weights.startswith((".", "/", "~")):
+    elif not is_hub_id(weights):
         raise UserError(
             f"{weights!r} is no local folder, no .gguf file, no hub id (owner/name) and no built-in word"
             f"{did_you_mean(weights, BUILT_IN)}"
         )
+
+
+def is_hub_id(weights: str) -> bool:
+    """Whether weights are named as a repository on the hub, and are no local folder or file."""
+    local = weights in BUILT_IN or weights.endswith(".gguf") or Path(weights).expanduser().exists()
+    return not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights))
 
 
 def check_folder(folder: Path) -> None:

@@ -78,7 +78,7 @@ def _run(job: str, folder: Path, what: str) -> None:
         raise (UserError if its["of_user"] else LlmqError)(its["says"])
     if ended.returncode:
         last = (ended.stderr.strip() or "nothing was said").splitlines()[-1]
-        raise LlmqError(f"{what} failed: {last}; quantize.float16 needs no such library")
+        raise LlmqError(f"{what} failed: {last}; quantize.float16 changes no activations and may do")
 
 
 def main(job: str, folder: Path) -> None:
