@@ -239,7 +239,7 @@ def _autocast(loaded: Loaded) -> Any:
 
 
 def _hub_id(base: Artifact) -> str | None:
-    """The hub's name of the weights that an adapter is trained on; None for weights of another place, or changed ones."""
+    """The hub id of the weights that an adapter is trained on; None for weights of another place, or changed ones."""
     from llmq.models.hugging_face import is_hub_id
 
     name = str(getattr(base.model, "weights", ""))
