@@ -62,7 +62,7 @@ def test_more_noise_is_less_like_the_base(tmp_path):
 
 def test_a_stage_that_makes_no_numbers_is_no_perfect_one(tmp_path):
     stage, base = stage_of(GAN, tmp_path / "a", float("nan"))
-    with pytest.raises(LlmqError, match="not finite numbers in .main.0.weight"):
+    with pytest.raises(LlmqError, match="not finite numbers in"):
         asked(plugin.build({"fidelity": {"n": 2}}, "tasks"), stage, base)
 
 
