@@ -111,9 +111,7 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
         network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
     held = stored_as(safetensors_of(folder))
-    layers = {name.partition(".weight")[0].rpartition(".")[0] for name in held} | {
-        name.partition(".weight")[0] for name in held
-    }
+    layers = {part for name in held for part in (name.rpartition(".")[0], name.partition(".weight")[0])}
     known = {name: tuple(p.shape) for name, p in network.named_parameters()}
     # (inputs, outputs) in the network, and (outputs, inputs) as every packed layer has it
     turned = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Conv1D)}
