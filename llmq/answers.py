@@ -6,7 +6,6 @@ back, so that an answer to anything else cannot be taken for it.
 """
 
 import base64
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 import llmq
 from llmq import environment, files, plugin
+from llmq.files import sha256
 from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
 
 
@@ -124,12 +124,6 @@ def contents(place: Path) -> dict[str, str]:
         return {place.name: sha256(place)}
     found = sorted(f for f in place.rglob("*") if f.is_file() and f.relative_to(place).parts[0] not in files.BESIDE)
     return {str(f.relative_to(place)): sha256(f) for f in found}
-
-
-def sha256(file: Path) -> str:
-    """The hash of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def machine(device: str) -> dict[str, Any]:

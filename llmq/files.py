@@ -171,9 +171,10 @@ def sha256_text(*texts: str) -> str:
 
 def sha256_files(files: Iterable[Path]) -> str:
     """One hash over the names and contents of files, whatever their order."""
-    return sha256_text(*sorted(f"{file.name} {_sha256(file)}" for file in files))
+    return sha256_text(*sorted(f"{file.name} {sha256(file)}" for file in files))
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The hash of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq.answers import sha256
 from llmq.errors import UserError
-from llmq.files import BESIDE, sha256_files, write_json
+from llmq.files import BESIDE, sha256, sha256_files, write_json
 
 FILE = "hashes.json"
 UNHASHED = (FILE, "log.txt")

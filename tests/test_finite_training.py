@@ -8,7 +8,7 @@ from helpers import CPU, apply, base_of
 from test_train import Tiny, trained
 
 from llmq import plugin
-from llmq.adapt import finite, loop, training
+from llmq.adapt import checkpoints, finite, loop, training
 from llmq.errors import LlmqError, UserError
 from llmq.models.vision import Player
 
@@ -44,7 +44,7 @@ def test_lora_ends_at_the_step_and_keeps_the_last_whole_checkpoint(what, tiny_ll
     }
     with pytest.raises(LlmqError, match=named[what] + r".*lower learning_rate; .*kept in \S+checkpoint-4$"):
         apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **QUICK)
-    kept = training.last_checkpoint(tmp_path / "a" / "checkpoints")
+    kept = checkpoints.newest(tmp_path / "a" / "checkpoints")
     assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 4
     from safetensors.torch import load_file
 
@@ -122,9 +122,9 @@ def test_an_image_model_ends_at_the_step_and_keeps_the_last_whole_checkpoint(wha
         "loss": "the loss of step 3 is not a finite number",
         "gradient": r"the gradient of 0\.weight in step 3 is not",
     }
-    with pytest.raises(LlmqError, match=rf"^{who}: {named[what]}.*kept in .*checkpoint\.pt$"):
+    with pytest.raises(LlmqError, match=rf"^{who}: {named[what]}.*kept in .*checkpoint-2$"):
         trained(tmp_path / "a", Breaking(judges=judges, what=what), save_steps=2)
-    kept = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    kept = torch.load(tmp_path / "a/checkpoints/checkpoint-2/state.pt", weights_only=True)
     assert kept["step"] == 2
     assert all(bool(t.isfinite().all()) for p in kept["players"] for t in p.values())
     assert not (tmp_path / "a" / "model.safetensors").exists()
@@ -136,7 +136,7 @@ def test_a_running_mean_that_is_not_finite_is_never_kept(tmp_path, monkeypatch):
         loaded.module[1].running_mean[2] = float("inf")
         player = Player("loss", loaded.module, lambda batch: None)
         with pytest.raises(LlmqError, match=r"after step 7 1\.running_mean is not finite; lower learning_rate$"):
-            loop._check_state([player], 7, tmp_path / "checkpoint.pt")
+            loop._check_state([player], 7, tmp_path / "checkpoints")
 
 
 def test_the_first_tensor_that_is_not_finite_is_named():

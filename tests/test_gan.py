@@ -177,7 +177,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(word, settings, tmp_path,
         killed_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             apply(word, before, tmp_path / "killed", **settings)
-    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-3").exists()
     gone_on = apply(word, before, tmp_path / "killed", **settings)
     assert weights(gone_on) == weights(whole) != weights(before)
     assert gone_on.notes["training"]["loss"] == whole.notes["training"]["loss"]

@@ -1,8 +1,9 @@
 """The training loop of every image model."""
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmq.adapt import checkpoints
 from llmq.adapt.finite import check_gradients, check_loss, check_weights
 from llmq.errors import LlmqError, UserError
 from llmq.models.vision import Player
@@ -17,6 +19,8 @@ from llmq.terminal import Bar
 from llmq.types import Loaded
 
 WORD = "training"
+STATE = "state.pt"
+"""All that a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,12 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
     for player in players:
         player.module.to(loaded.device, memory_format=order_in_memory).train()
     optimizers = [plan.optimizer(player.module) for player in players]
-    checkpoint = folder / "checkpoint.pt"
-    done, history = _resume(checkpoint, players, optimizers)
+    kept = folder / "checkpoints"
+    done, history = _resume(kept, players, optimizers)
+    seconds_before = history.pop("seconds", 0.0)
     bar, began = Bar("training", plan.steps, start=done), time.perf_counter()
     for step in range(done, plan.steps):
-        losses = _step(loaded, examples, players, optimizers, plan, checkpoint, step)
+        losses = _step(loaded, examples, players, optimizers, plan, kept, step)
         for weight, is_zero in zeros:
             weight.data.masked_fill_(is_zero, 0)
         _record(history, players, losses, step + 1, plan)
@@ -102,14 +107,16 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
         speed = (step + 1 - done) * plan.batch_size / (time.perf_counter() - began)
         bar.advance(" · ".join(f"{p.name} {v:.4f}" for p, v in zip(players, losses, strict=True)) + seen)
         if (step + 1) % plan.save_steps == 0 and step + 1 < plan.steps:
-            _check_state(players, step + 1, checkpoint)
-            _save(checkpoint, players, optimizers, step + 1, history)
+            _check_state(players, step + 1, kept)
+            seconds = seconds_before + time.perf_counter() - began
+            _save(kept, players, optimizers, step + 1, {**history, "seconds": seconds})
     bar.close()
-    _check_state(players, plan.steps, checkpoint)
-    checkpoint.unlink(missing_ok=True)
+    _check_state(players, plan.steps, kept)
+    shutil.rmtree(kept, ignore_errors=True)
     network.eval().to(memory_format=torch.contiguous_format)
-    rates = {"seconds": round(time.perf_counter() - began, 2), "examples_per_second": round(speed, 1)}
-    return {"steps": plan.steps, "examples": plan.steps * plan.batch_size, **rates, **history}
+    seconds, examples_seen = seconds_before + time.perf_counter() - began, plan.steps * plan.batch_size
+    rates = {"seconds": round(seconds, 2), "examples_per_second": round(examples_seen / seconds, 1)}
+    return {"steps": plan.steps, "examples": examples_seen, **rates, **history}
 
 
 def _step(
@@ -118,7 +125,7 @@ def _step(
     players: list[Player],
     optimizers: list[Any],
     plan: Plan,
-    checkpoint: Path,
+    checkpoints_folder: Path,
     step: int,
 ) -> list[float]:
     model: Any = loaded.artifact.model
@@ -135,7 +142,7 @@ def _step(
             with torch.autocast(loaded.device.split(":")[0], torch.bfloat16, enabled=plan.autocast):
                 loss = _loss(player, batch, plan)
             losses.append(loss.item())
-            kept = checkpoint if checkpoint.exists() else None
+            kept = checkpoints.last_sealed(checkpoints_folder)
             check_loss(losses[-1], step + 1, _who(player, players), kept)
             loss.backward()
             check_gradients(player.module.named_parameters(), step + 1, _who(player, players), kept)
@@ -162,9 +169,9 @@ def _who(player: Player, players: list[Player]) -> str:
     return f"{WORD} of the {player.name}" if len(players) > 1 else WORD
 
 
-def _check_state(players: list[Player], step: int, checkpoint: Path) -> None:
+def _check_state(players: list[Player], step: int, checkpoints_folder: Path) -> None:
     """Weights and running means, before they are kept."""
-    kept = checkpoint if checkpoint.exists() else None
+    kept = checkpoints.last_sealed(checkpoints_folder)
     for player in players:
         learned = {n for n, _ in player.module.named_parameters()}
         state = player.module.state_dict().items()
@@ -194,22 +201,25 @@ def _record(history: dict[str, Any], players: list[Player], losses: list[float],
         history.pop("running")
 
 
-def _save(path: Path, players: list[Player], optimizers: list[Any], step: int, history: dict[str, Any]) -> None:
+def _save(folder: Path, players: list[Player], optimizers: list[Any], step: int, history: Mapping[str, Any]) -> None:
     state = {
         "step": step,
         "history": history,
         "players": [p.module.state_dict() for p in players],
         "optimizers": [o.state_dict() for o in optimizers],
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    checkpoint = checkpoints.place(folder, step)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    torch.save(state, checkpoint / STATE)
+    checkpoints.seal(checkpoint)
+    checkpoints.drop_old(folder)
 
 
-def _resume(path: Path, players: list[Player], optimizers: list[Any]) -> tuple[int, dict[str, Any]]:
-    if not path.exists():
+def _resume(folder: Path, players: list[Player], optimizers: list[Any]) -> tuple[int, dict[str, Any]]:
+    checkpoint = checkpoints.newest(folder)
+    if not checkpoint:
         return 0, {"loss": [], "held_out": [], "metric": "", "running": []}
-    state = torch.load(path, weights_only=True)
+    state = torch.load(checkpoint / STATE, weights_only=True)
     for player, kept in zip(players, state["players"], strict=True):
         player.module.load_state_dict(kept)
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):

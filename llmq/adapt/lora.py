@@ -192,6 +192,8 @@ class Lora(Step):
         return model
 
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
+        from llmq.adapt.checkpoints import KEPT
+
         per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
         steps = self.max_steps or max(1, round(self.num_train_epochs * rows / per_step))
         quarter = max(1, steps // 4)
@@ -212,7 +214,7 @@ class Lora(Step):
             "eval_strategy": "steps" if evaluates else "no",
             "eval_steps": self.eval_steps or quarter,
             "save_steps": self.save_steps or quarter,
-            "save_total_limit": 2,
+            "save_total_limit": KEPT,
             "logging_steps": max(1, steps // 40),
             "logging_nan_inf_filter": False,
             "seed": seed,

@@ -1,7 +1,10 @@
 """transformers' `Trainer`, fed with packed rows, evaluated exactly, and watched."""
 
+import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import isfinite
@@ -12,14 +15,18 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from llmq import processes, terminal
+from llmq.adapt import checkpoints
 from llmq.adapt.fast_path import FastPath
 from llmq.adapt.finite import advice, check_gradients, check_loss, check_weights
 from llmq.adapt.in_force import check_in_force
 from llmq.adapt.packing import Collator
 from llmq.data.tokens import IGNORED
 from llmq.errors import LlmqError, UserError
+from llmq.files import write_json
 
 WORD = "adapt.lora"
+COUNTS = "counts.json"
+"""In a checkpoint, beside what `Trainer` writes there."""
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -28,7 +35,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, fast: FastPath | None, **kwargs: Any):
         super().__init__(**kwargs)
         self.fast = fast
+        self.done: Path | None = checkpoints.newest(Path(self.args.output_dir))
+        """The checkpoint that training goes on from."""
         self.tokens_seen = 0
+        self.seconds = 0.0
+        """How long it took up to that checkpoint."""
+        self.began = 0.0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`, telling the attention where the examples lie."""
@@ -54,14 +66,56 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.check_weights()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # no old one goes before this is whole
         super()._save_checkpoint(*args, **kwargs)
+        self.args.save_total_limit = limit
+        processes.wait(self.args.device.type)
+        if processes.is_first():
+            folder = Path(self.args.output_dir)
+            checkpoint = checkpoints.place(folder, self.state.global_step)
+            write_json(checkpoint / COUNTS, self._counts())
+            checkpoints.seal(checkpoint)
+            best = self.state.best_model_checkpoint
+            checkpoints.drop_old(folder, limit or sys.maxsize, [Path(best)] if best else [])
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before a kill with them."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def _counts(self) -> dict[str, float]:
+        """What `Trainer` does not keep in a checkpoint."""
+        return {
+            "processes": processes.count(),
+            "tokens": self.tokens_seen,
+            "seconds": self.elapsed,
+            "loss": float(self._tr_loss),
+            "logged": self._globalstep_last_logged,
+        }
+
+    def go_on(self) -> None:
+        """Take up the counts of the checkpoint, and the sum of the losses since the last one that was told."""
+        self.began = time.perf_counter()
+        if self.done:
+            counts = json.loads((self.done / COUNTS).read_text(encoding="utf-8"))
+            if counts["processes"] != processes.count():  # each has random numbers of its own
+                began_by = f"{counts['processes']} process(es) began this training"
+                raise UserError(f"{WORD}: {began_by}, and {processes.count()} would go on; start as many")
+            self.tokens_seen, self.seconds = counts["tokens"], counts["seconds"]
+            self._tr_loss += counts["loss"]
+            self._globalstep_last_logged = counts["logged"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Where all steps are done, `Trainer` would begin the epoch all the same, and do one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def check_weights(self) -> None:
         """Raise `LlmqError` for an adapter that is not finite."""
         check_weights(_trained(self.model), self.state.global_step, WORD, self._kept())
 
     def _kept(self) -> Path | None:
-        return last_checkpoint(Path(self.args.output_dir))
+        return checkpoints.last_sealed(Path(self.args.output_dir))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss in nats a token over all held-out rows, independent of how they are batched."""
@@ -98,12 +152,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that what was asked is in force, and begin the bar."""
         check_in_force(self.trainer, self.asked)
+        self.trainer.go_on()
         self.bar = terminal.Bar("training", state.max_steps, start=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         figures = [f"{name} {value:.3f}" for name, value in self.latest.items()]
-        speed = self.trainer.tokens_seen / self.bar.elapsed
+        speed = self.trainer.tokens_seen / self.trainer.elapsed
         self.bar.advance(" · ".join([*figures, f"{speed:.0f} tokens/s"]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -148,10 +203,10 @@ def train(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    checkpoints = folder / "checkpoints"
+    kept = folder / "checkpoints"
     watch = Watch(asked)
     with _one_line(asked):
-        made = _arguments(checkpoints, arguments)
+        made = _arguments(kept, arguments)
         trainer = PackedTrainer(
             fast,
             model=model,
@@ -168,32 +223,25 @@ def train(
     seen = trainer.accelerator.num_processes
     if seen != processes.count():  # a launcher's flag alone starts nothing
         raise LlmqError(f"{processes.count()} processes were started, and training sees {seen}")
-    done = last_checkpoint(checkpoints)
     with fast.switched_on() if fast else nullcontext():
-        trainer.train(resume_from_checkpoint=str(done) if done else None)
+        trainer.train(resume_from_checkpoint=str(trainer.done) if trainer.done else None)
+    seconds = trainer.elapsed
     trainer.check_weights()
     trainer.save_model(str(folder))
     if processes.is_first():
         (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
-        shutil.rmtree(checkpoints)
+        shutil.rmtree(kept, ignore_errors=True)
     history = trainer.state.log_history
-    summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
     tokens = trainer.tokens_seen * processes.count()
     return {
         "processes": processes.count(),
         "steps": trainer.state.global_step,
         "tokens": tokens,
-        "seconds": summary["train_runtime"],
-        "tokens_per_second": round(tokens / summary["train_runtime"], 1),
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
         "loss": [[e["step"], round(e["loss"], 4)] for e in history if "loss" in e],
         "held_out_loss": [[e["step"], round(e["eval_loss"], 4)] for e in history if "eval_loss" in e],
     }
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole: its state file is the last to be written."""
-    whole = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda f: int(f.name.split("-")[1]), default=None)
 
 
 @contextmanager
