@@ -104,7 +104,6 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
             history["held_out"].append([step + 1, round(value, 5)])
             history["metric"] = metric
         seen = f" · {history['metric']} {history['held_out'][-1][1]:.4g}" if history["held_out"] else ""
-        speed = (step + 1 - done) * plan.batch_size / (time.perf_counter() - began)
         bar.advance(" · ".join(f"{p.name} {v:.4f}" for p, v in zip(players, losses, strict=True)) + seen)
         if (step + 1) % plan.save_steps == 0 and step + 1 < plan.steps:
             _check_state(players, step + 1, kept)
