@@ -1,5 +1,15 @@
-"""`python -m llmq`."""
+"""`llmq` and `python -m llmq`."""
 
-from llmq.cli import main
+from llmq import stopping
 
-main()
+
+def main() -> None:
+    """The entry point. A signal is answered in one line even while the command line is imported."""
+    with stopping.handled():
+        from llmq import cli
+
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from typing import Any
 import llmq
 from llmq import environment, files, plugin
 from llmq.files import sha256
+from llmq.terminal import say
 from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
 
 
@@ -160,23 +161,29 @@ def _text(facts: Mapping[str, Any]) -> str:
 def read(facts: Mapping[str, Any]) -> list[Answer] | None:
     """The answers that are kept for these facts, or None."""
     file = place(facts)
-    if not file.is_file():
-        return None
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["facts"] != json.loads(_text(facts)):
             return None
         return [_answer(entry) for entry in data["answers"]]
-    except (ValueError, KeyError, TypeError):  # not whole, or of another time; it is written anew
+    except (OSError, ValueError, KeyError, TypeError):  # not there, not whole, or of another time; it is written anew
         return None
 
 
 def write(facts: Mapping[str, Any], answers: list[Answer]) -> None:
-    """Keep answers under the facts that they depend on."""
+    """Keep answers under the facts that they depend on, where the cache takes them; where not, that is said once."""
     file = place(facts)
-    file.parent.mkdir(parents=True, exist_ok=True)
     entries = [{"is": type(a).__name__, **_plain(a)} for a in answers]
-    files.write_json(file, {"facts": json.loads(_text(facts)), "answers": entries})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, {"facts": json.loads(_text(facts)), "answers": entries})
+    except OSError as error:
+        _say_unkept(file.parent, str(error.strerror))
+
+
+@cache
+def _say_unkept(folder: Path, why: str) -> None:
+    say(f"  answers are not kept for other runs: {folder}: {why}")
 
 
 def _plain(answer: Answer) -> dict[str, Any]:

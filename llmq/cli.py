@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from llmq import cli_judging
+from llmq import cli_judging, stopping
 from llmq.files import to_json
 
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ def evaluate(
 
     Tasks that name no data read what the run of the stage read.
     """
-    from llmq import environment, pipeline, plugin
+    from llmq import environment, pipeline, plugin, run_folder
     from llmq.targets import asked_for, recipe_of, stages_of
     from llmq.types import Context
 
     asked = asked_for(suite, tasks, limit, data_dir, allow_code, batch_size)
     open_stages, chosen = stages_of(target, model, asked, overrides or ())
     folder = _fresh(out, f"eval-{Path(target).name}")
-    if folder.exists() and any(folder.iterdir()):  # what it holds would be taken for answers of this target
+    if run_folder.holds(folder):  # what it holds would be taken for answers of this target
         raise _user_error(f"{str(folder)!r} is not empty; use a new --out")
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
@@ -274,17 +274,22 @@ def _user_error(message: str) -> Exception:
 
 
 def main() -> None:
-    """The entry point: every error that llmq expects becomes one line and an exit code."""
+    """Every error that llmq expects becomes one line and an exit code, and so does a signal."""
+    with stopping.handled():
+        code = _main()
+        if code == 130:  # typer's way to say that Ctrl-C was pressed
+            raise KeyboardInterrupt
+    sys.exit(code)
+
+
+def _main() -> int:
     from llmq.errors import LlmqError
 
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        return int(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except LlmqError as error:
         print(f"llmq: {' '.join(str(error).split())}", file=sys.stderr)
-        code = error.exit_code
+        return error.exit_code
     except TyperException as error:
         print(f"llmq: {' '.join(error.format_message().split())} (llmq --help shows what is known)", file=sys.stderr)
-        code = 2
-    if code == 130:  # typer's way to say that Ctrl-C was pressed
-        print("llmq: stopped; what was whole is kept, and --resume goes on from there", file=sys.stderr)
-    sys.exit(code)
+        return 2

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from llmq import partials
 from llmq.errors import LlmqError, UserError
 
 
@@ -25,22 +25,22 @@ def make_whole(folder: Path, fill: Callable[[Path], None], shared: bool = False)
     What `fill` left unfinished is there again the next time; not so where the folder is `shared` by several processes,
     each of which fills its own, and the first to finish wins.
     """
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial" if shared else f".{folder.name}.partial")
+    if shared and not folder.exists():
+        with partials.partial_of(folder, folder=True) as partial:
+            fill(partial)
+    elif not folder.exists():
+        partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
+        partials.sweep_all(partial)
         fill(partial)
-        if shared and folder.exists():
-            shutil.rmtree(partial)
-        else:
-            partial.rename(folder)
+        partial.rename(folder)
     return folder
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with partials.partial_of(path) as partial:
+        partial.write_text(text)
 
 
 def to_json(data: Any, **how: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, gate, processes, reading, replay
+from llmq import environment, gate, processes, reading, replay, run_folder, stopping
 from llmq.errors import UserError, one_line
 from llmq.files import make_whole, sha256_files, write_text
 from llmq.questions import answer_by, question, take_times
@@ -33,14 +33,23 @@ def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> 
 
     Where a launcher started several processes they share the training; only the first writes and returns a report.
     """
+    if not processes.is_first():
+        return _run(recipe, out, cache)
+    check_folder(recipe, out, resume)
+    with run_folder.held(out):
+        check_folder(recipe, out, resume)  # again: now nobody else writes there
+        report = _run(recipe, out, cache)
+    stopping.resumable = None
+    return report
+
+
+def _run(recipe: Recipe, out: Path, cache: bool) -> Report | None:
     first = processes.is_first()
-    if first:
-        check_folder(recipe, out, resume)
     context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
     artifact = bring(recipe, context)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
+        stopping.resumable = out
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
         reads = say_reads(recipe.steps, recipe.evaluate)
@@ -78,8 +87,7 @@ def evaluate(
     reading.hashes(tasks)  # what lacks is said before a model is opened
     for name, artifact in artifacts.items():
         reading.check_base(name, (), tasks, artifact, steps)
-    out.mkdir(parents=True, exist_ok=True)
-    with logged_to(out / "log.txt"):
+    with run_folder.held(out), logged_to(out / "log.txt"):
         reads = say_reads(steps, tasks)
         first, base = next(iter(artifacts.items()))
         stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
@@ -88,16 +96,18 @@ def evaluate(
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """See that the run folder is new or empty, or that a resumed one holds this very recipe."""
+    """See that the run folder is new or empty, or that a resumed one holds this very recipe, or nothing yet."""
     kept = out / "recipe.yaml"
     if resume:
+        if out.is_dir() and not run_folder.holds(out):  # killed before anything was there to be kept
+            return
         if not kept.is_file():
             raise UserError(f"there is nothing to resume in {str(out)!r}")
         if yaml.safe_load(kept.read_text()) != json.loads(json.dumps(recipe.plain(), default=str)):
             raise UserError(
                 f"{str(kept)!r} holds another recipe; resume with the one it was run with, or use a new --out"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif run_folder.holds(out):
         raise UserError(f"{str(out)!r} is not empty; use a new --out (llmq run can go on there with --resume)")
 
 

@@ -1,6 +1,9 @@
 """Several processes for one run (torchrun, accelerate launch): all of them train, the first does everything else."""
 
+import ctypes
 import os
+import signal
+import sys
 from datetime import timedelta
 
 PATIENCE = timedelta(days=2)
@@ -23,3 +26,10 @@ def wait(device: str) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu", timeout=PATIENCE).wait_for_everyone()
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, however that ends."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

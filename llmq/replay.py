@@ -8,9 +8,10 @@ from typing import Any
 
 from llmq.errors import UserError
 from llmq.files import BESIDE, sha256, sha256_files, write_json
+from llmq.run_folder import LOCK
 
 FILE = "hashes.json"
-UNHASHED = (FILE, "log.txt")
+UNHASHED = (FILE, "log.txt", LOCK)
 """They go on changing, or would have to hash themselves."""
 TEXTS = (".json", ".md")
 NOISY = ("peak_memory",)

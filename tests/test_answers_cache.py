@@ -236,3 +236,17 @@ def test_the_questions_of_lm_eval_are_kept_with_its_files(model, kept, tmp_path)
     first, second = ({f.name: f.read_text() for f in (tmp_path / n / "0-base/lm_eval").iterdir()} for n in ("a", "b"))
     assert first == second
     assert len(first) == 2
+
+
+def test_a_cache_that_takes_nothing_is_said_once_and_costs_nothing(tmp_path, monkeypatch, capsys):
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file where the cache should be")
+    monkeypatch.setenv("LLMQ_CACHE", str(blocked))
+    answers._say_unkept.cache_clear()
+    for facts in ({"a": 1}, {"a": 2}):
+        assert answers.read(facts) is None
+        answers.write(facts, [])
+    said = capsys.readouterr().err
+    assert said.startswith("  answers are not kept for other runs: ")
+    assert str(blocked) in said
+    assert said.count("\n") == 1

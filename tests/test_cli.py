@@ -129,7 +129,7 @@ def test_stopping_by_hand_says_so(monkeypatch, capsys):
     assert stop.value.code == 130
     assert capsys.readouterr() == (
         "",
-        "llmq: stopped; what was whole is kept, and --resume goes on from there\n",
+        "llmq: stopped\n",  # nothing was begun, and so nothing can be resumed
     )
 
 

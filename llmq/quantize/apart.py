@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq import processes
 from llmq.errors import LlmqError, UserError
 
 GRAPH, CHANGED, INPUTS, SETTINGS, ERROR = "model.xml", "changed.xml", "inputs.npz", "settings.json", "error.json"
@@ -83,6 +84,7 @@ def _run(job: str, folder: Path, what: str) -> None:
 
 def main(job: str, folder: Path) -> None:
     """Do a job in this process."""
+    processes.end_with_parent()
     import numpy as np
 
     with np.load(folder / INPUTS) as kept:
