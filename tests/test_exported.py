@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 from llmq import plugin
 from llmq.errors import LlmqError
 from llmq.models import exported
-from llmq.models.exported import ExportedModule, openvino
+from llmq.models.exported import ExportedModule
+from llmq.models.runtime import openvino
 from llmq.quantize.exporting import export, write_graph
 from llmq.quantize.layer_names import are_proportional, restore_names
 from llmq.types import Context
@@ -221,7 +221,7 @@ def refuse(*arguments, **named):
     raise SystemExit("a socket")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from llmq.quantize.exporting import nncf
-from llmq.models.exported import openvino
+from llmq.models.runtime import openvino
 import torch
 nncf(), openvino().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1))
 assert sys.modules["openvino_telemetry"] is None
@@ -265,31 +265,3 @@ def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
     with artifact.open("cpu") as plain:
         (clock,) = artifact.model.clocks(plain, plugin.build("tasks.speed"))
     assert clock.convention.endswith("threads, cpu, torch in float32")
-
-
-@pytest.fixture
-def library_that_dies(tmp_path, monkeypatch):
-    """A Python that ends as a native library ends that reads where nothing is."""
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nkill -SEGV $$\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-
-
-@pytest.mark.parametrize("word", ["quantize.int8", "quantize.dynamic"])
-def test_a_library_that_dies_is_one_line_with_model_step_and_cure(word, tmp_path, library_that_dies):
-    gan = plugin.build({"models.dcgan": {"features": 4, "latent_size": 8}})
-    artifact = gan.base(Context("cpu", 0))
-    (tmp_path / "stage").mkdir()
-    with pytest.raises(LlmqError, match=rf"^{word} of models\.dcgan ended OpenVINO \S+ by SIGSEGV.* or take ") as error:
-        plugin.build({word: {}}).apply(artifact, tmp_path / "stage", Context("cpu", 0))
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "stage").iterdir())
-
-
-def test_a_graph_that_ends_who_opens_it_is_opened_elsewhere_first(network, tmp_path, library_that_dies):
-    (tmp_path / "graph").mkdir()
-    write_graph(export(TwoHeads(7).eval(), Heads()), tmp_path / "graph")
-    artifact = base(tmp_path / "base").then(plugin.build("quantize.float16"), weights=tmp_path / "graph")
-    with pytest.raises(LlmqError, match=r"opening the exported .* ended OpenVINO .* by SIGSEGV"):
-        artifact.model.open(replace(artifact, runtime="openvino"), "cpu")

@@ -14,7 +14,7 @@ from llmq import plugin, recipe
 from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
 from llmq.files import weight_files
-from llmq.models.exported import openvino
+from llmq.models.runtime import openvino
 from llmq.quantize.exporting import export, quantized_stage
 from llmq.quantize.int8 import ignored_names
 from llmq.quantize.likeness import Likeness

@@ -1,7 +1,6 @@
 """An exported graph that is called like the torch module it was made from, run by OpenVINO on the processor."""
 
 import math
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -11,28 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
+from llmq.models.runtime import GRAPH, openvino, options
 
-GRAPH = "model.xml"
-PRECISION = ["runtime_options", "INFERENCE_PRECISION_HINT"]
-"""Where a graph says what its float parts are computed in. Unsaid it is float32: OpenVINO's own choice would be
-bfloat16 on one processor and float32 on the next."""
-DEVICE = "cpu"
-"""Where graphs run."""
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 SHAPES = 9
 """How many input shapes stay compiled: as many as the tiles of one image have. A static graph is up to a third faster
 than one for all shapes, and takes a fifth of a second to compile."""
-
-
-def openvino() -> Any:
-    """The library, imported so that it reports nothing home: without `openvino_telemetry` it has nobody to tell."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        import openvino
-    except ModuleNotFoundError:
-        raise UserError("this needs OpenVINO; install llmq-suite[openvino]") from None
-    return openvino
 
 
 class ExportedModule(nn.Module):  # type: ignore[misc]
@@ -47,11 +32,9 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.core = openvino().Core()
         self.graph = _read(self.core, graph) if isinstance(graph, Path) else graph
-        precision = self.graph.get_rt_info(PRECISION).astype(str) if self.graph.has_rt_info(PRECISION) else "f32"
-        if precision == "bf16" and "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            precision = "f32"  # what OpenVINO would do, unsaid
+        self.options = options(self.core, self.graph)
+        precision = self.options["INFERENCE_PRECISION_HINT"]
         self.precision = PRECISIONS.get(precision, precision)
-        self.options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         self.compiled: OrderedDict[tuple[Any, int], _Compiled] = OrderedDict()
         weights: list[Tensor] = []
         others: list[Tensor] = []
@@ -84,8 +67,15 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
             except RuntimeError as error:  # such as an image smaller than a kernel
                 why = str(error).strip().splitlines()[-1]
                 raise LlmqError(f"the exported graph takes no input {list(shape)}: {why}") from None
-            options = {**self.options, "INFERENCE_NUM_THREADS": key[1]}
-            self.compiled[key] = _Compiled(self.core.compile_model(graph, "CPU", options))
+            threads = {"INFERENCE_NUM_THREADS": key[1]}
+            try:
+                self.compiled[key] = _Compiled(self.core.compile_model(graph, "CPU", {**self.options, **threads}))
+            except RuntimeError as error:
+                why = str(error).strip().splitlines()[-1]
+                raise LlmqError(
+                    f"OpenVINO {library_version('openvino')} cannot compile the exported graph for an input "
+                    f"{list(shape)}: {why}; make the stage by another step, or take another version of OpenVINO"
+                ) from None
         self.compiled.move_to_end(key)
         return self.compiled[key]
 

@@ -178,7 +178,7 @@ class TwoStages(nn.Module):  # type: ignore[misc]
         """Images `(n, 3, size, size)` to their padded detections."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise UserError(
-                "models.torchvision_detector: faster_rcnn cannot be exported: its second stage depends on what the "
+                "models.torchvision_detector faster_rcnn cannot be exported: its second stage depends on what the "
                 "first has found; use fcos, retinanet, ssd or ssdlite"
             )
         (detector,) = self._whole

@@ -118,7 +118,8 @@ class Vision(BaseModel):
         from llmq.models.state import open_network
 
         if artifact.runtime == "openvino":
-            from llmq.models.exported import DEVICE, ExportedModule, check_graph
+            from llmq.models.exported import ExportedModule, check_graph
+            from llmq.models.runtime import DEVICE
             from llmq.quantize.apart import check_opens
 
             check_graph(artifact.weights)

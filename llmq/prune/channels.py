@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.layers import Pattern, settings_of, skip_or
-from llmq.models.vision import KINDS
+from llmq.models.vision import KINDS, named
 from llmq.types import Artifact, Context, Step
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Channels(Ratio, Step):
                 if all(cut is not one for one in sound):
                     left |= dict.fromkeys(cut.group.makers, "taking them out would change what others compute")
             if not sound:
-                raise nothing(left)
+                raise nothing(model, left)
             take_out(network, sound)
             with_weight_norm(network, normed)
             network.reshaped = changes(network, model.network())
@@ -117,17 +117,21 @@ class Channels(Ratio, Step):
             else:
                 left |= dict.fromkeys(group.makers, few if ratio else "modules: skip")
         if not cuts:
-            raise nothing(left)
+            raise nothing(model, left)
         return cuts, left
 
 
-def nothing(left: Mapping[str, str]) -> UserError:
+def nothing(model: Any, left: Mapping[str, str]) -> UserError:
     """The error of a network that has no channel to lose, with the reasons and how many layers have each."""
     counts = Counter(left.values())
     reasons = "; ".join(
         f"{reason} ({count} layers, such as {_first(left, reason)})" for reason, count in counts.most_common()
     )
-    return UserError(f"no channel can be pruned: {reasons or 'the network has no convolution or linear layer'}")
+    reasons = reasons or "the network has no convolution or linear layer"
+    return UserError(
+        f"no channel of {named(model)} can be pruned: {reasons}; leave prune.channels out, or take single weights out "
+        "with prune.magnitude"
+    )
 
 
 def _first(left: Mapping[str, str], reason: str) -> str:

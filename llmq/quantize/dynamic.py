@@ -44,7 +44,12 @@ class Dynamic(Step):
     def quantized(self, graph: Any, inputs: list[Any]) -> Any:
         """The graph with int8 weights; no input is looked at."""
         from llmq.quantize.exporting import nncf, quietly
+        from llmq.quantize.unfed import unfed_layers
 
-        library = nncf()
+        library, names = nncf(), unfed_layers(graph)
         with quietly():
-            return library.compress_weights(graph, mode=library.CompressWeightsMode.INT8_SYM)
+            return library.compress_weights(
+                graph,
+                mode=library.CompressWeightsMode.INT8_SYM,
+                ignored_scope=library.IgnoredScope(names=names, validate=False) if names else None,
+            )

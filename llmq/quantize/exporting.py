@@ -15,8 +15,10 @@ import torch
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
-from llmq.models.exported import DEVICE, GRAPH, PRECISION, ExportedModule, openvino
+from llmq.models.exported import ExportedModule
+from llmq.models.runtime import DEVICE, GRAPH, PRECISION, openvino
 from llmq.models.vision import named
+from llmq.quantize import apart
 from llmq.quantize.layer_names import restore_names
 from llmq.quantize.likeness import Likeness
 from llmq.types import Artifact, Step
@@ -67,6 +69,7 @@ def quantized_stage(
         changed.set_rt_info("bf16", PRECISION)
     write_graph(changed, folder, float16)
     try:
+        apart.check_opens(folder, model)
         facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)])
     except LlmqError:
         for file in weight_files(folder):
@@ -78,7 +81,10 @@ def quantized_stage(
 
 
 def export(module: Any, model: Any) -> Any:
-    """The graph of a module of the family `model`, any batch size. Raises `LlmqError` if it computes something else."""
+    """The graph of a module of the family `model`, any batch size. Raises `LlmqError` if it computes something else.
+
+    The graph is made here, where the module lies in memory; it runs here once it has run in another process.
+    """
     library = openvino()
     example = model.example(1)
     deployed = model.deployed(module)
@@ -87,11 +93,14 @@ def export(module: Any, model: Any) -> Any:
             graph = library.convert_model(deployed, example_input=example)
             graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
     except (RuntimeError, library.frontend.OpConversionFailure) as error:
+        if isinstance(error.__cause__, LlmqError):
+            raise error.__cause__ from None
         raise LlmqError(f"{named(model)} cannot be exported: {' '.join(str(error).split())}") from None
     restore_names(graph, deployed)
     rows, columns = example.shape[-2:]
     inputs = [example, model.example(2)]
     inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
+    apart.check_runs(graph, model, inputs)
     exported = ExportedModule(graph)
     for x in inputs:
         with torch.inference_mode():
@@ -147,7 +156,7 @@ def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequ
             raise LlmqError(
                 f"{word} spoilt the model: output {i} keeps {likeness.kept:.0%} of the variance of its float32 values "
                 f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); "
-                f"keep some layers of {name} in float"
+                f"keep some layers of {name} in float (ignored of quantize.int8), or take quantize.float16"
             )
     return {
         "size_ratio": round(before / after, 4),

@@ -77,9 +77,11 @@ class Int8(Step):
     def quantized(self, graph: Any, inputs: list[Any]) -> Any:
         """The graph with int8 weights and activations, their ranges those of `inputs`."""
         from llmq.quantize.exporting import nncf, quietly
+        from llmq.quantize.unfed import unfed_layers
 
         library = nncf()
         names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored)
+        names += [name for name in unfed_layers(graph) if name not in names]
         transformer = library.ModelType.TRANSFORMER if self.model_type else None
         advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))
         with quietly():
