@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import llmq
-from llmq import environment, files, plugin
+from llmq import environment, files, plugin, trust
 from llmq.files import sha256
 from llmq.terminal import say
 from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
@@ -139,6 +139,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: environment.library_version(name) for name in environment.LIBRARIES},
         "llmq": own_code(),
+        "trusted": trust.told(),  # a folder may bring code beside a class of the same network
     }
 
 

@@ -32,8 +32,7 @@ class Calibrated(BaseModel):
         from llmq.models.hugging_face import end_marks, load_tokenizer
         from llmq.tasks.windows import joined
 
-        model: Any = artifact.model
-        tokenizer = load_tokenizer(artifact.weights, model.trust_remote_code)
+        tokenizer = load_tokenizer(artifact.weights)
         split = self.data.read()
         if split.shape == "text":
             ids = tokenizer(joined(split.train), add_special_tokens=False)["input_ids"]

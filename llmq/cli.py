@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from llmq import cli_judging, stopping
+from llmq import cli_judging, stopping, trust
 from llmq.files import to_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ TaskOverrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use what an earlier run measured on the same model.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python that the folder of a model or of tasks brings; nothing else does."
+    ),
+]
+AllowCode = Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")]
 DEFAULT_MODEL = "causal_lm"
 
 
@@ -40,11 +47,14 @@ def run(
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
     cache: Cache = True,
+    trust_remote_code: Trust = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Run a whole recipe: a bundled name such as text/quickstart, or a YAML file."""
     from llmq import recipe as recipes
 
+    trust.given(trust_remote_code, allow_code)
     job = recipes.load(recipe, overrides or ())
     _run(job, out, resume, as_json, cache)
 
@@ -58,9 +68,11 @@ def finetune(
     merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
     columns: Annotated[str | None, typer.Option(help="Our columns and DATA's: prompt=query,completion=reply")] = None,
     out: Out = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL, fine-tune it on DATA with LoRA, measure every stage: QLoRA in one command."""
+    trust.given(trust_remote_code)
     if bits not in (4, 8, 16):
         raise _user_error(f"--bits {bits}: 4, 8 or 16")
     from llmq.overrides import with_columns
@@ -87,11 +99,13 @@ def quantize(
     family: Annotated[str, typer.Option("--model", help="How to open MODEL: a word of models.")] = DEFAULT_MODEL,
     suite: Annotated[str | None, typer.Option(help="A suite in evals/; the family's own if unset.")] = None,
     out: Out = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL by one method and measure what it cost."""
     from llmq import plugin
 
+    trust.given(trust_remote_code)
     opener: Any = plugin.load(f"models.{family}")
     plain = {
         "model": {family: {"weights": model}},
@@ -112,7 +126,8 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(help="Copies of data sets: DIR/owner/name/*.parquet, *.jsonl")
     ] = None,
-    allow_code: Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")] = False,
+    allow_code: AllowCode = False,
+    trust_remote_code: Trust = False,
     batch_size: Annotated[str, typer.Option(help="Texts at once, with --tasks; changes no score.")] = "auto",
     model: Annotated[
         str, typer.Option(help="How to open a target that is no stage: a word of models.")
@@ -131,6 +146,7 @@ def evaluate(
     from llmq.targets import asked_for, recipe_of, stages_of
     from llmq.types import Context
 
+    trust.given(trust_remote_code, allow_code)
     asked = asked_for(suite, tasks, limit, data_dir, allow_code, batch_size)
     open_stages, chosen = stages_of(target, model, asked, overrides or ())
     folder = _fresh(out, f"eval-{Path(target).name}")
@@ -155,6 +171,8 @@ def check(
     recipe: str,
     overrides: Overrides = None,
     data: Annotated[bool, typer.Option("--data", help="Read all data, too, and see that it fits the base.")] = False,
+    trust_remote_code: Trust = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Check a recipe without running it, and name what each of its steps and tasks reads.
@@ -164,6 +182,7 @@ def check(
     from llmq import environment, pipeline, reading, support
     from llmq import recipe as recipes
 
+    trust.given(trust_remote_code, allow_code)
     job = recipes.load(recipe, overrides or ())
     if data:
         from llmq.types import Context
@@ -285,6 +304,7 @@ def main() -> None:
 def _main() -> int:
     from llmq.errors import LlmqError
 
+    trust.given()  # what an earlier command in this process trusted is not trusted by this one
     try:
         return int(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except LlmqError as error:

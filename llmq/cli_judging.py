@@ -96,10 +96,17 @@ def verify(run: Run, as_json: Json = False) -> None:
 def replay(
     run: Run,
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN-replay if unset.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that a folder which the recipe names brings.")
+    ] = False,
+    allow_code: Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the recipe of RUN again, everything measured anew, and say what differs: 0 nothing, 1 something."""
     from llmq import replay as replays
+    from llmq import trust
+
+    trust.given(trust_remote_code, allow_code)
 
     if out and out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file; name a folder")

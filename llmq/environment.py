@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmq
+from llmq import trust
 
 if TYPE_CHECKING:
     from llmq.types import Loaded
@@ -54,6 +55,7 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "seed": seed,
+        "trusted": trust.told(),
     }
 
 

@@ -109,6 +109,8 @@ def safetensors_of(folder: Path) -> list[Path]:
     index = folder / INDEX
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        if odd := [name for name in sorted(shards) if Path(name).name != name]:
+            raise UserError(f"{str(index)!r} names {odd[0]!r}; the files of weights lie beside it")
         named = [folder / name for name in sorted(shards)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, gate, processes, reading, replay, run_folder, stopping
+from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, stopping, trust
 from llmq.errors import UserError, one_line
 from llmq.files import make_whole, sha256_files, write_text
 from llmq.questions import answer_by, question, take_times
@@ -98,6 +98,8 @@ def evaluate(
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     """See that the run folder is new or empty, or that a resumed one holds this very recipe, or nothing yet."""
     kept = out / "recipe.yaml"
+    if out.is_dir() and (resume or not run_folder.holds(out)):
+        run_paths.check(out)
     if resume:
         if out.is_dir() and not run_folder.holds(out):  # killed before anything was there to be kept
             return
@@ -151,7 +153,8 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         began = time.perf_counter()
         made = step.apply(before, partial, context) if step else before
         seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}
-        replace(made, notes={**made.notes, **seconds}).save(partial)
+        trusted = {"trusted": trust.told()} if trust.told() else {}
+        replace(made, notes={**made.notes, **seconds, **trusted}).save(partial)
 
     processes.wait(context.device)
     done = folder.exists()

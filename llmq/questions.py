@@ -16,6 +16,7 @@ from llmq.errors import one_line
 from llmq.files import to_json, write_json, write_text
 from llmq.reading import named
 from llmq.report import SCHEMA_VERSION, Failure, Stage
+from llmq.run_paths import within
 from llmq.terminal import log, say
 from llmq.types import Answer, Artifact, Attachment, Clock, Exhibit, Loaded, Measurement, Task, measurement_from
 
@@ -46,10 +47,18 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
     return replace(
         stage,
         measurements=tuple(measurement_from(m) for m in data["measurements"]),
-        exhibits=tuple(Exhibit(**e) for e in data["exhibits"]),
+        exhibits=tuple(_exhibit(e, out, kept) for e in data["exhibits"]),
         reused=tuple(data.get("reused", ())),
         failures=tuple(Failure(**f) for f in data.get("failures", ())),
     )
+
+
+def _exhibit(entry: Mapping[str, Any], out: Path, kept: Path) -> Exhibit:
+    """An exhibit as it was kept. Raises `UserError` for a picture that lies elsewhere than in the run."""
+    exhibit = Exhibit(**entry)
+    if exhibit.file:
+        within(out, exhibit.file, kept)
+    return exhibit
 
 
 def keep(
@@ -65,8 +74,9 @@ def keep(
     folder.mkdir(exist_ok=True)
     measurements = [a for a in answers if isinstance(a, Measurement)]
     for attachment in (a for a in answers if isinstance(a, Attachment)):
-        (folder / attachment.file).parent.mkdir(parents=True, exist_ok=True)
-        write_text(folder / attachment.file, attachment.text)
+        file = within(folder, attachment.file, attachment.task)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, attachment.text)
     write_samples(measurements, folder / "samples")
     figures = {(m["task"], m["metric"]): m for m in (*before.get("measurements", ()), *map(asdict, measurements))}
     shown = [keep_picture(a, out, stage) for a in answers if isinstance(a, Exhibit)]

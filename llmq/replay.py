@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmq import run_paths
 from llmq.errors import UserError
 from llmq.files import BESIDE, sha256, sha256_files, write_json
 from llmq.run_folder import LOCK
+from llmq.run_paths import within
 
 FILE = "hashes.json"
 UNHASHED = (FILE, "log.txt", LOCK)
@@ -61,6 +63,7 @@ def recorded(run: Path) -> dict[str, str]:
 
 def verify(run: Path) -> Verified:
     """Hash every file of a run again, and the base that it began from."""
+    run_paths.check(run)
     then, now = recorded(run), hashes(run)
     changed = [name for name in then if name in now and now[name] != then[name]]
     missing = [name for name in then if name not in now]
@@ -74,7 +77,7 @@ def _base(run: Path) -> str:
 
     report = _report(run)
     measured = dict.fromkeys(m["stage"] for m in report["measurements"])
-    folder = run / next(iter(measured), "0-base")
+    folder = within(run, next(iter(measured), "0-base"), run / "report.json")
     if not (folder / "artifact.json").is_file():
         return ""
     try:
@@ -142,6 +145,7 @@ def replay(run: Path, out: Path) -> Replayed:
     """Run the recipe of a run again into `out`, every answer asked anew, and set the two side by side."""
     from llmq import pipeline
 
+    run_paths.check(run)
     job = recipe_of(run)
     recorded(run)
     pipeline.run(job, out, cache=False)

@@ -7,7 +7,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from llmq import run_paths
 from llmq.errors import LlmqError, UserError, did_you_mean
+from llmq.run_paths import within
 from llmq.types import Measurement, measurement_from
 
 Key = tuple[str, str]
@@ -33,6 +35,7 @@ class Result:
 
 def run(folder: Path) -> dict[str, Result]:
     """The measured stages of a run in their order; the first is the one that the others are set beside."""
+    run_paths.check(folder)
     report = _json(folder / "report.json")
     try:
         stages = list(dict.fromkeys(m["stage"] for m in report["measurements"]))
@@ -40,7 +43,7 @@ def run(folder: Path) -> dict[str, Result]:
         raise UserError(f"{str(folder / 'report.json')!r} is no report of llmq") from None
     if not stages:
         raise UserError(f"{str(folder)!r}: nothing was measured in this run; give its recipe something to 'evaluate'")
-    return {name: _stage(folder / name, report) for name in stages}
+    return {name: _stage(within(folder, name, folder / "report.json"), report) for name in stages}
 
 
 def read(target: str) -> list[Result]:
@@ -53,6 +56,7 @@ def read(target: str) -> list[Result]:
     if (path / "report.json").is_file():
         return list(run(path).values())
     if (path / "measurements.json").is_file():
+        run_paths.check(path)
         whole = path.resolve().parent
         if (whole / "report.json").is_file():
             return [_stage(path.resolve(), _json(whole / "report.json"))]
@@ -121,7 +125,7 @@ def _harness(file: Path) -> Result:
         raise UserError(f"{str(file)!r} is no result file of lm-eval (results_*.json) and no run of llmq")
     _check_shape(file, results)
     date = file.stem.rpartition("_")[2]
-    samples = {task: _lines(file.parent / f"samples_{task}_{date}.jsonl") for task in results["results"]}
+    samples = {task: _lines(within(file.parent, f"samples_{task}_{date}.jsonl", file)) for task in results["results"]}
     config = results.get("config") or {}
     found = measurements({**results, "samples": {t: s for t, s in samples.items() if s}}, config.get("limit"))
     name = Path(str(results.get("model_name") or file.stem)).name

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llmq import plugin
+from llmq import plugin, run_paths
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
 from llmq.reading import called, data_of, is_here
@@ -62,7 +62,11 @@ def recipe_of(target: str) -> Recipe | None:
 
 def _artifacts(folder: Path) -> dict[str, Artifact]:
     """The stage in a folder, or the stages of the run in it, from the one on that the others are set beside."""
-    if (folder / "artifact.json").is_file():
+    is_stage = (folder / "artifact.json").is_file()
+    if is_stage or (folder / "recipe.yaml").is_file():
+        home = folder.resolve().parent
+        run_paths.check(home if is_stage and (home / "recipe.yaml").is_file() else folder)
+    if is_stage:
         return {folder.resolve().name: _load(folder)}
     if not (folder / "recipe.yaml").is_file():
         return {}
@@ -83,6 +87,7 @@ def _load(folder: Path) -> Artifact:
         raise UserError(f"{folder / 'artifact.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{str(folder / 'artifact.json')!r} does not describe a stage; run its recipe again") from None
+    artifact.model.check_trust()
     for held in filter(None, (artifact.weights, artifact.adapter)):
         if not held.exists():
             raise UserError(f"{str(folder)!r} is made of {str(held)!r}, and there is no such folder")

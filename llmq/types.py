@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 
 Better = Literal["higher", "lower", "unknown"]
 """The direction of a figure; of an unknown one there is no verdict and no gate."""
@@ -85,6 +85,9 @@ class Model(Plugin):
 
     kind: ClassVar[str]
     suite: ClassVar[str]
+
+    def check_trust(self) -> None:
+        """Raise `UserError` where it asks to run code that this command was not told to trust."""
 
     def base(self, context: Context) -> "Artifact":
         """Bring the weights to this machine and return them untouched."""
@@ -367,15 +370,27 @@ class Artifact:
     def load(cls, folder: Path) -> "Artifact":
         """Read a stage's `artifact.json`."""
         from llmq import plugin
+        from llmq.run_paths import within
 
         data = json.loads((folder / "artifact.json").read_text())
         ((word, settings),) = data["model"].items()
+        if not str(word).startswith("models."):
+            raise UserError(f"{str(folder / 'artifact.json')!r}: {word!r} is no word of models")
         model: Any = plugin.load(word).model_validate(settings)
         measurements = tuple(measurement_from(m) for m in data["measurements"])
-        adapter = (folder / data["adapter"]).resolve() if data["adapter"] else None
-        weights, history = (folder / data["weights"]).resolve(), tuple(data["history"])
+        file, name = folder / "artifact.json", str(data["weights"])
+        adapter = within(folder.parent, _in_run(folder, data["adapter"]), file) if data["adapter"] else None
+        # The base may lie anywhere; what the run made is named from its stage, and lies in the run.
+        outside = Path(name).is_absolute()
+        weights = Path(name).resolve() if outside else within(folder.parent, _in_run(folder, name), file)
+        history = tuple(data["history"])
         same = {f: data[f] for f in ("runtime", "packed", "notes")}
         return cls(model, weights, adapter, history=history, measurements=measurements, **same)
+
+
+def _in_run(folder: Path, name: object) -> str:
+    """A path that is named from a stage's folder, as it is named from the run."""
+    return f"{folder.resolve().name}/{name}" if not Path(str(name)).is_absolute() else str(name)
 
 
 def measurement_from(data: Mapping[str, Any]) -> Measurement:

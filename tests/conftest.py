@@ -14,6 +14,8 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 from pytest_socket import disable_socket
 
+from llmq import trust
+
 ROOT = Path(__file__).parent.parent
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -33,6 +35,18 @@ def _what_is_loaded_is_not_collected() -> None:
     """Each model that is freed asks the garbage collector, which need not look through all libraries every time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_trusted() -> None:
+    """No test trusts what another trusted."""
+    trust.given()
+
+
+@pytest.fixture
+def trusting() -> None:
+    """Code that a test's own folder brings may run."""
+    trust.given(remote_code=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import CPU, apply, base_of
 
-from llmq import pipeline, plugin
+from llmq import pipeline, plugin, trust
 from llmq.errors import LlmqError, UserError
 from llmq.tasks import decoding, harness, prefix_attention, scoring
 from llmq.tasks.harness_data import Asked, built, hashes
@@ -290,8 +290,12 @@ def test_what_can_be_seen_to_be_wrong_is_said_before_anything_runs(settings, say
         plugin.build({"lm_eval": settings}, "tasks").check()
 
 
-def test_code_may_be_allowed():
-    plugin.build({"lm_eval": {"tasks": ["humaneval"], "allow_code": True}}, "tasks").check()
+def test_code_that_a_model_writes_runs_only_where_recipe_and_command_say_so():
+    task = plugin.build({"lm_eval": {"tasks": ["humaneval"], "allow_code": True}}, "tasks")
+    with pytest.raises(UserError, match=r"lets humaneval run code .* say so on this command: --allow-code"):
+        task.check()
+    trust.given(written_code=True)
+    task.check()
 
 
 @pytest.mark.parametrize("suite", ["text-full", "reasoning", "open-llm"])

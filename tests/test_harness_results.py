@@ -90,7 +90,7 @@ def scored_by(folder, name, code, names=("own", "right"), **more):
     return write(folder, name, {**CHOICE, **says, **more})
 
 
-def test_documents_that_a_task_leaves_unscored_are_counted_and_pairs_are_by_document(tiny_llama, tmp_path):
+def test_documents_that_a_task_leaves_unscored_are_counted_and_pairs_are_by_document(tiny_llama, tmp_path, trusting):
     scored_by(tmp_path, "some", SCORER.replace("SKIPPED", "2"))
     scored_by(tmp_path, "others", SCORER.replace("SKIPPED", "0"))
     base = base_of(tiny_llama, "float32")
@@ -105,7 +105,7 @@ def test_documents_that_a_task_leaves_unscored_are_counted_and_pairs_are_by_docu
     assert own.value == pytest.approx(theirs["own,none"], rel=1e-5)
 
 
-def test_a_direction_that_nobody_says_is_unknown_and_never_lower(tiny_llama, tmp_path):
+def test_a_direction_that_nobody_says_is_unknown_and_never_lower(tiny_llama, tmp_path, trusting):
     scored_by(tmp_path, "some", SCORER.replace("SKIPPED", "9"), names=("own", "right", "acc"))
     found = figures(base_of(tiny_llama), tmp_path, "some")
     assert {k[1]: m.better for k, m in found.items()} == {"own": "unknown", "right": "unknown"}
@@ -150,7 +150,7 @@ FILTERS = [
 ]
 
 
-def test_a_task_that_fails_leaves_the_others_figures(tiny_llama, tmp_path):
+def test_a_task_that_fails_leaves_the_others_figures(tiny_llama, tmp_path, trusting):
     folder = tmp_path / "tasks"
     write(folder, "choice", CHOICE)
     scored_by(folder, "bad", "def process_results(doc, results):\n    raise KeyError('gold')\n")
@@ -161,7 +161,7 @@ def test_a_task_that_fails_leaves_the_others_figures(tiny_llama, tmp_path):
     assert (tmp_path / "out/0-base/lm_eval").is_dir()
 
 
-def test_a_figure_that_is_no_number_is_a_failure_and_the_others_stay(tiny_llama, tmp_path):
+def test_a_figure_that_is_no_number_is_a_failure_and_the_others_stay(tiny_llama, tmp_path, trusting):
     code = "def process_results(doc, results):\n    return {'own': float('nan'), 'right': 1.0}\n"
     scored_by(tmp_path, "nan", code)
     with pytest.raises(LlmqError, match=r"nan own \(none\) is nan, no finite number"):

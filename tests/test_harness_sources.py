@@ -21,8 +21,9 @@ UTILS = {
 ASK = """
 import json, sys
 from pathlib import Path
-from llmq import pipeline, plugin
+from llmq import pipeline, plugin, trust
 from llmq.types import Context
+trust.given(remote_code=True)
 model = plugin.build({"causal_lm": {"weights": sys.argv[1], "dtype": "float32"}}, "models")
 task = plugin.build({"lm_eval": {"tasks": ["t"], "include_path": sys.argv[2], "limit": 2}}, "tasks")
 for name in sys.argv[3:]:

@@ -55,7 +55,7 @@ class Merge(Step):
 
         model: Any = artifact.model
         assert artifact.adapter  # `requires`
-        module = load_causal_lm(artifact.weights, "float32", context.device, model.trust_remote_code)
+        module = load_causal_lm(artifact.weights, "float32", context.device)
         module = dequantized(module) if artifact.packed else module
         pairs = untie(module)  # or an adapter on the head would change the embeddings with it, and the other way round
         zeros = _zeros(module) if self.keep_sparsity else {}

@@ -15,12 +15,17 @@ from typing import Any, TypeVar
 
 from llmq.data.messages import REASONING, learned
 from llmq.errors import UserError
+from llmq.templates import TooCostly, bound_chat_templates
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RESERVED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 T = TypeVar("T")
 Span = tuple[int, int]
 Messages = Sequence[Mapping[str, Any]]
+
+
+class TemplateTooCostly(UserError):
+    """A chat template takes more time or memory than any text needs."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Conversation:
     def _guarded(self, render: Callable[..., T], messages: Messages) -> T:
         from jinja2 import TemplateError
 
+        bound_chat_templates()
         plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         tools = {"tools": self.row["tools"]} if "tools" in self.row else {}
         settings = {**tools, **self.row.get("chat_template_kwargs", {})}
@@ -104,6 +110,10 @@ class Conversation:
                 return render(plain, **settings)
             except TypeError:  # some templates write the arguments of a call as they are, so that they must be text
                 return render([_with_text_arguments(message) for message in plain], **settings)
+        except TooCostly as error:
+            raise TemplateTooCostly(
+                f"the chat template of this tokenizer cannot write the row that begins {self.begins!r}: {error}"
+            ) from None
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             why = " ".join(str(error).split())[:200]
             raise UserError(
@@ -114,6 +124,8 @@ class Conversation:
         """The text of messages, or None where the template refuses them or there are none."""
         try:
             return self.render(messages, prompt) if messages else None
+        except TemplateTooCostly:  # tried again and again it would take as long each time
+            raise
         except UserError:
             return None
 

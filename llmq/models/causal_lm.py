@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq import trust
 from llmq.models import formats, hugging_face
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Clock, Context, Loaded, Model
@@ -22,22 +23,27 @@ class CausalLM(Model):
     weights: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(
+        False, description="that the weights bring code; it runs where the command has --trust-remote-code, too"
+    )
 
     def check(self) -> None:
         """Raise `UserError` for weights that are not there or cannot be opened."""
+        self.check_trust()
         hugging_face.check_weights(self.weights)
 
     def base(self, context: Context) -> Artifact:
         """Bring the weights to this machine: from the hub, or converted once from GGUF."""
+        self.check_trust()
         folder, notes = hugging_face.bring(self.weights, self.dtype, self.revision)
-        formats.check_network(folder, self.trust_remote_code)
+        formats.check_network(folder)
         packed = formats.quantization(folder) is not None
         return Artifact(model=self, weights=folder, packed=packed, notes=notes)
 
     def open(self, artifact: Artifact, device: str) -> Loaded:
         """The module in evaluation mode with its adapter if there is one, and the tokenizer."""
-        module = hugging_face.load_causal_lm(artifact.weights, self.dtype, device, self.trust_remote_code)
+        self.check_trust()
+        module = hugging_face.load_causal_lm(artifact.weights, self.dtype, device)
         if artifact.adapter:
             from llmq.models.opening import with_adapter
             from llmq.quantize.bnb_layers import keep_unpacked, reads_weights
@@ -45,13 +51,19 @@ class CausalLM(Model):
             module = with_adapter(module, artifact.adapter).eval()
             if reads_weights(module):
                 keep_unpacked(module)
-        tokenizer = hugging_face.load_tokenizer(artifact.weights, self.trust_remote_code)
+        tokenizer = hugging_face.load_tokenizer(artifact.weights)
         formats.check_vocabulary(module, tokenizer, artifact.weights)
         return Loaded(module, tokenizer, device, artifact)
 
     def skeleton(self, artifact: Artifact, device: str) -> Skeleton:
         """What a step that changes weights works on: a block of it in memory at a time."""
+        self.check_trust()
         return Skeleton.of(artifact, device)
+
+    def check_trust(self) -> None:
+        """Raise `UserError` where it is written that the weights bring code, and nobody said so on the command."""
+        if self.trust_remote_code:
+            trust.need_remote_code(f"trust_remote_code: true asks to run Python that {self.weights!r} brings")
 
     def clocks(self, loaded: Loaded, speed: Any) -> Iterable[Clock]:
         """One prefill of `prompt_tokens`, and one decode of `new_tokens`."""

@@ -1,9 +1,11 @@
 """What a model folder says of itself: how it is packed, and what kind of network it describes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmq import trust
 from llmq.errors import UserError, did_you_mean
 from llmq.files import safetensors_of
 
@@ -17,10 +19,10 @@ def quantization(folder: Path) -> dict[str, Any] | None:
 
     Raises `UserError` for a method that is not read here.
     """
-    said = _read(folder / "config.json").get("quantization_config")
+    said = read_object(folder / "config.json").get("quantization_config")
     older = folder / "quantize_config.json"
     if not said and older.is_file() and _holds(folder, ".qweight"):
-        said = {"quant_method": "gptq", **_read(older)}
+        said = {"quant_method": "gptq", **read_object(older)}
     if not said:
         if _holds(folder, ".qweight"):
             raise UserError(f"{str(folder)!r} holds packed layers (*.qweight) and says nowhere with how many bits")
@@ -38,7 +40,37 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     return {**said, "quant_method": method}
 
 
-def check_network(folder: Path, trust_remote_code: bool) -> None:
+def check_code(folder: Path) -> None:
+    """Raise `UserError` for a folder that cannot be opened without running what it brings, where that is not trusted.
+
+    Besides Python of its own that is a kernel, which transformers would bring from the hub.
+    """
+    file = folder / "config.json"
+    said = read_object(file) if file.is_file() else {}
+    kind = said.get("model_type")
+    if said.get("auto_map") and not _is_known(kind):
+        trust.need_remote_code(f"{str(folder)!r} ({kind}) brings code of its own")
+    for key, kernel in _kernels(said):
+        trust.need_remote_code(f"{str(file)!r}: {key} {kernel!r} asks for native code of the hub")
+
+
+def _is_known(kind: Any) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return kind in CONFIG_MAPPING_NAMES if isinstance(kind, str) else False
+
+
+def _kernels(said: Any) -> Iterator[tuple[str, str]]:
+    """What a configuration asks to compute with that is named as a repository: `owner/name`."""
+    for key, value in said.items() if isinstance(said, dict) else ():
+        named = value.values() if isinstance(value, dict) else [value]
+        if str(key).endswith("_implementation"):
+            yield from ((key, name) for name in named if isinstance(name, str) and "/" in name)
+        else:
+            yield from _kernels(value)
+
+
+def check_network(folder: Path) -> None:
     """Raise `UserError` for a configuration that transformers does not know, or that is of no causal language model."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -48,19 +80,18 @@ def check_network(folder: Path, trust_remote_code: bool) -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    said = _read(folder / "config.json")
+    said = read_object(folder / "config.json")
     kind, own = said.get("model_type"), said.get("auto_map")
-    if own and trust_remote_code:
+    if own and trust.remote_code():
         return
-    if own and kind not in CONFIG_MAPPING_NAMES:
-        raise UserError(f"{str(folder)!r} ({kind}) brings code of its own; where you trust it: --trust-remote-code")
-    if kind not in CONFIG_MAPPING_NAMES:
+    check_code(folder)
+    if not _is_known(kind):
         missing = (
             "has no 'model_type'" if kind is None else f"is of model_type {kind!r}, which transformers does not know"
         )
         raise UserError(f"{str(folder / 'config.json')!r} {missing}{did_you_mean(str(kind), CONFIG_MAPPING_NAMES)}")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(folder / 'config.json')!r} does not describe a {kind}: {reason}") from None
@@ -74,7 +105,7 @@ def check_network(folder: Path, trust_remote_code: bool) -> None:
 
 def check_length(folder: Path, length: int) -> None:
     """Raise `UserError` for more tokens than a model has positions for; nothing is refused where it states no limit."""
-    said = _read(folder / "config.json")
+    said = read_object(folder / "config.json")
     nested = said.get("text_config")
     positions = (nested if isinstance(nested, dict) else said).get(POSITIONS) or said.get("n_positions")
     if isinstance(positions, int) and positions > 0 and length > positions:
@@ -103,7 +134,8 @@ def _holds(folder: Path, ending: str) -> bool:
     return False
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises `UserError` for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -159,4 +159,4 @@ def _processor(written: str, size: int) -> Any:
         return ViTImageProcessor(size={"height": size, "width": size})
     with TemporaryDirectory() as folder:
         (Path(folder) / PREPROCESSOR).write_text(written)
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

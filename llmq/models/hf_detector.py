@@ -196,4 +196,4 @@ def _processor(written: str, model_type: str) -> Any:
     with TemporaryDirectory() as folder:
         (Path(folder) / PREPROCESSOR).write_text(json.dumps(settings))
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}))
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmq import trust
 from llmq.errors import UserError, did_you_mean
 from llmq.files import INDEX, SINGLE, cache, make_whole, safetensors_of, sha256_files
 
@@ -178,7 +179,7 @@ def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
     return folder, {"source": note, "sha256": digest}
 
 
-def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: bool = False, **options: Any) -> Any:
+def load_causal_lm(folder: Path, dtype: str, device: str, **options: Any) -> Any:
     """A causal language model on `device`, in evaluation mode."""
     import torch
 
@@ -186,7 +187,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
     from llmq.models.packed import config_to_open
     from llmq.quantize.bnb_layers import as_opened
 
-    config = config_to_open(folder, device, trust_remote_code)
+    config = config_to_open(folder, device)
     if config is not None:
         options["config"] = config
     module = causal_lm(
@@ -194,20 +195,25 @@ def load_causal_lm(folder: Path, dtype: str, device: str, trust_remote_code: boo
         dtype=getattr(torch, dtype),
         device_map={"": device},
         use_safetensors=True,
-        trust_remote_code=trust_remote_code,
         **options,
     )
     as_opened(module)
     return module.eval()
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, with a padding token. Raises `UserError` for files that make none."""
     from transformers import AutoTokenizer
 
+    from llmq.templates import bound_chat_templates
+
+    bound_chat_templates()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code())
     except Exception as error:  # noqa: BLE001  # tokenizers raises that very class
+        own = _object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if own.get("auto_map"):
+            trust.need_remote_code(f"the tokenizer of {str(folder)!r} brings code of its own")
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer of {str(folder)!r} cannot be read: {reason}; copy its files again") from None
     if tokenizer.pad_token is None:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmq import trust
 from llmq.errors import UserError
 from llmq.files import safetensors_of
 from llmq.models import packed_parts
-from llmq.models.formats import quantization
+from llmq.models.formats import check_code, quantization, read_object
 from llmq.models.names import module_names
 
 SHOWN = 3
@@ -28,12 +29,17 @@ def causal_lm(place: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not options.get("gguf_file"):
-        _check_packed(place, bool(options.get("trust_remote_code")))
+        check_code(place)
+        _check_packed(place)
         if options.get("quantization_config"):  # packed while they are opened, and no longer comparable
-            check(place, bool(options.get("trust_remote_code")))
+            check(place)
     try:
         module, said = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            place,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust.remote_code(),
+            **options,
         )
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
@@ -57,15 +63,16 @@ def causal_lm(place: Path, **options: Any) -> Any:
     return module
 
 
-def check(folder: Path, trust_remote_code: bool = False) -> None:
+def check(folder: Path) -> None:
     """Raise `UserError` unless a folder holds what its network needs; reads names, shapes and dtypes alone."""
-    causal_lm(folder, device_map={"": "meta"}, use_safetensors=True, trust_remote_code=trust_remote_code)
+    causal_lm(folder, device_map={"": "meta"}, use_safetensors=True)
 
 
 def with_adapter(module: Any, folder: Path) -> Any:
     """A PEFT adapter on an open module, every tensor of the one file in the other. Raises `UserError` otherwise."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    _check_adapter(folder)
     try:
         adapted = PeftModel.from_pretrained(module, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; modules that are not there
@@ -83,6 +90,16 @@ def with_adapter(module: Any, folder: Path) -> Any:
     return adapted
 
 
+def _check_adapter(folder: Path) -> None:
+    """Raise `UserError` unless an adapter is a LoRA that names no module to be imported: PEFT would run that one."""
+    said = read_object(folder / "adapter_config.json")
+    if said.get("peft_type") != "LORA":
+        raise UserError(f"{str(folder)!r} is an adapter of type {said.get('peft_type')!r}; LORA is what is opened")
+    if said.get("megatron_config"):
+        named = said.get("megatron_core")
+        raise UserError(f"{str(folder)!r}: megatron_config would import {named!r}; adapters of plain layers are opened")
+
+
 def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> dtype and shape of every tensor in safetensors files, by safetensors' names for dtypes."""
     from safetensors import safe_open
@@ -98,7 +115,7 @@ def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _check_packed(folder: Path, trust_remote_code: bool) -> None:
+def _check_packed(folder: Path) -> None:
     """Raise `UserError` for packed layers whose parts are not there or do not fit, before native code sees them."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,9 +123,9 @@ def _check_packed(folder: Path, trust_remote_code: bool) -> None:
 
     if quantization(folder) is None:
         return
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
     with init_empty_weights():
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
     files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
     held = stored_as(safetensors_of(folder))
     layers = {part for name in held for part in (name.rpartition(".")[0], name.partition(".weight")[0])}

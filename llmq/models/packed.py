@@ -13,8 +13,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmq import trust
 from llmq.errors import UserError
-from llmq.models.formats import quantization
+from llmq.models.formats import check_code, quantization
 from llmq.models.linear_view import Experts, is_merging, unfuse
 from llmq.models.names import module_names
 from llmq.quantize.gptq_format import ZERO_OFFSETS
@@ -105,13 +106,14 @@ def stored_shapes(files: Iterable[str]) -> dict[str, list[int]]:
     return shapes
 
 
-def config_to_open(folder: Path, device: str, trust_remote_code: bool) -> Any:
+def config_to_open(folder: Path, device: str) -> Any:
     """The configuration of a GPTQ folder that makes transformers open it with our layers; None for any other folder.
 
     On a GPU where GPTQModel is installed its kernels are the faster ones, and transformers opens the folder by itself.
     Raises `UserError` for a format of packing that is not read here.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_code(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
     settings = quantization(folder) or {}
     if settings.get("quant_method") != "gptq":
         return None

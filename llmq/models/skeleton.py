@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmq import trust
 from llmq.errors import UserError
 from llmq.files import BESIDE, safetensors_of, tagged, write_json
 from llmq.models.hugging_face import PATTERNS
@@ -29,7 +30,7 @@ class Skeleton:
     those that transformers holds otherwise.
     """
 
-    def __init__(self, folder: Path, dtype: str, device: str = "cpu", trust_remote_code: bool = False):
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
         import torch
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,12 +38,12 @@ class Skeleton:
         from llmq.models import opening
         from llmq.models.linear_view import make_linear
 
-        opening.check(folder, trust_remote_code)
+        opening.check(folder)
         self.folder, self.device, self.dtype = folder, device, getattr(torch, dtype)
-        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
         with init_empty_weights(include_buffers=False):
             self.module = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                self.config, dtype=self.dtype, trust_remote_code=trust.remote_code()
             ).eval()
         self.parts = make_linear(self.module)
         self.blocks = blocks_of(self.module)
@@ -51,7 +52,7 @@ class Skeleton:
     def of(cls, artifact: Artifact, device: str = "cpu") -> "Skeleton":
         """The skeleton of an artifact's weights."""
         model: Any = artifact.model
-        return cls(artifact.weights, model.dtype, device, model.trust_remote_code)
+        return cls(artifact.weights, model.dtype, device)
 
     @property
     def head(self) -> str:

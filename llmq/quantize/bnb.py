@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq import trust
 from llmq.errors import UserError
 from llmq.quantize.bnb_layers import is_packed
 from llmq.types import Artifact, Context, Step
@@ -33,8 +34,7 @@ class Bnb(Step):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for a model whose experts bitsandbytes would leave as they are."""
-        model: Any = base.model
-        self._checked(_empty(base.weights, model.trust_remote_code), base.weights, _is_linear)
+        self._checked(_empty(base.weights), base.weights, _is_linear)
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Load the float weights quantized, and save them so."""
@@ -46,8 +46,7 @@ class Bnb(Step):
             artifact.weights,
             model.dtype,
             context.device,
-            model.trust_remote_code,
-            quantization_config=self._config(artifact.weights, model.trust_remote_code),
+            quantization_config=self._config(artifact.weights),
         )
         notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
@@ -55,11 +54,11 @@ class Bnb(Step):
         copy_tokenizer(artifact.weights, folder)
         return artifact.then(self, weights=folder, packed=True, notes=notes)
 
-    def _config(self, weights: Path, trust_remote_code: bool) -> Any:
+    def _config(self, weights: Path) -> Any:
         import torch
         from transformers import BitsAndBytesConfig
 
-        skip = [*_default_skips(weights, trust_remote_code), *self.skip_modules] if self.skip_modules else None
+        skip = [*_default_skips(weights), *self.skip_modules] if self.skip_modules else None
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         return BitsAndBytesConfig(
@@ -122,18 +121,18 @@ def _weights(layer: Any) -> int:
     return sum(p.numel() for p in layer.parameters(recurse=False))
 
 
-def _default_skips(weights: Path, trust_remote_code: bool) -> list[str]:
+def _default_skips(weights: Path) -> list[str]:
     # transformers skips the output head by itself only as long as nobody names another module.
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return list(get_keys_to_not_convert(_empty(weights, trust_remote_code)))
+    return list(get_keys_to_not_convert(_empty(weights)))
 
 
-def _empty(weights: Path, trust_remote_code: bool) -> Any:
+def _empty(weights: Path) -> Any:
     """The module of a folder without memory for its weights."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust.remote_code())
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())

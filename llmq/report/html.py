@@ -7,6 +7,7 @@ from llmq.report import Report, charts
 from llmq.report.facts import facts
 from llmq.report.markdown import exhibits
 from llmq.report.table import LEGEND, TITLE, notes, rows, summary
+from llmq.run_paths import picture
 
 
 def draw(report: Report, folder: Path) -> str:
@@ -14,7 +15,7 @@ def draw(report: Report, folder: Path) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     def inside(file: str) -> str:
-        return f"data:image/png;base64,{base64.b64encode((folder / file).read_bytes()).decode()}"
+        return f"data:image/png;base64,{base64.b64encode(picture(folder, file)).decode()}"
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(

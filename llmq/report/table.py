@@ -140,7 +140,7 @@ def summary(report: Report) -> list[str]:
 
 def notes(report: Report) -> list[str]:
     """What the table's marks and ratios leave unsaid: other dtypes, documents without a pair, what is not compared."""
-    lines = []
+    lines = [f"TRUSTED: {line}" for line in report.environment.get("trusted", ())]
     for name in report.measured[1:]:
         if said := _stored_otherwise(report, name):
             lines.append(f"{name}: {said}: its ratios of sizes compare both what was done to it and how it is stored")

@@ -29,8 +29,7 @@ class Generate(Task):
         """Raise `UserError` for data without a prompt that is short enough."""
         from llmq.models.hugging_face import load_tokenizer
 
-        model: Any = base.model
-        self._rows(load_tokenizer(base.weights, model.trust_remote_code), base.weights)
+        self._rows(load_tokenizer(base.weights), base.weights)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
         """The first held-out prompts that are short enough, answered."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from llmq import trust
 from llmq.errors import UserError, did_you_mean
 from llmq.files import bundled
 
@@ -86,6 +87,34 @@ def check_leaves(names: Iterable[str], include_path: Path | None, num_fewshot: i
             raise UserError(f"num_fewshot {num_fewshot}: task {task.name!r} takes no examples; leave it out")
 
 
+def check_plain(names: Iterable[str], include_path: Path | None) -> None:
+    """Raise `UserError` for a task of a person's own folder that calls code: functions, classes, metrics by a path."""
+    files = {f for leaf in leaves(names, include_path) for f in with_includes(leaf.file)}
+    files |= {f for name in names for its in defined(name, include_path) for f in with_includes(its.file)}
+    for file in sorted(f for f in files if include_path and not is_carried(f)):
+        if called := next(_code(_alone(file)), None):
+            trust.need_remote_code(f"{str(file)!r} calls {called!r}, which is code that the folder brings")
+
+
+def is_carried(file: Path) -> bool:
+    """Whether a task file, or a folder of some, is llmq's own or lm-eval's."""
+    return any(file.resolve().is_relative_to(root.resolve()) for root in _roots(None))
+
+
+def _code(says: Any) -> Iterator[str]:
+    """What a task file has run: functions, and metrics that are no plain names."""
+    if isinstance(says, Function):
+        yield says
+    elif isinstance(says, dict):
+        if says.get("hf_evaluate") or any(c in str(says.get("metric", "")) for c in "/\\."):
+            yield str(says.get("metric"))
+        for value in says.values():
+            yield from _code(value)
+    elif isinstance(says, list):
+        for value in says:
+            yield from _code(value)
+
+
 def _within(definition: Definition, include_path: Path | None) -> Iterator[Definition]:
     members = definition.says.get("task")
     if not isinstance(members, list):
@@ -151,7 +180,11 @@ class _Loader(yaml.CSafeLoader):
     """Reads a task file without running what it names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+class Function(str):
+    """The name of Python code that a task file calls."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: Function(node.value))
 
 
 def with_includes(file: Path) -> Iterator[Path]:

@@ -16,12 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import UndefinedError
+from jinja2 import StrictUndefined, UndefinedError
 
+from llmq import trust
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError, one_line
 from llmq.files import sha256_files, sha256_text
 from llmq.tasks import harness, harness_sources
+from llmq.templates import BoundedEnvironment
 
 SCORING = ("evaluate", "math-verify", "nltk", "rouge-score", "sacrebleu", "scikit-learn", "sympy")
 """What metrics of tasks compute with, beside what every figure depends on."""
@@ -59,7 +61,7 @@ def built(asked: Asked) -> tuple[Any, ...]:
     made: list[Any] = []
     quiet()
     harness_sources.watch()
-    with silent(), _copies_first(asked):
+    with silent(), _copies_first(asked), code_of_folders(asked):
         for name in asked.tasks:
             try:
                 made += _top(manager(asked).load([name]), name)
@@ -114,6 +116,39 @@ def _copies_first(asked: Asked) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = stock
+
+
+@contextmanager
+def code_of_folders(asked: Asked) -> Iterator[None]:
+    """Let lm-eval call functions of a person's folder, and render its templates freely, only where that is trusted.
+
+    `harness.check_plain` says so before anything is read. lm-eval looks tasks up in its own way: this is where it does.
+    """
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader as loader
+
+    stock, templates = loader._import_func_in_yml, utils.env
+
+    def load(name: str, folder: Path) -> Any:
+        if not harness.is_carried(folder):
+            trust.need_remote_code(f"the tasks in {str(folder)!r} call {name!r}, which is code that the folder brings")
+        return stock(name, folder)
+
+    loader._import_func_in_yml = load
+    if asked.include_path and not trust.remote_code():
+        utils.env = _sandbox(utils.regex_replace)
+    try:
+        yield
+    finally:
+        loader._import_func_in_yml, utils.env = stock, templates
+
+
+@cache
+def _sandbox(regex_replace: Any) -> Any:
+    """lm-eval's environment of templates, out of which nothing of Python can be reached, and with bounds."""
+    sandbox = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters["regex_replace"] = regex_replace
+    return sandbox
 
 
 def _missing(path: str, name: str | None, asked: Asked, error: Exception) -> str:
@@ -219,11 +254,11 @@ def _questions(task: Any, asked: Asked, limit: int | None) -> str:
         task.set_config(key="num_fewshot", value=shots or 0 if asked.num_fewshot is None else asked.num_fewshot)
     task.set_fewshot_seed(seed=SEED)
     try:
-        with silent():
+        with silent(), code_of_folders(asked):
             task.build_all_requests(limit=limit, rank=0, world_size=1)
-        for each in task.instances:
-            told = (each.request_type, each.doc_id, each.arguments, task.doc_to_target(each.doc))
-            total.update(json.dumps(told, sort_keys=True, default=str).encode())
+            for each in task.instances:
+                told = (each.request_type, each.doc_id, each.arguments, task.doc_to_target(each.doc))
+                total.update(json.dumps(told, sort_keys=True, default=str).encode())
     except Exception as error:  # noqa: BLE001 - the task will fail when it is asked, and say so then
         total.update(one_line(error).encode())
     return total.hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmq.errors import LlmqError, one_line
-from llmq.tasks.harness_data import Asked, built, manager, name_of, quiet, silent
+from llmq.tasks.harness_data import Asked, built, code_of_folders, manager, name_of, quiet, silent
 from llmq.types import Loaded
 
 
@@ -37,7 +37,13 @@ def evaluated(loaded: Loaded, asked: Asked, batch_size: int | None, **settings: 
     model = HarnessModel(loaded.module, loaded.processor, loaded.device, batch_size)
     failures: dict[str, Exception] = {}
     merged: dict[str, Any] = {}
-    with silent(), _briefly(evaluator), _dice(), _code(bool(settings.get("confirm_run_unsafe_code"))):
+    with (
+        silent(),
+        _briefly(evaluator),
+        _dice(),
+        _code(bool(settings.get("confirm_run_unsafe_code"))),
+        code_of_folders(asked),
+    ):
         for task in built(asked):
             try:
                 found = evaluator.simple_evaluate(

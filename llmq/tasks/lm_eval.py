@@ -6,9 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq import trust
 from llmq.errors import UserError
 from llmq.tasks import harness
 from llmq.tasks.harness_data import Asked, depends
+from llmq.trust import WRITTEN
 from llmq.types import Answer, Loaded, Task
 
 
@@ -31,7 +33,9 @@ class LmEval(Task):
     data_dir: Path | None = Field(None, description="copies of data sets: data_dir/owner/name/*.parquet, .json, .jsonl")
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="texts at once; changes no score")
     apply_chat_template: bool = Field(False, description="ask as a conversation, by the tokenizer's template")
-    allow_code: bool = Field(False, description="let tasks such as humaneval run the code that the model writes")
+    allow_code: bool = Field(
+        False, description="let tasks such as humaneval run what the model writes; the command needs --allow-code, too"
+    )
 
     @property
     def figures_of(self) -> tuple[str, ...]:
@@ -40,10 +44,12 @@ class LmEval(Task):
 
     def check(self) -> None:
         """Raise `UserError` for a task, a version or a folder that is not there, and for code that is not allowed."""
+        self._check_trust()
         for name in ("include_path", "data_dir"):
             if getattr(self, name) and not getattr(self, name).is_dir():
                 raise UserError(f"{name} {str(getattr(self, name))!r} is no folder")
         harness.check_names(self.tasks, self.include_path)
+        self._asked()
         harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
         for name, pinned in self.versions.items():
             if name not in self.tasks:
@@ -53,17 +59,26 @@ class LmEval(Task):
                 raise UserError(f"task {name!r} is pinned at version {pinned}, and the installed lm-eval has {found}")
         for task in () if self.allow_code else harness.leaves(self.tasks, self.include_path):
             if task.says.get("unsafe_code"):
-                raise UserError(f"task {task.name!r} runs code that the model writes; allow it with allow_code: true")
+                raise UserError(
+                    f"task {task.name!r} runs code that the model writes; allow it with allow_code: true and {WRITTEN}"
+                )
+
+    def _check_trust(self) -> None:
+        if self.allow_code:
+            trust.need_written_code(f"allow_code: true lets {', '.join(self.tasks)} run code that the model writes")
 
     def depends(self) -> Mapping[str, Any]:
         """Hashes of every task's settings and data, which are read for it."""
         return depends(self._asked(), self.limit)
 
     def _asked(self) -> Asked:
+        if not trust.remote_code():
+            harness.check_plain(self.tasks, self.include_path)
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
 
     def score(self, loaded: Loaded) -> Iterable[Answer]:
         """What `lm_eval.simple_evaluate` says of the opened module."""
+        self._check_trust()
         from llmq.tasks.harness_files import files
         from llmq.tasks.harness_results import measurements
         from llmq.tasks.harness_run import evaluated

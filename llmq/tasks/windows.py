@@ -106,14 +106,13 @@ def check_rows(base: Artifact, data: Data, part: str, length: int) -> None:
     from llmq.models.formats import check_length
     from llmq.models.hugging_face import load_tokenizer
 
-    model: Any = base.model
     check_length(base.weights, length)
     split = data.read()
     rows = {"train": split.train, "held_out": split.held_out, "all": [*split.train, *split.held_out]}[part]
     of = f"the {part.replace('_', '-')} part of {data.word}"
     if not rows:
         raise UserError(f"{of} is empty; change its held_out, or name other data")
-    tokenizer = load_tokenizer(base.weights, model.trust_remote_code)
+    tokenizer = load_tokenizer(base.weights)
     for row in rows:
         begun = {"text": row["text"][:BEGINNING]} if "text" in row else row
         if any(any(tokens.said[1:]) for tokens in encode_all([begun], tokenizer, length)[0]):
