@@ -1,5 +1,6 @@
 """The command line: words in, one call, an exit code out."""
 
+import faulthandler
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -304,6 +305,8 @@ def main() -> None:
 def _main() -> int:
     from llmq.errors import LlmqError
 
+    if sys.__stderr__:  # native code that dies here says where it was called
+        faulthandler.enable(sys.__stderr__, all_threads=False)
     trust.given()  # what an earlier command in this process trusted is not trusted by this one
     try:
         return int(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)

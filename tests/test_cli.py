@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,3 +183,10 @@ def cpu_seconds(words: list[str]) -> float:
 def test_light_commands_answer_at_once(words, most, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cpu_seconds(words) < most
+
+
+def test_native_code_that_dies_says_where():
+    script = "import signal; from llmq import cli; cli.app = lambda *a, **k: signal.raise_signal(11); cli.main()"
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGSEGV
+    assert died.stderr.startswith("Fatal Python error: Segmentation fault")

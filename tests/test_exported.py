@@ -1,7 +1,10 @@
 """An exported graph is called like the module that it was made from, here and by plain OpenVINO."""
 
+import ctypes
+import gc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from llmq import plugin
 from llmq.errors import LlmqError
 from llmq.models import exported
 from llmq.models.exported import ExportedModule
-from llmq.models.runtime import openvino
+from llmq.models.runtime import core, openvino
 from llmq.quantize.exporting import export, write_graph
 from llmq.quantize.layer_names import are_proportional, restore_names
 from llmq.types import Context
@@ -113,8 +116,7 @@ def test_an_input_that_does_not_fit_is_named(graph):
 
 
 def test_plain_openvino_opens_the_file_and_says_the_same(graph, folder):
-    core = openvino().Core()
-    compiled = core.compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     x = images(2, 3, SIDE, SIDE)
     for plain, ours in zip(compiled(x.numpy()).values(), graph(x), strict=True):
         torch.testing.assert_close(torch.from_numpy(plain), ours, atol=1e-5, rtol=1e-5)
@@ -256,7 +258,7 @@ def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
     loaded = stage.model.open(stage, "cuda:0")
     assert loaded.device == "cpu"
     (clock,) = stage.model.clocks(loaded, plugin.build("tasks.speed"))
-    has = "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     runs = asked if has else "float32"
     assert clock.convention.endswith(f"{torch.get_num_threads()} threads, cpu, openvino in {runs}")
     compiled = loaded.module._for((1, 3, SIDE, SIDE)).request.get_compiled_model()
@@ -265,3 +267,28 @@ def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
     with artifact.open("cpu") as plain:
         (clock,) = artifact.model.clocks(plain, plugin.build("tasks.speed"))
     assert clock.convention.endswith("threads, cpu, torch in float32")
+
+
+def stack_for_signals():
+    """Address and size of the stack on which this thread handles signals, as `sigaltstack` tells."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    found = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    return found.address or 0, found.size
+
+
+def test_a_signal_can_be_handled_after_graphs_were_closed(folder):
+    """With a `Core` for each graph the stack for signals is unmapped by now: Ctrl-C would end the process mutely."""
+    first, second = ExportedModule(folder), ExportedModule(folder)
+    first(images(1, 3, 8, 8)), second(images(1, 3, 8, 8))
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    address, size = stack_for_signals()
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    mapped = ((int(start, 16), int(end, 16)) for start, end in ranges)
+    assert not size or any(start <= address and address + size <= end for start, end in mapped)

@@ -14,7 +14,7 @@ from llmq import plugin, recipe
 from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
 from llmq.files import weight_files
-from llmq.models.runtime import openvino
+from llmq.models.runtime import core, openvino
 from llmq.quantize.exporting import export, quantized_stage
 from llmq.quantize.int8 import ignored_names
 from llmq.quantize.likeness import Likeness
@@ -89,16 +89,15 @@ def test_a_stage_is_smaller_and_says_nearly_the_same(heads, made, word, smaller,
 
 @pytest.mark.parametrize("word", STEPS)
 def test_plain_openvino_opens_it_and_says_the_same(made, word):
-    core = openvino().Core()
     precision = {"INFERENCE_PRECISION_HINT": "bf16" if word == "quantize.dynamic" else "f32"}
-    compiled = core.compile_model(str(made[word].weights / "model.xml"), "CPU", precision)
+    compiled = core().compile_model(str(made[word].weights / "model.xml"), "CPU", precision)
     x = Heads().example(1)
     for plain, ours in zip(compiled(x.numpy()).values(), said(made[word], x), strict=True):
         torch.testing.assert_close(torch.from_numpy(plain), ours, atol=0.02, rtol=0.02)
 
 
 def test_int8_is_integer_arithmetic_in_the_graph(made):
-    graph = openvino().Core().read_model(made["quantize.int8"].weights / "model.xml")
+    graph = core().read_model(made["quantize.int8"].weights / "model.xml")
     types = [operation.get_type_name() for operation in graph.get_ops()]
     assert types.count("FakeQuantize") == 3  # the input, and what two layers give: heads share theirs
     stored = [o.get_element_type().get_type_name() for o in graph.get_ops() if o.get_type_name() == "Constant"]
@@ -126,7 +125,7 @@ def test_the_same_seed_gives_the_same_bytes(heads, made, word, tmp_path):
 
 def test_a_layer_can_be_left_in_float(heads, tmp_path):
     stage = step("quantize.int8", ignored=["far", "trunk.0"]).apply(heads, tmp_path, CPU)
-    graph = openvino().Core().read_model(stage.weights / "model.xml")
+    graph = core().read_model(stage.weights / "model.xml")
     stored = [o.get_element_type().get_type_name() for o in graph.get_ops() if o.get_type_name() == "Constant"]
     assert stored.count("i8") == 2
 
@@ -135,7 +134,7 @@ def test_all_bits_are_used_where_no_processor_is_to_be_spared(heads, made, tmp_p
     spared, full = made["quantize.int8"], step("quantize.int8", overflow_fix="disable").apply(heads, tmp_path, CPU)
     largest = []
     for stage in (spared, full):
-        graph = openvino().Core().read_model(stage.weights / "model.xml")
+        graph = core().read_model(stage.weights / "model.xml")
         first = next(o for o in graph.get_ordered_ops() if o.get_type_name() == "Constant" and o.shape == [96, 3, 3, 3])
         largest.append(np.abs(first.data.astype(int)).max())
     assert largest[0] < 65

@@ -16,7 +16,7 @@ from test_hf_detector import CONFIGS
 from llmq import plugin, support
 from llmq.errors import LlmqError
 from llmq.files import bytes_of
-from llmq.models.runtime import openvino
+from llmq.models.runtime import core
 from llmq.models.state import save_network
 from llmq.models.vision import named
 from llmq.types import Artifact
@@ -123,7 +123,7 @@ def check(word: str, before: Artifact, folder: Path) -> Artifact:
     stage.save(folder)
     found = answers(Artifact.load(folder))
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino().Core().compile_model(str(folder / "model.xml"), "CPU", options)
+    compiled = core().compile_model(str(folder / "model.xml"), "CPU", options)
     plain = compiled(before.model.example(2).numpy())  # type: ignore[attr-defined]
     for ours, theirs in zip(found, plain.values(), strict=True):
         torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0.05, atol=0.05 * float(ours.abs().max()))

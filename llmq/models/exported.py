@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
-from llmq.models.runtime import GRAPH, openvino, options
+from llmq.models.runtime import GRAPH, core, openvino, options
 
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 SHAPES = 9
@@ -30,7 +30,7 @@ class ExportedModule(nn.Module):  # type: ignore[misc]
     def __init__(self, graph: Any):
         """Of a folder, or of a graph in memory."""
         super().__init__()
-        self.core = openvino().Core()
+        self.core = core()
         self.graph = _read(self.core, graph) if isinstance(graph, Path) else graph
         self.options = options(self.core, self.graph)
         precision = self.options["INFERENCE_PRECISION_HINT"]

@@ -1,6 +1,7 @@
 """OpenVINO: the library, and how it is told to run a graph. It needs no torch."""
 
 import sys
+from functools import cache
 from typing import Any
 
 from llmq.errors import UserError
@@ -21,6 +22,17 @@ def openvino() -> Any:
     except ModuleNotFoundError:
         raise UserError("this needs OpenVINO; install llmq-suite[openvino]") from None
     return openvino
+
+
+@cache
+def core() -> Any:
+    """The one `Core` of this process.
+
+    On processors with AMX each `Core` gives the thread a stack for signals, and takes back the one it found when it
+    goes. Of two, the first to go unmaps what the second takes back: the next signal that Python handles (Ctrl-C, the
+    end of a worker) then ends the process without a word.
+    """
+    return openvino().Core()
 
 
 def options(core: Any, graph: Any) -> dict[str, str]:

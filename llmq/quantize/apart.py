@@ -17,7 +17,7 @@ from typing import Any
 
 from llmq import processes
 from llmq.errors import LlmqError, UserError
-from llmq.models.runtime import GRAPH, openvino, options
+from llmq.models.runtime import GRAPH, core, openvino, options
 
 CHANGED, INPUTS, SETTINGS, ERROR = "changed.xml", "inputs.npz", "settings.json", "error.json"
 IDLE = 60
@@ -36,7 +36,7 @@ def changed(step: Any, model: Any, graph: Any, inputs: Sequence[Any]) -> Any:
         library.save_model(graph, folder / GRAPH, compress_to_fp16=False)
         settings = {step.word: step.model_dump(mode="json", exclude={"data"})}
         _run("change", folder, settings, inputs, f"{step.word} of {named(model)}", NO_INT8)
-        return library.Core().read_model(folder / CHANGED)
+        return core().read_model(folder / CHANGED)
 
 
 def check_runs(graph: Any, model: Any, inputs: Sequence[Any]) -> None:
@@ -175,19 +175,18 @@ def _change(folder: Path, settings: Any, inputs: list[Any]) -> None:
     from llmq import plugin
 
     step: Any = plugin.build(settings)
-    graph = openvino().Core().read_model(folder / GRAPH)
+    graph = core().read_model(folder / GRAPH)
     made = step.quantized(graph, [torch.from_numpy(x) for x in inputs])
     openvino().save_model(made, folder / CHANGED, compress_to_fp16=False)
 
 
 def _try(graph: str, inputs: list[Any]) -> None:
     """Compile a graph for the shape of each input, as llmq does, and run it."""
-    core = openvino().Core()
     for given in inputs:
-        model = core.read_model(graph)
+        model = core().read_model(graph)
         if model.input(0).partial_shape.compatible(openvino().PartialShape(list(given.shape))):
             model.reshape(list(given.shape))
-            core.compile_model(model, "CPU", options(core, model))(given)
+            core().compile_model(model, "CPU", options(core(), model))(given)
         # Whoever opens another one is told so.
 
 
