@@ -19,6 +19,7 @@ from llmq.calibration import Gathered
 from llmq.errors import LlmqError, UserError
 from llmq.files import write_json
 from llmq.measure import trim
+from llmq.models.reopened import written
 from llmq.models.skeleton import Skeleton
 from llmq.terminal import track
 
@@ -241,6 +242,7 @@ def write(tensors: Mapping[str, Any], file: Path) -> None:
 
     partial_file = file.with_name(f".{file.name}.partial")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial_file, {"format": "pt"})
+    written(tensors, partial_file)
     partial_file.replace(file)
 
 

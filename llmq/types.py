@@ -97,6 +97,10 @@ class Model(Plugin):
         """Load an artifact of this family, of any stage, ready for inference."""
         raise NotImplementedError
 
+    def probe(self, module: Any) -> "Sequence[Any]":
+        """What an open module answers to one fixed input, as tensors: the same for the same weights."""
+        raise NotImplementedError
+
     def outputs_of(self, split: "Split") -> Mapping[int, str]:
         """The class that each output stands for by its number alone, where no name that the weights know decides."""
         return {}

@@ -141,7 +141,7 @@ def test_zeros_less_one_by_whole_words_are_read_even_where_a_zero_is_nought(bits
     """GPTQModel's way: a zero of 0 borrows from its neighbour."""
     zeros = some(bits, 2, 32, seed=seed) * (some(1, 2, 32, seed=seed + 1))
     words = [[signed((word - ONES[bits]) & 0xFFFFFFFF) for word in stream(row, bits)] for row in zeros.tolist()]
-    tensors = {**to_tensors(with_zeros(zeros, bits)), "qzeros": torch.tensor(words, dtype=torch.int32)}
+    tensors = {**to_tensors(with_zeros(zeros, bits), "gptq_v2"), "qzeros": torch.tensor(words, dtype=torch.int32)}
     assert torch.equal(from_tensors(tensors, bits).zeros, zeros.int())
 
 
@@ -151,7 +151,7 @@ def test_zeros_of_three_bits_are_less_one_each_for_itself(seed):
     """GPTQModel's way for 3 bits, whose fields lie across words: a zero of 0 is stored as 7."""
     zeros = some(3, 2, 32, seed=seed)
     words = [stream([(zero - 1) % 8 for zero in row], 3) for row in zeros.tolist()]
-    tensors = {**to_tensors(with_zeros(zeros, 3)), "qzeros": torch.tensor(words, dtype=torch.int32)}
+    tensors = {**to_tensors(with_zeros(zeros, 3), "gptq_v2"), "qzeros": torch.tensor(words, dtype=torch.int32)}
     assert torch.equal(from_tensors(tensors, 3).zeros, zeros.int())
 
 
@@ -159,5 +159,5 @@ def test_zeros_of_three_bits_are_less_one_each_for_itself(seed):
 def test_version_two_stores_zeros_as_they_are(bits):
     zeros = some(bits, 2, 32)
     words = [stream(row, bits) for row in zeros.tolist()]
-    tensors = {**to_tensors(with_zeros(zeros, bits)), "qzeros": torch.tensor(words, dtype=torch.int32)}
+    tensors = {**to_tensors(with_zeros(zeros, bits), "gptq_v2"), "qzeros": torch.tensor(words, dtype=torch.int32)}
     assert torch.equal(from_tensors(tensors, bits, stored_as="gptq_v2").zeros, zeros.int())

@@ -46,6 +46,9 @@ class Tiny(Vision, Model):
     def prepare(self, images: Any) -> Any:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
+    def example(self, batch_size: int) -> Any:
+        return torch.linspace(0, 1, batch_size * 64).view(batch_size, 1, 8, 8)
+
     def players(self, network: Any) -> list[Player]:
         def loss(batch: Any) -> Any:
             logits = network(batch["images"])

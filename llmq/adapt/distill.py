@@ -41,6 +41,7 @@ class Distill(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
         from llmq.adapt.loop import Plan, train
+        from llmq.models.reopened import meant, reopened
         from llmq.models.state import save_network
 
         quarter = max(1, self.max_steps // 4)
@@ -69,9 +70,11 @@ class Distill(Step):
             taught = replace(pupil, artifact=replace(artifact, model=lessons))
             history = train(taught, range(self.batch_size), range(WATCHED), plan, folder)
             save_network(pupil.module, folder)
+            what = meant(artifact.model, pupil.module)
         about = {"teacher": "0-base", "loss": self.loss, "loss_unit": f"{self.loss.upper()} on [-1, 1]"}
         settings = {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "seed": plan.seed}
-        return artifact.then(self, weights=folder, notes={"training": {**history, **about, **settings}})
+        made = artifact.then(self, weights=folder, notes={"training": {**history, **about, **settings}})
+        return reopened(what, made, context.device)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class Lora(Step):
         from llmq.adapt.training import train
         from llmq.data.tokens import unused
         from llmq.models.hugging_face import copy_tokenizer
+        from llmq.models.reopened import REPACKED, meant, reopened
 
         split = self.data.read()
         seed = context.seed if self.seed is None else self.seed
@@ -118,6 +119,8 @@ class Lora(Step):
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
             pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
             history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
+            # With several processes none holds the whole model; then it is only seen to open.
+            what = meant(artifact.model, model) if processes.count() == 1 else None
         if processes.is_first():
             copy_tokenizer(artifact.weights, folder)  # an adapter is shared without its base
         about = {"seed": seed, "packing": way.packing, "fast_path": way.why_slow or "used"}
@@ -129,7 +132,8 @@ class Lora(Step):
             "tokens": counts,
             "training": {**history, **about},
         }
-        return artifact.then(self, adapter=folder, notes=notes)
+        made = artifact.then(self, adapter=folder, notes=notes)
+        return reopened(what, made, context.device, REPACKED if artifact.packed else 0.0) if what else made
 
     def _rows(self, loaded: Loaded, split: Any, packing: bool) -> tuple[list[Any], list[Any], dict[str, Any]]:
         from llmq.adapt.packing import pack

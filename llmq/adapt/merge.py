@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Measurement, Step
+
+if TYPE_CHECKING:
+    from llmq.models.reopened import Meant
 
 
 class Merge(Step):
@@ -38,18 +41,22 @@ class Merge(Step):
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the merged model to `folder`, then compare the two."""
-        self._write(artifact, folder, context)
+        from llmq.models.reopened import reopened
+
+        what = self._write(artifact, folder, context)
         model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
         merged = artifact.then(self, model=model, weights=folder, adapter=None, packed=False)
+        reopened(what, merged, context.device)
         return replace(merged, measurements=self._loss(artifact, merged, context.device))
 
-    def _write(self, artifact: Artifact, folder: Path, context: Context) -> None:
+    def _write(self, artifact: Artifact, folder: Path, context: Context) -> "Meant":
         import torch
 
         from llmq.adapt.finite import first_not_finite
         from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.linear_view import fuse
-        from llmq.models.opening import with_adapter
+        from llmq.models.opening import as_opened_in, with_adapter
+        from llmq.models.reopened import meant
         from llmq.models.tying import save, untie
         from llmq.quantize.bnb_layers import dequantized
 
@@ -63,11 +70,12 @@ class Merge(Step):
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
         fuse(module)
-        module.to(getattr(torch, self.dtype or model.dtype))
+        as_opened_in(getattr(torch, self.dtype or model.dtype), module)
         if name := first_not_finite(dict(module.named_parameters())):
             raise LlmqError(f"{self.word}: {name} is not finite in {self.dtype or model.dtype}; set dtype: float32")
         save(module, folder, pairs)
         copy_tokenizer(artifact.weights, folder)
+        return meant(model, module)
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.tasks.kl import compare_outputs

@@ -64,6 +64,7 @@ class Train(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
         from llmq.adapt.loop import Plan, train
+        from llmq.models.reopened import meant, reopened
         from llmq.models.state import save_network
 
         model: Any = artifact.model
@@ -86,11 +87,12 @@ class Train(Step):
         with artifact.open(context.device) as loaded:
             history = train(loaded, split.train, split.held_out[: self.held_out_examples], plan, folder)
             save_network(loaded.module, folder)
+            what = meant(model, loaded.module)
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
             "training": {**history, **learning, "seed": plan.seed, "loss_unit": model.learning.loss_unit},
         }
-        return artifact.then(self, weights=folder, notes=notes)
+        return reopened(what, artifact.then(self, weights=folder, notes=notes), context.device)
 
     def _choice(self, name: str, learning: Any) -> Any:
         own = getattr(self, name)

@@ -228,6 +228,7 @@ def train(
     seconds = trainer.elapsed
     trainer.check_weights()
     trainer.save_model(str(folder))
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # or it would answer in autocast
     if processes.is_first():
         (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
         shutil.rmtree(kept, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Language models that transformers opens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -9,6 +9,9 @@ from llmq import trust
 from llmq.models import formats, hugging_face
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Clock, Context, Loaded, Model
+
+PROBED = 16
+"""Tokens that tell whether two models are one."""
 
 
 class CausalLM(Model):
@@ -54,6 +57,15 @@ class CausalLM(Model):
         tokenizer = hugging_face.load_tokenizer(artifact.weights)
         formats.check_vocabulary(module, tokenizer, artifact.weights)
         return Loaded(module, tokenizer, device, artifact)
+
+    def probe(self, module: Any) -> Sequence[Any]:
+        """The logits after tokens from all over the vocabulary, `[1, tokens, vocabulary]`."""
+        import torch
+
+        rows = len(module.get_input_embeddings().weight)
+        tokens = torch.arange(PROBED, device=module.device)[None] * (rows // PROBED or 1) % rows
+        with torch.inference_mode():
+            return [module.eval()(input_ids=tokens, use_cache=False).logits.cpu()]
 
     def skeleton(self, artifact: Artifact, device: str) -> Skeleton:
         """What a step that changes weights works on: a block of it in memory at a time."""

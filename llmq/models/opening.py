@@ -100,6 +100,21 @@ def _check_adapter(folder: Path) -> None:
         raise UserError(f"{str(folder)!r}: megatron_config would import {named!r}; adapters of plain layers are opened")
 
 
+def as_opened_in(dtype: Any, module: Any) -> None:
+    """Give each stored tensor of an open module the numbers that it will be opened with again.
+
+    `module.to(dtype)` would round what transformers keeps in float32, and rotary frequencies, which no file holds.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        empty = type(module)._from_config(module.config, dtype=dtype).state_dict()
+    kept = [re.compile(name.replace("*", ".*")) for name in module._get_dtype_plan(dtype)]
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        whole = any(pattern.search(name) for pattern in kept)
+        tensor.data = tensor.data.float() if whole else tensor.data.to(empty[name].dtype)
+
+
 def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> dtype and shape of every tensor in safetensors files, by safetensors' names for dtypes."""
     from safetensors import safe_open

@@ -220,8 +220,11 @@ def save_network(network: Any, folder: Path) -> None:
     """Write `model.safetensors`, and `shapes.json` if the network was reshaped."""
     from safetensors.torch import save_file
 
+    from llmq.models.reopened import written
+
     state = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+    written(state, folder / "model.safetensors")
     shapes = getattr(network, "reshaped", None)
     if shapes:
         (folder / "shapes.json").write_text(json.dumps(shapes, indent=1) + "\n")

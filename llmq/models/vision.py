@@ -144,6 +144,15 @@ class Vision(BaseModel):
         """An input of the usual size, for exporting and timing; the same numbers each time."""
         raise NotImplementedError
 
+    def probe(self, module: Any) -> Sequence[Any]:
+        """What it makes of two usual inputs."""
+        import torch
+
+        module.eval().to(memory_format=torch.contiguous_format)  # files have no other, and sums depend on it
+        with torch.inference_mode():
+            answers = module(self.example(2).to(next(module.parameters()).device))
+        return [t.cpu() for t in (answers if isinstance(answers, list | tuple) else (answers,))]
+
     def calibration(self, split: Split | None, samples: int, seed: int) -> Iterable[Any]:
         """Inputs such as the network will see, one image each: `samples` of the training images, drawn under a seed.
 

@@ -59,6 +59,7 @@ class Channels(Ratio, Step):
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Write the narrower network to `folder`, with the shapes of its layers beside the weights."""
+        from llmq.models.reopened import meant, reopened
         from llmq.models.shapes import changes
         from llmq.models.state import save_network
         from llmq.models.weight_norm import with_weight_norm, without_weight_norm
@@ -83,13 +84,14 @@ class Channels(Ratio, Step):
             network.reshaped = changes(network, model.network())
             after, now = figures(network, example), widths(network)
             save_network(network, folder)
+            what = meant(model, network)
         notes = {
             "input": list(example.shape),
             **{name: [value, after[name]] for name, value in before.items()},
             "channels": {name: [width, now[name]] for name, width in was.items() if now[name] != width},
             "left": left,
         }
-        return artifact.then(self, weights=folder, notes=notes)
+        return reopened(what, artifact.then(self, weights=folder, notes=notes), "cpu")
 
     def cuts(self, network: Any, model: Any) -> "tuple[list[Cut], dict[str, str]]":
         """What to take out as far as shapes tell, and why the other layers stay. Raises `UserError` if all do."""

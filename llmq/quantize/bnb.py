@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,9 @@ from llmq import trust
 from llmq.errors import UserError
 from llmq.quantize.bnb_layers import is_packed
 from llmq.types import Artifact, Context, Step
+
+if TYPE_CHECKING:
+    from llmq.models.reopened import Meant
 
 EXPERTS = (
     "quantize.gptq and quantize.rtn pack experts one by one; to keep them in float say so: skip_modules: [experts]"
@@ -38,6 +41,12 @@ class Bnb(Step):
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Load the float weights quantized, and save them so."""
+        from llmq.models.reopened import reopened
+
+        made, what = self._write(artifact, folder, context)
+        return reopened(what, made, context.device)
+
+    def _write(self, artifact: Artifact, folder: Path, context: Context) -> "tuple[Artifact, Meant]":
         from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
         from llmq.models.tying import save
 
@@ -50,9 +59,8 @@ class Bnb(Step):
         )
         notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
-        _run(module, context.device)
         copy_tokenizer(artifact.weights, folder)
-        return artifact.then(self, weights=folder, packed=True, notes=notes)
+        return artifact.then(self, weights=folder, packed=True, notes=notes), _meant(model, module)
 
     def _config(self, weights: Path) -> Any:
         import torch
@@ -92,13 +100,12 @@ class Bnb(Step):
         }
 
 
-def _run(module: Any, device: str) -> None:
-    """Raise `UserError` for a network that reads a packed weight by itself (Mamba's `dt_proj`), and so cannot run."""
-    import torch
+def _meant(model: Any, module: Any) -> "Meant":
+    """What was meant. Raises `UserError` for a network that reads a packed weight by itself (Mamba's `dt_proj`)."""
+    from llmq.models.reopened import meant
 
     try:
-        with torch.inference_mode():
-            module(input_ids=torch.tensor([[0, 1, 2]], device=device), use_cache=False)
+        return meant(model, module)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

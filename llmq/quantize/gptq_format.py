@@ -8,6 +8,7 @@ int32 `[inputs]` the group of each input. Format `gptq_v2` keeps the zeros as th
 from collections.abc import Mapping
 from typing import Any
 
+from llmq.errors import LlmqError
 from llmq.quantize.grid import Quantized
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -51,16 +52,21 @@ def unpack(words: Any, bits: int, count: int) -> Any:
 
 
 def to_tensors(made: Quantized, stored_as: str = "gptq") -> dict[str, Any]:
-    """The four tensors of one layer."""
+    """The four tensors of one layer. Raises `LlmqError` where they do not stand for the same weight."""
     import torch
 
     zeros = made.zeros.t() - ZERO_OFFSETS[stored_as]
-    return {
+    tensors = {
         "qweight": pack(made.codes, made.bits),
         "qzeros": pack(zeros.to(torch.int32), made.bits).t().contiguous(),
         "scales": made.scales.half().contiguous(),
         "g_idx": made.g_idx.to(torch.int32, copy=True),
     }
+    unpacked = from_tensors(tensors, made.bits, stored_as)
+    for name in ("codes", "scales", "zeros", "g_idx"):
+        if not bool((getattr(unpacked, name) == getattr(made, name)).all()):
+            raise LlmqError(f"{name} of {made.bits} bits are others once packed; say so to the makers of llmq")
+    return tensors
 
 
 def from_tensors(tensors: Mapping[str, Any], bits: int, stored_as: str = "gptq") -> Quantized:
