@@ -1,14 +1,17 @@
 """The command line: words in, one call, an exit code out."""
 
+import errno
 import faulthandler
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from llmq import cli_judging, stopping, trust
+from llmq import cli_judging, faults, stopping, trust
 from llmq.files import to_json
 
 if TYPE_CHECKING:
@@ -216,7 +219,7 @@ def show(word: str, as_json: Json = False) -> None:
     from llmq import recipe as recipes
 
     if "/" in word:
-        typer.echo(recipes.find("recipes", word).read_text(), nl=False)
+        typer.echo(recipes.find("recipes", word).read_text(encoding="utf-8"), nl=False)
         return
     cls = plugin.load(word)
     typer.echo(to_json(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
@@ -233,7 +236,7 @@ def copy_recipe(recipe: str, folder: Path) -> None:
     if target.exists():
         raise _user_error(f"{str(target)!r} exists; move it away first")
     folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(source.read_text())
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     typer.echo(f"{target}: run it with: llmq run {target}")
 
 
@@ -276,7 +279,7 @@ def _show(report: "Report", folder: Path, as_json: bool) -> None:
     from llmq.report import screen
 
     if as_json:
-        typer.echo((folder / "report.json").read_text(), nl=False)
+        typer.echo((folder / "report.json").read_text(encoding="utf-8"), nl=False)
     else:
         screen.show(report)
         typer.echo(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)")
@@ -307,12 +310,54 @@ def _main() -> int:
 
     if sys.__stderr__:  # native code that dies here says where it was called
         faulthandler.enable(sys.__stderr__, all_threads=False)
-    trust.given()  # what an earlier command in this process trusted is not trusted by this one
+    # What an earlier command in this process trusted is not trusted by this one, nor is its run resumed by it.
+    trust.given()
+    stopping.resumable = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone gets the rest as escapes
+            stream.reconfigure(errors="backslashreplace")
+    line = ""
     try:
-        return int(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if sys.stdout:  # none where it was closed before
+            sys.stdout.flush()
     except LlmqError as error:
-        print(f"llmq: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        line, code = str(error), error.exit_code
     except TyperException as error:
-        print(f"llmq: {' '.join(error.format_message().split())} (llmq --help shows what is known)", file=sys.stderr)
-        return 2
+        line, code = f"{error.format_message()} (llmq --help shows what is known)", 2
+    except SystemExit as stop:  # typer's way to say that nobody reads on: (1), which is a failed gate's
+        line, code = (faults.REASONS[errno.EPIPE], 4) if stop.code == 1 else ("", int(stop.code or 0))
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is one line, and never the code of a failed gate
+        line, code = failed(error)
+    tell(line)
+    return int(code or 0)
+
+
+def failed(error: BaseException) -> tuple[str, int]:
+    """What is not ours: one line, with the file that holds the traceback, and the code to end with."""
+    from llmq import terminal
+    from llmq.files import cache
+
+    code, line = faults.exit_code(error), faults.line_of(error)
+    if code == 4 and not faults.is_stream(error):
+        with suppress(OSError, RuntimeError):
+            place = cache("log.txt")
+            if not terminal.kept_traceback(error):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                terminal.keep_traceback(error, place)
+        kept = terminal.kept_traceback(error)
+        line += f" (traceback: {kept})" if kept else ""
+    return line, code
+
+
+def tell(line: str) -> None:
+    """Print the last line where it can be printed; streams that are full or closed are not flushed again."""
+    with suppress(OSError, ValueError, AttributeError):
+        if line:
+            print(f"llmq: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -11,6 +11,8 @@ from typing import Any
 
 from llmq import partials
 from llmq.errors import LlmqError, UserError
+from llmq.faults import free_bytes, in_bytes
+from llmq.guarded import json_files, safetensors_files
 
 
 def cache(*parts: str) -> Path:
@@ -37,10 +39,28 @@ def make_whole(folder: Path, fill: Callable[[Path], None], shared: bool = False)
     return folder
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with `~` and `~name` filled in. Raises `UserError` for a user that this machine does not know."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{str(path)!r}: this machine knows no home folder of that user; write the path out") from None
+
+
+def check_space(place: Path, needed: int, what: str) -> None:
+    """Raise `LlmqError` if fewer bytes are free where `place` is to be than are needed."""
+    free = free_bytes(place)
+    if free < needed:
+        raise LlmqError(
+            f"{what} needs about {in_bytes(needed)} in {str(place.parent)!r}, and {in_bytes(free)} are free there; "
+            "make room, or write elsewhere"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
     with partials.partial_of(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def to_json(data: Any, **how: Any) -> str:
@@ -108,12 +128,12 @@ def safetensors_of(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     index = folder / INDEX
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-        if odd := [name for name in sorted(shards) if Path(name).name != name]:
-            raise UserError(f"{str(index)!r} names {odd[0]!r}; the files of weights lie beside it")
+        shards = set(json_files.read(index)["weight_map"].values()) if index.exists() else set()
         named = [folder / name for name in sorted(shards)]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (UserError, TypeError, KeyError, AttributeError):
         raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None
+    if odd := [name for name in sorted(shards) if Path(name).name != name]:
+        raise UserError(f"{str(index)!r} names {odd[0]!r}; the files of weights lie beside it")
     return named or sorted(folder.glob("*.safetensors"))
 
 
@@ -146,11 +166,8 @@ def stored_as(files: Iterable[Path]) -> str:
     held: Counter[str] = Counter()
     for file in files:
         if file.suffix == ".safetensors" and file.is_file():
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    held[tensor["dtype"]] += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+            for tensor in safetensors_files.header(file).values():
+                held[tensor.dtype] += tensor.end - tensor.begin
     dtypes = [dtype for dtype, _ in held.most_common()]
     main = [PACKED.get(dtypes[0], dtypes[0])] if dtypes and dtypes[0] not in FLOATS else []
     return " and ".join(main + [FLOATS[dtype] for dtype in dtypes if dtype in FLOATS][:1])

@@ -18,7 +18,7 @@ def everything() -> dict[str, dict[str, str]]:
 
 
 def _what(file: Path) -> str:
-    return file.read_text().split("\n", 1)[0].removeprefix("# What:").strip()
+    return file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# What:").strip()
 
 
 def as_text(found: Mapping[str, Mapping[str, str]]) -> str:

@@ -132,7 +132,7 @@ def peak_memory(device: str) -> Iterator[dict[str, Any]]:
     fresh = reset.exists()
     if fresh:
         release_memory(device)
-        reset.write_text("5")  # resets VmHWM: proc(5)
+        reset.write_text("5", encoding="utf-8")  # resets VmHWM: proc(5)
     yield peak
     peak.update(
         bytes=_high_water_mark(),
@@ -144,7 +144,7 @@ def peak_memory(device: str) -> Iterator[dict[str, Any]]:
 def _high_water_mark() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import psutil
 

@@ -5,11 +5,9 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from llmq import plugin
 from llmq.errors import UserError, did_you_mean
-from llmq.source import Place, Source, with_suite, word_at
+from llmq.source import Place, Source, value_of, with_suite, word_at
 
 Settings = dict[str, Any]
 
@@ -25,9 +23,9 @@ def fold(source: Source, override: str, keys: Collection[str]) -> None:
     if not equals or not target:
         raise UserError(f"override {override!r} is not of the form word.key=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"override {override!r}: {text!r} is not YAML") from None
+        value = value_of(text)
+    except UserError as error:
+        raise UserError(f"override {override[:200]!r}: {text[:80]!r} is not YAML: {error}") from None
     parent, place, inner = _target(source, target, override, keys)
     for key, following in pairwise(inner):
         parent, place = _into(parent, key, following, place, _kind(source))

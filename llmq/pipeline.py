@@ -11,13 +11,13 @@ import yaml
 
 from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, stopping, trust
 from llmq.errors import UserError, one_line
-from llmq.files import make_whole, sha256_files, write_text
+from llmq.files import check_space, make_whole, sha256_files, write_text
 from llmq.questions import answer_by, question, take_times
 from llmq.recipe import Recipe, check_order
 from llmq.report import Failure, Report, Stage
 from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
-from llmq.source import Source
+from llmq.source import Source, read
 from llmq.terminal import logged_to, say
 from llmq.types import (
     Artifact,
@@ -105,7 +105,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
             return
         if not kept.is_file():
             raise UserError(f"there is nothing to resume in {str(out)!r}")
-        if yaml.safe_load(kept.read_text()) != json.loads(json.dumps(recipe.plain(), default=str)):
+        if read(kept).data != json.loads(json.dumps(recipe.plain(), default=str)):
             raise UserError(
                 f"{str(kept)!r} holds another recipe; resume with the one it was run with, or use a new --out"
             )
@@ -150,6 +150,8 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     """What `step` makes of the stage before, or without a step the base. Made once, reopened on resuming."""
 
     def fill(partial: Path) -> None:
+        if step:
+            check_space(folder, step.space(before), f"stage {folder.name}")
         began = time.perf_counter()
         made = step.apply(before, partial, context) if step else before
         seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}

@@ -36,7 +36,7 @@ def _words_of(package: str) -> Iterator[tuple[str, str]]:
 @cache
 def _first_line(file: Path, changed: int) -> str | None:
     # `changed` is there for the cache: parsing every file at every look-up took half the time of `llmq check`.
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     if not WORD.search(text):  # parsing the helpers that lie beside the words took most of the time
         return None
     for node in ast.parse(text, filename=str(file)).body:

@@ -1,6 +1,5 @@
 """Putting tasks to stages: answers are kept in the stage's folder; a task that fails costs no other its answer."""
 
-import json
 import re
 import time
 import traceback
@@ -14,6 +13,8 @@ from llmq import measure
 from llmq.answers import Interview
 from llmq.errors import one_line
 from llmq.files import to_json, write_json, write_text
+from llmq.guarded import json_files
+from llmq.guarded.files import library
 from llmq.reading import named
 from llmq.report import SCHEMA_VERSION, Failure, Stage
 from llmq.run_paths import within
@@ -27,7 +28,9 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
     With `cache`, what was answered before to the very same question about the very same model is used again.
     """
     kept = out / stage.name / "measurements.json"
-    before: Mapping[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    if kept.exists():
+        _with_answers(stage, out, kept)
+    before: Mapping[str, Any] = json_files.read_object(kept) if kept.exists() else {}
     asked = [
         (method, name, task)
         for method in ("score", "against")
@@ -43,14 +46,20 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
             found = [ask(interview, *question, names_before(tasks), stage.name, answers) for question in asked]
         failures = [failure for failure in found if failure]
         keep(answers, failures, interview.reused, before, out, stage.name)
-    data = json.loads(kept.read_text())
-    return replace(
-        stage,
-        measurements=tuple(measurement_from(m) for m in data["measurements"]),
-        exhibits=tuple(_exhibit(e, out, kept) for e in data["exhibits"]),
-        reused=tuple(data.get("reused", ())),
-        failures=tuple(Failure(**f) for f in data.get("failures", ())),
-    )
+    return _with_answers(stage, out, kept)
+
+
+def _with_answers(stage: Stage, out: Path, kept: Path) -> Stage:
+    """The stage with what stands in its file of answers. Raises `UserError` for a file that is damaged."""
+    data = json_files.read_object(kept)
+    with library(kept, "file of answers"):
+        return replace(
+            stage,
+            measurements=tuple(measurement_from(m) for m in data["measurements"]),
+            exhibits=tuple(_exhibit(e, out, kept) for e in data["exhibits"]),
+            reused=tuple(data.get("reused", ())),
+            failures=tuple(Failure(**f) for f in data.get("failures", ())),
+        )
 
 
 def _exhibit(entry: Mapping[str, Any], out: Path, kept: Path) -> Exhibit:

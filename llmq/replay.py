@@ -1,6 +1,5 @@
 """Provenance: the hash of every file that a run left, and the run made again to be set beside it."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from llmq import run_paths
 from llmq.errors import UserError
 from llmq.files import BESIDE, sha256, sha256_files, write_json
+from llmq.guarded import json_files
 from llmq.run_folder import LOCK
 from llmq.run_paths import within
 
@@ -55,9 +55,9 @@ def recorded(run: Path) -> dict[str, str]:
         hint = "it did not end, or is older than hashes" if (run / "recipe.yaml").is_file() else "it is no run of llmq"
         raise UserError(f"{str(run)!r} has no {FILE}: {hint}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["files"]
+        found = json_files.read_object(file)["files"]
         return {str(name): str(value) for name, value in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, AttributeError):
         raise UserError(f"{str(file)!r} holds no hashes of llmq") from None
 
 
@@ -93,9 +93,9 @@ def _base(run: Path) -> str:
 
 def _report(run: Path) -> dict[str, Any]:
     try:
-        report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        report = json_files.read_object(run / "report.json")
         return {**report, "measurements": report["measurements"], "environment": report["environment"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         raise UserError(f"{str(run)!r} has no whole report.json") from None
 
 
@@ -185,7 +185,7 @@ def _of_stages(found: Mapping[str, str]) -> dict[str, str]:
 
 def _figures(run: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(run.glob("*/measurements.json")):
-        for m in json.loads(file.read_text(encoding="utf-8"))["measurements"]:
+        for m in json_files.read_object(file)["measurements"]:
             if m["metric"] not in NOISY:
                 yield f"{file.parent.name}: {m['task']} {m['metric']}", repr(m["value"])
 

@@ -1,6 +1,5 @@
 """What was measured, read again: of a run, of one of its stages, or out of the files of lm-eval's command line."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -9,6 +8,8 @@ from typing import Any
 
 from llmq import run_paths
 from llmq.errors import LlmqError, UserError, did_you_mean
+from llmq.guarded import json_files
+from llmq.guarded.files import read_text
 from llmq.run_paths import within
 from llmq.types import Measurement, measurement_from
 
@@ -108,12 +109,7 @@ def _kept(file: Path) -> Iterator[Measurement]:
 
 
 def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
+    return json_files.read(file)
 
 
 def _harness(file: Path) -> Result:
@@ -160,14 +156,8 @@ def _check_shape(file: Path, results: Mapping[str, Any]) -> None:
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    rows = []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: not JSON: {error.msg.lower()}") from None
+    lines = enumerate(read_text(file).split("\n"), 1)
+    rows = [json_files.parse(line, f"{file}:{number}") for number, line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{str(file)!r} holds lines that are no JSON objects, and lm-eval writes one a question")
     return rows

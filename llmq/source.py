@@ -9,9 +9,10 @@ import yaml
 from llmq import plugin
 from llmq.errors import UserError, did_you_mean
 from llmq.files import bundled
+from llmq.guarded import files as guarded_files
+from llmq.guarded import yaml_files
 
 Place = tuple[str | int, ...]
-DEEPEST = 32
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Source:
     lines: dict[Place, int] = field(default_factory=dict)
     files: dict[Place, str] = field(default_factory=dict)
     """The file that what lies within a place comes from, where that is another."""
+    count: int = 0
+    """How many values were read."""
 
     def where(self, place: Place) -> str:
         """`file:line` of the innermost known part of `place`."""
@@ -41,37 +44,47 @@ class Source:
 
 def read(path: Path) -> Source:
     """Parse YAML, keeping line numbers."""
-    try:
-        node = yaml.compose(path.read_text(), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    source = Source(str(path), None)
+    return parsed(guarded_files.read_text(path, 4 * yaml_files.LONGEST), str(path))
+
+
+def parsed(text: str, name: str) -> Source:
+    """Parse the text of a YAML file."""
+    node = yaml_files.compose(text, name)
+    source = Source(name, None)
     source.data = _plain(node, (), source) if node else {}
     return source
 
 
+def value_of(text: str) -> Any:
+    """The plain value that YAML in a command line stands for."""
+    node = yaml_files.compose(text, "command line")
+    return _plain(node, (), Source("command line", None)) if node else None
+
+
 def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
-    source.lines.setdefault(place, node.start_mark.line + 1)
-    if len(place) > DEEPEST:
-        raise UserError(f"{source.where(place)}: nested deeper than any recipe; does an alias (*) stand inside itself?")
+    line = node.start_mark.line + 1
+    source.lines.setdefault(place, line)
+    where = f"{source.name}:{line}"
+    source.count += 1
+    if len(place) > yaml_files.DEEPEST:
+        raise UserError(f"{where}: nested deeper than any recipe; does an alias (*) stand inside itself?")
+    if source.count > yaml_files.MOST:
+        raise UserError(f"{where}: more than {yaml_files.MOST} values once aliases (*) are filled in")
     if isinstance(node, yaml.MappingNode):
+        yaml_files.check_collection(node, where)
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            key = yaml_files.key(key_node, f"{source.name}:{line}")
             if key in data:
                 raise UserError(f"{source.name}:{line}: {key!r} stands twice; keep one")
             source.lines[(*place, key)] = line
             data[key] = _plain(value_node, (*place, key), source)
         return data
     if isinstance(node, yaml.SequenceNode):
+        yaml_files.check_collection(node, where)
         return [_plain(child, (*place, i), source) for i, child in enumerate(node.value)]
-    try:
-        return yaml.SafeLoader("").construct_document(node)
-    except (yaml.YAMLError, ValueError):  # a tag that is not YAML's own, a thirteenth month
-        raise UserError(f"{source.where(place)}: {node.value!r} cannot be read as {node.tag!r}") from None
+    return yaml_files.scalar(node, where)
 
 
 def find(kind: Literal["recipes", "evals"], name: str) -> Path:

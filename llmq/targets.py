@@ -1,11 +1,8 @@
 """What `llmq eval` can be pointed at."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from llmq import plugin, run_paths
 from llmq.errors import UserError
@@ -74,7 +71,8 @@ def _artifacts(folder: Path) -> dict[str, Artifact]:
     found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
     if not found:
         raise UserError(f"{str(folder)!r} is a run without a whole stage")
-    baseline = yaml.safe_load((folder / "recipe.yaml").read_text()).get("baseline")
+    said = read(folder / "recipe.yaml").data
+    baseline = said.get("baseline") if isinstance(said, dict) else None
     # Stages before the one that the others are set beside are nets yet to be trained.
     first = next((i for i, f in enumerate(found) if baseline in (f.name, f.name.partition("-")[2])), 0)
     return {f.name: _load(f) for f in found[first:]}
@@ -83,8 +81,6 @@ def _artifacts(folder: Path) -> dict[str, Artifact]:
 def _load(folder: Path) -> Artifact:
     try:
         artifact = Artifact.load(folder)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'artifact.json'}:{error.lineno}: not JSON: {error.msg.lower()}") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{str(folder / 'artifact.json')!r} does not describe a stage; run its recipe again") from None
     artifact.model.check_trust()

@@ -2,16 +2,18 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from llmq import processes
+from llmq import faults, processes
 
 T = TypeVar("T")
+KEPT = "traceback kept in "
 console = Console(stderr=True, highlight=False)
 _logs: list[Path] = []
 
@@ -27,18 +29,39 @@ def say(message: str) -> None:
 def log(message: str) -> None:
     """Write something to the log of the run alone."""
     for file in _logs:
-        with file.open("a") as stream:
+        with file.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Keep what is said in a file too."""
+    """Keep what is said in a file too, and where in the code it went wrong if it does."""
     _logs.append(path)
     try:
         yield
+    except BaseException as error:
+        faults.note_folder(error, path.parent)
+        keep_traceback(error, path)
+        raise
     finally:
         _logs.remove(path)
+
+
+def keep_traceback(error: BaseException, path: Path) -> None:
+    """Add the traceback of an error to a file, and note on the error where that is; once, and only where it can be."""
+    if kept_traceback(error):
+        return
+    # The disk may be full, or the folder gone: that must not hide the error itself.
+    with suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {''.join(traceback.format_exception(error))}\n")
+        stream.flush()
+        error.add_note(f"{KEPT}{path}")
+
+
+def kept_traceback(error: BaseException) -> str:
+    """The file that holds the traceback of an error; empty if none does."""
+    notes = getattr(error, "__notes__", ())
+    return next((note.removeprefix(KEPT) for note in notes if note.startswith(KEPT)), "")
 
 
 class Bar:

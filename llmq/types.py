@@ -4,7 +4,6 @@ A `Model` opens weights. `Step`s change them. `Task`s question them. `Data` feed
 `Artifact` at rest in a folder; opened, it is a `Loaded`. Every answer is a `Measurement`, or an `Exhibit` to look at.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -122,11 +121,19 @@ class Step(Plugin):
     leaves: ClassVar[Mapping[str, bool]] = {}
     uses: ClassVar[Literal["training", "calibration", "comparison"]] = "calibration"
     """The use it makes of its data. What is trained or calibrated on is what the tasks of the run read, too."""
+    writes: ClassVar[float] = 1.0
+    """The bytes it writes for each byte of the weights that it is given."""
     in_every_process: ClassVar[bool] = False
     """Whether the step shares its work out where a run has several processes; others are done by the first."""
 
     def check_base(self, base: "Artifact") -> None:
         """Raise `UserError` for what the base, once it is there, shows to be wrong; called before the first step."""
+
+    def space(self, artifact: "Artifact") -> int:
+        """About how many bytes it writes into its folder, checkpoints included; looked for before it begins."""
+        from llmq.files import bytes_of
+
+        return int(self.writes * bytes_of(artifact.weight_files()))
 
     def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
         """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""
@@ -337,9 +344,10 @@ class Artifact:
     @contextmanager
     def open(self, device: str) -> Iterator[Loaded]:
         """Load it, and free it again."""
+        from llmq.guarded.models import opened
         from llmq.measure import release_memory
 
-        loaded = self.model.open(self, device)
+        loaded = opened(self, device)
         try:
             yield loaded
         finally:
@@ -374,9 +382,10 @@ class Artifact:
     def load(cls, folder: Path) -> "Artifact":
         """Read a stage's `artifact.json`."""
         from llmq import plugin
+        from llmq.guarded import json_files
         from llmq.run_paths import within
 
-        data = json.loads((folder / "artifact.json").read_text())
+        data = json_files.read_object(folder / "artifact.json")
         ((word, settings),) = data["model"].items()
         if not str(word).startswith("models."):
             raise UserError(f"{str(folder / 'artifact.json')!r}: {word!r} is no word of models")

@@ -142,7 +142,7 @@ RECIPES = [
     *whole_recipe("weights-as-model", {"r.yaml": "model: smollm2-135m\n"}, "r.yaml:1", "unknown word 'smollm2-135m'"),
     *whole_recipe("unknown-model", {"r.yaml": "model: {casual_lm: {}}\n"}, "r.yaml:1", "'casual_lm'", "'causal_lm'?"),
     *whole_recipe("a-list", {"r.yaml": "- a\n- b\n"}, "r.yaml", "a recipe is a mapping", overrides="seed=1"),
-    *whole_recipe("not-utf8", {"r.yaml": b"model: \xff\n"}, "r.yaml", "not YAML", "0xff"),
+    *whole_recipe("not-utf8", {"r.yaml": b"model: \xff\n"}, "r.yaml", "not UTF-8 text", "0xff"),
 ]
 
 DATA = [

@@ -21,6 +21,7 @@ class Distill(Step):
     """
 
     suits: ClassVar[frozenset[str]] = frozenset({"gan"})
+    writes: ClassVar[float] = 4.0  # the network, and in a checkpoint the network with two moments
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
     max_steps: PositiveInt = 500

@@ -68,6 +68,18 @@ class Lora(Step):
         if "paged" in self.optim:
             self._check_paged()
 
+    def space(self, artifact: Artifact) -> int:
+        """The adapter in float32, and its weights with two moments in each of two checkpoints."""
+        from math import prod
+
+        from llmq.files import safetensors_of
+        from llmq.guarded.safetensors_files import header
+
+        tensors = [its.shape for file in safetensors_of(artifact.weights) for its in header(file).values()]
+        # A matrix of n weights has at least 2 sqrt(n) rows and columns, however it is packed; few have 1.5 times that.
+        adapter = sum(4 * self.r * 3 * prod(shape) ** 0.5 for shape in tensors if len(shape) > 1)
+        return int(adapter * (1 + 2 * 3))
+
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for training arguments that nobody knows, and for data that leaves no token to learn."""
         from llmq.tasks.windows import check_rows

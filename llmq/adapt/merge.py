@@ -33,6 +33,10 @@ class Merge(Step):
     keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
 
+    def space(self, artifact: Artifact) -> int:
+        """As many bytes as the weights have; packed ones grow from 4 bits or more to 16."""
+        return super().space(artifact) * (4 if artifact.packed else 1)
+
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data with nothing to compare on."""
         from llmq.tasks.windows import check_rows

@@ -21,6 +21,7 @@ class Train(Step):
     """
 
     suits: ClassVar[frozenset[str]] = KINDS
+    writes: ClassVar[float] = 4.0  # the network, and in a checkpoint the network with two moments
     uses: ClassVar[Literal["training", "calibration", "comparison"]] = "training"
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 

@@ -1,12 +1,12 @@
 """Images with boxes, as COCO or as YOLO writes them."""
 
 from collections import Counter
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
 from llmq.errors import UserError
+from llmq.files import at_home
 from llmq.types import Data, Split
 
 
@@ -40,13 +40,13 @@ class Coco(Data):
         from llmq.data.yolo_text import find_yaml
 
         for name, value in (("path", self.path), ("images", self.images), ("held_out", self.held_out)):
-            if isinstance(value, str) and not Path(value).expanduser().exists():
+            if isinstance(value, str) and not at_home(value).exists():
                 raise UserError(f"{name}: there is no {value!r}")
         if isinstance(self.held_out, float | int) and not 0 < self.held_out < 1:
             raise UserError(f"held_out: {self.held_out} is no share between 0 and 1")
         if self.window and not self.window[0] < self.window[1]:
             raise UserError(f"window {list(self.window)}: its first number is to be below its second")
-        file = find_yaml(Path(self.path).expanduser())
+        file = find_yaml(at_home(self.path))
         if file.suffix not in (".json", ".yaml", ".yml"):
             raise UserError(f"path: {self.path!r} is neither a COCO annotation file (.json) nor a YOLO data.yaml")
         if file.suffix != ".json" and (self.images or isinstance(self.held_out, str)):
@@ -59,12 +59,12 @@ class Coco(Data):
         from llmq.data.yolo_text import find_yaml, read_yolo
 
         self.check()
-        file = find_yaml(Path(self.path).expanduser())
+        file = find_yaml(at_home(self.path))
         if file.suffix != ".json":
             parts = list(read_yolo(file).values())
         else:
-            images = Path(self.images).expanduser() if self.images else None
-            files = [file] + ([Path(self.held_out).expanduser()] if isinstance(self.held_out, str) else [])
+            images = at_home(self.images) if self.images else None
+            files = [file] + ([at_home(self.held_out)] if isinstance(self.held_out, str) else [])
             parts = [read_coco(one, images) for one in files]
             if parts[-1].classes != parts[0].classes:
                 raise UserError(f"{files[1]}: its categories are not those of {files[0]}; both need the same")

@@ -1,6 +1,5 @@
 """Annotation files as COCO has them: one JSON with images, annotations and categories."""
 
-import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from llmq.data.boxed_images import Boxed, Item, Part, facts, within, without_copies
 from llmq.errors import UserError
+from llmq.guarded import json_files
 
 
 def read_coco(file: Path, images: Path | None) -> Part:
@@ -58,6 +58,8 @@ def _area(annotation: Mapping[str, Any], where: str) -> float | None:
     return None if area is None else float(area)
 
 
+ANNOTATIONS = 2 * 2**30
+"""Bytes; the largest published annotations of boxes have less."""
 NEEDED: Mapping[str, Sequence[str]] = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
@@ -66,12 +68,7 @@ NEEDED: Mapping[str, Sequence[str]] = {
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}; is the file whole?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 text, so no COCO annotation file") from None
+    data = json_files.read(file, ANNOTATIONS)
     if not isinstance(data, dict):
         raise UserError(f"{file}: holds no JSON object with images, annotations and categories")
     for name, keys in NEEDED.items():

@@ -55,7 +55,7 @@ class Docstrings(Data):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(list(_pairs_of_library(Path(sysconfig.get_path("stdlib"))))))
-        return [(m, p, c) for m, p, c in json.loads(file.read_text())]
+        return [(m, p, c) for m, p, c in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _pairs_of_library(root: Path) -> Iterator[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.data.images import Example, Lazily, make_split
 from llmq.errors import UserError
-from llmq.files import sha256_files, sha256_text
+from llmq.files import at_home, sha256_files, sha256_text
 from llmq.types import Data, Split
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
@@ -42,7 +42,7 @@ class FashionMnist(Data):
 
     def _folder(self) -> Path | None:
         if self.path is not None:
-            return Path(self.path).expanduser()
+            return at_home(self.path)
         return Path(DEBIAN) if Path(DEBIAN).is_dir() else None
 
     def read(self) -> Split:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llmq.data import rows, strict_json
 from llmq.errors import UserError
+from llmq.guarded import parquet_files
 from llmq.types import Data, Split
 
 READ_WHEN_CHECKED = 64 * 2**20  # bytes; reading more than that would make `llmq check` wait
@@ -38,7 +39,7 @@ class File(Data):
         """See `Data.read`; files up to 64 MB are read whole."""
         kind = self._kind()
         if kind == ".parquet":
-            _check_parquet(self.path)
+            parquet_files.check(self.path)
         elif self.path.stat().st_size <= READ_WHEN_CHECKED:
             self.read()
 
@@ -112,14 +113,6 @@ def _not_utf8(path: Path) -> str:
         except UnicodeDecodeError as error:
             return f"{path}:{number}: not UTF-8 text: byte {error.start + 1} of the line is {line[error.start]:#x}"
     return f"{path}: not UTF-8 text"
-
-
-def _check_parquet(path: Path) -> None:
-    with path.open("rb") as stream:
-        first = stream.read(4)
-        stream.seek(max(0, path.stat().st_size - 4))
-        if first != b"PAR1" or stream.read() != b"PAR1":
-            raise UserError(f"{str(path)!r} is not a whole .parquet file")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -219,23 +212,9 @@ def _broken_csv(path: Path, first: int, lines: int, why: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    _check_parquet(path)
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as opened:
-            names = opened.schema_arrow.names
-            _check_head(path, names)
-            for batch in opened.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", rows.without_absent_keys(row)
-                    number += 1
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: from row {number}: a text is not UTF-8") from None
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
-        raise UserError(f"{path}: from row {number}: cannot be read: {' '.join(str(error).split())[:120]}") from None
+    _check_head(path, parquet_files.columns(path))
+    for number, row in enumerate(parquet_files.rows(path)):
+        yield f"{path}: row {number}", rows.without_absent_keys(row)
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

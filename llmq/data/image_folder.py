@@ -14,6 +14,7 @@ from llmq.data.folders import is_no_data, under
 from llmq.data.images import Example, Lazily, make_split, read_image
 from llmq.data.pixels import Window
 from llmq.errors import UserError, did_you_mean
+from llmq.files import at_home
 from llmq.types import Data, Split
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -57,7 +58,7 @@ class ImageFolder(Data):
 
     def check(self) -> None:
         """Raise `UserError` for a folder that is not there or has no image."""
-        root = Path(self.path).expanduser()
+        root = at_home(self.path)
         if not root.is_dir():
             raise UserError(f"there is no folder {self.path!r}")
         if self.window and not self.window[0] < self.window[1]:
@@ -68,7 +69,7 @@ class ImageFolder(Data):
     def read(self) -> Split:
         """All images, each opened once to see that it can be; later when it is asked for."""
         self.check()
-        root = Path(self.path).expanduser()
+        root = at_home(self.path)
         parts = self._parts(root)
         classes = self._classes(parts)
         found = [list(self._items(root, part, classes)) for part in parts]

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from llmq.data.images import Example, Lazily, make_split
 from llmq.errors import UserError
+from llmq.files import at_home
 from llmq.types import Data, Split
 
 VOLUMES = "an .npz, .tif, .nc or .raw, or a folder of slices"
@@ -72,7 +73,7 @@ class Rock(Data):
             raise UserError("scale 3 is not among the low-resolution images of DRSRD1: 2 or 4")
         if self.train_until and self.held_out_from and self.train_until > self.held_out_from:
             raise UserError(f"train_until {self.train_until} is past held_out_from {self.held_out_from}")
-        if self.path is not None and not self.path.expanduser().exists():
+        if self.path is not None and not at_home(self.path).exists():
             cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
             raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
 
@@ -110,7 +111,7 @@ class Rock(Data):
     def _drsrd1(self) -> Split:
         from llmq.data.rock_files import digest, find_pairs, open_pair
 
-        root = Path(str(self.path)).expanduser()
+        root = at_home(str(self.path))
         parts = [find_pairs(root, p, self.subset, self.kernel, self.scale) for p in ("train", self.held_out)]
         files = [file for part in parts for pair in part for file in pair]
         opened = partial(open_pair, window=self.window)
@@ -166,8 +167,8 @@ def _volume(rock: Rock, *changed: int) -> Split:
     from llmq.data import rock_volumes
     from llmq.files import sha256_files
 
-    path = Path(str(rock.path)).expanduser()
-    partner = rock.partner.expanduser() if rock.partner else None
+    path = at_home(str(rock.path))
+    partner = at_home(rock.partner) if rock.partner else None
     how = rock_volumes.Reading(rock.window, rock.shape, rock.dtype)
     of_partner = rock_volumes.Reading(rock.partner_window or rock.window, rock.partner_shape, rock.dtype)
     high, low = rock_volumes.read_volumes(path, partner, how, of_partner)

@@ -8,7 +8,7 @@ from typing import Any
 from llmq.data.images import Example, read_image, size_of_file
 from llmq.data.pixels import Window
 from llmq.errors import UserError
-from llmq.files import sha256_files
+from llmq.files import at_home, sha256_files
 
 Pair = tuple[Path, Path]
 
@@ -60,7 +60,7 @@ def changed(path: Path | None) -> int:
 
     Every stage asks for its data again: what is read is kept.
     """
-    path = path and path.expanduser()
+    path = path and at_home(path)
     if path is None or not path.exists():
         return 0
     return max(

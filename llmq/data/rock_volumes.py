@@ -11,6 +11,7 @@ from typing import Any
 from llmq.data.images import Example
 from llmq.data.pixels import MODES, Window, as_bytes, by_number, range_of, read_tiff, readable
 from llmq.errors import UserError
+from llmq.files import at_home
 
 SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm")
@@ -28,7 +29,7 @@ class Reading:
 
 def is_volume(path: Path) -> bool:
     """Whether a path is a volume: by its suffix, in any case, or as a folder with slices in it."""
-    folder = path.expanduser()
+    folder = at_home(path)
     if folder.is_dir():
         return not any(folder.glob("*_HR")) and bool(slices_in(folder))
     return path.suffix.lower() in SUFFIXES

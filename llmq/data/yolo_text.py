@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmq.data.boxed_images import Boxed, Item, Part, facts, within, without_copies
 from llmq.data.folders import under
 from llmq.errors import UserError
+from llmq.guarded.files import read_text
+from llmq.source import read
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -44,20 +44,15 @@ def read_yolo(file: Path) -> dict[str, Part]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        about = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise UserError(f"{place}: not YAML: {getattr(error, 'problem', None) or 'not UTF-8 text'}") from None
+    about = read(file).data
     if not isinstance(about, dict) or not about.get("names") or not about.get("train"):
         raise UserError(f"{file}: has no 'names' or no 'train'; a YOLO data set says its classes and its folders there")
     return about
 
 
 def _classes(file: Path, names: Any) -> tuple[str, ...]:
-    if isinstance(names, dict) and set(names) == set(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+    if isinstance(names, dict) and set(names) == set(map(str, range(len(names)))):
+        names = [names[str(number)] for number in range(len(names))]
     if not isinstance(names, list):
         raise UserError(f"{file}: names: {names!r} is no list, and no mapping of 0 to the last class; write one")
     return tuple(map(str, names))
@@ -76,7 +71,7 @@ def _images(
             paths = its.images
             left_out += its.left_out
         elif place.is_file():
-            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
             paths = [place.parent / line for line in lines]
             if missing := [n for n, path in enumerate(paths) if not path.is_file()]:
                 raise UserError(f"{place}:{missing[0] + 1}: there is no image {str(paths[missing[0]])!r}")

@@ -43,7 +43,7 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     if len(parts) > 1:
         whole.unlink()
     about = {"file": parts[0].name, "parts": len(parts), "stored_as": stored.most_common(1)[0][0]}
-    (folder / "gguf.json").write_text(json.dumps(about))
+    (folder / "gguf.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _check_all_used(file: Path, model: object) -> Counter[str]:

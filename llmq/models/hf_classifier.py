@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of, sha256_files
+from llmq.files import at_home, safetensors_of, sha256_files
 from llmq.models import hub
 from llmq.models.classifier import Classifier, with_channels, with_new_head
 from llmq.types import Artifact, Context, Model
@@ -37,7 +37,7 @@ class HfClassifier(Classifier, Model):
         if self.weights is None:
             if not (self.config or {}).get("model_type"):
                 raise UserError("'weights' is needed, or a 'config' with a model_type, such as resnet")
-        elif not (path := Path(self.weights).expanduser()).exists():
+        elif not (path := at_home(self.weights)).exists():
             hub.check_id(self.weights)
         elif path.is_file():
             raise UserError(f"{self.weights!r} is a file; name a folder with config.json and *.safetensors")
@@ -63,7 +63,7 @@ class HfClassifier(Classifier, Model):
     def _folder(self) -> Path | None:
         if self.weights is None:
             return None
-        path = Path(self.weights).expanduser()
+        path = at_home(self.weights)
         return path if path.is_dir() else hub.snapshot(self.weights)
 
     def _configuration(self) -> Any:
@@ -158,5 +158,5 @@ def _processor(written: str, size: int) -> Any:
     if settings is None:
         return ViTImageProcessor(size={"height": size, "width": size})
     with TemporaryDirectory() as folder:
-        (Path(folder) / PREPROCESSOR).write_text(written)
+        (Path(folder) / PREPROCESSOR).write_text(written, encoding="utf-8")
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of, sha256_files
+from llmq.files import at_home, safetensors_of, sha256_files
 from llmq.models import hub
 from llmq.models.detector import Detections, Detector
 from llmq.models.vision import Learning
@@ -40,7 +40,7 @@ class HfDetector(Detector, Model):
         if self.weights is None:
             if not (self.config or {}).get("model_type"):
                 raise UserError("'weights' is needed, or a 'config' with a model_type, such as rt_detr")
-        elif not (path := Path(self.weights).expanduser()).exists():
+        elif not (path := at_home(self.weights)).exists():
             hub.check_id(self.weights)
         elif path.is_file():
             raise UserError(f"{self.weights!r} is a file; name a folder with config.json and *.safetensors")
@@ -66,7 +66,7 @@ class HfDetector(Detector, Model):
     def _folder(self) -> Path | None:
         if self.weights is None:
             return None
-        path = Path(self.weights).expanduser()
+        path = at_home(self.weights)
         return path if path.is_dir() else hub.snapshot(self.weights)
 
     def _configuration(self) -> Any:
@@ -194,6 +194,6 @@ def _processor(written: str, model_type: str) -> Any:
     if not settings and model_type not in IMAGE_PROCESSOR_MAPPING_NAMES:
         settings = {"image_processor_type": "RTDetrImageProcessor"}
     with TemporaryDirectory() as folder:
-        (Path(folder) / PREPROCESSOR).write_text(json.dumps(settings))
-        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (Path(folder) / PREPROCESSOR).write_text(json.dumps(settings), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

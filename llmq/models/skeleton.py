@@ -211,7 +211,7 @@ class Skeleton:
                 and file.name not in (*BESIDE, *OF_OLD_WEIGHTS)
             ):
                 shutil.copyfile(file, folder / file.name)
-        config = json.loads((self.folder / "config.json").read_text())
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         config = config if self._leaves_tied(folder) else untied(config)
         told = {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
-from llmq.files import INDEX, SINGLE, safetensors_of
+from llmq.files import INDEX, SINGLE, at_home, safetensors_of
 
 PICKLES = (".pth", ".pt")
 SHOWN = 3
@@ -16,7 +16,7 @@ SHOWN = 3
 
 def check_weights(weights: str) -> None:
     """Raise `UserError` for a file or folder that is not there or is of no known kind."""
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     if path.is_dir():
         files_of(path)
     elif path.suffix not in (".safetensors", *PICKLES):
@@ -39,7 +39,7 @@ def read_state(weights: str) -> dict[str, Any]:
     """The tensors of a file or folder by name; of a pickled file, tensors alone (`weights_only`)."""
     import torch
 
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     if path.suffix not in PICKLES:
         return _of_safetensors(path)
     found = read_pickle(path)
@@ -97,7 +97,7 @@ def _check_index(folder: Path, files: list[Path], state: Mapping[str, Any]) -> N
     index = folder / INDEX
     if files == [folder / SINGLE] or not index.is_file():
         return
-    told = json.loads(index.read_text())["weight_map"].keys()
+    told = json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys()
     for names, problem in ((told - state.keys(), "names"), (state.keys() - told, "does not name")):
         if names:
             its = "no file holds" if problem == "names" else "its files hold"
@@ -227,7 +227,7 @@ def save_network(network: Any, folder: Path) -> None:
     written(state, folder / "model.safetensors")
     shapes = getattr(network, "reshaped", None)
     if shapes:
-        (folder / "shapes.json").write_text(json.dumps(shapes, indent=1) + "\n")
+        (folder / "shapes.json").write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
 
 
 def open_network(network: Any, folder: Path) -> Any:
@@ -237,7 +237,7 @@ def open_network(network: Any, folder: Path) -> Any:
         from llmq.models.shapes import reshape
 
         try:
-            reshape(network, json.loads(shapes.read_text()))
+            reshape(network, json.loads(shapes.read_text(encoding="utf-8")))
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{str(shapes)!r} tells no shapes of this network: {error!r}") from None
     load_strictly(network, read_state(str(folder)), str(folder))

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.errors import UserError
-from llmq.files import sha256_files
+from llmq.files import at_home, sha256_files
 from llmq.models import efficientnet_lite0 as lite0
 from llmq.models import hub, timm_config
 from llmq.models.classifier import Classifier, with_channels, with_new_head
@@ -59,7 +59,7 @@ class TimmClassifier(Classifier, Model):
     def _names_its_architecture(self) -> bool:
         if self.weights is None or self.weights == TIMM:
             return False
-        folder = Path(self.weights).expanduser()
+        folder = at_home(self.weights)
         return self.weights == lite0.WORD or self.weights.startswith(HUB) or (folder / "config.json").is_file()
 
     def base(self, context: Context) -> Artifact:
@@ -85,7 +85,7 @@ class TimmClassifier(Classifier, Model):
     def _folder(self) -> Path | None:
         if self.weights and self.weights.startswith(HUB):
             return hub.snapshot(self.weights.removeprefix(HUB))
-        path = Path(self.weights).expanduser() if self.weights else None
+        path = at_home(self.weights) if self.weights else None
         return path if path and path.is_dir() else None
 
     @property

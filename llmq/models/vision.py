@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from llmq.data.images import Example
 from llmq.errors import UserError
-from llmq.files import cache, make_whole, safetensors_of, sha256_files, sha256_text
+from llmq.files import at_home, cache, make_whole, safetensors_of, sha256_files, sha256_text
 from llmq.models.matrices import Matrices
 from llmq.types import Artifact, Clock, Context, Loaded, Reading, Split
 
@@ -82,7 +82,7 @@ class Vision(BaseModel):
         """What tells these weights from others, and a person where they come from."""
         if self.weights is None:
             return "random weights"
-        path = Path(self.weights).expanduser()
+        path = at_home(self.weights)
         return f"{self.weights} {sha256_files(safetensors_of(path) if path.is_dir() else [path])[:16]}"
 
     def base(self, context: Context) -> Artifact:

@@ -111,14 +111,14 @@ def _run(job: str, folder: Path, settings: Any, inputs: Sequence[Any], what: str
     import numpy as np
 
     np.savez(folder / INPUTS, *(x.numpy() for x in inputs))
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     while not (process := _waiting.pop() if _waiting else _Process()).does(job, folder):
         code, last = process.end()
         if code != -signal.SIGALRM:  # by which it ends when it has waited long enough
             raise LlmqError(f"{what} {_end(code, last)}; {cure}, or take another version of OpenVINO")
     _waiting.append(process)
     if (folder / ERROR).is_file():
-        its = json.loads((folder / ERROR).read_text())
+        its = json.loads((folder / ERROR).read_text(encoding="utf-8"))
         if its["kind"] == "library":
             raise LlmqError(f"{what} failed: {its['says']}; {cure}, or take another version of OpenVINO")
         raise (UserError if its["kind"] == "user" else LlmqError)(its["says"])
@@ -156,17 +156,17 @@ def _do(job: str, folder: Path) -> None:
     try:
         with np.load(folder / INPUTS) as kept:
             inputs = [kept[name] for name in kept.files]
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if job == "change":
             _change(folder, settings, inputs)
         else:
             _try(settings, inputs)
     except LlmqError as error:
         kind = "user" if isinstance(error, UserError) else "llmq"
-        (folder / ERROR).write_text(json.dumps({"kind": kind, "says": str(error)}))
+        (folder / ERROR).write_text(json.dumps({"kind": kind, "says": str(error)}), encoding="utf-8")
     except Exception as error:  # noqa: BLE001  # whatever a library raises is told in one line
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        (folder / ERROR).write_text(json.dumps({"kind": "library", "says": last}))
+        (folder / ERROR).write_text(json.dumps({"kind": "library", "says": last}), encoding="utf-8")
 
 
 def _change(folder: Path, settings: Any, inputs: list[Any]) -> None:

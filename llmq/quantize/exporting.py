@@ -129,7 +129,8 @@ def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
             operation.set_friendly_name(f"{operation.get_type_name()}_{i}")
     path = folder / GRAPH
     openvino().save_model(graph, path, compress_to_fp16=float16)
-    path.write_text(re.sub(r">\s+<", "><", path.read_text()))  # a sixth of it is indentation
+    text = re.sub(r">\s+<", "><", path.read_text(encoding="utf-8"))  # a sixth of it is indentation
+    path.write_text(text, encoding="utf-8")
 
 
 def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Int8(Step):
     """
 
     suits: ClassVar[frozenset[str]] = KINDS
+    writes: ClassVar[float] = 1.5  # the float graph first, then that in int8
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
     leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.files import stored_as, write_json, write_text
+from llmq.guarded import json_files
 from llmq.protocols import refused
 from llmq.statistics import compare, corrected
 from llmq.types import Artifact, Exhibit, Measurement
@@ -83,7 +84,7 @@ class Report:
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of a run folder."""
-        return cls(**json.loads((folder / "report.json").read_text()))
+        return cls(**json_files.read_object(folder / "report.json"))
 
     def write(self, out: Path) -> None:
         """`report.json`, and the faces drawn from it."""

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from llmq.files import at_home
 from llmq.types import Model, Plugin
 
 RIGHT = "right"
@@ -54,7 +55,7 @@ def write(kind: str, architecture: str, row: Mapping[str, str]) -> None:
 
 def foretold(model: Model, parts: Iterable[Plugin]) -> Iterator[str]:
     """What the table says of a local model's architecture under each word that refused it, a line each."""
-    folder = Path(str(getattr(model, "weights", ""))).expanduser()
+    folder = at_home(str(getattr(model, "weights", "")))
     if model.kind != "causal-lm" or not (folder / "config.json").is_file():
         return
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

@@ -1,0 +1,142 @@
+"""GGUF files: everything but the weights walked through in bounded steps, before a library maps the file.
+
+The library follows whatever counts a file states: an array of 2^60 entries is read for ever, past the end of the file.
+Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llmq.errors import UserError
+from llmq.guarded.files import check_plain, unreadable
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of each scalar type of a value; 8 is a string and 9 an array."""
+STRING, ARRAY = 8, 9
+MOST_VALUES, MOST_TENSORS, MOST_AXES = 100_000, 1_000_000, 4
+LONGEST_NAME = 2**16
+ALIGNMENT = "general.alignment"
+
+
+@dataclass
+class _Reader:
+    """A stream that gives no more than the file has."""
+
+    file: Path
+    stream: BinaryIO
+    size: int
+
+    def broken(self, why: str) -> UserError:
+        return UserError(f"{str(self.file)!r} is not a whole GGUF file ({why}); copy or download it again")
+
+    def skip(self, count: int, what: str) -> int:
+        """Pass over bytes; the place where they begin."""
+        at = self.stream.tell()
+        if count > self.size - at:
+            raise self.broken(f"{what} goes past its end")
+        self.stream.seek(count, 1)
+        return at
+
+    def number(self, form: str, what: str) -> int:
+        data = self.stream.read(struct.calcsize(form))
+        if len(data) < struct.calcsize(form):
+            raise self.broken(f"it ends within {what}")
+        return int(struct.unpack(form, data)[0])
+
+    def name(self, what: str) -> str:
+        length = self.number("<Q", what)
+        if length > LONGEST_NAME:
+            raise self.broken(f"{what} of {length} bytes")
+        self.skip(length, what)
+        self.stream.seek(-length, 1)
+        try:
+            return self.stream.read(length).decode()
+        except UnicodeDecodeError:
+            raise self.broken(f"{what} is not UTF-8 text") from None
+
+    def value(self, kind: int, name: str) -> None:
+        """Pass over a value of a type, which may be an array."""
+        if kind == STRING:
+            self.skip(self.number("<Q", name), name)
+        elif kind == ARRAY:
+            inner, count = self.number("<I", name), self.number("<Q", name)
+            if inner in SIZES:
+                self.skip(SIZES[inner] * count, name)
+            elif inner == STRING and 8 * count <= self.size:
+                for _ in range(count):
+                    self.value(STRING, name)
+            else:
+                raise self.broken(f"{name!r} is an array of type {inner} with {count} entries")
+        else:
+            if kind not in SIZES:
+                raise self.broken(f"{name!r} is of type {kind}")
+            self.skip(SIZES[kind], name)
+
+
+def check(file: Path) -> int:
+    """How many weights a file holds. Raises `UserError` for a file whose parts do not fit into it."""
+    size = check_plain(file)
+    try:
+        with file.open("rb") as stream:
+            return _check(_Reader(file, stream, size))
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def _check(reader: _Reader) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    if reader.stream.read(4) != b"GGUF":
+        raise reader.broken("its first bytes are not GGUF")
+    version = reader.number("<I", "its version")
+    if version not in (2, 3):
+        raise reader.broken(f"version {version}; 2 and 3 are read")
+    tensors, values = reader.number("<Q", "its counts"), reader.number("<Q", "its counts")
+    if tensors > MOST_TENSORS or values > MOST_VALUES:
+        raise reader.broken(f"it promises {tensors} tensors and {values} values")
+    seen: set[str] = set()
+    alignment = 32
+    for _ in range(values):
+        name = _new(reader, seen, "the name of a value")
+        kind = reader.number("<I", name)
+        if name == ALIGNMENT:
+            alignment = reader.number("<I", name) if kind == 4 else 0
+            if not 8 <= alignment <= 2**16 or alignment & (alignment - 1):
+                raise reader.broken(f"{ALIGNMENT} is {alignment}")
+        else:
+            reader.value(kind, name)
+    places, total = [], 0
+    blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    seen.clear()
+    for _ in range(tensors):
+        name = _new(reader, seen, "the name of a tensor")
+        axes = reader.number("<I", name)
+        if axes > MOST_AXES:
+            raise reader.broken(f"{name!r} has {axes} axes")
+        shape = [reader.number("<Q", name) for _ in range(axes)]
+        kind, offset = reader.number("<I", name), reader.number("<Q", name)
+        if kind not in blocks:
+            raise reader.broken(f"{name!r} is of type {kind}")
+        count = 1
+        for n in shape:
+            count *= n
+        block, stored = blocks[kind]
+        if not shape or shape[0] % block or not 0 < count <= 2**40 or offset % alignment:
+            raise reader.broken(f"{name!r} {shape} does not consist of whole blocks")
+        places.append((name, offset, count // block * stored))
+        total += count
+    data = -(-reader.stream.tell() // alignment) * alignment
+    for name, offset, length in places:
+        if data + offset + length > reader.size:
+            raise reader.broken(f"{name!r} goes past its end")
+    return total
+
+
+def _new(reader: _Reader, seen: set[str], what: str) -> str:
+    name = reader.name(what)
+    if name in seen:
+        raise reader.broken(f"{name[:80]!r} stands twice")
+    seen.add(name)
+    return name

@@ -1,0 +1,133 @@
+"""The command as a child of one warmed process: with limits of memory and time, and what it printed."""
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 10
+MEMORY = 3 * 2**29
+"""Bytes that a child may take beside what its parent has mapped."""
+CRASH = 99
+"""The exit code of a child whose exception went past the command."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    argv: Sequence[str]
+    code: int
+    """Negative: the signal that ended it."""
+    out: str
+    err: str
+    seconds: float
+
+    def told(self) -> str:
+        """For the message of an assertion."""
+        return (
+            f"{' '.join(self.argv)}: code {self.code} after {self.seconds:.1f} s\n{self.out[-300:]}\n{self.err[-2500:]}"
+        )
+
+
+def warm() -> None:
+    """Import what the commands need, once; one thread, as a child cannot use the threads of its parent."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+
+    from llmq import answers, pipeline, plugin, replay, targets  # noqa: F401
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for word in plugin.words():
+        plugin.load(word)
+    answers.own_code()
+
+
+def command(
+    argv: Sequence[str],
+    folder: Path,
+    before: Callable[[], None] = lambda: None,
+    memory: int = MEMORY,
+    seconds: int = SECONDS,
+) -> Ended:
+    """Run `llmq ARGV` in `folder`; `before` is done in the child, just before the command."""
+    out, err = folder / ".out", folder / ".err"
+    began = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        _be_child(argv, folder, out, err, before, memory, seconds)
+    _, status = os.waitpid(pid, 0)
+    texts = [file.read_bytes()[-20_000:].decode(errors="replace") if file.exists() else "" for file in (out, err)]
+    return Ended(argv, os.waitstatus_to_exitcode(status), *texts, time.perf_counter() - began)
+
+
+def _be_child(
+    argv: Sequence[str], folder: Path, out: Path, err: Path, before: Callable[[], None], memory: int, seconds: int
+) -> None:
+    code = CRASH
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(seconds)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        for number, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1) for n in (1, 2))
+        os.environ |= {"LLMQ_CACHE": str(folder / "cache")}
+        os.chdir(folder)
+        sys.argv = ["llmq", *argv]
+        _limit(resource.RLIMIT_AS, mapped() + memory)
+        before()
+        from llmq import cli
+
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except BaseException:  # noqa: BLE001  # the parent is told of it
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def _limit(kind: int, value: int) -> None:
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def mapped() -> int:
+    """The bytes of addresses that this process has mapped."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def judge(ended: Ended, seed: int, allowed: Collection[int] = (0, 2)) -> str:
+    """A word for how it ended. Raises `AssertionError` for a crash, a hang, a traceback, or anything but one line."""
+    told = f"seed {seed}: {ended.told()}"
+    assert ended.code != -signal.SIGALRM, f"HANG {told}"
+    assert ended.code >= 0, f"CRASH {told}"
+    assert "Traceback" not in ended.out + ended.err, f"TRACEBACK {told}"
+    assert "unforeseen" not in ended.err, f"UNFORESEEN {told}"
+    assert ended.code in allowed, f"CODE {told}"
+    lines = [line for line in ended.err.splitlines() if line.startswith("llmq: ")]
+    if ended.code in (2, 4):
+        assert len(lines) == 1, f"LINES {told}"
+        assert ended.err.splitlines()[-1] == lines[0], f"LAST LINE {told}"
+        assert len(lines[0]) < 1500, f"LONG {told}"
+        assert lines[0].isprintable(), f"ESCAPES {told}"
+    return str(ended.code)
