@@ -28,6 +28,7 @@ from llmq.resampling import (
     Mean,
     Resampled,
     Scale,
+    believed,
     commonest,
     quantile_spread,
     t_quantile,
@@ -142,7 +143,7 @@ def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     found = _contrast(EXP if a.statistic == "exp" else PLAIN, seed, a, b)
     if not found or found.stderr:
         plain = Estimate(value, found.low, found.high, found.stderr, n, p=found.p) if found else None
-        return _at_least(plain, _seldom(a, b))
+        return _at_least(plain, _unseen(a, b))
     alike = _unvaried(a, b)
     if a.statistic != "exp":
         return alike
@@ -178,14 +179,14 @@ def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     if found and not found.stderr:
         return _exponential(_unvaried(a, b)) if a.statistic == "exp" else _unvaried_ratio(a, b)
     plain = Estimate(found.value, found.low, found.high, found.stderr, n, p=found.p) if found else None
-    seldom = _seldom(a, b)
-    if plain and seldom:
+    unseen = _unseen(a, b)
+    if plain and unseen:
         # The base's own figure is held to be what it was seen to be.
         level = float(figure(b)[0])
-        ends = [1 + end / level for end in seldom.interval]
+        ends = [1 + end / level for end in unseen.interval]
         if ends[0] <= 0:
             return None
-        plain = _at_least(plain, replace(seldom, low=log(ends[0]), high=log(ends[1]), stderr=seldom.stderr / level))
+        plain = _at_least(plain, replace(unseen, low=log(ends[0]), high=log(ends[1]), stderr=unseen.stderr / level))
     return _exponential(plain)
 
 
@@ -203,7 +204,7 @@ def alone(a: Samples, seed: int = 0) -> Estimate | None:
     if found and not found.stderr:
         return _unvaried_share(a)
     plain = Estimate(found.value, found.low, found.high, found.stderr, n) if found else None
-    return _exponential(plain) if a.statistic == "exp" else plain
+    return _exponential(plain) if a.statistic == "exp" else _at_least(plain, _unseen(a))
 
 
 def _are_one_network(a: Samples, b: Samples) -> bool:
@@ -214,21 +215,25 @@ def _are_one_network(a: Samples, b: Samples) -> bool:
     return a.statistic == "exp" and count(a) >= FEWEST and (a.values, a.weights) == (b.values, b.weights)
 
 
-def _seldom(a: Samples, b: Samples) -> Estimate | None:
-    """The difference of two means of scores from 0 to 1 most of whose pairs differ alike, such as by nothing.
+def _unseen(a: Samples, b: Samples | None = None) -> Estimate | None:
+    """A mean of scores from 0 to 1, or a difference of two, with room for what so few documents do not show.
 
-    Few pairs then tell how the others scatter. As to right and wrong answers (`proportions.difference`), half a pair
-    more is added of each kind: one that gains all, and one that loses all.
+    Most of few documents may score alike where one in ten is lost whole. As to right and wrong answers
+    (`proportions.difference`) one document more is added at each end of what is possible; of more documents a part of
+    one, and of `resampling.FEW` none, but where most pairs differ alike, such as by nothing: those scatter unseen. So a
+    difference is known to 0.20 at best of 8 documents and to 0.09 of 20.
     """
-    if not (_are_shares(a) and _are_shares(b)):
+    if not (_are_shares(a) and (b is None or _are_shares(b))):
         return None
-    rates, others = (values / weights for values, weights in (_rows(a), _rows(b)))
-    off, n = rates - others, len(rates)
-    if 2 * commonest(off) < n:
+    scores = _rates(a) if b is None else _rates(a) - _rates(b)
+    n, lowest = len(scores), 0.0 if b is None else -1.0
+    added = 1.0 if 2 * commonest(scores - scores.mean()) >= n else min(1.0, 2 - 2 * believed(n))
+    if not added:
         return None
-    middle = float(off.sum()) / (n + 2)
-    stderr = (float(np.sum(off**2)) + 1 - (n + 2) * middle**2) ** 0.5 / (n + 2)
-    return _normal(middle, stderr, n)
+    total = n + 2 * added
+    middle = float(scores.sum() + added * (lowest + 1)) / total
+    squares = float(np.sum(scores**2)) + added * (lowest**2 + 1)
+    return _normal(middle, (squares - total * middle**2) ** 0.5 / total, n)
 
 
 def _at_least(e: Estimate | None, other: Estimate | None) -> Estimate | None:
@@ -285,8 +290,7 @@ def _are_shares(samples: Samples) -> bool:
 
 def _apart(a: Samples, b: Samples) -> float:
     """How far two unrelated samples lie apart: the root of twice their variance."""
-    rates = (values / weights for values, weights in (_rows(a), _rows(b)))
-    return float(2**0.5 * max(rate.std(ddof=1) for rate in rates))
+    return float(2**0.5 * max(_rates(one).std(ddof=1) for one in (a, b)))
 
 
 def _check_pairs(a: Samples, b: Samples) -> None:
@@ -331,6 +335,12 @@ def _rows(samples: Samples) -> tuple[Any, Any]:
         return values, weights
     _, which = np.unique(samples.clusters, return_inverse=True)
     return np.bincount(which, values), np.bincount(which, weights)
+
+
+def _rates(samples: Samples) -> Any:
+    """The score of each document."""
+    values, weights = _rows(samples)
+    return values / weights
 
 
 def _weights(samples: Samples) -> Any:
