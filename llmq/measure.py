@@ -42,7 +42,7 @@ def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, 
             for name, clock in pairs if i % 2 == 0 else reversed(pairs):
                 taken[name].append(_seconds(name, clock, device, is_short))
         for name, clock in pairs:
-            measured[name] += [read(clock, r, taken[name], is_short) for r in clock.readings]
+            measured[name] += [read(clock, r, taken[name]) for r in clock.readings]
     return measured
 
 
@@ -66,8 +66,8 @@ def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
     return time.perf_counter() - start
 
 
-def read(clock: Clock, reading: Reading, seconds: Sequence[float], again: bool = False) -> Measurement:
-    """The quantile over the rounds, with its standard error; `again` as `seconds_of` had it."""
+def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measurement:
+    """The quantile over the rounds, with its standard error."""
     values = tuple(reading.of_seconds(s) for s in seconds)
     samples = Samples(values, statistic="quantile", quantile=reading.quantile)
     value, stderr = quantile_stderr(values, reading.quantile)
@@ -79,8 +79,9 @@ def read(clock: Clock, reading: Reading, seconds: Sequence[float], again: bool =
         reading.better,
         len(values),
         stderr,
-        f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage"
-        + (", each after one that is not timed" if again else ""),
+        # The rule, not whether the work was short: a protocol says nothing of what came out.
+        f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage, where work "
+        f"takes under {SHORT:g} s each after one that is not timed",
         samples,
     )
 

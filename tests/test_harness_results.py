@@ -213,8 +213,8 @@ def test_flips_are_of_documents_that_both_models_answered(tiny_llama):
     divergence = plugin.build({"divergence": {"tasks": ["pydoc_continuation"]}}, "tasks")
     before = {f"t:{i}": float(i % 2) for i in range(8)}
     after = {f"t:{i}": float(i % 2) for i in range(1, 9)}
-    found = {m.metric: m for m in divergence._flips("t", before, after, "base")}
+    found = {m.metric: m for m in divergence._flips("t", before, after, 10, "base")}
     assert {m.value for m in found.values()} == {0.0}
     assert {m.n for m in found.values()} == {7}
-    assert "2 of 9 questions left unscored" in found["flips t"].convention
+    assert "3 of 10 questions left unscored" in found["flips t"].convention
     assert not math.isnan(torch.tensor([m.value for m in found.values()]).sum())

@@ -117,8 +117,20 @@ def test_a_reading_turns_every_second_into_its_unit_and_takes_the_median():
     assert measurement.value == 32.0
     assert measurement.samples.values == (64.0, 32.0, 16.0)
     assert (measurement.samples.statistic, measurement.samples.quantile) == ("quantile", 0.5)
-    assert measurement.convention == "64 tokens; median of rounds taken in turn with every other stage"
+    assert measurement.convention == (
+        "64 tokens; median of rounds taken in turn with every other stage, "
+        "where work takes under 0.1 s each after one that is not timed"
+    )
     assert measurement.stderr > 0
+
+
+def test_a_protocol_says_the_same_of_short_and_long_work(monkeypatch):
+    told = []
+    for seconds in (0.01, 3.0):
+        monkeypatch.setattr("llmq.measure.seconds_of", lambda *_, s=seconds: s)
+        (found,) = interleave({"a": [Clock("speed", lambda: None, (RATE,), "64 tokens")]}, "cpu")["a"]
+        told.append(found.convention)
+    assert told[0] == told[1]
 
 
 def test_a_reading_may_be_another_quantile():

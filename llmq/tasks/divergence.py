@@ -68,9 +68,9 @@ class Divergence(Task):
         its_hash = sha256_files(base.artifact.weight_files())[:12]
         yield from self._on_text(loaded, base, its_hash)
         if self.tasks:
-            before, after = (dict(self._right(model)) for model in (base, loaded))
-            for task, was in before.items():
-                yield from self._flips(task, was, after[task], its_hash)
+            before, after = (list(self._right(model)) for model in (base, loaded))
+            for (task, was, asked), (_, now, _) in zip(before, after, strict=True):
+                yield from self._flips(task, was, now, asked, its_hash)
 
     def _on_text(self, loaded: Loaded, base: Loaded, its_hash: str) -> Iterable[Measurement]:
         from llmq.tasks.kl import apart, figures
@@ -87,8 +87,8 @@ class Divergence(Task):
         )
         return figures(found, self.name, "kl_to_base", protocol)
 
-    def _right(self, model: Loaded) -> Iterator[tuple[str, dict[str, float]]]:
-        """For each task whether each question was answered right, by the plain `acc` of lm-eval."""
+    def _right(self, model: Loaded) -> Iterator[tuple[str, dict[str, float], int]]:
+        """For each task whether each scored question was answered right, by the plain `acc`, and how many it has."""
         from llmq.tasks.harness_results import answers, identity
         from llmq.tasks.harness_run import evaluated
 
@@ -96,13 +96,14 @@ class Divergence(Task):
         found = evaluated(model, self._asked(), size, limit=self.limit)
         found.end()
         for task in found.results["samples"]:
-            right = {identity(s): float(s["acc"]) for s in answers(found.results, task) if s.get("acc") is not None}
+            asked = answers(found.results, task)
+            right = {identity(s): float(s["acc"]) for s in asked if s.get("acc") is not None}
             if not right:
                 raise UserError(f"tasks: flips are counted on right and wrong answers, and {task!r} has no 'acc'")
-            yield task, right
+            yield task, right, len({identity(s) for s in asked})
 
     def _flips(
-        self, task: str, before: Mapping[str, float], after: Mapping[str, float], base: str
+        self, task: str, before: Mapping[str, float], after: Mapping[str, float], asked: int, base: str
     ) -> Iterator[Measurement]:
         ids = tuple(i for i in before if i in after)  # a task may leave a question unscored for one of the models
         pairs = [(before[i], after[i]) for i in ids]
@@ -111,7 +112,6 @@ class Divergence(Task):
         lost = tuple(float(b >= 0.5 > a) for b, a in pairs)
         gained = tuple(float(a >= 0.5 > b) for b, a in pairs)
         both = tuple(x + y for x, y in zip(lost, gained, strict=True))
-        asked = len({*before, *after})
         left = f", {asked - len(ids)} of {asked} questions left unscored" if len(ids) < asked else ""
         how = f"the first {asked} questions of {task}, by acc; base {base}{left}"
         for metric, values, better, what in (
