@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import isfinite
@@ -156,15 +157,21 @@ BESIDE = (
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PACKED = {"U8": "uint8", "I8": "int8", "I32": "int32", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
 """safetensors' names of dtypes."""
+GRAPHS = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "u8": "U8", "i8": "I8", "i32": "I32"}
+"""OpenVINO's names of dtypes, in safetensors' words."""
+CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*\bsize="(\d+)"')
 
 
 def stored_as(files: Iterable[Path]) -> str:
-    """The dtype that most weights of safetensors files are stored in; packed ones with that of the rest beside them.
+    """The dtype that most weights of safetensors files or of a graph are stored in; packed ones with that of the rest.
 
     Such as `float32`, or `uint8 and bfloat16`. Empty where no file tells.
     """
     held: Counter[str] = Counter()
     for file in files:
+        if file.suffix == ".xml" and file.is_file():
+            for dtype, size in CONSTANT.findall(file.read_text(encoding="utf-8")):
+                held[GRAPHS.get(dtype, dtype.upper())] += int(size)
         if file.suffix == ".safetensors" and file.is_file():
             for tensor in safetensors_files.header(file).values():
                 held[tensor.dtype] += tensor.end - tensor.begin

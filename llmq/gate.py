@@ -14,7 +14,7 @@ from llmq import estimates, power, results
 from llmq.errors import UserError, did_you_mean
 from llmq.estimates import FEWEST, Estimate, count, pairs
 from llmq.protocols import unlike, unpaired
-from llmq.report.table import HEADLINE
+from llmq.report.table import HEADLINE, is_size, stored_otherwise
 from llmq.results import Key
 from llmq.rules import Rule, read_rule
 from llmq.statistics import too_few
@@ -53,18 +53,26 @@ class Verdict:
     fine: int | None = None
     only_stage: int = 0
     only_base: int = 0
+    stored: str = ""
+    """The dtypes that the stage and the base are stored in, where a part of a rule on size speaks of these."""
 
 
 def judge(
-    rules: Iterable[Rule], stage: str, found: Sequence[Measurement], base: Sequence[Measurement]
+    rules: Iterable[Rule], stage: str, found: Sequence[Measurement], base: Sequence[Measurement], stored: str = ""
 ) -> list[Verdict]:
     """The verdict on each rule. `found` and `base` are the same list where the base is set beside itself.
 
-    Raises `UserError` for a rule that names no figure, or several.
+    `stored` names the dtypes of the two, where they differ. Raises `UserError` for a rule that names no figure, or
+    several.
     """
     before = {(m.task, m.metric): m for m in base}
     broken = next(filter(None, (_unhealthy(m) for m in base if m.better == "lower")), "")
-    return [_judge(rule, stage, resolve(rule, found), before, found is base, broken) for rule in rules]
+    verdicts = []
+    for rule in rules:
+        m = resolve(rule, found)
+        verdict = _judge(rule, stage, m, before, found is base, broken)
+        verdicts.append(replace(verdict, stored=stored) if rule.is_relative and is_size(m) else verdict)
+    return verdicts
 
 
 def of_run(target: str, texts: Iterable[str], stage: str | None = None) -> list[Verdict]:
@@ -82,7 +90,8 @@ def of_run(target: str, texts: Iterable[str], stage: str | None = None) -> list[
     if name not in stages:
         raise UserError(f"run {target!r} has no measured stage {name!r}{did_you_mean(name, stages)}")
     base = next(iter(stages.values()))
-    return judge(rules, name, stages[name].measurements, base.measurements)
+    stored = stored_otherwise(stages[name].stored, base.stored)
+    return judge(rules, name, stages[name].measurements, base.measurements, stored)
 
 
 def overall(verdicts: Sequence[Verdict]) -> Outcome:

@@ -11,10 +11,11 @@ import yaml
 
 from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, stopping, trust
 from llmq.errors import UserError, one_line
-from llmq.files import check_space, make_whole, sha256_files, write_text
+from llmq.files import check_space, make_whole, sha256_files, stored_as, write_text
 from llmq.questions import answer_by, question, take_times
 from llmq.recipe import Recipe, check_order
 from llmq.report import Failure, Report, Stage
+from llmq.report.table import stored_otherwise
 from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
 from llmq.source import Source, read
@@ -200,7 +201,9 @@ def judged(report: Report, rules: Sequence[Rule], stages: Mapping[str, Stage], b
     """The report with the verdicts on the last stage; a rule on what a failed task did not measure is a failure too."""
     last = [stage for stage in stages.values() if stage.measurements or stage.failures][-1]
     try:
-        verdicts = gate.judge(rules, last.name, last.measurements, stages[baseline].measurements)
+        base = stages[baseline]
+        stored = stored_otherwise(*(stored_as(s.artifact.weight_files()) for s in (last, base)))
+        verdicts = gate.judge(rules, last.name, last.measurements, base.measurements, stored)
         return replace(report, gate=gate_as_data(verdicts))
     except UserError as error:
         if not report.failures:

@@ -12,6 +12,7 @@ from scipy import stats
 from llmq import compare, gate, pipeline, proportions, protocols, recipe, statistics
 from llmq.errors import UserError
 from llmq.estimates import alone, difference, ratio
+from llmq.files import stored_as
 from llmq.proportions import Table
 from llmq.report import Report, Stage, markdown, screen, verdicts
 from llmq.rules import read_rule
@@ -115,6 +116,20 @@ def test_no_flip_of_n_leaves_room_for_three_of_n():
     assert proportions.at_most(0, 300) == pytest.approx(3 / 300, rel=0.01)
     found = alone(Samples((0.5,) * 300))
     assert found.interval == pytest.approx((0.5 * 0.05 ** (1 / 300), 0.5 * 0.05 ** (1 / 300) + 1 - 0.05 ** (1 / 300)))
+
+
+def test_few_documents_leave_room_for_one_that_is_lost_whole():
+    scores = np.random.default_rng(8).normal(0.9, 0.01, 20)
+    stderr = (2 - 22 * (scores.sum() / 22 - 20 * 0.9 / 22) ** 2) ** 0.5 / 22
+    found = difference(Samples(tuple(scores)), Samples((0.9,) * 20))
+    assert found.high - found.low == pytest.approx(2 * proportions.Z * stderr, rel=1e-3)
+    # Alone: one document of 0 and one of 1 more.
+    more = np.append(scores, (0.0, 1.0))
+    found = alone(Samples(tuple(scores)))
+    assert found.low == pytest.approx(more.mean() - proportions.Z * more.std() / 22**0.5)
+    many = np.random.default_rng(8).normal(0.9, 0.01, 50)
+    found = difference(Samples(tuple(many)), Samples((0.9,) * 50))
+    assert found.high - found.low < 2.2 * stats.t.ppf(0.975, 49) * stats.sem(many)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.5])
@@ -393,6 +408,32 @@ def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, capsys, b
     verdicts.show_comparison(compare.side_by_side(compare.targets([str(run)])))
     told = capsys.readouterr().out
     assert f"1-x: {says}" in told if says else "stored as" not in told
+    stored_of = verdicts.comparison_as_data(compare.side_by_side(compare.targets([str(run)])))["stored"]
+    assert base in stored_of["0-base"]
+    in_memory, parameters = (replace(size(2), metric=m, unit=u) for m, u in (("bytes_in_memory", "bytes"), ("n", "1")))
+    for rule, m, is_told in (
+        ("size <= 0.5x base", size(1), True),
+        ("bytes_in_memory <= 0.9x base", in_memory, True),
+        ("size <= 2 MB", size(1), False),
+        ("n <= base", parameters, False),
+    ):
+        judged_so = gate.judge([read_rule(rule)], "1-x", [m], [m, size(2)][:1], says)
+        assert (says in verdicts.sentence(asdict(judged_so[0]))) == (is_told or not says)
+    verdicts.show_gate(verdicts.gate_as_data(gate.of_run(str(run), ["size <= 0.5x base"])))
+    told = capsys.readouterr().out
+    assert says in told if says else "stored as" not in told
+
+
+def test_the_dtype_of_a_graph_is_that_of_its_constants(tmp_path):
+    layers = "".join(
+        f'<layer id="{i}" name="{i}" type="Const" version="opset1">\n\t<data element_type="{dtype}" shape="{size}" '
+        f'offset="0" size="{size}" />\n</layer><layer id="9{i}" type="Convert"><data destination_type="f32" /></layer>'
+        for i, (dtype, size) in enumerate((("i64", 16), ("f16", 600), ("f32", 40)))
+    )
+    (tmp_path / "model.xml").write_text(f"<net><layers>{layers}</layers></net>")
+    assert stored_as([tmp_path / "model.xml", tmp_path / "model.bin"]) == "float16"
+    (tmp_path / "model.xml").write_text(f"<net><layers>{layers.replace('f16', 'i8')}</layers></net>")
+    assert stored_as([tmp_path / "model.xml"]) == "int8 and float32"
 
 
 def test_a_ratio_of_shares_of_none_has_no_endless_interval():

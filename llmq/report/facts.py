@@ -1,5 +1,6 @@
 """What a reader must know besides the table: where each stage came from, how each figure was taken, on what."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from llmq.report import Report
 from llmq.report.table import rows
 from llmq.report.verdicts import sentence
 
+HASH = re.compile(r"[0-9a-f]{64}")
 Facts = dict[str, list[tuple[str, str]]]
 
 
@@ -29,17 +31,17 @@ def facts(report: Report) -> Facts:
 
 def _stage(stage: Mapping[str, Any]) -> str:
     notes = {k: v for k, v in stage["notes"].items() if v not in (None, {}, [])}
-    told = [f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v)}" for k, v in notes.items())]
+    told = [f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v, k)}" for k, v in notes.items())]
     reused = stage.get("reused")
     return "; ".join(
         told + ([f"not measured anew but kept from an earlier run: {', '.join(reused)}"] if reused else [])
     )
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, key: str = "") -> str:
     if isinstance(value, Mapping):
         inner = {k: v for k, v in value.items() if not isinstance(v, list)}  # curves are drawn, not listed
         return ", ".join(
-            f"{k} ({_plain(v)})" if isinstance(v, Mapping) else f"{k} {_plain(v)}" for k, v in inner.items()
+            f"{k} ({_plain(v, k)})" if isinstance(v, Mapping) else f"{k} {_plain(v, k)}" for k, v in inner.items()
         )
-    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)

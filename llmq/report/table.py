@@ -6,6 +6,7 @@ from typing import Any
 
 from llmq.estimates import FEWEST
 from llmq.report import Report
+from llmq.types import Measurement
 
 TOLD = {"unknown": "direction unknown"}
 MARKS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?"}
@@ -167,6 +168,11 @@ def left_out(c: Mapping[str, Any]) -> str:
         f"judged on the {c['n']:,} documents that both scored; left out: {c['only_stage']:,} that only the stage "
         f"scored, {c['only_base']:,} that only the base scored"
     )
+
+
+def is_size(m: Measurement) -> bool:
+    """Whether a figure counts bytes that a dtype makes more or fewer."""
+    return m.exact and m.unit == "bytes"
 
 
 def _stored_otherwise(report: Report, name: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmq.compare import SideBySide
 from llmq.gate import EXIT_CODES, Verdict, overall
-from llmq.report.table import ARROWS, MARKS, left_out, number, stored_otherwise, unsaid
+from llmq.report.table import ARROWS, MARKS, is_size, left_out, number, stored_otherwise, unsaid
 from llmq.statistics import Comparison
 from llmq.types import Measurement
 
@@ -57,7 +57,7 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
     for name, c in found.comparisons:
         if said := unsaid(asdict(c)):
             out.print(f"{name}: {c.task} {c.metric}: {said}", markup=False, soft_wrap=True)
-    sized = {name for name, c in found.comparisons if c.metric == "bytes_on_disk"}
+    sized = {name for name, c in found.comparisons if is_size(first.figures[c.task, c.metric])}
     for other in others:
         if other.name in sized and (said := stored_otherwise(other.stored, first.stored)):
             out.print(f"{other.name}: {said}", markup=False, soft_wrap=True)
@@ -89,6 +89,7 @@ def comparison_as_data(found: SideBySide) -> dict[str, Any]:
     return {
         "against": first,
         "results": [r.name for r in found.results],
+        "stored": {r.name: r.stored for r in found.results if r.stored},
         "measurements": [
             {"result": r.name, **{k: v for k, v in asdict(m).items() if k != "samples"}}
             for r in found.results
@@ -127,6 +128,8 @@ def _parts(v: Mapping[str, Any]) -> Iterator[str]:
     yield f"{v['rule']}: {v['task']} {v['metric']} {seen}{' of the base' if v['kind'] == 'ratio' else ''}"
     if v["reason"]:
         yield v["reason"]
+    if v.get("stored"):
+        yield v["stored"]
     if said := left_out(v):
         yield said
     if v["verdict"] == "undecided" and v["ci95"]:
