@@ -1,6 +1,7 @@
 """What a step wrote is opened again, and a stage that is another model than was meant is no stage."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_configuration_that_changes_the_answers_is_found_where_every_tensor_is
     write_json(stage.weights / "config.json", {**config, "rms_norm_eps": 0.1})
     with pytest.raises(LlmqError, match=r"its answers are apart by .*, and no tensor is"):
         reopened(what, stage, "cpu")
+
+
+def test_a_training_that_changes_nothing_is_a_finding(tiny_llama, tiny_jsonl, tmp_path):
+    """A rate of 1e-30 moves LoRA's matrix of zeros, and no logit; statistics of batches are learnt at any rate."""
+    still = apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **LORA, learning_rate=1e-30)
+    moved = apply("adapt.lora", base_of(tiny_llama), tmp_path / "b", data=str(tiny_jsonl), **LORA)
+    assert still.notes["finding"] == "training changed nothing: the model answers to the bit as before"
+    base = plugin.build({"srresnet": {"scale": 2, "channels": 1, "n_feats": 8, "n_resblocks": 1}}, "models").base(CPU)
+    image = apply("adapt.train", base, tmp_path / "c", **TRAIN, learning_rate=1e-30)
+    assert re.fullmatch(
+        r"training changed nothing: its weights moved by \S+e-\d\d of their norm", image.notes["finding"]
+    )
+    assert not {"finding"} & {*moved.notes, *apply("adapt.train", base, tmp_path / "d", **TRAIN).notes}
 
 
 @pytest.mark.parametrize("stored_as", ["gptq", "gptq_v2"])

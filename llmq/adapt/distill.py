@@ -42,6 +42,7 @@ class Distill(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
         from llmq.adapt.loop import Plan, train
+        from llmq.adapt.moved import Start
         from llmq.models.reopened import meant, reopened
         from llmq.models.state import save_network
 
@@ -68,13 +69,15 @@ class Distill(Step):
         base = artifact.model.base(context)
         with base.open(context.device) as teacher, artifact.open(context.device) as pupil:
             lessons: Any = Lessons(artifact.model, teacher, self.loss)
+            start = Start(artifact.model, pupil.module)
             taught = replace(pupil, artifact=replace(artifact, model=lessons))
             history = train(taught, range(self.batch_size), range(WATCHED), plan, folder)
             save_network(pupil.module, folder)
             what = meant(artifact.model, pupil.module)
+            moved = start.moved(pupil.module, what)
         about = {"teacher": "0-base", "loss": self.loss, "loss_unit": f"{self.loss.upper()} on [-1, 1]"}
         settings = {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "seed": plan.seed}
-        made = artifact.then(self, weights=folder, notes={"training": {**history, **about, **settings}})
+        made = artifact.then(self, weights=folder, notes={"training": {**history, **about, **settings}, **moved})
         return reopened(what, made, context.device)
 
 

@@ -116,6 +116,7 @@ class Lora(Step):
         from transformers import set_seed
 
         from llmq.adapt.fast_path import choose
+        from llmq.adapt.moved import Start
         from llmq.adapt.training import train
         from llmq.data.tokens import unused
         from llmq.models.hugging_face import copy_tokenizer
@@ -130,9 +131,12 @@ class Lora(Step):
             rows, held_out, counts = self._rows(loaded, split, way.packing)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
             pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
-            history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
             # With several processes none holds the whole model; then it is only seen to open.
-            what = meant(artifact.model, model) if processes.count() == 1 else None
+            alone = processes.count() == 1
+            start = Start(artifact.model, model) if alone else None
+            history = train(model, way.fast, rows, held_out, pad, folder, arguments, asked)
+            what = meant(artifact.model, model) if alone else None
+            moved = start.moved(model, what) if start and what else {}
         if processes.is_first():
             copy_tokenizer(artifact.weights, folder)  # an adapter is shared without its base
         about = {"seed": seed, "packing": way.packing, "fast_path": way.why_slow or "used"}
@@ -143,6 +147,7 @@ class Lora(Step):
             | unused(split, loaded.processor),
             "tokens": counts,
             "training": {**history, **about},
+            **moved,
         }
         made = artifact.then(self, adapter=folder, notes=notes)
         return reopened(what, made, context.device, REPACKED if artifact.packed else 0.0) if what else made

@@ -65,6 +65,7 @@ class Train(Step):
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
         from llmq.adapt.loop import Plan, train
+        from llmq.adapt.moved import Start
         from llmq.models.reopened import meant, reopened
         from llmq.models.state import save_network
 
@@ -86,12 +87,15 @@ class Train(Step):
             keep_zeros="prune.magnitude" in artifact.history if self.keep_sparsity is None else self.keep_sparsity,
         )
         with artifact.open(context.device) as loaded:
+            start = Start(model, loaded.module)
             history = train(loaded, split.train, split.held_out[: self.held_out_examples], plan, folder)
             save_network(loaded.module, folder)
             what = meant(model, loaded.module)
+            moved = start.moved(loaded.module, what)
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
             "training": {**history, **learning, "seed": plan.seed, "loss_unit": model.learning.loss_unit},
+            **moved,
         }
         return reopened(what, artifact.then(self, weights=folder, notes=notes), context.device)
 

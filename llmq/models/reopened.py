@@ -53,13 +53,13 @@ def written(tensors: Mapping[str, Any], file: Path) -> None:
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
         for name, tensor in tensors.items():
-            if name not in names or not _same_bits(opened.get_tensor(name), tensor):
+            if name not in names or not same_bits(opened.get_tensor(name), tensor):
                 raise LlmqError(f"{str(file)!r}: {name} is not what was to be written; is the disk sound?")
         if more := sorted(names - tensors.keys()):
             raise LlmqError(f"{str(file)!r} holds {more[0]}, which was not to be written")
 
 
-def _same_bits(a: Any, b: Any) -> bool:
+def same_bits(a: Any, b: Any) -> bool:
     import torch
 
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(_bytes(a), _bytes(b.cpu())))
@@ -80,7 +80,7 @@ def _hashes(module: Any) -> dict[str, str]:
 
 def _apart(meant: Any, found: Any) -> float:
     """The norm of the difference as a share of that of the answer; 0 for the same bits."""
-    if _same_bits(meant, found):
+    if same_bits(meant, found):
         return 0.0
     if meant.shape != found.shape:
         return float("inf")

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmq.report import Report
-from llmq.report.table import LEGEND, failed, notes, rows
+from llmq.report.table import LEGEND, alarms, notes, rows
 
 COLOURS = {"better": "green", "worse": "red"}
 
@@ -30,5 +30,5 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print(LEGEND, style="dim")
     for line in notes(report):
         console.print(line, style="dim", markup=False, soft_wrap=True)
-    for line in failed(report):
+    for line in alarms(report):
         console.print(line, style="red", markup=False, soft_wrap=True)

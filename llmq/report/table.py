@@ -119,14 +119,15 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}" if size >= 0.001 or size == 0 else f"{value:.1e}"
 
 
-def failed(report: Report) -> list[str]:
-    """One line for each task that failed at a stage."""
-    return [f"FAILED: {f['stage']}: {f['task']}: {f['error']}" for f in report.failures]
+def alarms(report: Report) -> list[str]:
+    """One line for each task that failed at a stage, and for each step that did not do what it is for."""
+    found = [f"FINDING: {s['name']}: {s['notes']['finding']}" for s in report.stages if "finding" in s["notes"]]
+    return [f"FAILED: {f['stage']}: {f['task']}: {f['error']}" for f in report.failures] + found
 
 
 def summary(report: Report) -> list[str]:
-    """One line a failure; one line a stage: the ratios to the base that most people look for first."""
-    lines = failed(report)
+    """One line an alarm; one line a stage: the ratios to the base that most people look for first."""
+    lines = alarms(report)
     for name in report.measured[1:]:
         found: dict[str, str] = {}
         for c in report.comparisons:
