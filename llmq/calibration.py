@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PositiveInt
 
 from llmq.errors import UserError
-from llmq.models.skeleton import Skeleton
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.types import Artifact
 
@@ -25,6 +25,10 @@ class Calibrated(BaseModel):
     samples: PositiveInt = Field(128, description="calibration windows, drawn at random under the seed")
     length: PositiveInt = Field(512, description="tokens in a window")
     true_sequential: bool = Field(True, description="a layer sees what became of those before it in its own block")
+
+    def needs(self) -> Needs:
+        """Positions for a window."""
+        return Needs("length", self.length)
 
     def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
         """Token windows that do not overlap, and notes on them. Raises `UserError` if there is not one token."""
@@ -49,15 +53,6 @@ class Calibrated(BaseModel):
             "samples": len(windows),
             "tokens": sum(map(len, windows)),
         }
-
-
-def check_length(step: BaseModel, source: Skeleton) -> None:
-    """Raise `UserError` if a step calibrates with windows that the model has no positions for."""
-    if not isinstance(step, Calibrated):
-        return
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if positions and step.length > positions:
-        raise UserError(f"length {step.length}: the model has {positions} positions; that many tokens at most")
 
 
 class Gathered:

@@ -118,23 +118,44 @@ def portable_path(path: Path, folder: Path) -> str:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The weights of a model in one file, or the list of the files that hold them."""
+OTHER_NAME = "transformers_weights"
+"""The key of `config.json` under which a folder names another file or index than those two."""
+
+
+def entry_of(folder: Path) -> Path | None:
+    """The file where transformers begins: the one that `config.json` names, the single file, or the index; or None.
+
+    Raises `UserError` for a `transformers_weights` that transformers does not take, or that is not there.
+    """
+    config = folder / "config.json"
+    name = json_files.read_object(config).get(OTHER_NAME) if config.is_file() else None
+    if name is None:
+        return next((folder / known for known in (SINGLE, INDEX) if (folder / known).exists()), None)
+    where = f"{str(config)!r}: {OTHER_NAME} {name!r}"
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"{where} is no *.safetensors and no *.safetensors.index.json")
+    if not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
+        raise UserError(f"{where} lies outside the folder; name a file in it")
+    if not (folder / name).is_file():
+        raise UserError(f"{where} is not there; take the key away, and {SINGLE} or {INDEX} is opened")
+    return folder / name
 
 
 def safetensors_of(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, in transformers' own order: the single file, those of the index, or all.
+    """The files that hold a model's weights: what transformers opens (`entry_of`), or all where it would open none.
 
     A repository may hold the same weights twice, as `consolidated.safetensors` too; what is opened is what counts.
     """
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    index = folder / INDEX
+    entry = entry_of(folder)
+    if entry and entry.suffix == ".safetensors":
+        return [entry]
     try:
-        shards = set(json_files.read(index)["weight_map"].values()) if index.exists() else set()
+        shards = set(json_files.read(entry)["weight_map"].values()) if entry else set()
         named = [folder / name for name in sorted(shards)]
     except (UserError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{str(index)!r} is no index of weights; copy it again, or remove it") from None
+        raise UserError(f"{str(entry)!r} is no index of weights; copy it again, or remove it") from None
     if odd := [name for name in sorted(shards) if Path(name).name != name]:
-        raise UserError(f"{str(index)!r} names {odd[0]!r}; the files of weights lie beside it")
+        raise UserError(f"{str(entry)!r} names {odd[0]!r}; the files of weights lie in the folder itself")
     return named or sorted(folder.glob("*.safetensors"))
 
 

@@ -154,7 +154,7 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         if step:
             check_space(folder, step.space(before), f"stage {folder.name}")
         began = time.perf_counter()
-        made = step.apply(before, partial, context) if step else before
+        made = applied(step, before, partial, context) if step else before
         seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}
         trusted = {"trusted": trust.told()} if trust.told() else {}
         replace(made, notes={**made.notes, **seconds, **trusted}).save(partial)
@@ -166,9 +166,15 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     if processes.is_first():
         make_whole(folder, fill)
     elif step and step.in_every_process and not done:
-        step.apply(before, folder.with_name(f".{folder.name}.partial"), context)
+        applied(step, before, folder.with_name(f".{folder.name}.partial"), context)
     processes.wait(context.device)
     return Artifact.load(folder)
+
+
+def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Artifact:
+    """What a step makes of a stage; its errors bear its name."""
+    with reading.asking(step.word):
+        return step.apply(before, folder, context)
 
 
 def finish(

@@ -1,10 +1,12 @@
 """What the steps and tasks of a run read, and where nobody named it: the run's own data."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from llmq import plugin
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
+from llmq.needs import Needs
 from llmq.types import Artifact, Data, Model, Plugin, Step, Task
 
 P = TypeVar("P", Step, Task)
@@ -105,8 +107,14 @@ def check_base(
     before = [data for data in _trained_on(made_by) if has_classes and is_here(data)]
     learned = {called(data): base.model.outputs_of(data.read()) for data in before}
     parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *named(tasks).items()]
+    needs: dict[str, Needs] = {}
     for name, part in parts:
-        try:
+        with asking(where, name):
+            needs[name] = part.needs()
+    with asking(where):
+        base.model.check_fits(base, needs)
+    for name, part in parts:
+        with asking(where, name):
             part.check_base(base)
             for data in data_of(part):
                 if isinstance(part, Step) and part.uses == "calibration" and not len(data.read().train):
@@ -115,8 +123,15 @@ def check_base(
                     outputs = base.model.outputs_of(data.read())
                     _check_classes(outputs, learned, called(data))
                     learned |= {called(data): outputs} if data in _trained_on([part]) else {}
-        except UserError as error:
-            raise UserError(f"{where}: {name}: {error}") from None
+
+
+@contextmanager
+def asking(*who: str) -> Iterator[None]:
+    """Put before an error who was asked: a step or a task does not name itself."""
+    try:
+        yield
+    except LlmqError as error:
+        raise type(error)(": ".join((*who, str(error)))) from error
 
 
 def _trained_on(parts: Iterable[Plugin]) -> list[Data]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from llmq.errors import LlmqError, UserError
+from llmq.needs import Needs
 
 Better = Literal["higher", "lower", "unknown"]
 """The direction of a figure; of an unknown one there is no verdict and no gate."""
@@ -45,6 +46,10 @@ class Plugin(BaseModel):
         """
         unset = [name for name in type(self).model_fields if name not in self.model_fields_set]
         return {name: its for name in unset if isinstance(its := getattr(self, name), Data)}
+
+    def needs(self) -> Needs:
+        """What it needs of a language model, where it is a step or a task."""
+        return Needs()
 
     def check(self) -> None:
         """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy.
@@ -99,6 +104,9 @@ class Model(Plugin):
     def probe(self, module: Any) -> "Sequence[Any]":
         """What an open module answers to one fixed input, as tensors: the same for the same weights."""
         raise NotImplementedError
+
+    def check_fits(self, artifact: "Artifact", needs: Mapping[str, Needs]) -> None:
+        """Raise `UserError` for parts that do not fit each other, or lack what a step or task, by its name, needs."""
 
     def outputs_of(self, split: "Split") -> Mapping[int, str]:
         """The class that each output stands for by its number alone, where no name that the weights know decides."""

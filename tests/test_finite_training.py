@@ -53,7 +53,7 @@ def test_lora_ends_at_the_step_and_keeps_the_last_whole_checkpoint(what, tiny_ll
 
 
 def test_a_learning_rate_that_diverges_leaves_no_adapter_and_no_loss_of_nought(tiny_llama, tiny_jsonl, tmp_path):
-    with pytest.raises(LlmqError, match=r"adapt\.lora: .* finite"):
+    with pytest.raises(LlmqError, match=r"finite"):
         apply(
             "adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl),
             **{**QUICK, "learning_rate": 1e38, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 1e30},
@@ -117,12 +117,12 @@ class Breaking(Tiny):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_an_image_model_ends_at_the_step_and_keeps_the_last_whole_checkpoint(what, judges, tmp_path, monkeypatch):
     monkeypatch.setattr(plugin, "load", lambda word: Breaking)
-    who = "training of the loss" if judges else "training"
+    who = " of the loss" if judges else ""
     named = {
-        "loss": "the loss of step 3 is not a finite number",
-        "gradient": r"the gradient of 0\.weight in step 3 is not",
+        "loss": f"the loss{who} of step 3 is not a finite number",
+        "gradient": rf"the gradient of 0\.weight{who} in step 3 is not",
     }
-    with pytest.raises(LlmqError, match=rf"^{who}: {named[what]}.*kept in .*checkpoint-2$"):
+    with pytest.raises(LlmqError, match=rf"^{named[what]}.*kept in .*checkpoint-2$"):
         trained(tmp_path / "a", Breaking(judges=judges, what=what), save_steps=2)
     kept = torch.load(tmp_path / "a/checkpoints/checkpoint-2/state.pt", weights_only=True)
     assert kept["step"] == 2
@@ -154,7 +154,7 @@ def test_a_batch_of_one_under_batch_normalization_is_one_line(tmp_path, monkeypa
             return torch.nn.Sequential(*layers)
 
     monkeypatch.setattr(plugin, "load", lambda word: OneValue)
-    with pytest.raises(UserError, match=r"^training: normalization over a batch .*; raise batch_size above 1"):
+    with pytest.raises(UserError, match=r"^normalization over a batch .*; raise batch_size above 1"):
         trained(tmp_path / "a", OneValue(), batch_size=1)
     assert trained(tmp_path / "b", OneValue(), batch_size=2).notes["training"]["steps"] == 12
 
@@ -166,7 +166,7 @@ def test_a_merge_that_overflows_its_dtype_is_refused_by_the_tensors_name(tiny_ll
     file = stage.adapter / "adapter_model.safetensors"
     tensors = {k: torch.full_like(v, 300.0) for k, v in load_file(file).items()}
     save_file(tensors, file)
-    with pytest.raises(LlmqError, match=r"adapt\.merge: \S+ is not finite in float16; set dtype: float32"):
+    with pytest.raises(LlmqError, match=r"\S+ is not finite in float16; set dtype: float32"):
         apply("adapt.merge", stage, tmp_path / "m", dtype="float16")
 
 

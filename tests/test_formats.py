@@ -1,17 +1,20 @@
 """Folders that are not read are refused in one line that names what they are and the cure."""
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, apply, base_of, logits_of, some_ids
+import yaml
+from helpers import apply, base_of, logits_of, some_ids
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.models import formats
+from llmq.models import formats, hugging_face
 
 
 def with_config(folder: Path, target: Path, **changes: Any) -> Path:
@@ -23,15 +26,71 @@ def with_config(folder: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
-OTHERS = ["awq", "compressed-tensors", "hqq", "quanto", "aqlm", "torchao", "bitnet", "fp8", "eetq", "higgs", "vptq"]
-OTHERS += ["spqr", "mxfp4", "quark", "fbgemm_fp8", "auto-round", "nobody-knows"]
+# Names as transformers' `QuantizationMethod` has them -> as a person knows them, and the cure of each.
+OTHERS = {
+    "awq": ("AWQ", "quantize.gptq {bits: 4, group_size: 128} packs that"),
+    "compressed-tensors": ("compressed-tensors", "CompressedTensorsConfig(dequantize=True)"),
+    "hqq": ("HQQ", "quantize.rtn {bits: 4, mse: true} packs that"),
+    "quanto": ("Quanto", "quantize.rtn {bits: 8} packs that"),
+    "aqlm": ("AQLM", "quantize.gptq {bits: 2} packs that"),
+    "torchao": ("torchao", "quantize.rtn {bits: 4} packs that"),
+    "bitnet": ("BitNet", "...-bf16"),
+    "fp8": ("fine-grained FP8", "FineGrainedFP8Config(dequantize=True)"),
+    "mxfp4": ("MXFP4", "Mxfp4Config(dequantize=True)"),
+    "auto-round": ("AutoRound", "format='auto_gptq'"),
+}
+OTHERS |= {
+    name: (repr(name), "its own library")
+    for name in ("eetq", "higgs", "vptq", "spqr", "quark", "fbgemm_fp8", "nobody-knows")
+}
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_a_packed_format_that_is_not_read_is_named(tiny_llama, tmp_path, method):
+def test_a_packed_format_that_is_not_read_is_named_with_its_cure(tiny_llama, tmp_path, method):
     folder = with_config(tiny_llama, tmp_path / "m", quantization_config={"quant_method": method})
-    with pytest.raises(UserError, match=f"packed by '{method}', which is not read here .* float model"):
-        base_of(folder)
+    (folder / "model.safetensors").unlink()  # torchao's are pickled, so that the lack of others is not what to say
+    name, cure = OTHERS[method]
+    with pytest.raises(UserError) as said:
+        hugging_face.check_weights(str(folder))  # as `llmq check` does
+    assert f"packed by {name}, which is not read here" in str(said.value)
+    assert "name the float model" in str(said.value)
+    assert cure in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+def test_every_setting_that_a_cure_names_is_there():
+    import transformers
+
+    for _, cure in formats.OTHERS.values():
+        for step, settings in re.findall(r"quantize\.(\w+) (\{.*?\})", cure):
+            plugin.build({f"quantize.{step}": yaml.safe_load(settings)})
+        for name in re.findall(r"(\w+Config)\(dequantize=True\)", cure):
+            assert "dequantize" in inspect.signature(getattr(transformers, name)).parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"compression_config": {"format": "pack-quantized"}}, "by compressed-tensors, .* its own library"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "by compressed-tensors, .* its own library"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "by AWQ, "),
+        ({"quantization_config": {"bits": 4}}, "no 'quant_method' in its quantization_config"),
+        ({"quantization_config": {"quant_method": ["awq"]}}, r"by \['awq'\], "),
+        ({"quantization_config": [4]}, "quantization_config is no object"),
+    ],
+)
+def test_wherever_a_configuration_says_so_it_is_read(tiny_llama, tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        formats.quantization(with_config(tiny_llama, tmp_path / "m", **changes))
+
+
+@pytest.mark.parametrize(
+    "said", [{"quantization_config": {"load_in_4bit": True}}, {"text_config": {"quantization_config": {"bnb_4bit": 1}}}]
+)
+def test_settings_of_bitsandbytes_need_no_method(tiny_llama, tmp_path, said):
+    found = formats.quantization(with_config(tiny_llama, tmp_path / "m", **said))
+    assert found
+    assert found["quant_method"] == "bitsandbytes"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +123,9 @@ def test_gptq_settings_in_a_file_of_their_own_are_read(tiny_llama, tmp_path):
     (older / "quantize_config.json").unlink()
     with pytest.raises(UserError, match=r"packed layers \(\*.qweight\) and says nowhere"):
         base_of(older)
+    (older / "quantize_config.json").write_text('{"quant_method": "awq"}')
+    with pytest.raises(UserError, match="packed by AWQ"):
+        hugging_face.check_weights(str(older))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "none"}}', ""])
@@ -73,30 +135,3 @@ def test_a_broken_tokenizer_is_one_line(tiny_llama, tmp_path, content):
     with pytest.raises(UserError, match=r"tokenizer of .* cannot be read") as said:
         base_of(folder).open("cpu").__enter__()
     assert "\n" not in str(said.value)
-
-
-def test_tokens_without_embeddings_are_refused(tiny_llama, tmp_path):
-    from transformers import AutoTokenizer
-
-    folder = with_config(tiny_llama, tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<new-word>"])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="none for '<new-word>'"):
-        base_of(folder).open("cpu").__enter__()
-
-
-@pytest.mark.parametrize("task", [{"perplexity": {"window": 600}}, {"divergence": {"window": 600}}])
-def test_a_window_over_the_positions_is_refused_before_anything_runs(tiny_llama, task):
-    asked: Any = plugin.build(task, "tasks")
-    with pytest.raises(UserError, match="600 tokens: the model has 512 positions"):
-        asked.check_base(base_of(tiny_llama))
-    lora: Any = plugin.build({"adapt.lora": {"data": "pydoc", "max_length": 600}})
-    with pytest.raises(UserError, match="600 tokens"):
-        lora.check_base(base_of(tiny_llama))
-    assert CPU.device == "cpu"
-
-
-def test_where_no_limit_is_stated_nothing_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    formats.check_length(tmp_path, 10**6)

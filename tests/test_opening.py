@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny_text_models import build
 
 from llmq.errors import UserError
 from llmq.files import safetensors_of
-from llmq.models import gguf_files
+from llmq.models import gguf_files, hugging_face, opening
 from llmq.models.skeleton import Skeleton
 
 Tensors = dict[str, torch.Tensor]
@@ -158,6 +159,62 @@ def test_what_stands_beside_the_single_file_counts_nowhere(tiny_llama, tmp_path)
         assert not [
             f for f in stages[0].weights.glob("model*") if f not in stages[0].weight_files() and f.suffix != ".json"
         ]
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "other.safetensors.index.json"])
+def test_the_file_that_a_configuration_names_goes_first(tiny_llama, tmp_path, named):
+    """As transformers does it (`transformers_weights`): opened, counted, hashed, changed; and copied to nobody."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    torch.manual_seed(7)
+    other = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny_llama).config)
+    other.save_pretrained(tmp_path / "other", max_shard_size="100KB" if named.endswith("json") else "1GB")
+    for file in (tmp_path / "other").glob("model*"):
+        shutil.copy(file, tmp_path / "m" / file.name.replace("model.safetensors", "other.safetensors"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    hugging_face.check_weights(str(tmp_path / "m"))
+    both = base_of(tmp_path / "m")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert (tmp_path / "m" / "model.safetensors") not in both.weight_files()
+    with both.open("cpu") as loaded:
+        assert torch.equal(logits_of(loaded.module, some_ids()), logits_of(plain.eval(), some_ids()))
+    stage = apply("prune.magnitude", both, tmp_path / "p", sparsity=0.5)
+    with stage.open("cpu") as loaded:
+        head = plain.get_output_embeddings().weight
+        assert torch.equal(loaded.module.get_output_embeddings().weight, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("weights.bin", r"is no \*.safetensors"),
+        (7, r"is no \*.safetensors"),
+        ("../m.safetensors", "lies outside the folder"),
+        ("gone.safetensors", "is not there"),
+    ],
+)
+def test_a_file_that_cannot_be_the_weights_is_refused(tiny_llama, tmp_path, name, says):
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    with pytest.raises(UserError, match=f"transformers_weights {name!r} {says}"):
+        hugging_face.check_weights(str(tmp_path / "m"))
+
+
+def test_headers_are_read_once_to_be_compared(tiny_llama, tmp_path, monkeypatch):
+    stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "q", bits=4, group_size=32)
+    read: list[Path] = []
+    stock = opening.stored_as
+
+    def counted(files: list[Path]) -> Any:
+        read.extend(files)
+        return stock(files)
+
+    monkeypatch.setattr(opening, "stored_as", counted)
+    with stage.open("cpu"):
+        assert read == stage.weight_files()
 
 
 # GGUF ------------------------------------------------------------------------------------------------------------

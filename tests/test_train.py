@@ -163,7 +163,7 @@ def test_the_rate_warms_up_and_ends_near_nothing():
 def test_a_training_part_without_examples_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr(Slopes, "read", lambda self: make_split([], [], "image/label", ["none"]))
     step: Any = Train.model_construct(data=Slopes())
-    with pytest.raises(UserError, match=r"adapt\.train: the training part of .* is empty; hold less out"):
+    with pytest.raises(UserError, match=r"the training part of .* is empty; hold less out"):
         step.check_base(Tiny().base(CPU))
 
 

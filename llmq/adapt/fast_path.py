@@ -153,7 +153,7 @@ def choose(model: Any, packing: bool, batch_size: int, autocast: Any = None) -> 
                 return Way(fast if is_fast else None, packed, why_slow, found.get((True, False), ""))
     if batch_size > 1:
         raise UserError(
-            f"adapt.lora: an example depends on the padding and the other rows of its batch ({found[False, False]}); "
+            f"an example depends on the padding and the other rows of its batch ({found[False, False]}); "
             "set per_device_train_batch_size: 1"
         )
     return Way(None if slow else fast, False, slow, found.get((True, False), ""))  # a row alone has neither

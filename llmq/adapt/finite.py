@@ -10,23 +10,23 @@ from llmq.errors import LlmqError
 CURE = "lower learning_rate"
 
 
-def check_loss(loss: float, step: int, what: str, kept: Path | None = None) -> None:
+def check_loss(loss: float, step: int, kept: Path | None = None, of: str = "") -> None:
     """Raise `LlmqError` for a loss that is not finite."""
     if not math.isfinite(loss):
-        raise LlmqError(f"{what}: the loss of step {step} is not a finite number; {advice(kept)}")
+        raise LlmqError(f"the loss{of} of step {step} is not a finite number; {advice(kept)}")
 
 
-def check_gradients(named: Iterable[tuple[str, Any]], step: int, what: str, kept: Path | None = None) -> None:
+def check_gradients(named: Iterable[tuple[str, Any]], step: int, kept: Path | None = None, of: str = "") -> None:
     """Raise `LlmqError` for the first gradient that is not finite, of parameters by name."""
     gradients = {name: p.grad for name, p in named if p.grad is not None}
     if name := first_not_finite(gradients):
-        raise LlmqError(f"{what}: the gradient of {name} in step {step} is not finite; {advice(kept)}")
+        raise LlmqError(f"the gradient of {name}{of} in step {step} is not finite; {advice(kept)}")
 
 
-def check_weights(named: Iterable[tuple[str, Any]], step: int, what: str, kept: Path | None = None) -> None:
+def check_weights(named: Iterable[tuple[str, Any]], step: int, kept: Path | None = None, of: str = "") -> None:
     """Raise `LlmqError` for the first tensor of a trained network that is not finite."""
     if name := first_not_finite(dict(named)):
-        raise LlmqError(f"{what}: after step {step} {name} is not finite; {advice(kept)}")
+        raise LlmqError(f"after step {step} {name}{of} is not finite; {advice(kept)}")
 
 
 def first_not_finite(tensors: dict[str, Any]) -> str:

@@ -171,7 +171,7 @@ def check_in_force(trainer: Any, asked: Mapping[str, Any]) -> None:
             raise _refused(f"{name}: {value!r} is not in force here, where training is {_surroundings(trainer)}")
     for what, wanted, found in _settings(trainer):
         if wanted != found:
-            raise UserError(f"adapt.lora: {what} {wanted!r} was asked for, and {found!r} is in force")
+            raise UserError(f"{what} {wanted!r} was asked for, and {found!r} is in force")
 
 
 def _settings(trainer: Any) -> list[tuple[str, Any, Any]]:
@@ -203,4 +203,4 @@ def _surroundings(trainer: Any) -> str:
 
 
 def _refused(message: str) -> UserError:
-    return UserError(f"adapt.lora: training_arguments: {message}")
+    return UserError(f"training_arguments: {message}")

@@ -18,7 +18,6 @@ from llmq.models.vision import Player
 from llmq.terminal import Bar
 from llmq.types import Loaded
 
-WORD = "training"
 STATE = "state.pt"
 """All that a checkpoint holds."""
 
@@ -100,7 +99,7 @@ def train(loaded: Loaded, examples: Sequence[Any], held_out: Sequence[Any], plan
             metric, value = model.validate_on(loaded, held_out)
             network.train()
             if not math.isfinite(value):
-                raise LlmqError(f"{WORD}: the held-out {metric} after step {step + 1} is no finite number ({value})")
+                raise LlmqError(f"the held-out {metric} after step {step + 1} is no finite number ({value})")
             history["held_out"].append([step + 1, round(value, 5)])
             history["metric"] = metric
         seen = f" · {history['metric']} {history['held_out'][-1][1]:.4g}" if history["held_out"] else ""
@@ -142,9 +141,9 @@ def _step(
                 loss = _loss(player, batch, plan)
             losses.append(loss.item())
             kept = checkpoints.last_sealed(checkpoints_folder)
-            check_loss(losses[-1], step + 1, _who(player, players), kept)
+            check_loss(losses[-1], step + 1, kept, _who(player, players))
             loss.backward()
-            check_gradients(player.module.named_parameters(), step + 1, _who(player, players), kept)
+            check_gradients(player.module.named_parameters(), step + 1, kept, _who(player, players))
             if plan.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(player.module.parameters(), plan.max_grad_norm)
             optimizer.step()
@@ -158,14 +157,14 @@ def _loss(player: Player, batch: dict[str, Any], plan: Plan) -> Any:
         if "Expected more than 1" not in str(error):
             raise
         raise UserError(
-            f"{WORD}: normalization over a batch has a single value a channel, and nothing to take a mean of; "
+            "normalization over a batch has a single value a channel, and nothing to take a mean of; "
             f"raise batch_size above {plan.batch_size}, or the images' size"
         ) from None
 
 
 def _who(player: Player, players: list[Player]) -> str:
     """The name of what is not finite: of several players, whose."""
-    return f"{WORD} of the {player.name}" if len(players) > 1 else WORD
+    return f" of the {player.name}" if len(players) > 1 else ""
 
 
 def _check_state(players: list[Player], step: int, checkpoints_folder: Path) -> None:
@@ -175,7 +174,7 @@ def _check_state(players: list[Player], step: int, checkpoints_folder: Path) -> 
         learned = {n for n, _ in player.module.named_parameters()}
         state = player.module.state_dict().items()
         running = ((n, t) for n, t in state if n in learned or "running_" in n)
-        check_weights(running, step, _who(player, players), kept)
+        check_weights(running, step, kept, _who(player, players))
 
 
 def _placed(value: Any, device: str, channels_last: bool) -> Any:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from llmq import processes
 from llmq.errors import UserError
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Loaded, Step
 
@@ -80,12 +81,15 @@ class Lora(Step):
         adapter = sum(4 * self.r * 3 * prod(shape) ** 0.5 for shape in tensors if len(shape) > 1)
         return int(adapter * (1 + 2 * 3))
 
+    def needs(self) -> Needs:
+        """Positions for a row, and an end of what is to be learned."""
+        return Needs("max_length", self._with_arguments_folded_in().max_length, end_mark=True)
+
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for training arguments that nobody knows, and for data that leaves no token to learn."""
         from llmq.tasks.windows import check_rows
 
-        self._with_arguments_folded_in()
-        check_rows(base, self.data, "train", self.max_length)
+        check_rows(base, self.data, "train", self._with_arguments_folded_in().max_length)
 
     def _with_arguments_folded_in(self) -> "Lora":
         """This step, with what `training_arguments` say of its own settings as its settings."""
@@ -99,7 +103,7 @@ class Lora(Step):
             return type(self).model_validate({**fields, **own, "training_arguments": rest})
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"adapt.lora: training_arguments: {first['loc'][0]}: {first['msg']}") from None
+            raise UserError(f"training_arguments: {first['loc'][0]}: {first['msg']}") from None
 
     def _check_paged(self) -> None:
         if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
@@ -167,8 +171,7 @@ class Lora(Step):
         (rows, counts), (held_out, held_out_counts) = made
         if not rows:
             raise UserError(
-                f"adapt.lora: no example of {self.data.word} leaves a token to learn within "
-                f"max_length {self.max_length}; raise it"
+                f"no example of {self.data.word} leaves a token to learn within max_length {self.max_length}; raise it"
             )
         tokens = sum(len(e) for row in rows for e in row)
         return (
@@ -186,9 +189,7 @@ class Lora(Step):
         from llmq.quantize.bnb_layers import keep_unpacked
 
         if self.gradient_checkpointing and not loaded.module.supports_gradient_checkpointing:
-            raise UserError(
-                f"adapt.lora: {type(loaded.module).__name__} has no gradient checkpointing; set it to false"
-            )
+            raise UserError(f"{type(loaded.module).__name__} has no gradient checkpointing; set it to false")
         keep_unpacked(loaded.module)
         # With a cache transformers does not look for examples that begin within a row, and lets them see one another.
         loaded.module.config.use_cache = False
@@ -207,7 +208,7 @@ class Lora(Step):
         try:
             model = get_peft_model(loaded.module, config)
         except ValueError as error:
-            raise UserError(f"adapt.lora: target_modules {targets!r}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"target_modules {targets!r}: {str(error).splitlines()[0]}") from None
         if name := _hub_id(loaded.artifact):
             model.peft_config["default"].base_model_name_or_path = name
         return model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Context, Measurement, Step
 
@@ -36,6 +37,10 @@ class Merge(Step):
     def space(self, artifact: Artifact) -> int:
         """As many bytes as the weights have; packed ones grow from 4 bits or more to 16."""
         return super().space(artifact) * (4 if artifact.packed else 1)
+
+    def needs(self) -> Needs:
+        """Positions for a window."""
+        return Needs("window", self.window)
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data with nothing to compare on."""
@@ -76,7 +81,7 @@ class Merge(Step):
         fuse(module)
         as_opened_in(getattr(torch, self.dtype or model.dtype), module)
         if name := first_not_finite(dict(module.named_parameters())):
-            raise LlmqError(f"{self.word}: {name} is not finite in {self.dtype or model.dtype}; set dtype: float32")
+            raise LlmqError(f"{name} is not finite in {self.dtype or model.dtype}; set dtype: float32")
         save(module, folder, pairs)
         copy_tokenizer(artifact.weights, folder)
         return meant(model, module)
@@ -89,7 +94,7 @@ class Merge(Step):
         with adapted.open(device) as a, merged.open(device) as b:
             windows, _ = held_out_windows(split, a.processor, self.window, max(1, self.tokens // self.window))
             if not windows:
-                raise UserError(f"adapt.merge: the held-out part of {self.data.word} has nothing to compare on")
+                raise UserError(f"the held-out part of {self.data.word} has nothing to compare on")
             return compare_outputs(a.module, b.module, windows, device, self.word, "base + adapter", "merged")
 
 

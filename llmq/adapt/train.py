@@ -53,14 +53,14 @@ class Train(Step):
         split = self.data.read()
         model.check_split(split)
         if not len(split.train):
-            raise UserError(f"{self.word}: the training part of {self.data.word} is empty; hold less out")
+            raise UserError(f"the training part of {self.data.word} is empty; hold less out")
         import numpy as np
 
         # What the family makes of one example says whether it can learn from it: labels, channels, crop.
         model.batch(model.numbered(split).train[:1], np.random.default_rng(0), "none", self.crop)
         watched = split.held_out[: self.held_out_examples]
         if len(watched) and (lacks := model.not_watchable(watched)):
-            raise UserError(f"{self.word}: {lacks} to watch the training; hold more out, or set held_out_examples: 0")
+            raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""

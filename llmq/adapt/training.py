@@ -24,7 +24,6 @@ from llmq.data.tokens import IGNORED
 from llmq.errors import LlmqError, UserError
 from llmq.files import write_json
 
-WORD = "adapt.lora"
 COUNTS = "counts.json"
 """In a checkpoint, beside what `Trainer` writes there."""
 
@@ -55,13 +54,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; raises `LlmqError` for a loss that is not finite."""
         loss = super().training_step(*args, **kwargs)
-        check_loss(float(loss), self.state.global_step + 1, WORD, self._kept())
+        check_loss(float(loss), self.state.global_step + 1, self._kept())
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # A scaler of float16 leaves out the steps whose gradients overflow, and lowers its scale: that is its work.
         if self.accelerator.scaler is None:
-            check_gradients(_trained(self.model), self.state.global_step + 1, WORD, self._kept())
+            check_gradients(_trained(self.model), self.state.global_step + 1, self._kept())
         return super()._clip_grad_norm(model)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +99,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             counts = json.loads((self.done / COUNTS).read_text(encoding="utf-8"))
             if counts["processes"] != processes.count():  # each has random numbers of its own
                 began_by = f"{counts['processes']} process(es) began this training"
-                raise UserError(f"{WORD}: {began_by}, and {processes.count()} would go on; start as many")
+                raise UserError(f"{began_by}, and {processes.count()} would go on; start as many")
             self.tokens_seen, self.seconds = counts["tokens"], counts["seconds"]
             self._tr_loss += counts["loss"]
             self._globalstep_last_logged = counts["logged"]
@@ -112,7 +111,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def check_weights(self) -> None:
         """Raise `LlmqError` for an adapter that is not finite."""
-        check_weights(_trained(self.model), self.state.global_step, WORD, self._kept())
+        check_weights(_trained(self.model), self.state.global_step, self._kept())
 
     def _kept(self) -> Path | None:
         return checkpoints.last_sealed(Path(self.args.output_dir))
@@ -134,7 +133,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_loss": total / tokens}
         if not isfinite(metrics["eval_loss"]):
             step, kept = self.state.global_step, self._kept()
-            raise LlmqError(f"{WORD}: the held-out loss after step {step} is not a finite number; {advice(kept)}")
+            raise LlmqError(f"the held-out loss after step {step} is not a finite number; {advice(kept)}")
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -253,7 +252,7 @@ def _one_line(asked: Mapping[str, Any]) -> Iterator[None]:
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         if not asked:
             raise
-        raise UserError(f"{WORD}: training_arguments {dict(asked)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"training_arguments {dict(asked)}: {' '.join(str(error).split())}") from None
 
 
 def _check_scheduler(arguments: Any) -> None:

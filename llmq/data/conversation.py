@@ -9,6 +9,7 @@ within and after a turn, put together, are the text itself; a turn for which the
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -99,26 +100,15 @@ class Conversation:
         return next((str(m["content"])[:40] for m in self.row["messages"] if m["content"]), "")
 
     def _guarded(self, render: Callable[..., T], messages: Messages) -> T:
-        from jinja2 import TemplateError
-
         bound_chat_templates()
         plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         tools = {"tools": self.row["tools"]} if "tools" in self.row else {}
         settings = {**tools, **self.row.get("chat_template_kwargs", {})}
-        try:
+        with template_refuses(f"the row that begins {self.begins!r}"):
             try:
                 return render(plain, **settings)
             except TypeError:  # some templates write the arguments of a call as they are, so that they must be text
                 return render([_with_text_arguments(message) for message in plain], **settings)
-        except TooCostly as error:
-            raise TemplateTooCostly(
-                f"the chat template of this tokenizer cannot write the row that begins {self.begins!r}: {error}"
-            ) from None
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the chat template of this tokenizer refuses the row that begins {self.begins!r}: {why}"
-            ) from None
 
     def _tried(self, messages: Messages, prompt: bool = False) -> str | None:
         """The text of messages, or None where the template refuses them or there are none."""
@@ -194,6 +184,28 @@ class Conversation:
             return False
         other = {**self.messages[i], "content": "PLACEHOLDER"}  # a template may write a text otherwise than it is
         return self._tried([*self.messages[:i], other, *self.messages[i + 1 :]]) == text
+
+
+@contextmanager
+def template_refuses(what: str) -> Iterator[None]:
+    """Say in one line that the code of a chat template raised what it likes, and on what."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TooCostly as error:
+        raise TemplateTooCostly(f"the chat template of this tokenizer cannot write {what}: {error}") from None
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"the chat template of this tokenizer refuses {what}: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def rendered(tokenizer: Any, messages: Messages, **settings: Any) -> str:
+    """Messages as the chat template of a tokenizer writes them."""
+    bound_chat_templates()
+    with template_refuses(f"the conversation that begins {str(messages[0]['content'])[:40]!r}"):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -57,12 +57,9 @@ class Encoder:
 
     def encode(self, row: Row) -> Tokens:
         """See `encode`."""
-        if not getattr(self.tokenizer, "is_fast", True):
-            raise UserError("this tokenizer does not say where its tokens stand in the text; llmq needs a fast one")
         text, learned, others = self._parts(row)
         # In one go: a tokenizer may begin every text that it is given with a mark of its own.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+        ids, places = with_places(text, self.tokenizer)
         blank = [not text[a:b].strip() and i not in self._special for i, (a, b) in zip(ids, places, strict=True)]
         *turns, last = _tokens_within(places, learned)
         tail, end = self._until_end_mark(ids, blank, last, self._special)
@@ -127,6 +124,17 @@ class Encoder:
     def _special(self) -> frozenset[int]:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return self._stops | {*getattr(self.tokenizer, "all_special_ids", ()), *(i for i in added if added[i].special)}
+
+
+def with_places(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """The tokens of a text, without marks, and where in it each stands. Raises `UserError` for a slow tokenizer."""
+    if not getattr(tokenizer, "is_fast", True):
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) is a slow one, which does not "
+            "say where its tokens stand in the text; save a fast one beside the model (tokenizer.json)"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), encoded["offset_mapping"]
 
 
 def _tokens_within(places: Sequence[Span], spans: Sequence[Span]) -> list[range]:

@@ -1,13 +1,14 @@
 """Language models that transformers opens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmq import trust
-from llmq.models import formats, hugging_face
+from llmq.models import fits, formats, hugging_face
 from llmq.models.skeleton import Skeleton
+from llmq.needs import Needs
 from llmq.types import Artifact, Clock, Context, Loaded, Model
 
 PROBED = 16
@@ -55,8 +56,17 @@ class CausalLM(Model):
             if reads_weights(module):
                 keep_unpacked(module)
         tokenizer = hugging_face.load_tokenizer(artifact.weights)
-        formats.check_vocabulary(module, tokenizer, artifact.weights)
+        if placeholders := fits.check_fits(module, tokenizer):
+            fits.refuse_ids_beyond(module, placeholders)
         return Loaded(module, tokenizer, device, artifact)
+
+    def check_fits(self, artifact: Artifact, needs: Mapping[str, Needs]) -> None:
+        """Raise `UserError` for a tokenizer of another model, or for more tokens than it has positions for."""
+        from llmq.models.opening import without_weights
+
+        self.check_trust()
+        tokenizer = hugging_face.load_tokenizer(artifact.weights)
+        fits.check_fits(without_weights(artifact.weights), tokenizer, needs)
 
     def probe(self, module: Any) -> Sequence[Any]:
         """The logits after tokens from all over the vocabulary, `[1, tokens, vocabulary]`."""

@@ -1,6 +1,5 @@
 """What a model folder says of itself: how it is packed, and what kind of network it describes."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,36 +7,78 @@ from typing import Any
 from llmq import trust
 from llmq.errors import UserError, did_you_mean
 from llmq.files import safetensors_of
+from llmq.guarded import json_files, safetensors_files
 
 READ = ("gptq", "bitsandbytes")
 """Methods of quantization whose folders are opened."""
-POSITIONS = "max_position_embeddings"
+PACKS_THAT = "; quantize.{step} packs that"
+DEQUANTIZES = ", or let transformers make floats of it: {config}(dequantize=True), then save_pretrained"
+ANY_OTHER = ", or open it with its own library and save it in bfloat16"
+OTHERS = {
+    "aqlm": ("AQLM", PACKS_THAT.format(step="gptq {bits: 2}")),
+    "auto-round": ("AutoRound", ", or export it from AutoRound as format='auto_gptq', which is read here"),
+    "awq": ("AWQ", PACKS_THAT.format(step="gptq {bits: 4, group_size: 128}")),
+    "bitnet": ("BitNet", ", which its makers publish beside it as ...-bf16"),
+    "compressed-tensors": ("compressed-tensors", DEQUANTIZES.format(config="CompressedTensorsConfig")),
+    "compression_config": ("compressed-tensors", ANY_OTHER),  # a key that transformers does not read
+    "fp8": ("fine-grained FP8", DEQUANTIZES.format(config="FineGrainedFP8Config")),
+    "hqq": ("HQQ", PACKS_THAT.format(step="rtn {bits: 4, mse: true}")),
+    "mxfp4": ("MXFP4", DEQUANTIZES.format(config="Mxfp4Config")),
+    "quanto": ("Quanto", PACKS_THAT.format(step="rtn {bits: 8}")),
+    "torchao": ("torchao", PACKS_THAT.format(step="rtn {bits: 4}")),
+}
+"""Methods whose folders are not opened: what their makers call them, and what helps besides the float model."""
+KEYS = ("quantization_config", "compression_config")
+"""What a configuration calls the settings of packed weights; the second compressed-tensors wrote before 0.6."""
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """How the weights of a folder are packed, or None; GPTQ's older folders say so in a file of its own.
+    """How the weights of a folder are packed, or None; GPTQ's older folders say so in a file of their own.
 
     Raises `UserError` for a method that is not read here.
     """
-    said = read_object(folder / "config.json").get("quantization_config")
+    said = packed_as(folder)
+    if said or not any(name.endswith(".qweight") for file in safetensors_of(folder) for name in safetensors_files.header(file)):
+        return said
     older = folder / "quantize_config.json"
-    if not said and older.is_file() and _holds(folder, ".qweight"):
-        said = {"quant_method": "gptq", **read_object(older)}
-    if not said:
-        if _holds(folder, ".qweight"):
-            raise UserError(f"{str(folder)!r} holds packed layers (*.qweight) and says nowhere with how many bits")
-        return None
-    if not isinstance(said, dict):
-        raise UserError(f"{str(folder / 'config.json')!r}: quantization_config is no object")
-    method = said.get("quant_method") or (
-        "bitsandbytes" if any(k.startswith(("load_in", "bnb_")) for k in said) else None
-    )
+    if not older.is_file():
+        raise UserError(f"{str(folder)!r} holds packed layers (*.qweight) and says nowhere with how many bits")
+    return _with_method(folder, {"quant_method": "gptq", **json_files.read_object(older)})
+
+
+def packed_as(folder: Path) -> dict[str, Any] | None:
+    """What the configuration of a folder says of packed weights, or None; needs no weights.
+
+    As transformers reads it: for the whole model, or within one that sees images for its language model. Raises
+    `UserError` for a method that is not read here.
+    """
+    file = folder / "config.json"
+    config = json_files.read_object(file)
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in KEYS:
+            said = place.get(key)
+            if said and not isinstance(said, dict):
+                raise UserError(f"{str(file)!r}: {key} is no object")
+            if said:
+                implied = "bitsandbytes" if any(k.startswith(("load_in", "bnb_")) for k in said) else None
+                method = key if key == KEYS[1] else said.get("quant_method") or implied
+                return _with_method(folder, {**said, "quant_method": method})
+    return None
+
+
+def _with_method(folder: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """These settings, if their method is read here."""
+    method = said["quant_method"]
+    if not method:
+        raise UserError(f"{str(folder)!r} is packed, and no 'quant_method' in its {KEYS[0]} says how")
     if method not in READ:
+        name, cure = OTHERS.get(str(method), (repr(method), ANY_OTHER))
         raise UserError(
-            f"{str(folder)!r} is packed by {method!r}, which is not read here ({' and '.join(READ)} are); "
-            "name the float model that it was made of, or open it with its own library and save it in bfloat16"
+            f"{str(folder)!r} is packed by {name}, which is not read here ({' and '.join(READ)} are); "
+            f"name the float model that it was made of{cure}"
         )
-    return {**said, "quant_method": method}
+    return said
 
 
 def check_code(folder: Path) -> None:
@@ -46,7 +87,7 @@ def check_code(folder: Path) -> None:
     Besides Python of its own that is a kernel, which transformers would bring from the hub.
     """
     file = folder / "config.json"
-    said = read_object(file) if file.is_file() else {}
+    said = json_files.read_object(file) if file.is_file() else {}
     kind = said.get("model_type")
     if said.get("auto_map") and not _is_known(kind):
         trust.need_remote_code(f"{str(folder)!r} ({kind}) brings code of its own")
@@ -80,7 +121,7 @@ def check_network(folder: Path) -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    said = read_object(folder / "config.json")
+    said = json_files.read_object(folder / "config.json")
     kind, own = said.get("model_type"), said.get("auto_map")
     if own and trust.remote_code():
         return
@@ -101,45 +142,3 @@ def check_network(folder: Path) -> None:
     both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or both_ways:
         raise UserError(f"{str(folder)!r} ({kind}) is no causal language model")
-
-
-def check_length(folder: Path, length: int) -> None:
-    """Raise `UserError` for more tokens than a model has positions for; nothing is refused where it states no limit."""
-    said = read_object(folder / "config.json")
-    nested = said.get("text_config")
-    positions = (nested if isinstance(nested, dict) else said).get(POSITIONS) or said.get("n_positions")
-    if isinstance(positions, int) and positions > 0 and length > positions:
-        raise UserError(f"{length} tokens: the model has {positions} positions; that many tokens at most")
-
-
-def check_vocabulary(module: Any, tokenizer: Any, folder: Path) -> None:
-    """Raise `UserError` for a tokenizer that makes tokens for which the model has no embedding."""
-    rows = len(module.get_input_embeddings().weight)  # an adapter's layer in its place has a weight too
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        more = sorted(name for name, i in tokenizer.get_vocab().items() if i >= rows)
-        raise UserError(
-            f"{str(folder)!r}: the tokenizer has {highest + 1} tokens and the model {rows} embeddings, none for "
-            f"{more[0]!r}; resize the embeddings of the model, or take the tokenizer that belongs to it"
-        )
-
-
-def _holds(folder: Path, ending: str) -> bool:
-    from safetensors import safe_open
-
-    for file in safetensors_of(folder):
-        with safe_open(file, "np") as opened:
-            if any(name.endswith(ending) for name in opened.keys()):  # noqa: SIM118
-                return True
-    return False
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises `UserError` for anything else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{str(file)!r} holds no JSON object")
-    return found

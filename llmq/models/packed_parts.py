@@ -5,20 +5,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
-Held = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name -> dtype and shape of stored tensors."""
 Shape = tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """What the head of a safetensors file says of a tensor, the dtype by safetensors' name for it."""
+
+    dtype: str
+    shape: Shape
+    file: Path
+
+
+Held = Mapping[str, Stored]
+"""Stored tensors by name."""
 
 GPTQ = ("qweight", "scales", "qzeros", "g_idx")
 STATE = "weight.quant_state.bitsandbytes__"
 FLOATS = ("F16", "BF16", "F32")
 
 
-def faults(held: Held, files: Mapping[str, Path], shapes: Mapping[str, Shape]) -> Iterator[str]:
+def faults(held: Held, shapes: Mapping[str, Shape]) -> Iterator[str]:
     """What is amiss with packed layers: parts that are not there, or do not fit each other or the layer.
 
-    `files` says where each tensor lies, `shapes` the `(outputs, inputs)` of the layers that the network names alike.
+    `shapes` says the `(outputs, inputs)` of the layers that the network names alike.
     Formats: AutoGPTQ's, and bitsandbytes' `QuantState`.
     """
     for layer in sorted({name.rpartition(".")[0] for name in held if name.rpartition(".")[2] in GPTQ[:3:2]}):
@@ -26,22 +37,22 @@ def faults(held: Held, files: Mapping[str, Path], shapes: Mapping[str, Shape]) -
     packed = {n.partition(".weight.")[0] for n in held if ".weight." in n}
     packed |= {n.removesuffix(".SCB") for n in held if n.endswith(".SCB")}
     packed |= {
-        n.removesuffix(".weight") for n, (dtype, _) in held.items() if n.endswith(".weight") and dtype in ("U8", "I8")
+        n.removesuffix(".weight") for n, its in held.items() if n.endswith(".weight") and its.dtype in ("U8", "I8")
     }
     for layer in sorted(packed):
         parts = {
             n.removeprefix(f"{layer}."): v for n, v in held.items() if n.startswith((f"{layer}.weight", f"{layer}.SCB"))
         }
-        is_int8 = "SCB" in parts or parts.get("weight", ("",))[0] == "I8"
-        yield from (_int8 if is_int8 else _four_bits)(layer, parts, files, shapes.get(layer))
+        is_int8 = "SCB" in parts or ("weight" in parts and parts["weight"].dtype == "I8")
+        yield from (_int8 if is_int8 else _four_bits)(layer, parts, shapes.get(layer))
 
 
-def _gptq(layer: str, parts: Mapping[str, tuple[str, Shape] | None], shape: Shape | None) -> Iterator[str]:
+def _gptq(layer: str, parts: Mapping[str, Stored | None], shape: Shape | None) -> Iterator[str]:
     lacking = [name for name in GPTQ[:3] if parts[name] is None]
     if lacking:
         yield f"{layer} lacks {lacking[0]}"
         return
-    (words, q), (kind, scales), (zero_words, zeros) = (parts[name] or ("", ()) for name in GPTQ[:3])
+    (words, q), (kind, scales), (zero_words, zeros) = ((parts[name] or ("", ()))[:2] for name in GPTQ[:3])
     order = parts["g_idx"]
     if (words, zero_words) != ("I32", "I32") or kind not in FLOATS or (order and order[0] not in ("I32", "I64")):
         yield f"{layer} has parts of other dtypes: qweight {words}, scales {kind}, qzeros {zero_words}"
@@ -58,16 +69,16 @@ def _gptq(layer: str, parts: Mapping[str, tuple[str, Shape] | None], shape: Shap
             yield f"{layer} has parts that do not fit{f' {list(shape)}' if shape else ''}: {told}"
 
 
-def _int8(layer: str, parts: Held, files: Mapping[str, Path], shape: Shape | None) -> Iterator[str]:
+def _int8(layer: str, parts: Held, shape: Shape | None) -> Iterator[str]:
     if lacking := [name for name in ("weight", "SCB") if name not in parts]:
         yield f"{layer} lacks {lacking[0]}"
         return
-    (dtype, found), (kind, scales) = parts["weight"], parts["SCB"]
+    (dtype, found, _), (kind, scales, _) = parts["weight"], parts["SCB"]
     if dtype != "I8" or kind not in FLOATS or len(found) != 2 or scales != found[:1] or (shape and found != shape):
         yield f"{layer} has parts that do not fit: weight {dtype} {list(found)}, SCB {kind} {list(scales)}"
 
 
-def _four_bits(layer: str, parts: Held, files: Mapping[str, Path], shape: Shape | None) -> Iterator[str]:
+def _four_bits(layer: str, parts: Held, shape: Shape | None) -> Iterator[str]:
     state = next((name for name in parts if name.startswith(STATE)), f"{STATE}nf4")
     needed = ["weight", "weight.absmax", "weight.quant_map", state]
     nested = [n for n in ("weight.nested_absmax", "weight.nested_quant_map") if n in parts]
@@ -79,7 +90,7 @@ def _four_bits(layer: str, parts: Held, files: Mapping[str, Path], shape: Shape 
     if more:
         yield f"{layer} has {more[0]}, which is no part of a packed layer"
         return
-    described = _state(files[f"{layer}.{state}"], f"{layer}.{state}")
+    described = _state(parts[state].file, f"{layer}.{state}")
     found, block = described.shape, described.blocksize
     count = prod(found)
     if not found or not block or (shape and found != shape):
@@ -93,7 +104,7 @@ def _four_bits(layer: str, parts: Held, files: Mapping[str, Path], shape: Shape 
         sizes |= {"weight.nested_absmax": -(-blocks // inner), "weight.nested_quant_map": 256}
         dtypes |= {"weight.nested_absmax": "F32", "weight.nested_quant_map": "F32"}
     for name, size in sizes.items():
-        dtype, dims = parts[name]
+        dtype, dims, _ = parts[name]
         wrong_turn = name == "weight" and dims != (size, 1)  # (bytes, 1)
         if prod(dims) != size or dtype != dtypes[name] or wrong_turn:
             yield f"{layer}.{name} is {dtype} {list(dims)}, needed {dtypes[name]} of {size}"

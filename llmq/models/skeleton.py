@@ -1,6 +1,5 @@
 """A language model whose repeated blocks stay in their files until they are called for."""
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmq import trust
 from llmq.errors import UserError
-from llmq.files import BESIDE, safetensors_of, tagged, write_json
+from llmq.files import BESIDE, OTHER_NAME, safetensors_of, tagged, write_json
+from llmq.guarded import json_files
 from llmq.models.hugging_face import PATTERNS
 from llmq.models.names import tensor_names
 from llmq.models.tying import tied, untied
@@ -36,6 +36,7 @@ class Skeleton:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from llmq.models import opening
+        from llmq.models.fits import refuse_ids_beyond
         from llmq.models.linear_view import make_linear
 
         opening.check(folder)
@@ -45,6 +46,7 @@ class Skeleton:
             self.module = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=trust.remote_code()
             ).eval()
+        refuse_ids_beyond(self.module, {})
         self.parts = make_linear(self.module)
         self.blocks = blocks_of(self.module)
 
@@ -211,8 +213,9 @@ class Skeleton:
                 and file.name not in (*BESIDE, *OF_OLD_WEIGHTS)
             ):
                 shutil.copyfile(file, folder / file.name)
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
+        config = json_files.read_object(self.folder / "config.json")
+        for key in ("torch_dtype", OTHER_NAME):
+            config.pop(key, None)
         config = config if self._leaves_tied(folder) else untied(config)
         told = {**config, "dtype": str(self.dtype).removeprefix("torch."), **changes}
         write_json(folder / "config.json", tagged(told))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
-from llmq.files import INDEX, SINGLE, at_home, safetensors_of
+from llmq.files import INDEX, at_home, entry_of, safetensors_of
+from llmq.guarded import json_files
 
 PICKLES = (".pth", ".pt")
 SHOWN = 3
@@ -94,10 +95,10 @@ def _of_safetensors(path: Path) -> dict[str, Any]:
 
 def _check_index(folder: Path, files: list[Path], state: Mapping[str, Any]) -> None:
     """Raise `UserError` if the index, where it is what names the files, tells of other tensors than they hold."""
-    index = folder / INDEX
-    if files == [folder / SINGLE] or not index.is_file():
+    index = entry_of(folder)
+    if index is None or index.suffix != ".json":
         return
-    told = json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys()
+    told = json_files.read_object(index)["weight_map"].keys()
     for names, problem in ((told - state.keys(), "names"), (state.keys() - told, "does not name")):
         if names:
             its = "no file holds" if problem == "names" else "its files hold"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.calibration import Calibrated, check_length
+from llmq.calibration import Calibrated
 from llmq.errors import UserError
 from llmq.models.skeleton import Skeleton
 from llmq.types import Artifact, Context, Step
@@ -28,7 +28,7 @@ class Layers(Calibrated, Step):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` if no block would be left."""
-        check_length(self, self._checked(Skeleton.of(base)))
+        self._checked(Skeleton.of(base))
 
     def _checked(self, source: Skeleton) -> Skeleton:
         blocks = len(source.blocks)
@@ -125,7 +125,7 @@ def check_blocks(source: Skeleton, kept: list[int], written: Skeleton) -> None:
             source.module.get_submodule(source.blocks[old])
         ):
             raise UserError(
-                f"prune.layers: {name} makes another kind of block {new} than block {old} is, which would take its "
+                f"{name} makes another kind of block {new} than block {old} is, which would take its "
                 "place (a configuration that counts kinds of blocks by their number); use another drop"
             )
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from llmq.calibration import check_length
 from llmq.errors import UserError
 from llmq.layers import Pattern, overridden, settings_of, skip_or
 from llmq.models.matrices import Matrices
@@ -75,9 +74,7 @@ class PruneStep(Sparsity):
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for settings that the shapes of its layers do not allow."""
         model: Any = base.model
-        source = model.skeleton(base, "cpu")
-        self.sparsities(source)
-        check_length(self, source)
+        self.sparsities(model.skeleton(base, "cpu"))
 
     def sparsities(self, source: Skeleton | Matrices) -> dict[str, Sparsity]:
         """The sparsity of each layer to be pruned. Raises `UserError` for one that its pattern does not divide."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmq import trust
 from llmq.errors import UserError
 from llmq.quantize.bnb_layers import is_packed
 from llmq.types import Artifact, Context, Step
@@ -37,7 +36,9 @@ class Bnb(Step):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for a model whose experts bitsandbytes would leave as they are."""
-        self._checked(_empty(base.weights), base.weights, _is_linear)
+        from llmq.models.opening import without_weights
+
+        self._checked(without_weights(base.weights), base.weights, _is_linear)
 
     def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         """Load the float weights quantized, and save them so."""
@@ -132,14 +133,6 @@ def _default_skips(weights: Path) -> list[str]:
     # transformers skips the output head by itself only as long as nobody names another module.
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return list(get_keys_to_not_convert(_empty(weights)))
+    from llmq.models.opening import without_weights
 
-
-def _empty(weights: Path) -> Any:
-    """The module of a folder without memory for its weights."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust.remote_code())
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
+    return list(get_keys_to_not_convert(without_weights(weights)))

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmq import __version__
-from llmq.calibration import check_length
 from llmq.errors import UserError
 from llmq.files import write_json
 from llmq.layers import Pattern, settings_of, skip_or
@@ -39,9 +38,7 @@ class GridStep(Grid):
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for settings that the shapes of its layers do not allow."""
-        source = Skeleton.of(base)
-        self.grids(source)
-        check_length(self, source)
+        self.grids(Skeleton.of(base))
 
     def grids(self, source: Skeleton) -> dict[str, Grid]:
         """The grid of each layer to be quantized. Raises `UserError` for one whose shape it cannot hold."""

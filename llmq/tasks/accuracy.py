@@ -88,7 +88,7 @@ class Accuracy(Task):
         rows = split.held_out if self.part == "held_out" else [*split.train, *split.held_out]
         examples = list(rows[: self.limit])
         if not examples:
-            raise UserError(f"{self.name}: the {self.part.replace('_', '-')} part of {self.data.word} has no image")
+            raise UserError(f"the {self.part.replace('_', '-')} part of {self.data.word} has no image")
         return split, examples
 
     def _share(self, metric: str, values: Sequence[float], what: str, split: Split) -> Measurement:

@@ -70,7 +70,7 @@ class Detection(Task):
         model.check_split(split)
         examples = list(split.held_out[: self.limit])
         if not any(len(example.boxes) for example in examples):
-            raise UserError(f"{self.name}: the held-out part of {self.data.word} has no box to be found")
+            raise UserError(f"the held-out part of {self.data.word} has no box to be found")
         return split, examples
 
     def _protocol(self, split: Split, model: Any, how: str) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.files import sha256_files
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.tasks.harness_data import Asked
 from llmq.types import Answer, Artifact, Loaded, Measurement, Samples, Task
@@ -57,6 +58,10 @@ class Divergence(Task):
     def _asked(self) -> Asked:
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
 
+    def needs(self) -> Needs:
+        """Positions for a window."""
+        return Needs("window", self.window)
+
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for text with nothing to read."""
         from llmq.tasks.windows import check_rows
@@ -79,7 +84,7 @@ class Divergence(Task):
         split = self.text.read()
         windows, told = held_out_windows(split, loaded.processor, self.window, self.windows)
         if not windows:
-            raise UserError(f"{self.name}: the held-out part of {self.text.word} has nothing to read")
+            raise UserError(f"the held-out part of {self.text.word} has nothing to read")
         found = apart(base.module, loaded.module, windows, loaded.device)
         protocol = (
             f"KL(base || stage), float64 softmax, {told}; "

@@ -53,14 +53,12 @@ class Fidelity(Task):
         alike: list[float] = []
         for ours, theirs in zip(self._pictures(loaded, self.n), self._pictures(base, self.n), strict=True):
             if min(ours.shape[:2]) < SMALLEST:
-                raise UserError(
-                    f"{self.name}: SSIM needs {SMALLEST} pixels on a side, and an image is {ours.shape[:2]}"
-                )
+                raise UserError(f"SSIM needs {SMALLEST} pixels on a side, and an image is {ours.shape[:2]}")
             near.append(capped_psnr(ours, theirs, 255))
             alike.append(ssim(ours, theirs, 255))
             pairs += [(theirs, ours)] * (len(pairs) < self.shown)
         if not near:
-            raise UserError(f"{self.name}: {self._inputs()}: there are none")
+            raise UserError(f"{self._inputs()}: there are none")
         between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
         range_ = "data range 255, all channels"
         yield self._measured("psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")
@@ -73,7 +71,7 @@ class Fidelity(Task):
         model: Any = loaded.artifact.model
         for image in islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n):
             if not isfinite(float(image.sum())):  # a PSNR of no number would pass for the largest
-                raise LlmqError(f"{self.name}: the stage makes values that are not finite numbers")
+                raise LlmqError("the stage makes values that are not finite numbers")
             yield image
 
     def _inputs(self) -> str:

@@ -87,9 +87,7 @@ class Frechet(Task):
         model.check_split(split)
         examples = {"held_out": split.held_out, "train": split.train, "all": [*split.train, *split.held_out]}[self.part]
         if len(examples) < FEWEST:
-            raise UserError(
-                f"{self.name}: {self.data.word} {self.part} has {len(examples)} images; {FEWEST} are needed"
-            )
+            raise UserError(f"{self.data.word} {self.part} has {len(examples)} images; {FEWEST} are needed")
         step = max(1, len(examples) // self.n)
         return [examples[i * step].image for i in range(min(self.n, len(examples)))], split
 

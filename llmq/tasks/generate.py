@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, PositiveInt
 
 from llmq.data.rows import Row
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Task
 
@@ -24,6 +25,10 @@ class Generate(Task):
     examples: PositiveInt = 3
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")
+
+    def needs(self) -> Needs:
+        """Positions for the longest prompt and its answer, and an end of answers."""
+        return Needs("prompt_tokens + max_new_tokens", self.prompt_tokens + self.max_new_tokens, end_mark=True)
 
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data without a prompt that is short enough."""
@@ -61,9 +66,7 @@ class Generate(Task):
             if len(fitting) == self.examples:
                 return fitting
         if not fitting:
-            raise UserError(
-                f"{self.name}: {self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens"
-            )
+            raise UserError(f"{self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens")
         return fitting
 
     def _answer(self, loaded: Loaded, prompt: tuple[int, ...]) -> tuple[str, bool]:
@@ -78,7 +81,7 @@ class Generate(Task):
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 pad_token_id=loaded.processor.pad_token_id,
-                eos_token_id=sorted(ends),
+                eos_token_id=sorted(ends) or None,
             )
         new = made[0, len(prompt) :]
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()

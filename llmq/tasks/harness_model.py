@@ -1,13 +1,16 @@
 """The language model that lm-eval asks: questions become the tokens of lm-eval's own class, answered faster."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from llmq.data.conversation import rendered
 from llmq.errors import UserError
+from llmq.models.fits import positions
 from llmq.tasks import decoding, scoring
 
 
@@ -20,10 +23,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.cut: dict[str, set[int | None]] = {}
         """For each task the questions that lost their beginning."""
 
-    @property
+    @cached_property
     def max_length(self) -> int:
-        """The longest text that the model takes, in tokens."""
-        return int(resolve_max_length(self.module.config, self.tokenizer))
+        """The longest text that the model takes, in tokens: by lm-eval's rule, which knows no limit of MPT's."""
+        said = int(resolve_max_length(self.module.config, self.tokenizer))
+        return min(said, positions(self.module) or said)
 
     @property
     def eot_token_id(self) -> int:
@@ -57,13 +61,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's chat template writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return rendered(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[scoring.Score]:

@@ -8,10 +8,11 @@ from pydantic import Field, PositiveInt
 
 from llmq import trust
 from llmq.errors import UserError
+from llmq.needs import Needs
 from llmq.tasks import harness
 from llmq.tasks.harness_data import Asked, depends
 from llmq.trust import WRITTEN
-from llmq.types import Answer, Loaded, Task
+from llmq.types import Answer, Artifact, Loaded, Task
 
 
 class LmEval(Task):
@@ -67,6 +68,17 @@ class LmEval(Task):
         if self.allow_code:
             trust.need_written_code(f"allow_code: true lets {', '.join(self.tasks)} run code that the model writes")
 
+    def check_base(self, base: Artifact) -> None:
+        """Raise `UserError` where the tokenizer has no chat template, or one that refuses a question."""
+        from llmq.data.conversation import rendered
+        from llmq.models.hugging_face import load_tokenizer
+
+        if self.apply_chat_template:
+            tokenizer = load_tokenizer(base.weights)
+            if not tokenizer.chat_template:
+                raise UserError(f"apply_chat_template: the tokenizer of {str(base.weights)!r} has none; leave it out")
+            rendered(tokenizer, [{"role": "user", "content": "Hello!"}], add_generation_prompt=True)
+
     def depends(self) -> Mapping[str, Any]:
         """Hashes of every task's settings and data, which are read for it."""
         return depends(self._asked(), self.limit)
@@ -75,6 +87,10 @@ class LmEval(Task):
         if not trust.remote_code():
             harness.check_plain(self.tasks, self.include_path)
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
+
+    def needs(self) -> Needs:
+        """An end of answers; of a text that is too long it cuts the beginning."""
+        return Needs(end_mark=True)
 
     def score(self, loaded: Loaded) -> Iterable[Answer]:
         """What `lm_eval.simple_evaluate` says of the opened module."""

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.files import sha256_text
+from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.types import Artifact, Loaded, Measurement, Samples, Task
 
@@ -45,6 +46,10 @@ class Perplexity(Task):
         """Nothing besides."""
         return {}
 
+    def needs(self) -> Needs:
+        """Positions for a window."""
+        return Needs("window", self.window)
+
     def check_base(self, base: Artifact) -> None:
         """Raise `UserError` for data with nothing to score."""
         from llmq.tasks.windows import check_rows
@@ -59,9 +64,7 @@ class Perplexity(Task):
         rows = split.held_out if self.part == "held_out" else [*split.train, *split.held_out]
         windows, protocol = self._text(rows, loaded) if split.shape == "text" else self._completions(rows, loaded)
         if not windows:
-            raise UserError(
-                f"{self.name}: the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score"
-            )
+            raise UserError(f"the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score")
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
         ids = sha256_text(*(" ".join(map(str, w.tokens.ids)) for w in windows))  # tokenizers cut otherwise
         protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}, tokens {ids[:12]}"

@@ -53,7 +53,7 @@ class Rock(Task):
         grey = {kind: [luma(getattr(s, kind)).round().astype("uint8") for s in scenes] for kind in KINDS}
         levels = {kind: otsu(images) for kind, images in grey.items()}
         if levels["truth"] is None:
-            raise UserError(f"{self.name}: all held-out pixels of {self.data.word} are alike, and nothing tells pores")
+            raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
         # What is all of one grey level has no pores.
         pores = {k: [image <= (-1 if (level := levels[k]) is None else level) for image in grey[k]] for k in KINDS}
         protocol = (
@@ -96,7 +96,7 @@ class Rock(Task):
 
         shared, either = (tuple(float(n) for n in counts) for counts in zip(*map(_overlap, pairs), strict=True))
         if not sum(either):
-            raise UserError(f"{self.name}: no slice has a pore to compare")
+            raise UserError("no slice has a pore to compare")
         value, stderr = ratio_stderr(shared, either)
         convention = f"pores of both over pores of either, pixels of all slices added up; {protocol}"
         samples = Samples(shared, either)

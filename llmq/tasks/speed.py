@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.needs import Needs
 from llmq.types import Clock, Loaded, Measurement, Samples, Task
 
 
@@ -21,6 +22,10 @@ class Speed(Task):
     new_tokens: PositiveInt = Field(16, description="that a language model writes after it")
     batch_size: PositiveInt = Field(1, description="images that an image model is given at once")
     rounds: PositiveInt = 12
+
+    def needs(self) -> Needs:
+        """Positions for a prompt and what is written after it."""
+        return Needs("prompt_tokens + new_tokens", self.prompt_tokens + self.new_tokens)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Peak memory with this stage alone open."""

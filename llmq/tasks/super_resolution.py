@@ -65,7 +65,7 @@ class SuperResolution(Task):
         told = [scene for scene in scenes if not self._says_nothing(scene, border)]
         if not told:
             raise UserError(
-                f"{self.name}: all {len(scenes)} held-out images of {self.data.word} are flat, or made by bicubic "
+                f"all {len(scenes)} held-out images of {self.data.word} are flat, or made by bicubic "
                 "interpolation without any error; name others"
             )
         if flat := len(scenes) - len(told):

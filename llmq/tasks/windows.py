@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from llmq.data.rows import Row
-from llmq.data.tokens import IGNORED, Tokens, encode_all
+from llmq.data.tokens import IGNORED, Tokens, encode_all, with_places
 from llmq.errors import LlmqError, UserError
 from llmq.types import Artifact, Data, Split
 
@@ -44,8 +44,7 @@ def windows_of(
     of a window that nothing precedes is not scored, unless `bos` puts the beginning-of-text mark there. Where a window
     begins with that mark by itself, no second one is put before it, and the mark is not scored.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    ids, spans = with_places(text, tokenizer)
     if bos and tokenizer.bos_token_id is None:
         raise UserError("bos: true, and this tokenizer has no beginning-of-text mark")
     mark = [tokenizer.bos_token_id] if bos else []
@@ -99,14 +98,9 @@ BEGINNING = 4096
 
 
 def check_rows(base: Artifact, data: Data, part: str, length: int) -> None:
-    """Raise `UserError` unless a row of this part of the data leaves a token to learn or to score in `length`.
-
-    So for a `length` that the model has no positions for.
-    """
-    from llmq.models.formats import check_length
+    """Raise `UserError` unless a row of this part of the data leaves a token to learn or to score in `length`."""
     from llmq.models.hugging_face import load_tokenizer
 
-    check_length(base.weights, length)
     split = data.read()
     rows = {"train": split.train, "held_out": split.held_out, "all": [*split.train, *split.held_out]}[part]
     of = f"the {part.replace('_', '-')} part of {data.word}"
@@ -155,7 +149,5 @@ def losses(module: Any, windows: Sequence[Tokens], device: str, batch_size: int)
                     )
                 )
     if not all(map(isfinite, sums)):
-        raise LlmqError(
-            "perplexity: the loss of this model is not a finite number, so its weights or its dtype are broken"
-        )
+        raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
     return sums
