@@ -155,7 +155,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     except (UserError, TypeError, KeyError, AttributeError):
         raise UserError(f"{str(entry)!r} is no index of weights; copy it again, or remove it") from None
     if odd := [name for name in sorted(shards) if Path(name).name != name]:
-        raise UserError(f"{str(entry)!r} names {odd[0]!r}; the files of weights lie in the folder itself")
+        raise UserError(f"{str(entry)!r} names {odd[0]!r}; the files of weights lie beside it")
     return named or sorted(folder.glob("*.safetensors"))
 
 

@@ -38,7 +38,9 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     Raises `UserError` for a method that is not read here.
     """
     said = packed_as(folder)
-    if said or not any(name.endswith(".qweight") for file in safetensors_of(folder) for name in safetensors_files.header(file)):
+    if said or not any(
+        name.endswith(".qweight") for file in safetensors_of(folder) for name in safetensors_files.header(file)
+    ):
         return said
     older = folder / "quantize_config.json"
     if not older.is_file():

@@ -9,7 +9,16 @@ from typing import Any
 from llmq import trust
 from llmq.errors import UserError, did_you_mean
 from llmq.files import (
-    INDEX, SINGLE, at_home, bytes_of, cache, check_space, entry_of, make_whole, safetensors_of, sha256_files,
+    INDEX,
+    SINGLE,
+    at_home,
+    bytes_of,
+    cache,
+    check_space,
+    entry_of,
+    make_whole,
+    safetensors_of,
+    sha256_files,
 )  # fmt: skip
 from llmq.guarded import configuration, gguf_files, json_files, safetensors_files
 from llmq.guarded.files import check_plain_folder, library
