@@ -135,6 +135,7 @@ def without_weights(folder: Path) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_code(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
     with init_empty_weights():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
