@@ -119,8 +119,10 @@ class Lora(Step):
     def _apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
         from transformers import set_seed
 
+        from llmq import terminal
         from llmq.adapt.fast_path import choose
         from llmq.adapt.moved import Start
+        from llmq.adapt.reach import reached, sentence, weights_of
         from llmq.adapt.training import train
         from llmq.data.tokens import unused
         from llmq.models.hugging_face import copy_tokenizer
@@ -130,7 +132,10 @@ class Lora(Step):
         seed = context.seed if self.seed is None else self.seed
         with artifact.open(context.device) as loaded:
             set_seed(seed)
+            weights = weights_of(loaded.module)
             model = self._with_adapter(loaded)
+            reach = reached(model, weights)
+            terminal.say(f"  {sentence(reach)}")
             way = choose(model, self.packing, self.per_device_train_batch_size, _autocast(loaded))
             rows, held_out, counts = self._rows(loaded, split, way.packing)
             arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
@@ -149,6 +154,7 @@ class Lora(Step):
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts}
             | unused(split, loaded.processor),
+            "adapter": reach,
             "tokens": counts,
             "training": {**history, **about},
             **moved,
@@ -186,6 +192,7 @@ class Lora(Step):
     def _with_adapter(self, loaded: Loaded) -> Any:
         from peft import LoraConfig, get_peft_model
 
+        from llmq.adapt.reach import expert_stacks, gates
         from llmq.quantize.bnb_layers import keep_unpacked
 
         if self.gradient_checkpointing and not loaded.module.supports_gradient_checkpointing:
@@ -193,13 +200,19 @@ class Lora(Step):
         keep_unpacked(loaded.module)
         # With a cache transformers does not look for examples that begin within a row, and lets them see one another.
         loaded.module.config.use_cache = False
+        all_linear = self.target_modules == "all-linear"
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        stacks = expert_stacks(loaded.module) if all_linear else []
+        if stacks:
+            self._check_stacks(type(loaded.module).__name__)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=targets,
+            target_parameters=stacks or None,
+            exclude_modules=(gates(loaded.module) if all_linear else []) or None,
             modules_to_save=list(self.modules_to_save) or None,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -212,6 +225,17 @@ class Lora(Step):
         if name := _hub_id(loaded.artifact):
             model.peft_config["default"].base_model_name_or_path = name
         return model
+
+    def _check_stacks(self, model: str) -> None:
+        """Raise `UserError` for what PEFT does not do to experts that are one tensor."""
+        orthogonal = self.init_lora_weights == "orthogonal"
+        unfit = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "init_lora_weights": orthogonal}
+        if names := [name for name, value in unfit.items() if value]:
+            raise UserError(
+                f"adapt.lora: {names[0]} {getattr(self, names[0])!r}: the experts of {model} are one tensor a block, "
+                "which PEFT trains without it; leave it out, or name target_modules without the experts, such as "
+                "[q_proj, v_proj]"
+            )
 
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded, seed: int) -> dict[str, Any]:
         from llmq.adapt.checkpoints import KEPT

@@ -26,16 +26,16 @@ def attend(query: Any, key: Any, value: Any, scaling: float, segments: Sequence[
     """`softmax(q k' scaling) v` within each segment, causally.
 
     query (rows, heads, tokens, d); key, value (rows, groups, tokens, d), heads a multiple of groups.
-    Returns (rows, tokens, heads, d).
+    Returns (rows, tokens, heads, d), contiguous as transformers' own: some models (JetMoE) take a view of it.
     """
     import torch
 
     rows, _, tokens, _ = query.shape
     if len(segments) == rows and all(end - start == tokens for _, start, end in segments):
-        return causal(query, key, value, scaling).transpose(1, 2)
+        return causal(query, key, value, scaling).transpose(1, 2).contiguous()
     parts = []
     for row, start, end in segments:
         q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
         parts.append(causal(q, k, v, scaling))
-    joined = torch.cat(parts, dim=2).transpose(1, 2)
+    joined = torch.cat(parts, dim=2).transpose(1, 2).contiguous()
     return joined.reshape(rows, tokens, *joined.shape[2:])
