@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from llmq import cli_judging, faults, stopping, trust
 from llmq.files import to_json
+from llmq.harmless import in_json, visible
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -192,15 +193,15 @@ def check(
         from llmq.types import Context
 
         pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
-    typer.echo(to_json(job.plain()) if as_json else pipeline.to_yaml(job.plain()), nl=as_json)
+    typer.echo(to_json(job.plain()) if as_json else _as_seen(pipeline.to_yaml(job.plain())), nl=as_json)
     if not as_json:
         for line in reading.told(job.steps, job.evaluate):
-            typer.echo(f"# {line}")
+            typer.echo(visible(f"# {line}"))
         for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
-            typer.echo(f"# {line}")
+            typer.echo(visible(f"# {line}"))
         for line in support.foretold(job.model, [*job.steps, *job.evaluate]):
-            typer.echo(f"# {line}")
-        typer.echo(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run", err=True)
+            typer.echo(visible(f"# {line}"))
+        typer.echo(visible(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run"), err=True)
 
 
 @app.command(name="list")
@@ -219,7 +220,7 @@ def show(word: str, as_json: Json = False) -> None:
     from llmq import recipe as recipes
 
     if "/" in word:
-        typer.echo(recipes.find("recipes", word).read_text(encoding="utf-8"), nl=False)
+        typer.echo(_as_seen(recipes.find("recipes", word).read_text(encoding="utf-8")), nl=False)
         return
     cls = plugin.load(word)
     typer.echo(to_json(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
@@ -237,7 +238,7 @@ def copy_recipe(recipe: str, folder: Path) -> None:
         raise _user_error(f"{str(target)!r} exists; move it away first")
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(f"{target}: run it with: llmq run {target}")
+    typer.echo(visible(f"{target}: run it with: llmq run {target}"))
 
 
 def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
@@ -250,7 +251,7 @@ def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, ou
     for override in in_order(overrides or ()):
         recipes.apply_override(source, override)
     job = recipes.parse(source, name)
-    typer.echo(pipeline.to_yaml(job.plain()), err=True)
+    typer.echo(visible(pipeline.to_yaml(job.plain())), err=True)
     _run(job, out, False, as_json)
 
 
@@ -279,10 +280,15 @@ def _show(report: "Report", folder: Path, as_json: bool) -> None:
     from llmq.report import screen
 
     if as_json:
-        typer.echo((folder / "report.json").read_text(encoding="utf-8"), nl=False)
+        typer.echo(in_json((folder / "report.json").read_text(encoding="utf-8")), nl=False)
     else:
         screen.show(report)
-        typer.echo(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)")
+        typer.echo(visible(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)"))
+
+
+def _as_seen(text: str) -> str:
+    """A file's text as it is, for another file; on a terminal nothing of it moves the cursor."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def _folder_or_nothing(path: Path) -> None:
@@ -354,7 +360,7 @@ def tell(line: str) -> None:
     """Print the last line where it can be printed; streams that are full or closed are not flushed again."""
     with suppress(OSError, ValueError, AttributeError):
         if line:
-            print(f"llmq: {' '.join(line.split())}", file=sys.stderr, flush=True)
+            print(f"llmq: {' '.join(visible(line).split())}", file=sys.stderr, flush=True)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()

@@ -9,6 +9,7 @@ import typer
 
 from llmq.errors import LlmqError, UserError
 from llmq.files import to_json
+from llmq.harmless import visible
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -85,9 +86,9 @@ def verify(run: Run, as_json: Json = False) -> None:
     else:
         for kind in ("changed", "missing", "added"):
             for name in getattr(found, kind):
-                typer.echo(f"{kind:>8}  {name}")
+                typer.echo(visible(f"{kind:>8}  {name}"))
         if found.base:
-            typer.echo(f"    base  {found.base}")
+            typer.echo(visible(f"    base  {found.base}"))
         typer.echo(f"{found.same} files as they were: {'whole' if found.whole else 'NOT what was run'}")
     if not found.whole:
         raise typer.Exit(1)
@@ -116,7 +117,7 @@ def replay(
     else:
         for title, differences in (("now otherwise", found.surroundings), ("DIFFERS", found.differences)):
             for d in differences:
-                typer.echo(f"{title:>13}  {d.what}: {d.then} then, {d.now} now")
+                typer.echo(visible(f"{title:>13}  {d.what}: {d.then} then, {d.now} now"))
         verdict = "the same" if found.same else f"{len(found.differences)} differ"
         typer.echo(
             f"{found.files} files and {found.figures} figures came back, {verdict}; the replay is {found.folder}"

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmq.harmless import visible
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -15,7 +17,7 @@ class LlmqError(Exception):
 
     def __str__(self) -> str:
         # A file name that is no UTF-8 has lone surrogates, which no terminal and no JSON takes.
-        return super().__str__().encode("utf-8", "backslashreplace").decode()
+        return visible(super().__str__())
 
 
 class UserError(LlmqError):
@@ -26,7 +28,7 @@ class UserError(LlmqError):
 
 def one_line(error: BaseException) -> str:
     """An error in one line; one that llmq did not raise itself is named by its class, and its text is cut."""
-    text = " ".join(str(error).split())
+    text = " ".join(visible(str(error)).split())
     if isinstance(error, LlmqError):
         return text
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

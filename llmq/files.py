@@ -14,6 +14,7 @@ from llmq import partials
 from llmq.errors import LlmqError, UserError
 from llmq.faults import free_bytes, in_bytes
 from llmq.guarded import json_files, safetensors_files
+from llmq.harmless import in_json
 
 
 def cache(*parts: str) -> Path:
@@ -67,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 def to_json(data: Any, **how: Any) -> str:
     """`data` as JSON that every reader takes. Raises `LlmqError` naming the first number that is not finite."""
     try:
-        return json.dumps(data, allow_nan=False, **{"default": str, **how})
+        return in_json(json.dumps(data, allow_nan=False, **{"default": str, **how}))
     except ValueError:
         found = _not_finite(data)
         if not found:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from llmq import faults, processes
+from llmq.harmless import visible
 
 T = TypeVar("T")
 KEPT = "traceback kept in "
@@ -22,7 +23,7 @@ def say(message: str) -> None:
     """One line to the person and to the log of the run; of several processes only the first speaks."""
     if not processes.is_first():
         return
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(visible(message), markup=False, soft_wrap=True)
     log(message)
 
 
@@ -30,7 +31,7 @@ def log(message: str) -> None:
     """Write something to the log of the run alone."""
     for file in _logs:
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {visible(message)}\n")
 
 
 @contextmanager
@@ -71,11 +72,11 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns: list[Any] = [
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(30),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         ]
         self._began = time.perf_counter()
         hidden = not (sys.stderr.isatty() and processes.is_first())

@@ -14,8 +14,16 @@ SIZE, SPEED = "bytes_on_disk", ("decode_tokens_per_second", "images_per_second")
 
 def draw(report: Report) -> dict[str, str]:
     """Title -> SVG, for every picture that the report has the figures for."""
-    pictures = {"Size against quality": _trade_off(report), "Speed": _speed(report), "Training": _training(report)}
-    return {title: svg for title, svg in pictures.items() if svg}
+    with _plain_text():
+        pictures = {"Size against quality": _trade_off(report), "Speed": _speed(report), "Training": _training(report)}
+        return {title: svg for title, svg in pictures.items() if svg}
+
+
+def _plain_text() -> Any:
+    """No name is read as mathematics, between `$` and `$`."""
+    import matplotlib
+
+    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def _colours(report: Report) -> dict[str, str]:

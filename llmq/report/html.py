@@ -1,8 +1,10 @@
 """The report as one self-contained page."""
 
 import base64
+from dataclasses import asdict
 from pathlib import Path
 
+from llmq.harmless import visible_within
 from llmq.report import Report, charts
 from llmq.report.facts import facts
 from llmq.report.markdown import exhibits
@@ -17,6 +19,7 @@ def draw(report: Report, folder: Path) -> str:
     def inside(file: str) -> str:
         return f"data:image/png;base64,{base64.b64encode(picture(folder, file)).decode()}"
 
+    report = Report(**visible_within(asdict(report)))
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(
         report=report,

@@ -3,9 +3,9 @@
 import sys
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from llmq.harmless import cell
 from llmq.report import Report
 from llmq.report.table import LEGEND, alarms, notes, rows
 
@@ -20,15 +20,15 @@ def show(report: Report, console: Console | None = None) -> None:
     for name in ("task", "metric"):
         table.add_column(name, style="dim" if name == "task" else "")
     for name in report.measured:
-        table.add_column(name, justify="right")
+        table.add_column(cell(name), justify="right")
     last = ""
     for row in rows(report):
-        cells = (f"[{COLOURS[c.verdict]}]{c}[/]" if c.verdict in COLOURS else str(c) for c in row.cells)
-        table.add_row("" if row.task == last else row.task, escape(row.label), *cells)
+        cells = (cell(c, COLOURS.get(c.verdict, "")) for c in row.cells)
+        table.add_row(cell("" if row.task == last else row.task), cell(row.label), *cells)
         last = row.task
     console.print(table)
     console.print(LEGEND, style="dim")
     for line in notes(report):
-        console.print(line, style="dim", markup=False, soft_wrap=True)
+        console.print(cell(line), style="dim", soft_wrap=True)
     for line in alarms(report):
-        console.print(line, style="red", markup=False, soft_wrap=True)
+        console.print(cell(line), style="red", soft_wrap=True)

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llmq.compare import SideBySide
 from llmq.gate import EXIT_CODES, Verdict, overall
+from llmq.harmless import cell
 from llmq.report.table import ARROWS, MARKS, is_size, left_out, number, stored_otherwise, unsaid
 from llmq.statistics import Comparison
 from llmq.types import Measurement
@@ -37,7 +38,7 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
     table.add_column("task", style="dim")
     table.add_column("metric")
     for result in found.results:
-        table.add_column(result.name, justify="right")
+        table.add_column(cell(result.name), justify="right")
     table.add_column("sees", justify="right", style="dim")
     compared = {(name, c.task, c.metric): c for name, c in found.comparisons}
     last = ""
@@ -45,24 +46,24 @@ def show_comparison(found: SideBySide, out: Console | None = None) -> None:
         row = [compared.get((o.name, task, metric)) for o in others]
         if not any(row):
             continue
-        cells = [_cell(c, o.figures[task, metric]) if c else "—" for c, o in zip(row, others, strict=True)]
+        cells = [_cell(c, o.figures[task, metric]) if c else cell("—") for c, o in zip(row, others, strict=True)]
         scale, unit = _scaled(base)
         seen = [c.detectable for c in row if c and c.detectable]
         sees = f"±{number(max(seen) * scale)}" if seen else ""
         name = " ".join(filter(None, (metric, f"({unit})" if unit else "", ARROWS.get(base.better))))
-        table.add_row("" if task == last else task, escape(name), number(base.value * scale), *cells, sees)
+        table.add_row(cell("" if task == last else task), cell(name), number(base.value * scale), *cells, sees)
         last = task
     out.print(table)
     out.print(LEGEND, style="dim", soft_wrap=True)
     for name, c in found.comparisons:
         if said := unsaid(asdict(c)):
-            out.print(f"{name}: {c.task} {c.metric}: {said}", markup=False, soft_wrap=True)
+            out.print(cell(f"{name}: {c.task} {c.metric}: {said}"), soft_wrap=True)
     sized = {name for name, c in found.comparisons if is_size(first.figures[c.task, c.metric])}
     for other in others:
         if other.name in sized and (said := stored_otherwise(other.stored, first.stored)):
-            out.print(f"{other.name}: {said}", markup=False, soft_wrap=True)
+            out.print(cell(f"{other.name}: {said}"), soft_wrap=True)
     for refusal in found.refusals:
-        out.print(f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}", markup=False)
+        out.print(cell(f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}"))
 
 
 def _scaled(m: Measurement) -> tuple[float, str]:
@@ -70,13 +71,11 @@ def _scaled(m: Measurement) -> tuple[float, str]:
     return units.get(m.unit, (1.0, m.unit))
 
 
-def _cell(c: Comparison, m: Measurement) -> str:
+def _cell(c: Comparison, m: Measurement) -> "Text":
     scale = _scaled(m)[0]
-    ends = (
-        f" \\[{_signed(c.ci95[0] * scale)}, {_signed(c.ci95[1] * scale)}]" if c.ci95 and c.ci95[0] < c.ci95[1] else ""
-    )
+    ends = f" [{_signed(c.ci95[0] * scale)}, {_signed(c.ci95[1] * scale)}]" if c.ci95 and c.ci95[0] < c.ci95[1] else ""
     text = f"{number(m.value * scale)}  {_signed(c.difference * scale)}{ends} {MARKS.get(c.verdict, '')}"
-    return f"[{COLOURS[c.verdict]}]{text}[/]" if c.verdict in COLOURS else text
+    return cell(text, COLOURS.get(c.verdict, ""))
 
 
 def _signed(value: float) -> str:
@@ -110,10 +109,10 @@ def show_gate(told: Mapping[str, Any], out: Console | None = None) -> None:
     """Print one line a rule, and the verdict on all; `told` is that of `gate_as_data`."""
     out = out or console()
     for v in told["rules"]:
-        mark = f"[{COLOURS[v['verdict']]}]" if v["verdict"] in COLOURS else "[yellow]"
-        out.print(f"{mark}{v['verdict']:<15}[/]{escape(sentence(v))}", soft_wrap=True)
+        verdict = cell(f"{v['verdict']:<15}", COLOURS.get(v["verdict"], "yellow"))
+        out.print(verdict.append_text(cell(sentence(v))), soft_wrap=True)
     if len(told["rules"]) > 1:
-        out.print(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", style="bold", soft_wrap=True)
+        out.print(cell(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", "bold"), soft_wrap=True)
 
 
 def sentence(v: Mapping[str, Any]) -> str:
