@@ -107,3 +107,21 @@ def test_packing_that_loses_a_code_is_found_before_it_is_written(monkeypatch, st
     monkeypatch.setattr(gptq_format, "pack", lambda codes, bits: pack(codes, bits) ^ 1)
     with pytest.raises(LlmqError, match="of 4 bits are others once packed"):
         gptq_format.to_tensors(made, stored_as)
+
+
+@pytest.mark.parametrize("word", ["int8", "float16"])
+def test_a_graph_that_is_not_what_was_meant_is_refused(tmp_path, monkeypatch, word):
+    from llmq.models.runtime import openvino
+
+    save, base = openvino().save_model, plugin.build(SMALL, "models").base(CPU)
+
+    def wrong(graph, path, **settings):
+        save(graph, path, **settings)
+        held = bytearray(Path(path).with_suffix(".bin").read_bytes())
+        held[len(held) // 2] ^= 1
+        Path(path).with_suffix(".bin").write_bytes(held)
+
+    settings = {"data": ROCK, "samples": 2} if word == "int8" else {}
+    monkeypatch.setattr(openvino(), "save_model", wrong)
+    with pytest.raises(LlmqError, match="is not what was to be written; is the disk sound"):
+        apply(f"quantize.{word}", base, tmp_path / "stage", **settings)

@@ -15,8 +15,8 @@ import torch
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
-from llmq.models.exported import ExportedModule
-from llmq.models.runtime import DEVICE, GRAPH, PRECISION, openvino
+from llmq.models.exported import ExportedModule, constants
+from llmq.models.runtime import DEVICE, GRAPH, PRECISION, core, openvino
 from llmq.models.vision import named
 from llmq.quantize import apart
 from llmq.quantize.layer_names import restore_names
@@ -70,6 +70,7 @@ def quantized_stage(
     write_graph(changed, folder, float16)
     try:
         apart.check_opens(folder, model)
+        check_written(changed, folder / GRAPH)
         facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)])
     except LlmqError:
         for file in weight_files(folder):
@@ -131,6 +132,23 @@ def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
     openvino().save_model(graph, path, compress_to_fp16=float16)
     text = re.sub(r">\s+<", "><", path.read_text(encoding="utf-8"))  # a sixth of it is indentation
     path.write_text(text, encoding="utf-8")
+
+
+def check_written(graph: Any, path: Path) -> None:
+    """Raise `LlmqError` unless a file holds each constant of a graph to the bit, or rounded to float16."""
+    import numpy as np
+
+    kept = {
+        constant.get_friendly_name().removesuffix("_compressed"): constant.data  # as OpenVINO calls those in float16
+        for constant, _ in constants(core().read_model(path))
+    }
+    for constant, _ in constants(graph):
+        name, meant = constant.get_friendly_name(), constant.data
+        found = kept.get(name)
+        if found is not None and found.dtype == np.float16:
+            meant = meant.astype(np.float16)
+        if found is None or found.shape != meant.shape or found.tobytes() != meant.tobytes():
+            raise LlmqError(f"{str(path)!r}: {name} is not what was to be written; is the disk sound?")
 
 
 def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
