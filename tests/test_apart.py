@@ -64,7 +64,7 @@ def test_one_process_does_job_after_job_and_another_takes_over_from_a_dead_one(
     apart.check_runs(graph, Heads(), [X])
     (second,) = apart._waiting
     assert second.process.pid != first.process.pid
-    os.kill(second.process.pid, signal.SIGALRM)  # as after a minute without a job: nothing was lost
+    os.kill(second.process.pid, signal.SIGALRM)  # as after a while without a job: nothing was lost
     apart.check_runs(graph, Heads(), [X])
     (third,) = apart._waiting
     third.process.kill()

@@ -236,6 +236,22 @@ def test_a_stage_of_transformers_needs_not_the_folder_it_came_from(hf_folder, tm
     assert torch.equal(logits_of(Artifact.load(tmp_path), some_images()), before)
 
 
+def test_a_family_of_two_classes_opens_where_no_architecture_is_written(tmp_path):
+    from transformers import DeiTConfig, DeiTForImageClassification
+
+    its = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    plain = DeiTForImageClassification(DeiTConfig(**its, intermediate_size=16, num_labels=3)).eval()
+    plain.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    given: Any = plugin.build({"hf_classifier": {"weights": str(tmp_path)}}, "models")
+    x = torch.rand(2, 3, 16, 16)
+    with given.base(CPU).open("cpu") as loaded, torch.inference_mode():
+        assert torch.equal(loaded.module(x), plain(x).logits)
+
+
 def test_a_config_alone_makes_a_random_network():
     config = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "num_labels": 4}
     assert logits_of(hf_base(config=config), some_images(channels=1)).shape == (3, 4)

@@ -17,7 +17,7 @@ from llmq.files import weight_files
 from llmq.models.runtime import core, openvino
 from llmq.quantize.exporting import export, quantized_stage
 from llmq.quantize.int8 import ignored_names
-from llmq.quantize.likeness import Likeness
+from llmq.quantize.likeness import Likeness, in_order_of
 from llmq.types import Artifact, Context, Data, Split
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
@@ -296,3 +296,19 @@ def test_garbage(truth, found, garbage):
     likeness = Likeness()
     likeness.add(torch.tensor(truth), torch.tensor(found))
     assert likeness.is_garbage == garbage
+
+
+def test_rows_without_an_order_are_compared_each_with_its_like():
+    rng = torch.Generator().manual_seed(0)
+    truth = torch.randn(2, 40, 5, generator=rng), torch.rand(2, 40, 4, generator=rng)
+    orders = torch.stack([torch.randperm(40, generator=rng) for _ in range(2)])
+    noise = [torch.randn(t.shape, generator=rng) * 1e-4 for t in truth]
+    near = [t + e for t, e in zip(truth, noise, strict=True)]
+    mixed = [torch.stack([t[i, order] for i, order in enumerate(orders)]) for t in near]
+    for found, expected in zip(in_order_of(truth, mixed), near, strict=True):
+        assert torch.equal(found, expected)
+    # One row said for all is no likeness: every row is taken once.
+    same = [t[:, :1].expand_as(t) for t in truth]
+    assert torch.equal(in_order_of(truth, same)[0], same[0])
+    mixed[0][0, 3, 0] = math.nan
+    assert in_order_of(truth, mixed)[0].isnan().sum() == 1

@@ -19,6 +19,7 @@ from llmq.files import bytes_of
 from llmq.models.runtime import core
 from llmq.models.state import save_network
 from llmq.models.vision import named
+from llmq.quantize.likeness import in_order_of
 from llmq.types import Artifact
 
 pytestmark = pytest.mark.slow
@@ -80,67 +81,84 @@ MODELS: dict[str, Any] = {
 }
 WORDS = ("int8", "dynamic", "float16")
 COLUMNS = (*WORDS, "channels")
-CLOSE = {"float16": 0.02, "dynamic": 0.15}
+CLOSE = {
+    "classifier": {"float16": 0.02, "dynamic": 0.15, "int8": 0.3},
+    "detector": {"float16": 0.02, "dynamic": 0.3, "int8": 0.6},
+}
+"""How far a stage's outputs may be from the network's, as a share of their norm: about twice the most that was seen.
+
+Random detectors amplify more than trained ones: SSDLite's 60 layers in a row, each normalized, and D-FINE's choice of
+queries."""
+
+
+def data_of(model: Any) -> dict[str, Any]:
+    """What its kind learns from."""
+    return {"scenes": {"train": 8, "held_out": 2}} if model.kind == "detector" else {"digits": {}}
+
+
+def images_for(model: Any, n: int) -> torch.Tensor:
+    """Images of its data, as the network sees them."""
+    data: Any = plugin.build(data_of(model), "data")
+    return torch.cat(list(model.calibration(data.read(), n, 0)))
 
 
 def settled(base: Artifact, folder: Path) -> Artifact:
-    """A random network whose batch norms know the spread of what reaches them, as after a training.
+    """A random network of which every layer matters to what it says, as after a training.
 
-    Untrained ones let it vanish or explode layer by layer: detectors then choose among queries that are all alike, and
-    int8 rounds everything to zero.
+    Batch norms that begin at zero would shut their branch. Those of a detector learn the spread of what reaches them:
+    without, it vanishes layer by layer, queries are chosen among scores that are all alike, and int8 rounds everything
+    to zero. Those of classifiers do not: deep random networks are chaotic when every layer is normalized.
     """
     with base.open("cpu") as loaded, torch.no_grad():
-        norms = [m for m in loaded.module.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d)]
+        norms = [m for m in loaded.module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-        for seed in range(4 if norms else 0):
-            like = base.model.example(4)  # type: ignore[attr-defined]
-            loaded.module(torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)))
+            if not norm.weight.any():
+                norm.weight.fill_(0.2)
+        if norms and base.model.kind == "detector":
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+            loaded.module(images_for(base.model, 8))
         folder.mkdir()
         save_network(loaded.module, folder)
     return replace(base, weights=folder)
 
 
-def data_of(artifact: Artifact) -> dict[str, Any]:
-    """What its kind learns from."""
-    return {"scenes": {"train": 4, "held_out": 2}} if artifact.model.kind == "detector" else {"digits": {}}
-
-
-def answers(artifact: Artifact) -> tuple[torch.Tensor, ...]:
-    """What an artifact makes of its example."""
+def answers(artifact: Artifact, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What an artifact makes of images."""
     with artifact.open("cpu") as loaded, torch.inference_mode():
-        made = loaded.module(artifact.model.example(2))  # type: ignore[attr-defined]
+        made = loaded.module(images)
     return tuple(made) if isinstance(made, list | tuple) else (made,)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The norm of the difference, as a share of that of `other`."""
+    assert one.isfinite().all()
+    return float((one - other).norm() / other.norm())
 
 
 def check(word: str, before: Artifact, folder: Path) -> Artifact:
     """Quantize, and hold what was kept against plain OpenVINO and against the network before."""
-    its = {"data": data_of(before), "samples": 4, "fast_bias_correction": True} if word == "int8" else {}
+    model: Any = before.model
+    its = {"data": data_of(model), "samples": 8, "fast_bias_correction": True} if word == "int8" else {}
     its |= {"compute_dtype": "float32"} if word == "dynamic" else {}
     stage = apply(f"quantize.{word}", before, folder, **its)
     stage.save(folder)
-    found = answers(Artifact.load(folder))
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core().compile_model(str(folder / "model.xml"), "CPU", options)
-    plain = compiled(before.model.example(2).numpy())  # type: ignore[attr-defined]
-    for ours, theirs in zip(found, plain.values(), strict=True):
-        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0.05, atol=0.05 * float(ours.abs().max()))
-    for ours, truth in zip(found, answers(before), strict=True):
-        assert ours.shape == truth.shape
-        print(
-            "MARGIN",
-            stage.model.word,
-            getattr(stage.model, "architecture", None) or stage.model.config["model_type"],
-            stage.history,
-            word,
-            float((ours - truth).norm() / truth.norm()),
-            float(torch.nn.functional.cosine_similarity(ours.flatten(), truth.flatten(), 0)),
-            float(bytes_of(before.weight_files()) / bytes_of(stage.weight_files())),
-        )
-        assert float((ours - truth).norm() / truth.norm()) < CLOSE.get(word, 1.0)
     assert bytes_of(stage.weight_files()) < bytes_of(before.weight_files())
+    images = images_for(model, 2)
+    found, truths = answers(Artifact.load(folder), images), answers(before, images)
+    library = core()
+    graph = library.read_model(folder / "model.xml")
+    graph.reshape(list(images.shape))
+    compiled = library.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    plain = tuple(torch.from_numpy(each) for each in compiled(images.numpy()).values())
+    if model.unordered:
+        found, plain = in_order_of(truths, found), in_order_of(truths, plain)
+    for ours, theirs, truth in zip(found, plain, truths, strict=True):
+        assert ours.shape == truth.shape
+        assert distance(ours, theirs) < 0.01
+        assert distance(ours, truth) < CLOSE[model.kind][word], (word, distance(ours, truth))
     return stage
 
 
@@ -150,7 +168,7 @@ def outcome(column: str, base: Artifact, folder: Path) -> str:
         if column != "channels":
             check(column, base, folder)
         else:
-            its = {"max_steps": 2, "batch_size": 2, "data": data_of(base), "held_out_examples": 2}
+            its = {"max_steps": 2, "batch_size": 2, "data": data_of(base.model), "held_out_examples": 2}
             narrow = apply("prune.channels", base, folder / "1", ratio=0.25)
             check("int8", apply("adapt.train", narrow, folder / "2", **its), folder / "3")
     except LlmqError as error:

@@ -76,7 +76,7 @@ class HfClassifier(Classifier, Model):
             raise UserError(f"transformers knows no such configuration: {str(error).partition('. ')[0]}") from None
         if self.classes and self.classes != config.num_labels:
             config.num_labels = self.classes
-        return config
+        return hub.with_architectures(config)
 
     @property
     def outputs(self) -> int:

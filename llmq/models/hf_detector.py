@@ -27,6 +27,8 @@ class HfDetector(Detector, Model):
     """
 
     learning: ClassVar[Learning] = Learning(1e-4, 8, "detection loss", weight_decay=1e-4, augment="flip")
+    # RT-DETR and D-FINE sort their queries by score: rounding swaps two that are nearly alike.
+    unordered: ClassVar[bool] = True
 
     weights: str | None = Field(None, description="a folder, or owner/name (or owner/name@revision) on the hub")
     classes: PositiveInt | None = Field(None, description="as the weights have if unset")
@@ -78,7 +80,7 @@ class HfDetector(Detector, Model):
             raise UserError(f"transformers knows no such configuration: {str(error).partition('. ')[0]}") from None
         if self.classes and self.classes != config.num_labels:
             config.num_labels = self.classes
-        return config
+        return hub.with_architectures(config)
 
     @property
     def _size(self) -> int:

@@ -43,8 +43,16 @@ def opened(auto: Any, folder: Path, weights: str) -> Any:
     """
     files = read_state(str(folder))
     try:
+        from transformers import AutoConfig
+
+        config = with_architectures(AutoConfig.from_pretrained(folder))
         model, said = auto.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, dtype="float32", ignore_mismatched_sizes=True
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype="float32",
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{weights!r} is not opened by transformers: {' '.join(str(error).split())[:300]}") from None
@@ -59,6 +67,12 @@ def opened(auto: Any, folder: Path, weights: str) -> Any:
         raise UserError(f"{weights!r} is not opened by transformers: {' '.join(str(errors[0]).split())}")
     check_kinds(own, files, weights)
     return model
+
+
+def with_architectures(config: Any) -> Any:
+    """A configuration of which transformers finds the class: where a family has two, such as DeiT, it reads a list."""
+    config.architectures = config.architectures or []
+    return config
 
 
 def _counts(name: str, own: Mapping[str, Any]) -> bool:

@@ -52,6 +52,8 @@ class Vision(BaseModel):
     learning: ClassVar[Learning]
     any_size: ClassVar[bool] = False
     """Whether the network takes images of any height and width, as an exported graph of it then must too."""
+    unordered: ClassVar[bool] = False
+    """Whether the rows of its outputs stand in no order, one row through all of them: what a detector's queries say."""
     watched_from: ClassVar[int] = 1
     """How many held-out examples the figure that is shown while training needs."""
 

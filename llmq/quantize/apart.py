@@ -2,7 +2,7 @@
 
 `python -m llmq.quantize.apart` reads jobs, a line of JSON each: `["change" or "run", FOLDER]`. It answers each with a
 line. A job is files in a folder, and its result is files beside them. The process waits for another job, because its
-libraries take seconds to import, and ends after a minute without one.
+libraries take seconds to import, and ends after three minutes without one.
 """
 
 import json
@@ -20,7 +20,7 @@ from llmq.errors import LlmqError, UserError
 from llmq.models.runtime import GRAPH, core, openvino, options
 
 CHANGED, INPUTS, SETTINGS, ERROR = "changed.xml", "inputs.npz", "settings.json", "error.json"
-IDLE = 60
+IDLE = 180
 """Seconds without a job after which the process ends."""
 NO_INT8 = "keep layers in float (ignored of quantize.int8), or take quantize.dynamic or quantize.float16"
 NO_GRAPH = "leave the steps that export it out"

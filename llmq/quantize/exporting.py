@@ -20,7 +20,7 @@ from llmq.models.runtime import DEVICE, GRAPH, PRECISION, core, openvino
 from llmq.models.vision import named
 from llmq.quantize import apart
 from llmq.quantize.layer_names import restore_names
-from llmq.quantize.likeness import Likeness
+from llmq.quantize.likeness import Likeness, in_order_of
 from llmq.types import Artifact, Step
 
 PARITY = 1e-3
@@ -105,7 +105,7 @@ def export(module: Any, model: Any) -> Any:
     exported = ExportedModule(graph)
     for x in inputs:
         with torch.inference_mode():
-            truth, found = as_tuple(module(x)), as_tuple(exported(x))
+            truth, found = outputs(model, module, exported, x)
         for i, (t, f) in enumerate(zip(truth, found, strict=True)):
             off = float((f - t).abs().max() / t.abs().max().clamp_min(1e-12)) if f.shape == t.shape else float("inf")
             if not off <= PARITY:
@@ -119,6 +119,13 @@ def export(module: Any, model: Any) -> Any:
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
     """The outputs of a module that has one or several."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def outputs(model: Any, one: Any, other: Any, x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What two modules of one family make of an input, in one order."""
+    truth, found = as_tuple(one(x)), as_tuple(other(x))
+    same = [t.shape for t in truth] == [f.shape for f in found]
+    return truth, in_order_of(truth, found) if model.unordered and same else found
 
 
 def write_graph(graph: Any, folder: Path, float16: bool = False) -> None:
@@ -162,7 +169,7 @@ def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequ
     exact, changed = ExportedModule(graph), ExportedModule(folder)
     likenesses: list[Likeness] = []
     for x in inputs:
-        pairs = list(zip(as_tuple(exact(x)), as_tuple(changed(x)), strict=True))
+        pairs = list(zip(*outputs(artifact.model, exact, changed, x), strict=True))
         likenesses = likenesses or [Likeness() for _ in pairs]
         for likeness, (truth, found) in zip(likenesses, pairs, strict=True):
             likeness.add(truth, found)

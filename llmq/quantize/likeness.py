@@ -1,5 +1,6 @@
 """How much of what a model said is left after it was changed. Pure: tensors in, numbers out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -40,3 +41,20 @@ class Likeness:
     def is_garbage(self) -> bool:
         """Whether less than half of the variance is left, and that is no small error either."""
         return not isfinite(self.error) or (self.kept < 0.5 and self.relative_error > LITTLE)
+
+
+def in_order_of(truth: Sequence[Any], found: Sequence[Any]) -> tuple[Any, ...]:
+    """`found` with its rows, which stand in no order, beside those of `truth` that they are nearest to.
+
+    A row goes through all outputs, each `(images, rows, numbers)` and counted by its largest true value; no two rows
+    stand beside one (the assignment of least total distance).
+    """
+    import torch
+    from scipy.optimize import linear_sum_assignment
+
+    scales = [t.abs().max().clamp_min(1e-12) for t in truth]
+    rows, others = (torch.cat([t / s for t, s in zip(side, scales, strict=True)], -1) for side in (truth, found))
+    distances = torch.cdist(rows.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distances = distances.nan_to_num(1e9, 1e9)  # what is no number is told apart later
+    orders = [torch.from_numpy(linear_sum_assignment(each.numpy())[1]) for each in distances]
+    return tuple(torch.stack([t[i, order] for i, order in enumerate(orders)]) for t in found)
