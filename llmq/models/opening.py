@@ -10,7 +10,7 @@ from llmq import trust
 from llmq.errors import UserError
 from llmq.files import safetensors_of
 from llmq.guarded import json_files, safetensors_files
-from llmq.models import packed_parts
+from llmq.models import packed_parts, packed_values
 from llmq.models.formats import check_code, quantization
 from llmq.models.names import module_names
 from llmq.models.packed_parts import Stored
@@ -153,7 +153,7 @@ def _check_packed(folder: Path, held: Mapping[str, Stored]) -> None:
     known |= {name: known[name][::-1] for name in turned}
     names = module_names(network, {f for f in layers if f})
     shapes = {f: known[f"{n}.weight"] for f, n in names.items() if len(known.get(f"{n}.weight", ())) == 2}
-    amiss = list(packed_parts.faults(held, shapes))
+    amiss = list(packed_parts.faults(held, shapes)) or list(packed_values.faults(held))
     if amiss:
         raise UserError(f"{str(folder)!r} does not hold whole packed layers ({len(amiss)}): {_some(amiss)}")
 

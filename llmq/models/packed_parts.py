@@ -74,7 +74,7 @@ def _int8(layer: str, parts: Held, shape: Shape | None) -> Iterator[str]:
         yield f"{layer} lacks {lacking[0]}"
         return
     (dtype, found, _), (kind, scales, _) = parts["weight"], parts["SCB"]
-    if dtype != "I8" or kind not in FLOATS or len(found) != 2 or scales != found[:1] or (shape and found != shape):
+    if dtype != "I8" or kind != "F32" or len(found) != 2 or scales != found[:1] or (shape and found != shape):
         yield f"{layer} has parts that do not fit: weight {dtype} {list(found)}, SCB {kind} {list(scales)}"
 
 
@@ -91,16 +91,17 @@ def _four_bits(layer: str, parts: Held, shape: Shape | None) -> Iterator[str]:
         yield f"{layer} has {more[0]}, which is no part of a packed layer"
         return
     described = _state(parts[state].file, f"{layer}.{state}")
-    found, block = described.shape, described.blocksize
+    found, block, inner_block = described.shape, described.blocksize, described.nested_blocksize
     count = prod(found)
-    if not found or not block or (shape and found != shape):
+    # Numbers of which one is negative may stand for sizes that fit.
+    if not found or min(found) < 1 or block < 1 or inner_block < 0 or (shape and found != shape):
         yield f"{layer} describes {list(found)}, needed {list(shape or ())}"
         return
     blocks = -(-count // block)
     sizes = {"weight": -(-count // 2), "weight.absmax": blocks, "weight.quant_map": 16}
     dtypes = {"weight": "U8", "weight.absmax": "U8" if nested else "F32", "weight.quant_map": "F32"}
     if nested:
-        inner = described.nested_blocksize or blocks
+        inner = inner_block or blocks
         sizes |= {"weight.nested_absmax": -(-blocks // inner), "weight.nested_quant_map": 256}
         dtypes |= {"weight.nested_absmax": "F32", "weight.nested_quant_map": "F32"}
     for name, size in sizes.items():
@@ -129,5 +130,5 @@ def _state(file: Path, name: str) -> _State:
         said = json.loads(text)
         shape = tuple(int(n) for n in said["shape"])
         return _State(shape, int(said["blocksize"]), int(said.get("nested_blocksize") or 0))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _State()
