@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, stopping, trust
+from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, sound, stopping, trust
 from llmq.errors import UserError, one_line
 from llmq.files import check_space, make_whole, sha256_files, stored_as, write_text
 from llmq.questions import answer_by, question, take_times
@@ -172,9 +172,12 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
 
 
 def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Artifact:
-    """What a step makes of a stage; its errors bear its name."""
+    """What a step makes of a stage, seen to be sound; its errors bear its name."""
     with reading.asking(step.word):
-        return step.apply(before, folder, context)
+        made = step.apply(before, folder, context)
+        if processes.is_first():
+            sound.check(step.word, made, folder)
+        return made
 
 
 def finish(

@@ -86,10 +86,11 @@ class Skeleton:
         return {name: m for name, m in modules if type(m) is torch.nn.Linear and m.out_features > 1}
 
     def share(self, layers: Iterable[str]) -> float:
-        """How much of the weights of all blocks these linear layers hold."""
-        changed = sum(self.module.get_submodule(name).weight.numel() for name in layers if name != self.head)
-        blocks = map(self.module.get_submodule, self.blocks)
-        return float(changed / sum(p.numel() for block in blocks for p in block.parameters()))
+        """How much these linear layers hold of the weights of all blocks, and of the head where it is one of them."""
+        names = set(layers)
+        changed = sum(self.module.get_submodule(name).weight.numel() for name in names)
+        parts = map(self.module.get_submodule, [*self.blocks, *({self.head} & names)])
+        return float(changed / sum(p.numel() for part in parts for p in part.parameters()))
 
     def check_layers(self) -> None:
         """Raise `UserError` if much of what the blocks hold lies in no linear layer, so that no step could reach it."""

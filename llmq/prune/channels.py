@@ -90,6 +90,7 @@ class Channels(Ratio, Step):
             **{name: [value, after[name]] for name, value in before.items()},
             "channels": {name: [width, now[name]] for name, width in was.items() if now[name] != width},
             "left": left,
+            "changed_share": round(1 - after["parameters"] / before["parameters"], 4),
         }
         return reopened(what, artifact.then(self, weights=folder, notes=notes), "cpu")
 

@@ -54,7 +54,13 @@ class Layers(Calibrated, Step):
         write_index(files)
         source.copy_side_files(folder, **config_of(source, kept))
         check_blocks(source, kept, Skeleton.of(artifact.then(self, weights=folder)))
-        notes = {"influences": [round(i, 6) for i in influences], "dropped": dropped, "calibration": calibration}
+        sizes = [sum(p.numel() for p in source.module.get_submodule(b).parameters()) for b in source.blocks]
+        notes = {
+            "influences": [round(i, 6) for i in influences],
+            "dropped": dropped,
+            "changed_share": round(sum(sizes[i] for i in dropped) / sum(sizes), 4),
+            "calibration": calibration,
+        }
         return artifact.then(self, weights=folder, notes=notes)
 
 

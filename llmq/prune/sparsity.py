@@ -80,9 +80,12 @@ class PruneStep(Sparsity):
         """The sparsity of each layer to be pruned. Raises `UserError` for one that its pattern does not divide."""
         source.check_layers()
         sizes = source.inputs
-        found = settings_of((n for n in sizes if n != source.head), source.head, self._own(), self.modules)
-        if not found:
+        asked = settings_of((n for n in sizes if n != source.head), source.head, self._own(), self.modules)
+        if not asked:
             raise UserError("modules: skips every layer; leave one to prune")
+        found = {name: its for name, its in asked.items() if its.sparsity or its.of_each}
+        if not found:
+            raise UserError("sparsity 0.0: no weight would go; raise it, or leave the step out")
         for name, its in found.items():
             inputs = sizes[name]
             if its.of_each and inputs % its.of_each[1]:
@@ -101,6 +104,8 @@ class Pruning:
 
     def __init__(self, sparsities: Mapping[str, Sparsity]):
         self.sparsities = sparsities
+        self.gone: int | None = None
+        """How many weights became zero that were none; None as long as no layer was pruned."""
 
     def wants(self, layer: str) -> bool:
         """Whether it has a sparsity."""
@@ -109,10 +114,12 @@ class Pruning:
     def change(self, layers: Mapping[str, Any], gathered: Any) -> dict[str, dict[str, Any]]:
         """The weight of each layer, with its zeros."""
         shared = self.prepared(gathered)
-        return {
-            name: {"weight": self.pruned(weight.float(), shared, self.sparsities[name]).to(weight.dtype)}
-            for name, weight in layers.items()
-        }
+        made = {}
+        for name, weight in layers.items():
+            pruned = self.pruned(weight.float(), shared, self.sparsities[name]).to(weight.dtype)
+            self.gone = (self.gone or 0) + int(weight.count_nonzero()) - int(pruned.count_nonzero())
+            made[name] = {"weight": pruned}
+        return made
 
     def prepared(self, gathered: Any) -> Any:
         """What layers that share an input need of it."""
@@ -141,7 +148,11 @@ def write_pruned(
     model: Any = artifact.model
     source = model.skeleton(artifact, context.device)
     sparsities = step.sparsities(source)  # type: ignore[attr-defined]
-    unseen = source.rewrite(folder, method(sparsities), windows, sequential)
+    pruning = method(sparsities)
+    unseen = source.rewrite(folder, pruning, windows, sequential)
+    if pruning.gone is not None and pruning.gone <= 0:
+        highest = max(its.sparsity for its in sparsities.values())
+        raise UserError(f"sparsity {highest}: no weight went that was not zero before; raise it, or leave the step out")
     told = {"pruned_layers": len(sparsities), "changed_share": round(source.share(sparsities), 4)}
     more = {"layers_without_calibration": len(unseen) or None} if windows else {}
     return artifact.then(step, weights=folder, notes={**told, **notes, **more})

@@ -188,5 +188,12 @@ def judged(word: str, artifact: Artifact, graph: Any, folder: Path, inputs: Sequ
         "size_ratio": round(before / after, 4),
         "relative_error": [round(its.relative_error, 6) for its in likenesses],
         "variance_kept": [round(its.kept, 6) for its in likenesses],
+        "changed_share": round(_changed_share(changed.graph), 4),
         "judged_on": len(inputs),
     }
+
+
+def _changed_share(graph: Any) -> float:
+    """How much of the weights of a graph is stored in fewer bits than float32 has."""
+    sizes = [(c.get_element_type().get_type_name(), c.data.size) for c, is_weight in constants(graph) if is_weight]
+    return float(sum(size for kind, size in sizes if kind != "f32") / sum(size for _, size in sizes))
