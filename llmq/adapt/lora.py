@@ -232,7 +232,7 @@ class Lora(Step):
         unfit = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "init_lora_weights": orthogonal}
         if names := [name for name, value in unfit.items() if value]:
             raise UserError(
-                f"adapt.lora: {names[0]} {getattr(self, names[0])!r}: the experts of {model} are one tensor a block, "
+                f"{names[0]} {getattr(self, names[0])!r}: the experts of {model} are one tensor a block, "
                 "which PEFT trains without it; leave it out, or name target_modules without the experts, such as "
                 "[q_proj, v_proj]"
             )
