@@ -73,9 +73,11 @@ class Skeleton:
     ) -> list[str]:
         """Write the model to `folder`, its layers what `method` makes of them; those that no calibration came to."""
         from llmq.blockwise import rewrite
+        from llmq.models import opening
 
         unseen = rewrite(self, folder, method, windows, sequential)
         self.copy_side_files(folder)
+        opening.check(folder)
         return unseen
 
     def linears(self, block: str) -> dict[str, Any]:

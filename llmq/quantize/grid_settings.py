@@ -103,7 +103,9 @@ def format_of(grids: Mapping[str, Grid]) -> str:
 
 
 def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step: GridStep, **settings: Any) -> None:
-    """Everything beside the weights: configuration, `quantize_config.json`, tokenizer."""
+    """Everything beside the weights: configuration, `quantize_config.json`, tokenizer; then see that it all fits."""
+    from llmq.models.hugging_face import load_causal_lm
+
     config = {
         **{name: getattr(step, name) for name in ("bits", "group_size", "sym")},
         **settings,
@@ -116,6 +118,7 @@ def write_config(source: Skeleton, folder: Path, grids: Mapping[str, Grid], step
     }
     write_json(folder / "quantize_config.json", config)
     source.copy_side_files(folder, quantization_config=config)
+    load_causal_lm(folder, str(source.dtype).removeprefix("torch."), "meta")
 
 
 def told(source: Skeleton, grids: Mapping[str, Grid]) -> dict[str, Any]:
