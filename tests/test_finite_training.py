@@ -181,3 +181,29 @@ def test_one_value_among_thousands_is_found_wherever_it_stands(dtype, value):
     assert finite.first_not_finite({"strided": strided}) == ""
     largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
     assert finite.first_not_finite({"largest": largest}) == ""
+
+
+@pytest.mark.parametrize("skipped", [{0, 3}, set(), set(range(6))], ids=len)
+def test_steps_that_float16_skips_are_counted_and_all_of_them_are_an_error(
+    skipped, tiny_llama, tiny_jsonl, tmp_path, monkeypatch
+):
+    """As the scaler of float16 on an accelerator tells of them; a processor has none."""
+    from accelerate import Accelerator
+
+    steps = iter(range(6))
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", False)
+    stock = training.Watch.on_step_end
+
+    def at_a_step(self, args, state, control, **kwargs):
+        monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", next(steps) in skipped)
+        stock(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training.Watch, "on_step_end", at_a_step)
+    job = ("adapt.lora", base_of(tiny_llama), tmp_path / "a")
+    if len(skipped) == 6:
+        with pytest.raises(LlmqError, match="the gradients of all 6 steps overflowed float16"):
+            apply(*job, data=str(tiny_jsonl), **QUICK)
+        assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+    else:
+        told = apply(*job, data=str(tiny_jsonl), **QUICK).notes["training"].get("skipped_steps", 0)
+        assert told == len(skipped)

@@ -37,6 +37,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.done: Path | None = checkpoints.newest(Path(self.args.output_dir))
         """The checkpoint that training goes on from."""
         self.tokens_seen = 0
+        self.skipped = 0
+        """Steps that the scaler of float16 left out, because their gradients overflowed."""
         self.seconds = 0.0
         """How long it took up to that checkpoint."""
         self.began = 0.0
@@ -87,6 +89,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return {
             "processes": processes.count(),
             "tokens": self.tokens_seen,
+            "skipped": self.skipped,
             "seconds": self.elapsed,
             "loss": float(self._tr_loss),
             "logged": self._globalstep_last_logged,
@@ -101,6 +104,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 began_by = f"{counts['processes']} process(es) began this training"
                 raise UserError(f"{began_by}, and {processes.count()} would go on; start as many")
             self.tokens_seen, self.seconds = counts["tokens"], counts["seconds"]
+            self.skipped = counts["skipped"]
             self._tr_loss += counts["loss"]
             self._globalstep_last_logged = counts["logged"]
 
@@ -155,7 +159,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.bar = terminal.Bar("training", state.max_steps, start=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Count a step that changed nothing, and move the bar."""
+        self.trainer.skipped += bool(self.trainer.accelerator.optimizer_step_was_skipped)
         figures = [f"{name} {value:.3f}" for name, value in self.latest.items()]
         speed = self.trainer.tokens_seen / self.trainer.elapsed
         self.bar.advance(" · ".join([*figures, f"{speed:.0f} tokens/s"]))
@@ -226,6 +231,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(trainer.done) if trainer.done else None)
     seconds = trainer.elapsed
     trainer.check_weights()
+    skipped = _told_of_skipped(trainer.skipped, trainer.state.global_step)
     trainer.save_model(str(folder))
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # or it would answer in autocast
     if processes.is_first():
@@ -236,12 +242,26 @@ def train(
     return {
         "processes": processes.count(),
         "steps": trainer.state.global_step,
+        **skipped,
         "tokens": tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 1),
         "loss": [[e["step"], round(e["loss"], 4)] for e in history if "loss" in e],
         "held_out_loss": [[e["step"], round(e["eval_loss"], 4)] for e in history if "eval_loss" in e],
     }
+
+
+def _told_of_skipped(skipped: int, steps: int) -> dict[str, int]:
+    """The note on steps whose gradients overflowed float16, if there were any. Raises `LlmqError` if all were such."""
+    if not skipped:
+        return {}
+    if skipped >= steps:
+        raise LlmqError(
+            f"the gradients of all {steps} steps overflowed float16, and nothing was learned; set the model's "
+            "dtype to bfloat16 or float32"
+        )
+    terminal.say(f"  {skipped} of {steps} steps were left out: their gradients overflowed float16")
+    return {"skipped_steps": skipped}
 
 
 @contextmanager
