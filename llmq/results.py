@@ -1,8 +1,8 @@
 """What was measured, read again: of a run, of one of its stages, or out of the files of lm-eval's command line."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _harness(file: Path) -> Result:
     name = Path(str(results.get("model_name") or file.stem)).name
     try:
         return Result(f"{name} (lm-eval)", file.resolve(), tuple(found))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"{str(file)!r}, or samples beside it, lack what lm-eval writes today: {error}") from None
 
 
@@ -147,7 +147,7 @@ def _check_shape(file: Path, results: Mapping[str, Any]) -> None:
         for key, value in its.items():
             if "," not in key or value == "N/A" or key.startswith("bypass"):
                 continue
-            if not isinstance(value, int | float) or not isfinite(value):
+            if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise UserError(
                     f"{str(file)!r}: 'results.{task}.{key}' is {value!r:.40}, and should be a finite number"
                 )

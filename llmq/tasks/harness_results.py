@@ -74,7 +74,10 @@ def number(value: Any) -> float | None:
     """A number of Python or of numpy as a float, else None; True and False are 1 and 0."""
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
-    return float(value) if isinstance(value, Real) else None
+    try:
+        return float(value) if isinstance(value, Real) else None
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.inf
 
 
 def _counted(results: Mapping[str, Any], task: str) -> int:
