@@ -5,8 +5,6 @@ No sample makes a figure certain. Where samples do not vary, at most a share `u`
 else that of two unrelated samples. Where nothing tells that distance there is no interval.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, isfinite, log
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmq import power, proportions
+from llmq.pairing import check_pairs, count
 from llmq.proportions import Table
 from llmq.resampling import (
     EXP,
@@ -41,62 +40,6 @@ FEWEST = 8
 
 ENDLESS = 700.0
 """The logarithm of what a float can hold."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The samples of two stages on the documents that both scored, and how many only one of them scored."""
-
-    stage: Samples
-    base: Samples
-    only_stage: int = 0
-    only_base: int = 0
-
-    @property
-    def n(self) -> int:
-        """How many documents both scored."""
-        return count(self.stage)
-
-
-def pairs(stage: Samples, base: Samples) -> Pairs:
-    """What both stages scored: by the documents' ids, or without ids by position.
-
-    Raises `ValueError` if the samples do not pair.
-    """
-    if stage.ids is None or base.ids is None or (stage.statistic, stage.quantile) != (base.statistic, base.quantile):
-        _check_pairs(stage, base)
-        return Pairs(stage, base)
-    places, base_places = _places(stage.ids), _places(base.ids)
-    both = [name for name in places if name in base_places]
-    if not both:
-        raise ValueError("samples do not pair: no document stands on both sides")
-    found = _chosen(stage, [places[k] for k in both]), _chosen(base, [base_places[k] for k in both])
-    _check_pairs(*found)
-    return Pairs(*found, len(places) - len(both), len(base_places) - len(both))
-
-
-def count(samples: Samples) -> int:
-    """The documents of samples: several samples of one count once."""
-    return len(samples.values) if samples.clusters is None else len(set(samples.clusters))
-
-
-def _places(ids: Sequence[str]) -> dict[tuple[str, int], int]:
-    """Where each document stands; one that is asked twice is found by its turn."""
-    seen: Counter[str] = Counter()
-    places = {}
-    for place, name in enumerate(ids):
-        places[name, seen[name]] = place
-        seen[name] += 1
-    return places
-
-
-def _chosen(samples: Samples, rows: Sequence[int]) -> Samples:
-    def of(values: tuple[Any, ...] | None) -> Any:
-        return None if values is None else tuple(values[i] for i in rows)
-
-    return replace(
-        samples, values=of(samples.values), weights=of(samples.weights), clusters=of(samples.clusters), ids=None
-    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +71,7 @@ class Estimate:
 
 def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     """`figure(a) - figure(b)`. Raises `ValueError` if the samples are not of the same questions."""
-    _check_pairs(a, b)
+    check_pairs(a, b)
     n, value = count(a), float(figure(a)[0] - figure(b)[0])
     if _is_binary(a) and _is_binary(b) and not a.clusters:
         if n < 2:
@@ -156,7 +99,7 @@ def difference(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
 
 def ratio(a: Samples, b: Samples, seed: int = 0) -> Estimate | None:
     """`figure(a) / figure(b)` of samples none of which is negative; `None` where the base may be 0."""
-    _check_pairs(a, b)
+    check_pairs(a, b)
     n = count(a)
     if _is_binary(a) and _is_binary(b) and not a.clusters:
         table = Table.of(a.values, b.values)
@@ -291,19 +234,6 @@ def _are_shares(samples: Samples) -> bool:
 def _apart(a: Samples, b: Samples) -> float:
     """How far two unrelated samples lie apart: the root of twice their variance."""
     return float(2**0.5 * max(_rates(one).std(ddof=1) for one in (a, b)))
-
-
-def _check_pairs(a: Samples, b: Samples) -> None:
-    if len(a.values) != len(b.values) or (a.statistic, a.quantile) != (b.statistic, b.quantile):
-        raise ValueError(f"samples do not pair: {len(a.values)} {a.statistic} against {len(b.values)} {b.statistic}")
-    if _partition(a.clusters) != _partition(b.clusters):
-        raise ValueError("samples do not pair: they share their documents in other ways")
-
-
-def _partition(clusters: Sequence[int] | None) -> list[int] | None:
-    """Which samples share a document, whatever the documents' numbers."""
-    first: dict[int, int] = {}
-    return None if clusters is None else [first.setdefault(c, i) for i, c in enumerate(clusters)]
 
 
 def _exponential(e: Estimate | None) -> Estimate | None:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from llmq import estimates, power, results
 from llmq.errors import UserError, did_you_mean
-from llmq.estimates import FEWEST, Estimate, count, pairs
+from llmq.estimates import FEWEST, Estimate
+from llmq.pairing import count, pairs
 from llmq.protocols import unlike, unpaired
 from llmq.report.table import HEADLINE, is_size, stored_otherwise
 from llmq.results import Key

@@ -2,7 +2,7 @@
 
 import re
 
-from llmq.estimates import pairs
+from llmq.pairing import pairs
 from llmq.types import Measurement
 
 HARNESS = re.compile(r"^lm-eval [^,]+, ")  # the version of the task, and the hash of what was asked, say enough

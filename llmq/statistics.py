@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from llmq import power
-from llmq.estimates import FEWEST, Pairs, difference, figure, pairs, ratio
+from llmq.estimates import FEWEST, difference, figure, ratio
+from llmq.pairing import Pairs, pairs
 from llmq.resampling import LEVEL, Interval, quantile_spread
 from llmq.types import Better, Measurement, Samples
 
