@@ -147,8 +147,8 @@ def evaluate(
 
     Tasks that name no data read what the run of the stage read.
     """
-    from llmq import environment, pipeline, plugin, run_folder
-    from llmq.targets import asked_for, recipe_of, stages_of
+    from llmq import environment, pipeline, plugin, run_folder, run_recipe
+    from llmq.targets import asked_for, stages_of
     from llmq.types import Context
 
     trust.given(trust_remote_code, allow_code)
@@ -160,7 +160,7 @@ def evaluate(
     context = Context(environment.prepare(device, 0, threads), 0)
     artifacts = {name: bring(context) for name, bring in open_stages.items()}
     told = {"target": target, "evaluate": [plugin.entry(task) for task in chosen]}
-    made_by = recipe_of(target)
+    made_by = run_recipe.of(target)
     steps = made_by.steps if made_by else ()
     report = pipeline.evaluate(artifacts, chosen, folder, context, told, cache, steps)
     _show(report, folder, as_json)
@@ -184,18 +184,21 @@ def check(
 
     With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
     """
-    from llmq import environment, pipeline, reading, support
+    from llmq import reading, run_recipe, support
     from llmq import recipe as recipes
+    from llmq.source import to_yaml
 
     trust.given(trust_remote_code, allow_code)
     job = recipes.load(recipe, overrides or ())
     if data:
+        from llmq import environment, pipeline
         from llmq.types import Context
 
         pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
-    typer.echo(to_json(job.plain()) if as_json else _as_seen(pipeline.to_yaml(job.plain())), nl=as_json)
+    typer.echo(to_json(job.plain()) if as_json else _as_seen(to_yaml(job.plain())), nl=as_json)
     if not as_json:
-        for line in reading.told(job.steps, job.evaluate):
+        made_by = run_recipe.of_weights(job.model)
+        for line in reading.told(job.steps, job.evaluate, made_by.steps if made_by else ()):
             typer.echo(visible(f"# {line}"))
         for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
             typer.echo(visible(f"# {line}"))
@@ -242,16 +245,15 @@ def copy_recipe(recipe: str, folder: Path) -> None:
 
 
 def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
-    from llmq import pipeline
     from llmq import recipe as recipes
     from llmq.overrides import in_order
-    from llmq.source import Source
+    from llmq.source import Source, to_yaml
 
     source = Source("command line", plain)
     for override in in_order(overrides or ()):
         recipes.apply_override(source, override)
     job = recipes.parse(source, name)
-    typer.echo(visible(pipeline.to_yaml(job.plain())), err=True)
+    typer.echo(visible(to_yaml(job.plain())), err=True)
     _run(job, out, False, as_json)
 
 

@@ -7,9 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llmq import environment, gate, processes, reading, replay, run_folder, run_paths, sound, stopping, trust
+from llmq import (
+    environment,
+    gate,
+    processes,
+    reading,
+    replay,
+    run_folder,
+    run_paths,
+    run_recipe,
+    sound,
+    stopping,
+    trust,
+)
 from llmq.errors import UserError, one_line
 from llmq.files import check_space, make_whole, sha256_files, stored_as, write_text
 from llmq.questions import answer_by, question, take_times
@@ -18,7 +28,7 @@ from llmq.report import Failure, Report, Stage
 from llmq.report.table import stored_otherwise
 from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
-from llmq.source import Source, read
+from llmq.source import Source, read, to_yaml
 from llmq.terminal import logged_to, say
 from llmq.types import (
     Artifact,
@@ -53,7 +63,7 @@ def _run(recipe: Recipe, out: Path, cache: bool) -> Report | None:
         stopping.resumable = out
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
-        reads = say_reads(recipe.steps, recipe.evaluate)
+        reads = say_reads(recipe.steps, recipe.evaluate, _made_by(recipe))
         names = recipe.stage_names
         compared = names[recipe.baseline_stages[0] :]
         measured = compared if recipe.stages == "all" else list(dict.fromkeys((compared[0], compared[-1])))
@@ -128,23 +138,22 @@ def bring(recipe: Recipe, context: Context) -> Artifact:
     if processes.is_first():
         processes.wait(context.device)
     check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
-    reading.check_base(recipe.name, recipe.steps, recipe.evaluate, base)
+    reading.check_base(recipe.name, recipe.steps, recipe.evaluate, base, _made_by(recipe))
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 
 
-def say_reads(steps: Sequence[Step], tasks: Sequence[Task]) -> list[str]:
+def _made_by(recipe: Recipe) -> Sequence[Step]:
+    """The steps of the run whose stage the model is."""
+    before = run_recipe.of_weights(recipe.model)
+    return before.steps if before else ()
+
+
+def say_reads(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[Step] = ()) -> list[str]:
     """Say what each step and task reads, and hand it back for the report."""
-    lines = reading.told(steps, tasks)
+    lines = reading.told(steps, tasks, made_by)
     for line in lines:
         say(f"  {line}")
     return lines
-
-
-def to_yaml(plain: Mapping[str, Any]) -> str:
-    """YAML as a person would write it."""
-    return str(
-        yaml.safe_dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True, width=110)
-    )
 
 
 def make_stage(step: Step | None, before: Artifact, folder: Path, context: Context) -> Artifact:
@@ -196,6 +205,7 @@ def finish(
     facts["model_sha256"] = sha256_files(base.weight_files())
     facts["data_sha256"], facts["reads"] = reading.hashes(parts), list(reads)
     facts["dtype"] = getattr(base.model, "dtype", None)
+    facts["called_from"], facts["run"] = str(Path.cwd()), str(out.resolve())  # what relative paths are meant from
     report = Report.of(asked, facts, list(stages.values()), baseline)
     try:
         if rules:

@@ -87,11 +87,18 @@ def data_entry(value: str, kind: str | None = None) -> dict[str, dict[str, Any]]
     """
     if f"data.{value}" in words():
         return {value: {}}
+    if value in words():
+        raise _said_twice(value)
     for word in (w for w in words() if w.startswith("data.")):
         cls: Any = load(word)
         if (kind or "causal-lm") in cls.suits and cls.takes(value):
             return {word.removeprefix("data."): {"path": value}}
     raise UserError(f"{value!r} is no word of data{did_you_mean(value, _data_words())}")
+
+
+def _said_twice(word: str) -> UserError:
+    """That a word stands whole, `data.pydoc`, where its place says the package already."""
+    return UserError(f"unknown word {word!r}{did_you_mean(word, _data_words())}")
 
 
 def _data_words() -> list[str]:
@@ -103,6 +110,8 @@ def _data(value: Any, info: ValidationInfo) -> Any:
     try:
         if isinstance(value, str):
             value = data_entry(value, (info.context or {}).get("kind"))
+        if isinstance(value, dict) and (word := next(iter(value), None)) in words():
+            raise _said_twice(str(word))
         return build(value, "data")
     except UserError as error:  # pydantic adds the place to a ValueError
         raise ValueError(str(error)) from None

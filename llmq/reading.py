@@ -27,13 +27,16 @@ def data_of(part: Plugin) -> Iterator[Data]:
     return (its for _, its in part.parts() if isinstance(its, Data))
 
 
-def with_own_data(steps: Sequence[Step], kind: str) -> tuple[Step, ...]:
-    """Steps whose unset data is what the last step before them trains on, where there is such a step."""
-    known: list[Step] = []
+def with_own_data(steps: Sequence[Step], kind: str, made_by: Sequence[Step] = ()) -> tuple[Step, ...]:
+    """Steps whose unset data is what the last step before them trains on, where there is such a step.
+
+    `made_by` are the steps of the run that the model comes from.
+    """
+    known = list(made_by)
     for step in steps:
         trained = [one for one in known if one.uses == "training"]
         known.append(_reading(step, kind, trained))
-    return tuple(known)
+    return tuple(known[len(made_by) :])
 
 
 def with_data_of(tasks: Sequence[Task], kind: str, steps: Sequence[Step], asked: Sequence[Task] = ()) -> list[Task]:
@@ -74,12 +77,15 @@ def called(data: Data) -> str:
     return " ".join([data.word, *told, *(f"{key}={value}" for key, value in settings.items())])
 
 
-def told(steps: Sequence[Step], tasks: Sequence[Task]) -> list[str]:
-    """A line for each data set that each step and task reads: which, and which step of the run reads it as well."""
+def told(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[Step] = ()) -> list[str]:
+    """A line for each data set that each step and task reads: which, and which step of the run reads it as well.
+
+    `made_by` are the steps of the run that the model comes from.
+    """
     lines = [f"{step.word} {USES[step.uses]} {called(data)}" for step in steps for data in data_of(step)]
     for name, task in named(tasks).items():
         for data in data_of(task):
-            users = {step.word: USES[step.uses] for step in steps if data in data_of(step)}
+            users = {step.word: USES[step.uses] for step in (*made_by, *steps) if data in data_of(step)}
             why = next((f"what {word} {use}" for word, use in users.items()), "which no step reads")
             lines.append(f"{name} reads {called(data)}, {why}")
     return lines

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llmq import overrides, plugin, reading
+from llmq import overrides, plugin, reading, run_recipe
 from llmq.errors import UserError, did_you_mean, explain
 from llmq.rules import Rule, read_rule
 from llmq.source import Place, Source, find, names, read, with_suite, word_at
@@ -96,9 +96,12 @@ def parse(source: Source, name: str) -> Recipe:
     """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
     recipe = built(source, name)
     check_part(recipe.model, source, ("model", recipe.model.word.removeprefix("models.")))
-    for i, step in enumerate(recipe.steps):
-        check_part(step, source, ("steps", i, step.word))
-    _check_tasks(recipe.evaluate, source)
+    try:
+        for i, step in enumerate(recipe.steps):
+            check_part(step, source, ("steps", i, step.word))
+        _check_tasks(recipe.evaluate, source)
+    except UserError as error:
+        raise UserError(f"{error}{run_recipe.lost(run_recipe.of_weights(recipe.model))}") from None
     return recipe
 
 
@@ -115,8 +118,13 @@ def built(source: Source, name: str) -> Recipe:
     for i, step in enumerate(made):
         if not isinstance(step, Step):
             raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
-    own = reading.with_own_data(made, model.kind)
-    parts = {"name": name, "model": model, "steps": own, "evaluate": _tasks(source, model.kind, own)}
+    before = run_recipe.of_weights(model)
+    made_by = before.steps if before else ()
+    own = reading.with_own_data(made, model.kind, made_by)
+    # What is trained anew is what its tasks read; else each reads what the task of its name read before.
+    asked = before.evaluate if before and not any(step.uses == "training" for step in own) else ()
+    tasks = _tasks(source, model.kind, (*made_by, *own), asked)
+    parts = {"name": name, "model": model, "steps": own, "evaluate": tasks}
     others = {k: v for k, v in data.items() if k not in parts}
     recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
     check_order(recipe.model.kind, recipe.steps, source)
@@ -190,7 +198,8 @@ def _part(source: Source, place: Place, value: Any, package: str | None, kind: s
 
 
 def _strip(message: str, package: str | None) -> str:
-    return message.replace(f"{package}.", "") if package else message
+    """A message on words without what their place says itself; a word that says it again is quoted as it stands."""
+    return message.replace(f"'{package}.", "'") if package else message
 
 
 def _validated(

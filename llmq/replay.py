@@ -191,7 +191,7 @@ def _figures(run: Path) -> Iterator[tuple[str, str]]:
 
 
 def _surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    for name in sorted(then.keys() | now.keys()):
+    for name in sorted((then.keys() | now.keys()) - {"called_from", "run"}):
         one, other = then.get(name), now.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from _surroundings(one, other)

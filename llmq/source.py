@@ -1,5 +1,7 @@
 """YAML with the line of the file where each part of it stands."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -128,3 +130,10 @@ def with_suite(source: Source) -> None:
     if not isinstance(found.data, list):
         raise UserError(f"{found.where(())}: a suite is a list of tasks; begin each with '- '")
     source.embed("evaluate", found)
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """YAML as a person would write it."""
+    return str(
+        yaml.safe_dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True, width=110)
+    )

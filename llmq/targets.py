@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq import plugin, run_paths
+from llmq import plugin, run_paths, run_recipe
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
-from llmq.reading import called, data_of, is_here
-from llmq.recipe import Recipe, built, suite_tasks
+from llmq.recipe import suite_tasks
 from llmq.source import Source, find, read
 from llmq.types import Artifact, Context, Task
 
@@ -22,7 +21,7 @@ def stages_of(
 
     Of a run or its stage they read what the run's recipe read, unless they, or the `changes`, say otherwise.
     """
-    artifacts, job = _artifacts(Path(target)), recipe_of(target)
+    artifacts, job = _artifacts(Path(target)), run_recipe.of(target)
     source = Source("command line", {"model": {model: {"weights": target}}, "evaluate": asked})
     for change in in_order(changes):
         if artifacts and change.startswith("model."):
@@ -37,35 +36,19 @@ def stages_of(
     try:
         tasks = suite_tasks(source.data["evaluate"], source, kind, *before)
     except UserError as error:
-        raise UserError(f"{error}{_lost(job)}") from None
+        raise UserError(f"{error}{run_recipe.lost(job)}") from None
     return {name: _ready(a) for name, a in artifacts.items()}, tasks
-
-
-def _lost(job: Recipe | None) -> str:
-    """What to do where data that the run read is gone."""
-    read = [data for part in (*job.steps, *job.evaluate) for data in data_of(part)] if job else []
-    lost = [called(data) for data in read if not is_here(data)]
-    cure = "call it from where that lies, or name other data, such as perplexity.data=pydoc"
-    return f"; the run read {lost[0]}: {cure}" if lost else ""
-
-
-def recipe_of(target: str) -> Recipe | None:
-    """The recipe of the run that `target` is, or is a stage of; None where there is none beside it."""
-    folder = Path(target)
-    home = folder.resolve().parent if (folder / "artifact.json").is_file() else folder
-    file = home / "recipe.yaml"
-    return built(read(file), home.name) if file.is_file() else None
 
 
 def _artifacts(folder: Path) -> dict[str, Artifact]:
     """The stage in a folder, or the stages of the run in it, from the one on that the others are set beside."""
     is_stage = (folder / "artifact.json").is_file()
-    if is_stage or (folder / "recipe.yaml").is_file():
+    if is_stage or run_recipe.is_run(folder):
         home = folder.resolve().parent
         run_paths.check(home if is_stage and (home / "recipe.yaml").is_file() else folder)
     if is_stage:
         return {folder.resolve().name: _load(folder)}
-    if not (folder / "recipe.yaml").is_file():
+    if not run_recipe.is_run(folder):
         return {}
     stages = [f.parent for f in folder.glob("*/artifact.json") if f.parent.name.split("-")[0].isdecimal()]
     found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))

@@ -1,6 +1,8 @@
 """Whose data a run is measured on: its own, unless somebody says otherwise; and what cannot fit is refused at once."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +14,9 @@ import yaml
 from helpers import CPU
 from PIL import Image
 
-from llmq import cli, pipeline, plugin, reading, recipe
+from llmq import cli, pipeline, plugin, reading, recipe, run_recipe
 from llmq.errors import UserError
-from llmq.source import Source
+from llmq.source import Source, to_yaml
 from llmq.targets import stages_of
 
 NET = {
@@ -143,7 +145,7 @@ def test_a_gan_draws_latents_whatever_it_was_trained_on(pets):
 def test_what_was_found_is_written_down_and_said_where_it_comes_from(questions):
     steps = [{"adapt.lora": {"data": str(questions)}}]
     made = job(TEXT, steps, ["perplexity", {"generate": {"data": "docstrings"}}])
-    again = recipe.built(Source("r", yaml.safe_load(pipeline.to_yaml(made.plain()))), "r")
+    again = recipe.built(Source("r", yaml.safe_load(to_yaml(made.plain()))), "r")
     assert made.plain()["evaluate"][0] == {"perplexity": {"data": {"file": {"path": str(questions)}}}}
     assert again == made
     for one in (made, again):
@@ -222,7 +224,7 @@ def test_a_stage_is_asked_on_what_the_task_of_that_name_read_in_its_run(tmp_path
     evaluate = ["perplexity", {"perplexity": {"data": {"pydoc": {"held_out": 0.2}}}}]
     data = {"file": {"path": str(questions), "columns": {"prompt": "query", "completion": "reply"}}}
     made = job(TEXT, [{"adapt.lora": {"data": data}}], evaluate)
-    (tmp_path / "run/recipe.yaml").write_text(pipeline.to_yaml(made.plain()))
+    (tmp_path / "run/recipe.yaml").write_text(to_yaml(made.plain()))
     asked = ["perplexity", "perplexity", "divergence"]
     tasks = stages_of(str(stage), "causal_lm", asked)[1]
     first, second, third = ([reading.called(d) for d in reading.data_of(task)] for task in tasks)
@@ -239,6 +241,82 @@ def test_a_stage_is_asked_on_what_the_task_of_that_name_read_in_its_run(tmp_path
     assert [reading.called(d) for t in stages_of(str(stage), "causal_lm", asked)[1] for d in reading.data_of(t)] == [
         "data.pydoc"
     ] * 3
+
+
+def a_stage(folder: Path, made: recipe.Recipe) -> Path:
+    """The first stage of a run of a recipe, without weights."""
+    stage = folder / "0-base"
+    stage.mkdir(parents=True)
+    model = {"models.causal_lm": {"weights": "org/name"}}
+    about = {"model": model, "weights": ".", "adapter": None, "measurements": [], "notes": {}}
+    (stage / "artifact.json").write_text(json.dumps({**about, "runtime": "torch", "packed": False, "history": []}))
+    (folder / "recipe.yaml").write_text(to_yaml(made.plain()))
+    return stage
+
+
+def test_a_stage_as_the_weights_of_another_recipe_brings_what_its_run_read(tmp_path, questions, tiny_llama):
+    other = {"perplexity": {"data": {"pydoc": {"held_out": 0.2}}}}
+    first = job(TEXT, [{"adapt.lora": {"data": str(questions)}}], ["perplexity", other])
+    stage = a_stage(tmp_path / "run", first)
+    shutil.copytree(tiny_llama, stage, dirs_exist_ok=True)
+    model = {"causal_lm": {"weights": str(stage)}}
+    mine = f"data.file {questions}"
+    both = ["perplexity", "perplexity"]
+    assert reads(job(model, [], both)) == {"perplexity": [mine], "perplexity-2": ["data.pydoc held_out=0.2"]}
+    made = job(model, ["quantize.gptq"], ["perplexity"])
+    assert [reading.called(d) for d in reading.data_of(made.steps[0])] == [mine]
+    made_by = run_recipe.of_weights(made.model)
+    assert made_by is not None
+    assert f"perplexity reads {mine}, what adapt.lora trains on" in reading.told((), made.evaluate, made_by.steps)
+    anew = job(model, [{"adapt.lora": {"data": "pydoc"}}], both)
+    assert list(reads(anew).values()) == [["data.pydoc"]] * 2
+    assert reads(job(TEXT, [], ["perplexity"])) == {"perplexity": ["data.pydoc"]}
+    questions.unlink()
+    with pytest.raises(UserError, match=r"my\.jsonl'; the run read .*name other data, such as perplexity\.data=pydoc"):
+        recipe.parse(Source("r", {"model": model, "steps": [], "evaluate": ["perplexity"]}), "r")
+
+
+@pytest.mark.parametrize("moved", ["nothing", "the run", "both"])
+def test_relative_paths_of_a_run_are_meant_from_where_it_was_called(tmp_path, monkeypatch, moved):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "my.jsonl").write_text("".join(f'{{"text": "The number {i}."}}\n' for i in range(20)))
+    made = job(TEXT, [{"adapt.lora": {"data": "my.jsonl"}}], ["perplexity"])
+    run = home / "runs/x"
+    a_stage(run, made)
+    about = {"environment": {"called_from": str(home), "run": str(run)}}
+    (run / "report.json").write_text(json.dumps(about))
+    (tmp_path / "my.jsonl").write_text('{"text": "of somebody else"}\n')
+    monkeypatch.chdir(tmp_path)
+    if moved == "the run":
+        run = run.rename(tmp_path / "y")
+    elif moved == "both":
+        home = home.rename(tmp_path / "elsewhere")
+        run = home / "runs/x"
+    (task,) = stages_of(str(run / "0-base"), "causal_lm", ["perplexity"])[1]
+    assert [reading.called(data) for data in reading.data_of(task)] == [f"data.file {home / 'my.jsonl'}"]
+
+
+def test_a_recipe_that_another_tool_left_beside_a_model_is_none_of_ours(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    (tmp_path / "m/recipe.yaml").write_text("default_stage:\n  default_modifiers:\n    SmoothQuantModifier: {}\n")
+    assert run_recipe.of(str(tmp_path / "m")) is None
+    assert list(stages_of(str(tmp_path / "m"), "causal_lm", ["size"])[0]) == ["0-base"]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        (["tasks.size"], "unknown word 'tasks.size'; did you mean 'size'?"),
+        ([{"perplexity": {"data": "data.pydoc"}}], "unknown word 'data.pydoc'; did you mean 'pydoc'?"),
+        ([{"perplexity": {"data": {"data.pydoc": {}}}}], "unknown word 'data.pydoc'; did you mean 'pydoc'?"),
+    ],
+)
+def test_a_word_that_says_its_package_again_is_quoted_as_it_stands(evaluate, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        job(TEXT, [], evaluate)
+    with pytest.raises(UserError, match=re.escape("unknown word 'models.causal_lm'; did you mean 'causal_lm'?")):
+        job({"models.causal_lm": {"weights": "org/name"}}, [], [])
 
 
 def end_of(*words: Any, patch: pytest.MonkeyPatch) -> int:

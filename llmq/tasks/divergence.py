@@ -10,7 +10,7 @@ from llmq.errors import UserError
 from llmq.files import sha256_files
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.tasks.harness_data import Asked
+from llmq.tasks.harness import Asked
 from llmq.types import Answer, Artifact, Loaded, Measurement, Samples, Task
 
 

@@ -19,6 +19,17 @@ NAME = re.compile(r"^[ \t\"]*(?:task|group|tag)\"?: *['\"]?([^\s'\"#\[]+)", re.M
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Names of tasks, and where their files and data may lie."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    data_dir: Path | None = None
+    num_fewshot: int | None = None
+    """lm-eval writes it into the task, which then takes no other."""
+
+
+@dataclass(frozen=True)
 class Definition:
     """A task, group or tag: the file that defines it, and what that says with its includes folded in."""
 

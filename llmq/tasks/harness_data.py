@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError, one_line
 from llmq.files import sha256_files, sha256_text
 from llmq.tasks import harness, harness_sources
+from llmq.tasks.harness import Asked
 from llmq.templates import BoundedEnvironment
 
 SCORING = ("evaluate", "math-verify", "nltk", "rouge-score", "sacrebleu", "scikit-learn", "sympy")
@@ -30,17 +30,6 @@ SCORING = ("evaluate", "math-verify", "nltk", "rouge-score", "sacrebleu", "sciki
 SEED = 1234
 """That from which lm-eval draws a task's examples."""
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Names of tasks, and where their files and data may lie."""
-
-    tasks: tuple[str, ...]
-    include_path: Path | None = None
-    data_dir: Path | None = None
-    num_fewshot: int | None = None
-    """lm-eval writes it into the task, which then takes no other."""
 
 
 @cache

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmq.errors import LlmqError, one_line
-from llmq.tasks.harness_data import Asked, built, code_of_folders, manager, name_of, quiet, silent
+from llmq.tasks.harness import Asked
+from llmq.tasks.harness_data import built, code_of_folders, manager, name_of, quiet, silent
 from llmq.types import Loaded
 
 

@@ -10,7 +10,7 @@ from llmq import trust
 from llmq.errors import UserError
 from llmq.needs import Needs
 from llmq.tasks import harness
-from llmq.tasks.harness_data import Asked, depends
+from llmq.tasks.harness import Asked
 from llmq.trust import WRITTEN
 from llmq.types import Answer, Artifact, Loaded, Task
 
@@ -81,6 +81,8 @@ class LmEval(Task):
 
     def depends(self) -> Mapping[str, Any]:
         """Hashes of every task's settings and data, which are read for it."""
+        from llmq.tasks.harness_data import depends
+
         return depends(self._asked(), self.limit)
 
     def _asked(self) -> Asked:
