@@ -222,3 +222,13 @@ def test_outputs_are_solved_alike_together_or_alone(bits, sym, mse, seed):
     together = gptq(weight, hessian, bits, 32, sym, mse)
     for made, part in zip(together.split([1, 2, 3]), weight.split([1, 2, 3]), strict=True):
         assert_same(made, gptq(part, hessian, bits, 32, sym, mse))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_beyond_the_scales_of_the_format_are_named(bits):
+    """float16 ends at 65504, and bfloat16 holds 65280 before it: 7.5 steps of that on each side at 4 bits."""
+    fits = 65280 * (2**bits - 1) / 2
+    made = round_to_nearest(torch.full((32, 32), 0.99 * fits), bits, 32, True)
+    torch.testing.assert_close(made.weight(), torch.full((32, 32), 0.99 * fits), rtol=0.4, atol=0)
+    with pytest.raises(UserError, match="do not fit scales in float16"):
+        round_to_nearest(torch.full((32, 32), 1.01 * fits), bits, 32, True)

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.errors import UserError
+
 SHRINKAGES = 16
 SMALLEST = 0.5
 """The scale search tries this many scales, from the full range down to this share of it."""
+LARGEST = 65280
+"""The largest scale that float16 and bfloat16 both hold."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def find_grid(rows: Any, bits: int, sym: bool, mse: bool = False) -> tuple[Any, 
 
     Symmetric grids reach from `-max|w|` to `max|w|` with the zero in their middle; others from the least to the
     greatest weight, 0 always among them. With `mse` the range may shrink to where the squared error is least.
+    Raises `UserError` for weights whose scale no float16 holds.
     """
     import torch
 
@@ -49,6 +54,11 @@ def find_grid(rows: Any, bits: int, sym: bool, mse: bool = False) -> tuple[Any, 
         low = -high
     none = high == low
     low, high = low.masked_fill(none, -1), high.masked_fill(none, 1)
+    if float((high - low).max()) / (2**bits - 1) > LARGEST:
+        raise UserError(
+            f"weights from {float(low.min()):.3g} to {float(high.max()):.3g} do not fit scales in float16, which the "
+            "format keeps; leave the layer out with modules: {…: skip}"
+        )
     best = _grid(low, high, bits, sym)
     if mse:
         error = _error(rows, best, bits)
@@ -66,7 +76,7 @@ def _grid(low: Any, high: Any, bits: int, sym: bool) -> tuple[Any, Any]:
 
     top = 2**bits - 1
     # Files keep float16 and kernels take bfloat16; a scale that both can hold is the same everywhere.
-    scale = ((high - low) / top).bfloat16().half().clamp(2.0**-24, 65280).to(low.dtype)
+    scale = ((high - low) / top).bfloat16().half().clamp(2.0**-24, LARGEST).to(low.dtype)
     if sym:
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     # The GPTQ format keeps `zero - 1`, and its readers carry a stored -1 into the neighbouring zero.
