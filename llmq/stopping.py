@@ -38,11 +38,15 @@ def handled() -> Iterator[None]:
     restore = _install() if threading.current_thread() is threading.main_thread() else None
     try:
         yield
-    except (Stopped, KeyboardInterrupt) as stop:
+    except (Stopped, KeyboardInterrupt):
         if line := _line():
             with suppress(OSError, ValueError):  # nobody hears it
                 print(line, file=sys.stderr, flush=True)
-        sys.exit(getattr(stop, "exit_code", 130))
+        if _stopped:  # libraries can take seconds to be torn down, and no thread can watch over it
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(128 + _stopped[0])
+        sys.exit(130)
     finally:
         if restore and not _stopped:  # after a signal, the watch goes on until the process has ended
             restore()

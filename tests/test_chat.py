@@ -5,7 +5,7 @@ import re
 
 import pytest
 from chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, GEMMA, LLAMA_2, LLAMA_3, PHI_3, QWEN_3, TAGGED, TALK, ZEPHYR
-from conftest import _trained_bpe
+from tiny_text_models import trained_bpe
 
 from llmq.data import rows
 from llmq.data.conversation import Conversation
@@ -15,7 +15,7 @@ from llmq.errors import UserError
 
 @pytest.fixture(scope="module")
 def bpe():
-    return _trained_bpe().to_str()
+    return trained_bpe().to_str()
 
 
 @pytest.fixture(scope="module")

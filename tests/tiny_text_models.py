@@ -1,8 +1,14 @@
 """Tiny random models of the architectures of language models that people bring, with one tokenizer for all."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -126,3 +132,51 @@ def build(architecture: str, folder: Path, tokenizer: Path) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def llama(folder: Path) -> Path:
+    """Save a random bfloat16 Llama of 2 layers, and a byte-level tokenizer of 400 tokens trained for it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_bpe(), eos_token=SPECIAL[2])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[:2])})
+    tokenizer.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained_bpe() -> object:
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([topics["compound"], topics["specialnames"]], trainer)
+    return bpe
+
+
+def additions(path: Path) -> Path:
+    """Write 20 prompt/completion rows."""
+    rows = [{"prompt": f"What is {i} plus {i + 1}? ", "completion": f"It is {2 * i + 1}."} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -235,6 +235,7 @@ def train(
     trainer.save_model(str(folder))
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # or it would answer in autocast
     if processes.is_first():
+        _sort_modules(folder / "adapter_config.json")
         (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
         shutil.rmtree(kept, ignore_errors=True)
     history = trainer.state.log_history
@@ -262,6 +263,12 @@ def _told_of_skipped(skipped: int, steps: int) -> dict[str, int]:
         )
     terminal.say(f"  {skipped} of {steps} steps were left out: their gradients overflowed float16")
     return {"skipped_steps": skipped}
+
+
+def _sort_modules(config: Path) -> None:
+    """PEFT writes the names of modules, which it keeps as a set, in an order that changes from process to process."""
+    told = json.loads(config.read_text(encoding="utf-8"))
+    write_json(config, {key: sorted(value) if isinstance(value, list) else value for key, value in told.items()})
 
 
 @contextmanager
