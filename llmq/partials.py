@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -34,6 +35,20 @@ def partial_of(target: Path, folder: bool = False) -> Iterator[Path]:
             partial.replace(target)
     finally:
         _remove(partial)
+        os.close(lock)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a while, among those of the system. What a kill leaves there, the next process sweeps."""
+    place = Path(tempfile.gettempdir())
+    _sweep_once(place)
+    folder, lock = _create(place / "llmq", folder=True)
+    folder.chmod(0o700)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
         os.close(lock)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmq import partials
+from llmq import partials, stopping
 from llmq.errors import UserError
 from llmq.terminal import say
 
@@ -28,16 +28,22 @@ def held(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     lock = _lock(out)
     _held.add(lock)
+
+    def leave() -> None:
+        (out / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # the first that holds something
+            for folder in made:
+                folder.rmdir()
+
+    stopping.at_end.append(leave)
     try:
         partials.sweep(out)
         yield
     finally:
-        (out / LOCK).unlink(missing_ok=True)
+        leave()
+        stopping.at_end.remove(leave)
         _held.discard(lock)
         os.close(lock)
-        with suppress(OSError):  # the first that holds something
-            for folder in made:
-                folder.rmdir()
 
 
 def holds(out: Path) -> list[str]:

@@ -91,3 +91,13 @@ def test_four_writers_of_one_file_never_fail_and_never_tear_it(tmp_path):
         bad = [b for found in pool.map(_write_often, [str(tmp_path / "a.json")] * 4) for b in found]
     assert bad == []
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_scratch_folder_goes_and_so_does_a_dead_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = tmp_path / ".llmq.0123456789abcdef.partial"
+    dead.mkdir()
+    with partials.scratch() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not list(tmp_path.iterdir())

@@ -20,13 +20,30 @@ with stopping.handled():
 DOING = {
     "python": "begun(); time.sleep(60)",
     "native code": "begun(); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
-    "what swallows everything": """
+    "a loop that swallows everything": """
     begun()
     while True:
         try:
             time.sleep(60)
         except BaseException:
             pass
+""",
+    "what fails on its way out": """
+    from llmq import cli
+    def work(*words, **settings):
+        begun()
+        try:
+            time.sleep(60)
+        finally:
+            raise OSError("no space")
+    cli.app = work
+    cli.main()
+""",
+    "a guarded reader": """
+    from llmq.guarded.files import library
+    with library("a", "file"):
+        begun()
+        time.sleep(60)
 """,
     "a destructor": """
     class Slow:
@@ -36,7 +53,6 @@ DOING = {
     Slow()
     time.sleep(60)
 """,
-    "a child": "begun(); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
 }
 
 
@@ -103,12 +119,13 @@ def test_the_signals_are_given_back():
 
     before = [signal.getsignal(s) for s in stopping.SIGNALS]
     with stopping.handled():
-        assert [signal.getsignal(s) for s in stopping.SIGNALS] == [stopping._raise] * 2
+        assert [signal.getsignal(s) for s in stopping.SIGNALS] == [stopping._end] * 2
     assert [signal.getsignal(s) for s in stopping.SIGNALS] == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
-def test_a_child_ends_with_its_parent_however_that_ends():
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_child_ends_with_its_parent_however_that_ends(number):
     child = "from llmq import processes; processes.end_with_parent(); print(flush=True); import time; time.sleep(60)"
     doing = f"""
     child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)
@@ -120,7 +137,7 @@ def test_a_child_ends_with_its_parent_however_that_ends():
     parent = start(doing)
     assert parent.stdout
     worker = int(parent.stdout.readline())
-    parent.kill()
+    parent.send_signal(number)
     parent.wait()
     for _ in range(100):
         if not _lives(worker):

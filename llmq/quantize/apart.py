@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq import processes
+from llmq import partials, processes
 from llmq.errors import LlmqError, UserError
 from llmq.models.runtime import GRAPH, core, openvino, options
 
@@ -31,8 +31,7 @@ def changed(step: Any, model: Any, graph: Any, inputs: Sequence[Any]) -> Any:
     from llmq.models.vision import named
 
     library = openvino()
-    with tempfile.TemporaryDirectory(prefix="llmq-") as name:
-        folder = Path(name)
+    with partials.scratch() as folder:
         library.save_model(graph, folder / GRAPH, compress_to_fp16=False)
         settings = {step.word: step.model_dump(mode="json", exclude={"data"})}
         _run("change", folder, settings, inputs, f"{step.word} of {named(model)}", NO_INT8)
@@ -43,8 +42,7 @@ def check_runs(graph: Any, model: Any, inputs: Sequence[Any]) -> None:
     """Raise `LlmqError` for a graph in memory that does not run on `inputs`, or ends the process which runs it."""
     from llmq.models.vision import named
 
-    with tempfile.TemporaryDirectory(prefix="llmq-") as name:
-        folder = Path(name)
+    with partials.scratch() as folder:
         openvino().save_model(graph, folder / GRAPH, compress_to_fp16=False)
         _run("run", folder, str(folder / GRAPH), inputs, f"the exported graph of {named(model)}", NO_GRAPH)
 
