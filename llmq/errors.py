@@ -26,9 +26,25 @@ class UserError(LlmqError):
     exit_code = 2
 
 
+LONGEST_WORD, LONGEST_LINE = 400, 1200
+
+
+def brief(text: str) -> str:
+    """A text on one line, what cannot be printed made visible, long words and lines cut in their middle.
+
+    Input is quoted, and libraries quote it: it may have no end, and may try to steer the terminal.
+    """
+    line = " ".join(_cut(word, LONGEST_WORD) for word in visible(text).split())
+    return _cut(line, LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]}…{text[-longest // 4 :]}"
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line; one that llmq did not raise itself is named by its class, and its text is cut."""
-    text = " ".join(visible(str(error)).split())
+    text = brief(str(error))
     if isinstance(error, LlmqError):
         return text
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -12,6 +12,8 @@ from llmq.source import Place, Source, find, names, read, with_suite, word_at
 from llmq.types import Data, Model, Plugin, Step, Task
 
 __all__ = ["Recipe", "Source", "find", "names", "read"]
+MOST = 500
+"""Steps, tasks or rules of one recipe."""
 
 
 class Recipe(BaseModel):
@@ -90,6 +92,9 @@ def check_shape(source: Source) -> None:
             raise UserError(f"{source.where((key,))}: unknown key {key!r}{did_you_mean(key, known)}")
     if not isinstance(data.get("steps") or [], list):
         raise UserError(f"{source.where(('steps',))}: 'steps' is a list; begin each with '- '")
+    for key in ("steps", "evaluate", "gate"):
+        if isinstance(data.get(key), list) and len(data[key]) > MOST:
+            raise UserError(f"{source.where((key,))}: {key!r} has {len(data[key])} entries; {MOST} at most")
 
 
 def parse(source: Source, name: str) -> Recipe:

@@ -9,6 +9,7 @@ from llmq import run_paths
 from llmq.errors import UserError
 from llmq.files import BESIDE, sha256, sha256_files, write_json
 from llmq.guarded import json_files
+from llmq.guarded.files import library
 from llmq.run_folder import LOCK
 from llmq.run_paths import within
 
@@ -64,6 +65,11 @@ def recorded(run: Path) -> dict[str, str]:
 def verify(run: Path) -> Verified:
     """Hash every file of a run again, and the base that it began from."""
     run_paths.check(run)
+    with library(run, "run"):
+        return _verified(run)
+
+
+def _verified(run: Path) -> Verified:
     then, now = recorded(run), hashes(run)
     changed = [name for name in then if name in now and now[name] != then[name]]
     missing = [name for name in then if name not in now]
@@ -154,6 +160,11 @@ def replay(run: Path, out: Path) -> Replayed:
 
 def beside(first: Path, second: Path) -> Replayed:
     """Two runs of one recipe: the bytes of every stage, then every figure that is no stopwatch's."""
+    with library(first, "run"):
+        return _beside(first, second)
+
+
+def _beside(first: Path, second: Path) -> Replayed:
     then, now = _of_stages(recorded(first)), _of_stages(recorded(second))
     told = [Difference(name, then.get(name, "not there")[:12], now.get(name, "not there")[:12]) for name in then | now]
     files = [d for d in told if d.then != d.now and not _same_elsewhere(d.what, first, second)]

@@ -9,7 +9,7 @@ from typing import Any
 from llmq import run_paths
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.guarded import json_files
-from llmq.guarded.files import read_text
+from llmq.guarded.files import library, read_text
 from llmq.run_paths import within
 from llmq.types import Measurement, measurement_from
 
@@ -36,6 +36,11 @@ class Result:
 
 def run(folder: Path) -> dict[str, Result]:
     """The measured stages of a run in their order; the first is the one that the others are set beside."""
+    with library(folder, "run"):
+        return _run(folder)
+
+
+def _run(folder: Path) -> dict[str, Result]:
     run_paths.check(folder)
     report = _json(folder / "report.json")
     try:
@@ -49,6 +54,11 @@ def run(folder: Path) -> dict[str, Result]:
 
 def read(target: str) -> list[Result]:
     """What `target` names: all stages of a run, one stage, or the results of lm-eval's command line."""
+    with library(target, "run, stage or result file"):
+        return _read(target)
+
+
+def _read(target: str) -> list[Result]:
     path = Path(target)
     if not path.exists():
         raise UserError(f"there is no run, stage or result file {target!r}{did_you_mean(path.name, _near(path))}")

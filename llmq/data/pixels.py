@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
+from llmq.faults import is_of_machine
 
 Window = tuple[float, float]
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -31,7 +32,9 @@ def readable(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001  struct.error, KeyError, SyntaxError, zlib.error, their own …
+    except Exception as error:  # struct.error, KeyError, SyntaxError, zlib.error, their own …
+        if is_of_machine(error):
+            raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: not a readable {what}: {said}; copy it again") from None
 

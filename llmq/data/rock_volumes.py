@@ -1,7 +1,5 @@
 """Volumes of micro-CT, their registered partners, and the slices of both."""
 
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -75,11 +73,8 @@ def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[Any, Any | No
 def _npz(path: Path) -> dict[str, Any]:
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz of arrays: {str(error).splitlines()[0]}") from None
+    with readable(path, ".npz of arrays"), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def _netcdf(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command as a child of one warmed process: with limits of memory and time, and what it printed."""
 
+import gc
 import os
 import resource
 import signal
@@ -35,8 +36,26 @@ class Ended:
         )
 
 
+def warm_words() -> None:
+    """Import what `llmq check` needs, once; a child that copies no more is made in a few milliseconds."""
+    import scipy.stats  # noqa: F401
+
+    import llmq.cli  # noqa: F401
+    from llmq import compare, gate, pipeline, plugin, recipe, replay, targets  # noqa: F401
+
+    for word in plugin.words():
+        plugin.load(word)
+    freeze()
+
+
+def freeze() -> None:
+    """Or every child would copy what its collector touches."""
+    gc.collect()
+    gc.freeze()
+
+
 def warm() -> None:
-    """Import what the commands need, once; one thread, as a child cannot use the threads of its parent."""
+    """Import what all commands need, once; one thread, as a child cannot use the threads of its parent."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
@@ -50,9 +69,8 @@ def warm() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for word in plugin.words():
-        plugin.load(word)
     answers.own_code()
+    warm_words()
 
 
 def command(

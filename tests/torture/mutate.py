@@ -96,7 +96,7 @@ def of_file(path: Path, dice: random.Random) -> None:
     elif kind == 1:
         os.mkfifo(path)
     elif kind == 2:
-        path.symlink_to(dice.choice(["/dev/zero", "/dev/full", "/proc/self/mem", "/", "nowhere"]))
+        path.symlink_to(dice.choice(["/dev/zero", "/dev/full", "/", "nowhere"]))
     elif kind == 3:
         path.symlink_to(path.name)
     elif kind == 4:

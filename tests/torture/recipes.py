@@ -8,7 +8,9 @@ from pathlib import Path
 import yaml
 
 from torture import mutate
-from torture.child import command, judge
+from torture.child import command, judge, warm_words
+
+warm = warm_words
 
 PIECES = [
     "&a ", "*a", "!!bool ", "!!python/object:os.system ", "!!float ", "!!binary ", "!!set ", "!!omap ", "<<: *a\n",
