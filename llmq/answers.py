@@ -18,9 +18,10 @@ from typing import Any
 
 import llmq
 from llmq import environment, files, plugin, trust
+from llmq.artifact import Artifact, measurement_from
 from llmq.files import sha256
 from llmq.terminal import say
-from llmq.types import Answer, Artifact, Attachment, Data, Exhibit, Loaded, Task, measurement_from
+from llmq.types import Answer, Attachment, Data, Exhibit, Loaded, Task
 
 
 class Interview:

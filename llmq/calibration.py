@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Artifact
 
 TILE = 192
 """Columns of a Gram matrix made at a time, or an eighth of all; only tiles up to the diagonal are made."""

@@ -20,6 +20,7 @@ from llmq import (
     stopping,
     trust,
 )
+from llmq.artifact import Artifact
 from llmq.errors import UserError, one_line
 from llmq.files import check_space, make_whole, sha256_files, stored_as, write_text
 from llmq.questions import answer_by, question, take_times
@@ -30,13 +31,7 @@ from llmq.report.verdicts import gate_as_data
 from llmq.rules import Rule
 from llmq.source import Source, read, to_yaml
 from llmq.terminal import logged_to, say
-from llmq.types import (
-    Artifact,
-    Context,
-    Plugin,
-    Step,
-    Task,
-)
+from llmq.types import Context, Plugin, Step, Task
 
 
 def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> Report | None:

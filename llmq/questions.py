@@ -11,6 +11,7 @@ from typing import Any
 
 from llmq import measure
 from llmq.answers import Interview
+from llmq.artifact import Artifact, measurement_from
 from llmq.errors import one_line
 from llmq.files import to_json, write_json, write_text
 from llmq.guarded import json_files
@@ -19,7 +20,7 @@ from llmq.reading import named
 from llmq.report import SCHEMA_VERSION, Failure, Stage
 from llmq.run_paths import within
 from llmq.terminal import log, say
-from llmq.types import Answer, Artifact, Attachment, Clock, Exhibit, Loaded, Measurement, Task, measurement_from
+from llmq.types import Answer, Attachment, Clock, Exhibit, Loaded, Measurement, Task
 
 
 def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact, cache: bool = True) -> Stage:

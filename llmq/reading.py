@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.needs import Needs
-from llmq.types import Artifact, Data, Model, Plugin, Step, Task
+from llmq.types import Data, Model, Plugin, Step, Task
 
 P = TypeVar("P", Step, Task)
 USES = {"training": "trains on", "calibration": "calibrates on", "comparison": "compares on"}

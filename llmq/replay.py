@@ -79,7 +79,7 @@ def _verified(run: Path) -> Verified:
 
 def _base(run: Path) -> str:
     """What is wrong with the weights that the run began from; the report keeps their hash."""
-    from llmq.types import Artifact
+    from llmq.artifact import Artifact
 
     report = _report(run)
     measured = dict.fromkeys(m["stage"] for m in report["measurements"])

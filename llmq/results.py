@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmq import run_paths
+from llmq.artifact import measurement_from
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.guarded import json_files
 from llmq.guarded.files import library, read_text
 from llmq.run_paths import within
-from llmq.types import Measurement, measurement_from
+from llmq.types import Measurement
 
 Key = tuple[str, str]
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.files import safetensors_of
 from llmq.guarded.safetensors_files import opened
-from llmq.types import Artifact
 
 LEAST = 0.01
 """The share of the weights below which a quantization or a pruning has changed next to nothing."""

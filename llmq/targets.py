@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmq import plugin, run_paths, run_recipe
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
 from llmq.recipe import suite_tasks
 from llmq.source import Source, find, read
-from llmq.types import Artifact, Context, Task
+from llmq.types import Context, Task
 
 Bring = Callable[[Context], Artifact]
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from llmq.artifact import Artifact
 from llmq.models.vision import Vision
-from llmq.types import Artifact, Model
+from llmq.types import Model
 
 SIDE = 16
 

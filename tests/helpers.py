@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from llmq import plugin
-from llmq.types import Artifact, Context
+from llmq.artifact import Artifact
+from llmq.types import Context
 
 CPU = Context("cpu", 0)
 

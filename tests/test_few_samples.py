@@ -10,6 +10,7 @@ from run_folders import accuracy, perplexity, size, speed, write_run
 from scipy import stats
 
 from llmq import compare, gate, pipeline, proportions, protocols, recipe, statistics
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.estimates import alone, difference, ratio
 from llmq.files import stored_as
@@ -17,7 +18,7 @@ from llmq.proportions import Table
 from llmq.report import Report, Stage, markdown, screen, verdicts
 from llmq.rules import read_rule
 from llmq.source import Source
-from llmq.types import Artifact, Measurement, Samples
+from llmq.types import Measurement, Samples
 
 
 def judged(rule: str, stage, base):

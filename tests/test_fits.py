@@ -13,13 +13,13 @@ from tiny_text_models import ARCHITECTURES, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer
 
 from llmq import pipeline, plugin, reading
+from llmq.artifact import Artifact
 from llmq.data.tokens import encode_all
 from llmq.errors import UserError
 from llmq.models.fits import check_fits, positions
 from llmq.models.hugging_face import load_tokenizer
 from llmq.needs import Needs
 from llmq.tasks.windows import windows_of
-from llmq.types import Artifact
 
 # Of each kind of positions: how many tokens are taken where the configuration says 32, and whether more of them end in
 # an error of torch. Where they do not, and are refused still, the positions are rotary.

@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from llmq import plugin
 from llmq.adapt import loop
+from llmq.artifact import Artifact
 from llmq.data.images import Example, make_split
 from llmq.errors import UserError
 from llmq.models.carried import carried
 from llmq.models.dcgan_networks import Discriminator, Generator, discriminator_loss, generator_loss
-from llmq.types import Artifact
 
 GREY = {"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}
 faces = pytest.mark.skipif(not find_spec("gan_face_generate"), reason="the weights of gan-faces are not installed")

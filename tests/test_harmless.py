@@ -13,10 +13,11 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from llmq import cli, harmless
+from llmq.artifact import Artifact
 from llmq.errors import UserError, one_line
 from llmq.files import to_json
 from llmq.report import Failure, Report, Stage, html, markdown, screen
-from llmq.types import Artifact, Exhibit, Measurement
+from llmq.types import Exhibit, Measurement
 
 PIECES = [
     *("\x1b[2J", "\x1b]0;x\x07", "\r", "\n", "\t", "\x9b", "\x00", "\u202e", "\u200b", "\ud800", "[/x]", "[bold]"),

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_hf_detector import CONFIGS
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models import dcgan, exported
 from llmq.models import efficientnet_lite0 as lite0
 from llmq.models.exported import ExportedModule, check_graph
 from llmq.models.state import save_network
 from llmq.quantize.exporting import export, write_graph
-from llmq.types import Artifact
 from tests.exported_families import Heads
 
 State = dict[str, torch.Tensor]

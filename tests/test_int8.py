@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq import plugin, recipe
+from llmq.artifact import Artifact
 from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
 from llmq.files import weight_files
@@ -18,7 +19,7 @@ from llmq.models.runtime import core, openvino
 from llmq.quantize.exporting import export, quantized_stage
 from llmq.quantize.int8 import ignored_names
 from llmq.quantize.likeness import Likeness, in_order_of
-from llmq.types import Artifact, Context, Data, Split
+from llmq.types import Context, Data, Split
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 CPU = Context("cpu", 0)

@@ -242,7 +242,7 @@ def test_an_adapter_names_the_hub_id_of_its_base_and_a_moved_run_opens(
     import shutil
     from dataclasses import replace
 
-    from llmq.types import Artifact
+    from llmq.artifact import Artifact
 
     base = base_of(tiny_llama)
     if weights:  # as a hub id leaves it: the weights lie in a cache, the model is called by its name

@@ -139,7 +139,7 @@ def test_disk_is_looked_for_before_a_stage_is_written(job, tmp_path, monkeypatch
 
 
 def test_what_a_step_needs_hangs_on_its_kind(tiny_llama, tiny_jsonl):
-    from llmq.types import Artifact
+    from llmq.artifact import Artifact
 
     model = plugin.build({"causal_lm": {"weights": str(tiny_llama)}}, "models")
     base = Artifact(model, tiny_llama)

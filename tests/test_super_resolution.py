@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.data.degrade import bicubic
 from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
@@ -20,7 +21,7 @@ from llmq.models.super_resolution_networks import Bicubic, EdsrNet, FoldedEdsr
 from llmq.models.weight_norm import with_weight_norm, without_weight_norm
 from llmq.quantize.exporting import export
 from llmq.statistics import compare
-from llmq.types import Artifact, Data, Exhibit, Split
+from llmq.types import Data, Exhibit, Split
 from tests.helpers import CPU, apply
 
 FULL_EDSR = {"n_resblocks": 32, "n_feats": 256, "res_scale": 0.1}

@@ -16,8 +16,9 @@ from test_experts import dense, stored
 from tiny_text_models import ARCHITECTURES, build
 
 from llmq import plugin, support
+from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.types import Artifact, Exhibit, Measurement
+from llmq.types import Exhibit, Measurement
 
 IDS = some_ids()
 LAYER = re.compile(r"\.\d+\.\w+")

@@ -14,13 +14,13 @@ from helpers import CPU, apply
 from test_hf_detector import CONFIGS
 
 from llmq import plugin, support
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError
 from llmq.files import bytes_of
 from llmq.models.runtime import core
 from llmq.models.state import save_network
 from llmq.models.vision import named
 from llmq.quantize.likeness import in_order_of
-from llmq.types import Artifact
 
 pytestmark = pytest.mark.slow
 

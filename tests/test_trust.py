@@ -11,9 +11,9 @@ from helpers import CPU
 from lm_eval_tasks import CHOICE, metrics, write
 
 from llmq import cli, pipeline, plugin, recipe, replay, results, run_paths, trust
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.report import Report
-from llmq.types import Artifact
 
 OWN = """
 from pathlib import Path

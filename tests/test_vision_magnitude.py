@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from llmq import plugin
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models.state import read_state, save_network
 from llmq.models.vision import Vision
-from llmq.types import Artifact, Model
+from llmq.types import Model
 
 
 class Layers(nn.Module):

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models.vision import Player
-from llmq.types import Artifact, Context, Loaded, Step
+from llmq.types import Context, Loaded, Step
 
 WATCHED = 64  # latents of the figure while training
 

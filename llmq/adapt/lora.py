@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from llmq import processes
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Context, Loaded, Step
+from llmq.types import Context, Loaded, Step
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",

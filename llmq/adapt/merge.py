@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Context, Measurement, Step
+from llmq.types import Context, Measurement, Step
 
 if TYPE_CHECKING:
     from llmq.models.reopened import Meant

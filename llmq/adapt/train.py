@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Train(Step):

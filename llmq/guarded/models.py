@@ -8,7 +8,8 @@ from llmq.guarded import configuration, json_files, safetensors_files
 from llmq.guarded.files import check_plain_folder, library
 
 if TYPE_CHECKING:
-    from llmq.types import Artifact, Loaded
+    from llmq.artifact import Artifact
+    from llmq.types import Loaded
 
 
 def opened(artifact: "Artifact", device: str) -> "Loaded":

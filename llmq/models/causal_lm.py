@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from llmq import trust
+from llmq.artifact import Artifact
 from llmq.models import fits, formats, hugging_face
 from llmq.models.skeleton import Skeleton
 from llmq.needs import Needs
-from llmq.types import Artifact, Clock, Context, Loaded, Model
+from llmq.types import Clock, Context, Loaded, Model
 
 PROBED = 16
 """Tokens that tell whether two models are one."""

@@ -8,11 +8,12 @@ from typing import Any, Self
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import at_home, safetensors_of, sha256_files
 from llmq.models import hub
 from llmq.models.classifier import Classifier, with_channels, with_new_head
-from llmq.types import Artifact, Context, Model
+from llmq.types import Context, Model
 
 PREPROCESSOR = "preprocessor_config.json"
 

@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import at_home, safetensors_of, sha256_files
 from llmq.models import hub
 from llmq.models.detector import Detections, Detector
 from llmq.models.vision import Learning
-from llmq.types import Artifact, Context, Model
+from llmq.types import Context, Model
 
 PREPROCESSOR = "preprocessor_config.json"
 

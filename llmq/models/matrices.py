@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmq.types import Artifact
+from llmq.artifact import Artifact
 
 
 class Matrices:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError
-from llmq.types import Artifact, Model
+from llmq.types import Model
 
 REPACKED = 0.03
 """How far answers may be apart, as a share of their norm, where a library computes otherwise once weights are packed

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq import trust
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import BESIDE, OTHER_NAME, safetensors_of, tagged, write_json
 from llmq.guarded import json_files
 from llmq.models.hugging_face import PATTERNS
 from llmq.models.names import tensor_names
 from llmq.models.tying import tied, untied
-from llmq.types import Artifact
 
 if TYPE_CHECKING:
     from llmq.blockwise import Method

@@ -6,12 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import at_home, sha256_files
 from llmq.models import efficientnet_lite0 as lite0
 from llmq.models import hub, timm_config
 from llmq.models.classifier import Classifier, with_channels, with_new_head
-from llmq.types import Artifact, Context, Model
+from llmq.types import Context, Model
 
 HUB = "hf-hub:"
 TIMM = "pretrained"

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from llmq.artifact import Artifact
 from llmq.data.images import Example
 from llmq.errors import UserError
 from llmq.files import at_home, cache, make_whole, safetensors_of, sha256_files, sha256_text
 from llmq.models.matrices import Matrices
-from llmq.types import Artifact, Clock, Context, Loaded, Reading, Split
+from llmq.types import Clock, Context, Loaded, Reading, Split
 
 KINDS = frozenset({"classifier", "detector", "gan", "super-resolution"})
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.layers import Pattern, settings_of, skip_or
 from llmq.models.vision import KINDS, named
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 if TYPE_CHECKING:
     from llmq.prune.channel_cuts import Cut

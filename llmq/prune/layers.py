@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.calibration import Calibrated
 from llmq.errors import UserError
 from llmq.models.skeleton import Skeleton
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Layers(Calibrated, Step):

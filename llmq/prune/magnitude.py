@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llmq.artifact import Artifact
 from llmq.models.vision import KINDS
 from llmq.prune.masks import by_magnitude
 from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Magnitude(PruneStep, Step):

@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq.artifact import Artifact
 from llmq.calibration import Calibrated
 from llmq.prune.masks import sparsegpt
 from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
 from llmq.quantize.gptq_solver import elimination
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Sparsegpt(PruneStep, Calibrated, Step):

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.layers import Pattern, overridden, settings_of, skip_or
 from llmq.models.matrices import Matrices
 from llmq.models.skeleton import Skeleton
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 GROUPS = (2, 4, 8, 16, 32)
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from llmq.artifact import Artifact
 from llmq.calibration import Calibrated
 from llmq.prune.masks import by_magnitude, by_wanda
 from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Wanda(PruneStep, Calibrated, Step):

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.quantize.bnb_layers import is_packed
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 if TYPE_CHECKING:
     from llmq.models.reopened import Meant

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq.artifact import Artifact
 from llmq.models.vision import KINDS
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Dynamic(Step):

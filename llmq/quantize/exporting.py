@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import bytes_of, weight_files
@@ -21,7 +22,7 @@ from llmq.models.vision import named
 from llmq.quantize import apart
 from llmq.quantize.layer_names import restore_names
 from llmq.quantize.likeness import Likeness, in_order_of
-from llmq.types import Artifact, Step
+from llmq.types import Step
 
 PARITY = 1e-3
 """How far an exported graph may be from its module, as a share of the largest output."""

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmq.artifact import Artifact
 from llmq.calibration import Calibrated
 from llmq.models.skeleton import Skeleton
 from llmq.quantize.grid_settings import GridStep, RoundToNearest
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Gptq(GridStep, Calibrated, Step):

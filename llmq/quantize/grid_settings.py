@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmq import __version__
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import write_json
 from llmq.layers import Pattern, settings_of, skip_or
 from llmq.models.skeleton import Skeleton
 from llmq.quantize import gptq_format
 from llmq.quantize.grid import Quantized, round_to_nearest
-from llmq.types import Artifact
 
 GROUP_SIZES = (128, 64, 32)
 

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError, did_you_mean
 from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Context, Split, Step
+from llmq.types import Context, Split, Step
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""

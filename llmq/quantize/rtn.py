@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from llmq.artifact import Artifact
 from llmq.models.skeleton import Skeleton
 from llmq.quantize.grid_settings import GridStep
-from llmq.types import Artifact, Context, Step
+from llmq.types import Context, Step
 
 
 class Rtn(GridStep, Step):

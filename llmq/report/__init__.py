@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmq.artifact import Artifact
 from llmq.files import stored_as, write_json, write_text
 from llmq.guarded import json_files
 from llmq.protocols import refused
 from llmq.statistics import compare, corrected
-from llmq.types import Artifact, Exhibit, Measurement
+from llmq.types import Exhibit, Measurement
 
 SCHEMA_VERSION = 2
-"""1: no figure said that it is exact; a standard error of 0 stood for that, see `types.measurement_from`."""
+"""1: no figure said that it is exact; a standard error of 0 stood for that, see `artifact.measurement_from`."""
 
 
 @dataclass(frozen=True)

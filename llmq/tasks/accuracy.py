@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Better, Exhibit, Loaded, Measurement, Samples, Split, Task
+from llmq.types import Better, Exhibit, Loaded, Measurement, Samples, Split, Task
 
 COLUMNS = 6
 

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.models.vision import the_shape
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Split, Task
+from llmq.types import Exhibit, Loaded, Measurement, Samples, Split, Task
 
 METRICS = {"map": "all", "map_small": "small", "map_medium": "medium", "map_large": "large"}
 SINGLE = {"map50": (0, "map_50"), "map75": (5, "map_75")}

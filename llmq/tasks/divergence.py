@@ -6,12 +6,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import sha256_files
 from llmq.needs import Needs
 from llmq.plugin import DataWord
 from llmq.tasks.harness import Asked
-from llmq.types import Answer, Artifact, Loaded, Measurement, Samples, Task
+from llmq.types import Answer, Loaded, Measurement, Samples, Task
 
 
 class Divergence(Task):

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord, build
-from llmq.types import Artifact, Better, Data, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Better, Data, Exhibit, Loaded, Measurement, Samples, Task
 
 
 class Fidelity(Task):

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Loaded, Measurement, Split, Task
+from llmq.types import Loaded, Measurement, Split, Task
 
 FEWEST = 20
 

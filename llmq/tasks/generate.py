@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.data.rows import Row
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
 
 
 class Generate(Task):

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq import trust
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.needs import Needs
 from llmq.tasks import harness
 from llmq.tasks.harness import Asked
 from llmq.trust import WRITTEN
-from llmq.types import Answer, Artifact, Loaded, Task
+from llmq.types import Answer, Loaded, Task
 
 
 class LmEval(Task):

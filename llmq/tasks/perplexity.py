@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import sha256_text
 from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Loaded, Measurement, Samples, Task
+from llmq.types import Loaded, Measurement, Samples, Task
 
 
 class Perplexity(Task):

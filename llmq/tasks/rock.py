@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Artifact, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
 
 if TYPE_CHECKING:
     from llmq.tasks.upscaled import Upscaled

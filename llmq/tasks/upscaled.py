@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.artifact import Artifact
 from llmq.data.images import Example
 from llmq.errors import LlmqError, UserError
-from llmq.types import Artifact, Loaded, Measurement, Samples, Split
+from llmq.types import Loaded, Measurement, Samples, Split
 
 PROTOCOL = "images clipped to [0, 255] and rounded to 8 bits as a file holds them"
 

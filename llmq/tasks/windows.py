@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from llmq.artifact import Artifact
 from llmq.data.rows import Row
 from llmq.data.tokens import IGNORED, Tokens, encode_all, with_places
 from llmq.errors import LlmqError, UserError
-from llmq.types import Artifact, Data, Split
+from llmq.types import Data, Split
 
 
 @dataclass(frozen=True)
