@@ -93,9 +93,14 @@ def measurement_from(data: Mapping[str, Any]) -> Measurement:
 
     Before schema version 2 no entry says whether it is exact: a single count had a standard error of 0 and no samples.
     """
+    for name in ("task", "metric", "unit", "better", "convention"):
+        if not isinstance(data[name], str):
+            raise TypeError(f"{name!r} of a measurement is no text")
     old = "exact" not in data
     exact = data["stderr"] == 0 and data["n"] == 1 and not data.get("samples") if old else data["exact"]
     if samples := data.get("samples"):
         tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters", "ids") if samples.get(k)}
+        if len({len(its) for its in tuples.values()}) > 1:
+            raise TypeError(f"the samples of {data['metric']!r} have parts of unlike length")
         samples = Samples(**{**samples, **tuples})
     return Measurement(**{**data, "samples": samples, "exact": exact})

@@ -335,7 +335,9 @@ def _main() -> int:
         line, code = f"{error.format_message()} (llmq --help shows what is known)", 2
     except SystemExit as stop:  # typer's way to say that nobody reads on: (1), which is a failed gate's
         line, code = (faults.REASONS[errno.EPIPE], 4) if stop.code == 1 else ("", int(stop.code or 0))
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is one line, and never the code of a failed gate
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # one line, and never the code of a failed gate; Rust's panics too
         line, code = failed(error)
     tell(line)
     return int(code or 0)

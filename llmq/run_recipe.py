@@ -1,12 +1,14 @@
 """The recipe of a run that is there already: whoever goes on from one of its stages reads what it read."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq import plugin
+from llmq.errors import UserError
+from llmq.files import at_home
+from llmq.guarded import json_files
 from llmq.source import read
 from llmq.types import Model
 
@@ -42,7 +44,7 @@ def of(target: str) -> "Recipe | None":
 def of_weights(model: Model) -> "Recipe | None":
     """The recipe of the run whose stage a model's weights are."""
     weights = str(getattr(model, "weights", None) or "")
-    folder = Path(weights).expanduser()
+    folder = at_home(weights)
     return of(str(folder)) if weights and (folder / "artifact.json").is_file() else None
 
 
@@ -59,9 +61,9 @@ def lost(job: "Recipe | None") -> str:
 def _called_from(home: Path) -> list[Path]:
     """The folder that a run was called in: where it was, and where it is if it was moved together with the run."""
     try:
-        about = json.loads((home / "report.json").read_text(encoding="utf-8"))["environment"]
+        about = json_files.read_object(home / "report.json")["environment"]
         folder, run = str(about["called_from"]), str(about["run"])
-    except (OSError, ValueError, KeyError, TypeError):  # of before this was kept, or not whole
+    except (UserError, KeyError, TypeError):  # of before this was kept, or not whole
         return []
     return [Path(folder), Path(os.path.normpath(home.resolve() / os.path.relpath(folder, run)))]
 

@@ -5,6 +5,7 @@ into Python ends by them (`std::terminate`). Nothing need be undone either: what
 as a SIGKILL leaves it, too.
 """
 
+import _thread
 import os
 import shlex
 import signal
@@ -57,7 +58,8 @@ def _install() -> Callable[[], None]:
     heeded = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # as nohup and a shell's & wish it
     before: dict[int, Any] = {s: signal.signal(s, _end) for s in heeded}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    # Not `threading.Thread`: its `start` waits for ever where there is no memory for the new thread's first steps.
+    _thread.start_new_thread(_watch, (reader,))
 
     def restore() -> None:
         signal.set_wakeup_fd(wakeup)

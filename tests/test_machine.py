@@ -177,6 +177,11 @@ def test_every_text_that_is_read_or_written_names_its_encoding():
     assert not found
 
 
+def test_a_home_folder_is_looked_up_in_one_place():
+    found = [f.name for f in (ROOT / "llmq").rglob("*.py") if ".expanduser(" in f.read_text(encoding="utf-8")]
+    assert found == ["files.py"]
+
+
 def test_streams_that_are_full_or_closed_end_in_one_line():
     run = [sys.executable, "-m", "llmq", "list", "--json"]
     with open("/dev/full", "wb") as full:

@@ -33,6 +33,8 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # struct.error, KeyError, SyntaxError, zlib.error, their own …
+        if isinstance(error, MemoryError):  # most often its header is damaged
+            raise UserError(f"{path}: this {what} asks for more memory than there is; is it whole?") from None
         if is_of_machine(error):
             raise
         said = " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,6 +19,8 @@ def check_plain(path: Path) -> int:
         about = path.stat()
     except OSError as error:
         raise unreadable(path, error) from None
+    except ValueError:  # a NUL, half a character
+        raise UserError(f"{str(path)!r} can be no name of a file") from None
     if not stat.S_ISREG(about.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
         raise UserError(f"{str(path)!r} is {kinds.get(stat.S_IFMT(about.st_mode), 'a socket')}, and no file")

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from llmq import trust
 from llmq.artifact import Artifact
+from llmq.guarded.models import check as check_files
 from llmq.models import fits, formats, hugging_face
 from llmq.models.skeleton import Skeleton
 from llmq.needs import Needs
@@ -41,6 +42,7 @@ class CausalLM(Model):
         """Bring the weights to this machine: from the hub, or converted once from GGUF."""
         self.check_trust()
         folder, notes = hugging_face.bring(self.weights, self.dtype, self.revision)
+        check_files(folder)
         formats.check_network(folder)
         packed = formats.quantization(folder) is not None
         return Artifact(model=self, weights=folder, packed=packed, notes=notes)

@@ -213,6 +213,8 @@ def load_tokenizer(folder: Path) -> Any:
             trust.need_remote_code(f"the tokenizer of {str(folder)!r} brings code of its own")
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer of {str(folder)!r} cannot be read: {reason}; copy its files again") from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"the tokenizer of {str(folder)!r}: model_max_length is {tokenizer.model_max_length!r:.80}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -10,6 +10,7 @@ from llmq import trust
 from llmq.errors import UserError
 from llmq.files import safetensors_of
 from llmq.guarded import json_files, safetensors_files
+from llmq.guarded.files import library
 from llmq.models import packed_parts, packed_values
 from llmq.models.formats import check_code, quantization
 from llmq.models.names import module_names
@@ -136,8 +137,8 @@ def without_weights(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_code(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
-    with init_empty_weights():
+    with library(folder, "model folder"), init_empty_weights():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code())
 
 

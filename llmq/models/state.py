@@ -238,8 +238,8 @@ def open_network(network: Any, folder: Path) -> Any:
         from llmq.models.shapes import reshape
 
         try:
-            reshape(network, json.loads(shapes.read_text(encoding="utf-8")))
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reshape(network, json_files.read(shapes))
+        except (UserError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{str(shapes)!r} tells no shapes of this network: {error!r}") from None
     load_strictly(network, read_state(str(folder)), str(folder))
     return network

@@ -35,11 +35,11 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _file_size(dice: random.Random, folder: Path) -> None:
-    _limit(resource.RLIMIT_FSIZE, dice.choice([0, 100, 3000, 30_000, 60_000, 100_000]))
+    _limit(resource.RLIMIT_FSIZE, dice.choice([3000, 10_000, 30_000, 60_000, 100_000]))
 
 
 def _memory(dice: random.Random, folder: Path) -> None:
-    _limit(resource.RLIMIT_AS, mapped() + dice.choice([0, 2**16, 2**20, 2**22, 2**24, 2**25, 2**26]))
+    _limit(resource.RLIMIT_AS, mapped() + dice.choice([2**16, 2**20, 2**22, 2**24, 2**25, 2**26]))
 
 
 def _open_files(dice: random.Random, folder: Path) -> None:
