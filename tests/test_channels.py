@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from math import lcm
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from llmq.errors import UserError
 from llmq.models.state import save_network
 from llmq.models.vision import Vision
 from llmq.prune.channel_cuts import figures, least_important
+from llmq.prune.channels import nothing
 from llmq.types import Model
 
 
@@ -266,6 +268,14 @@ def test_where_nothing_can_go_it_says_why_before_anything_runs(net, settings, sa
     assert "\n" not in str(raised.value)
 
 
+def test_the_refusal_names_the_network():
+    model: Any = plugin.build({"timm_classifier": {"architecture": "mixer_s32_224", "input_size": 64}}, "models")
+    with pytest.raises(
+        UserError, match=r"^no channel of models\.timm_classifier mixer_s32_224 can be pruned: x \(1 lay"
+    ):
+        raise nothing(model, {"stem": "x"})
+
+
 def test_what_no_shape_tells_is_found_by_trying(tmp_path):
     made = pruned(Net(net="shuffled"), tmp_path / "made")
     assert made.notes["left"]["before"] == "taking them out would change what others compute"
@@ -362,3 +372,34 @@ def test_channels_then_training_then_int8_on_one_model(tmp_path):
             answers.append(torch.cat([loaded.module(x[None]) for x in inputs]).argmax(1))
     assert float((answers[0] == torch.tensor([e.label for e in examples])).float().mean()) > 0.5
     assert float((answers[0] == answers[1]).float().mean()) > 0.9
+
+
+class Keeps(nn.Module):
+    """As LeViT's attention, it keeps a tensor of its last call until it is told its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.kept = nn.Parameter(torch.ones(1)), {}
+
+    def train(self, mode: bool = True) -> Any:
+        self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.kept.setdefault("bias", self.bias * 2)
+
+
+def test_a_kept_tensor_and_a_group_norm_without_a_bias_hinder_no_proof():
+    from llmq.prune.channel_proof import outputs, proven
+
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(1, 16)
+    norm.bias = None
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), norm, Keeps(), nn.Conv2d(16, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    outputs(network, x)
+    assert network[2].kept["bias"].requires_grad
+    step: Any = plugin.build({"prune.channels": {}})
+    cuts, _ = step.cuts(network, SimpleNamespace(example=lambda batch_size: x))
+    assert len(cuts) == 1
+    assert proven(network, x, cuts) == cuts

@@ -1,9 +1,11 @@
 """Every family of image models under every word: right when it is opened again, or refused in one line.
 
-Writes `llmq/support/vision.json` where LLMQ_WRITE_SUPPORT is set.
+Writes `llmq/support/vision.json` where LLMQ_WRITE_SUPPORT is set; else twelve rows are tried again.
 """
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,14 @@ MODELS: dict[str, Any] = {
 WORDS = ("int8", "dynamic", "float16")
 COLUMNS = (*WORDS, "channels")
 CLOSE = {
-    "classifier": {"float16": 0.02, "dynamic": 0.15, "int8": 0.3},
+    "classifier": {"float16": 0.02, "dynamic": 0.1, "int8": 0.6},
     "detector": {"float16": 0.02, "dynamic": 0.3, "int8": 0.6},
 }
-"""How far a stage's outputs may be from the network's, as a share of their norm: about twice the most that was seen.
+"""How far a stage's outputs may be from the network's, as a share of their norm: a little more than the most that was
+seen.
 
-Random detectors amplify more than trained ones: SSDLite's 60 layers in a row, each normalized, and D-FINE's choice of
-queries."""
+Random networks amplify more than trained ones: DeiT's twelve blocks (0.44 under int8), SSDLite's 60 layers in a row,
+each normalized (0.55), D-FINE's choice of queries (0.23 under dynamic). Most convolutional ones stay below 0.1."""
 
 
 def data_of(model: Any) -> dict[str, Any]:
@@ -105,15 +108,18 @@ def images_for(model: Any, n: int) -> torch.Tensor:
 def settled(base: Artifact, folder: Path) -> Artifact:
     """A random network of which every layer matters to what it says, as after a training.
 
-    Batch norms that begin at zero would shut their branch. Those of a detector learn the spread of what reaches them:
-    without, it vanishes layer by layer, queries are chosen among scores that are all alike, and int8 rounds everything
-    to zero. Those of classifiers do not: deep random networks are chaotic when every layer is normalized.
+    What begins at zero would shut its branch, or the head. Batch norms of a detector learn the spread of what reaches
+    them: without, it vanishes layer by layer, queries are chosen among scores that are all alike, and int8 rounds
+    everything to zero. Those of classifiers do not: deep random networks are chaotic when every layer is normalized.
     """
     with base.open("cpu") as loaded, torch.no_grad():
         norms = [m for m in loaded.module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             if not norm.weight.any():
                 norm.weight.fill_(0.2)
+        for layer in loaded.module.modules():
+            if isinstance(layer, torch.nn.Linear) and not layer.weight.any():
+                torch.nn.init.normal_(layer.weight, std=0.02, generator=torch.Generator().manual_seed(0))
         if norms and base.model.kind == "detector":
             for norm in norms:
                 norm.reset_running_stats()
@@ -179,8 +185,21 @@ def outcome(column: str, base: Artifact, folder: Path) -> str:
     return support.RIGHT
 
 
-ASKED = list(MODELS) if os.environ.get("LLMQ_WRITE_SUPPORT") else list(support.cells("vision"))
-"""Rows that were seen; all of them where the table is written."""
+def wording(row: Mapping[str, str]) -> dict[str, str]:
+    """A row without the figures of its refusals, which differ from one processor to the next."""
+    return {column: re.sub(r"-?\d+(\.\d+)?%?", "#", outcome) for column, outcome in row.items()}
+
+
+IN_CI = (
+    *("resnet10t", "mobilenetv3_small_050", "convnext_atto", "edgenext_xx_small", "ghostnet_050"),
+    *("transformers resnet", "transformers vit", "transformers swin"),
+    *("torchvision fcos", "torchvision faster_rcnn", "transformers detr", "transformers yolos"),
+)
+"""A spread: residual, depthwise, attention, layers that no input reaches, detectors of each kind, the refused.
+
+Not RT-DETR and D-FINE: what random ones keep under int8 is near the bound of what is refused."""
+ASKED = list(MODELS) if os.environ.get("LLMQ_WRITE_SUPPORT") else IN_CI
+"""All rows where the table is written, which takes half an hour."""
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -198,11 +217,9 @@ def test_every_word_is_right_or_one_line(name, tmp_path):
     if os.environ.get("LLMQ_WRITE_SUPPORT"):
         support.write("vision", name, found)
     assert not wrong, (name, wrong)
-    assert support.cells("vision")[name] == found
+    assert wording(support.cells("vision")[name]) == wording(found)
 
 
-def test_the_table_holds_whole_rows_of_these_families():
-    table = support.cells("vision")
-    assert table
-    assert table.keys() <= MODELS.keys()
-    assert all(row.keys() == set(COLUMNS) for row in table.values())
+def test_the_table_holds_every_family_and_column():
+    assert support.cells("vision").keys() == MODELS.keys()
+    assert all(row.keys() == set(COLUMNS) for row in support.cells("vision").values())

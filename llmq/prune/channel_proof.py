@@ -57,7 +57,8 @@ def _random(network: Any) -> Any:
     """
     import torch
 
-    copy = deepcopy(network).eval()
+    # LeViT keeps tensors of its last call, which cannot be copied; told its mode, it forgets them.
+    copy = deepcopy(network.eval())
     generator = torch.Generator().manual_seed(0)
     for layer in copy.modules():
         if hasattr(layer, "reset_running_stats"):
@@ -82,4 +83,5 @@ class _Scales:
         if self.layer.weight is None:
             return x
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return x * self.layer.weight.view(shape) + self.layer.bias.view(shape)
+        scaled = x * self.layer.weight.view(shape)
+        return scaled if self.layer.bias is None else scaled + self.layer.bias.view(shape)
