@@ -15,6 +15,8 @@ from typing import Any
 KINDS = ("recipes", "checkpoints", "data_files", "run_folders", "faults", "kills")
 SHARES = {"recipes": 20, "checkpoints": 5, "data_files": 20, "run_folders": 5, "faults": 1, "kills": 1}
 """Cases of each kind in a round."""
+LONGEST = 20
+"""Letters of an end that is counted by its own word."""
 
 
 @dataclass
@@ -124,7 +126,7 @@ def _serve(kind: str) -> tuple[Any, Any]:
                     try:
                         word = str(once(int(line), folder))
                     except AssertionError as error:
-                        word, fault = "fault", str(error)
+                        word, fault = "fault", f"{kind} {line.strip()}: {error}"
                     shutil.rmtree(folder, ignore_errors=True)
                 fault = fault.replace("\n", "\v").replace("\t", " ")
                 out.write(f"{time.perf_counter() - began}\t{word}\t{fault}\n")
@@ -142,4 +144,4 @@ def _count(seen: Seen, case: tuple[float, str, str]) -> None:
         seen.faults.append(fault)
         print(fault, flush=True)
     else:
-        seen.ends[word] += 1
+        seen.ends[word if len(word) < LONGEST else "borne"] += 1  # kills tell a whole story each
