@@ -142,6 +142,7 @@ def test_a_size_does_not_depend_on_what_was_asked_before(tiny_llama, tmp_path, s
     assert at_once["bytes_in_memory"] < float_bytes["bytes_in_memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_dora_over_quantized_weights_is_measured_as_it_is_merged(tiny_llama, tmp_path, settings):
     from dataclasses import replace

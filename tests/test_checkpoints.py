@@ -70,6 +70,7 @@ def killed_lora(base, data, folder, monkeypatch, at, **settings):
             apply("adapt.lora", base, folder, data=data, **settings)
 
 
+@pytest.mark.slow
 def test_a_lora_killed_at_its_end_trains_no_step_more(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     """Ten rows of twenty are five steps an epoch: the last step is in the middle of one."""
     base, data = base_of(tiny_llama), str(tiny_jsonl)
@@ -156,6 +157,7 @@ def _tiny_is_known(monkeypatch):
     monkeypatch.setattr(plugin, "load", lambda word: Tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_tiny_is_known")
 @pytest.mark.parametrize("judges", [0, 2])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

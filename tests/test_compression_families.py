@@ -146,6 +146,7 @@ def assert_packed_right(folder: Path, tmp_path: Path) -> None:
     assert (ours_rounded - exact).square().mean() < 2 * (rounded - exact).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["quantize.gptq", "quantize.rtn"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_family_is_quantized_and_opened_again(name, word, family, tiny_jsonl, tmp_path):

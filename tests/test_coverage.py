@@ -252,6 +252,7 @@ def covered(case: Case, n: int, runs: int) -> float:
     return float(np.mean([e.low <= truth <= e.high for e, truth in zip(*drawn(case, n, runs), strict=True)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_intervals_cover_roughly_in_a_few_runs(case):
     # 120 runs: four standard deviations of a share of 95 %.

@@ -134,6 +134,7 @@ PRUNINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", PRUNINGS)
 @pytest.mark.parametrize("name", FAMILY)
 def test_each_expert_is_pruned_and_the_folder_opens_anywhere(name, word, family, tmp_path):
@@ -171,6 +172,7 @@ def test_each_expert_is_quantized_and_the_folder_opens_again(name, word, family,
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_merging_over_packed_experts_gives_a_folder_that_opens_anywhere(name, family, tmp_path):
     stage = apply("quantize.rtn", base_of(family(name), "float32"), tmp_path / "q", group_size=32, bits=8)

@@ -52,6 +52,7 @@ def breaks(monkeypatch, word, method, error, stage="1-quantize.bnb"):
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [UserError("the 'x' is wrong"), KeyError("gold"), RuntimeError("out of\nmemory")])
 def test_the_others_are_reported_and_resuming_asks_only_what_failed(job, perplexity, tmp_path, monkeypatch, error):
     out, loaded = tmp_path / "run", recipe.load(str(job(["size", perplexity])))

@@ -451,6 +451,7 @@ def test_losses_of_a_broken_model_have_no_interval_and_no_traceback():
     assert (ratio(shifted, b), difference(shifted, b)) == (None, None)
 
 
+@pytest.mark.slow
 def test_no_figure_of_an_ordinary_run_is_refused(tiny_llama, tmp_path):
     steps = [{"prune.magnitude": {"sparsity": 0.5}}, "quantize.bnb"]
     tasks = [

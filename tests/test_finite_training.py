@@ -183,6 +183,7 @@ def test_one_value_among_thousands_is_found_wherever_it_stands(dtype, value):
     assert finite.first_not_finite({"largest": largest}) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skipped", [{0, 3}, set(), set(range(6))], ids=len)
 def test_steps_that_float16_skips_are_counted_and_all_of_them_are_an_error(
     skipped, tiny_llama, tiny_jsonl, tmp_path, monkeypatch

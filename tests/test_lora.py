@@ -99,6 +99,7 @@ def test_an_adapter_opens_in_plain_peft(any_base, tiny_jsonl, tmp_path):
         assert torch.equal(logits_of(loaded.module, some_ids()), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

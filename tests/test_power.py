@@ -55,6 +55,7 @@ def test_holm_is_between_no_correction_and_that_of_bonferroni(values):
         assert p <= corrected <= min(1.0, len(values) * p) + 1e-12
 
 
+@pytest.mark.slow
 def test_one_false_alarm_in_twenty_tables_and_not_in_two_rows():
     """Ten figures of two stages that truly do not differ."""
     rng = np.random.default_rng(1)

@@ -38,6 +38,7 @@ def copy_of(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_prune_quantize_and_train_come_back_byte_for_byte(run, tmp_path):
     again = replay.replay(run, tmp_path / "again")
     assert again.differences == []

@@ -96,7 +96,7 @@ def test_scales_that_are_no_numbers_are_refused_by_name(tiny_llama, tmp_path):
     (tmp_path / "s").mkdir()
     step = plugin.build({"quantize.bnb": {"double_quant": False}})
     with pytest.raises(
-        LlmqError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight\.absmax was made with values that"
+        LlmqError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight\.absmax holds values that are no"
     ):
         pipeline.applied(step, base_of(folder), tmp_path / "s", CPU)
 

@@ -120,6 +120,7 @@ def head_of(stage: Any) -> torch.Tensor:
         return loaded.module.get_output_embeddings().weight.detach().float().clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", STEPS)
 @pytest.mark.parametrize("kind", ["tied", "wrongly tied", "only the head is stored"])
 def test_a_changed_head_is_made_from_the_stored_one_and_the_embeddings_stay(
