@@ -258,9 +258,11 @@ def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, ou
 
 
 def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool, cache: bool = True) -> None:
+    folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
+    if resume and (folder / "recipe.yaml").is_file():
+        stopping.resumable = folder  # from before anything heavy is imported
     from llmq import pipeline
 
-    folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
     report = pipeline.run(job, folder, resume, cache)
     if report:
         _show(report, folder, as_json)
