@@ -8,6 +8,8 @@ from llmq.models.skeleton import blocks_of
 
 SHOWN = 0.005
 """Kinds of modules that hold less of the weights are not named."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""How configurations call the number of experts of a block."""
 
 
 def expert_stacks(module: Any) -> list[str]:
@@ -16,12 +18,13 @@ def expert_stacks(module: Any) -> list[str]:
     PEFT's `all-linear` knows those of a few architectures, by these names. Each is the end of a name, as short as it
     can be and mean no other parameter.
     """
+    counts = {getattr(module.config.get_text_config(), key, None) for key in EXPERTS}
     stacks = {
         f"{name}.{leaf}"
         for name, layer in module.named_modules()
         if not type(layer).__module__.startswith("torch.nn.")
         for leaf, parameter in layer.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        if parameter.ndim == 3 and len(parameter) in counts
     }
     others = [f".{name}" for name, _ in module.named_parameters() if name not in stacks]
     ends = (_ends(name) for name in stacks)
@@ -37,8 +40,14 @@ def gates(module: Any) -> list[str]:
     """Linear layers of a class that makes something else of the product (Llama 4's router: a tuple), by name."""
     import torch
 
+    def is_product(layer: Any) -> bool:
+        with torch.no_grad():
+            made = layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+        return isinstance(made, torch.Tensor) and made.shape == (1, layer.out_features)
+
     linear = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear))
-    return [name for name, layer in linear if type(layer).__module__.startswith("transformers.models.")]
+    own = [(n, layer) for n, layer in linear if type(layer).__module__.startswith("transformers.models.")]
+    return [name for name, layer in own if not is_product(layer)]
 
 
 def weights_of(module: Any) -> dict[str, tuple[int, str]]:

@@ -23,12 +23,13 @@ def is_no_data(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in NO_DATA
 
 
-def under(folder: Path, suffixes: Collection[str], above: tuple[str, ...] = ()) -> Found:
+def under(folder: Path, suffixes: Collection[str], above: Collection[str] = ()) -> Found:
     """All such files under a folder, links followed, in the order of their paths.
 
     A link that leads nowhere, or to a folder that it lies in, is left out. `above` are the folders that are being read.
     """
-    found, here = Found(), (*above, os.path.realpath(folder))
+    real = Path(os.path.realpath(folder))
+    found, here = Found(), {*(above or map(str, real.parents)), str(real)}
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists():
             found.left_out["broken_links"] += 1
