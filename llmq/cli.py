@@ -325,7 +325,8 @@ def _main() -> int:
     stopping.resumable = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone gets the rest as escapes
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     line = ""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -13,6 +13,7 @@ from test_rock import volume
 
 from llmq.data import pixels
 from llmq.data.images import numbers_of, read_image
+from llmq.data.rock_volumes import Reading, read_volumes
 from llmq.errors import LlmqError, UserError
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (12, 8, 40)).astype(np.uint16)
@@ -391,3 +392,10 @@ def test_imagenets_own_doubles_are_refused():
             numbers_of((double, "goldfish"), names)
         assert all(f"(output {i})" in str(caught.value) for i in outputs)
     assert numbers_of(("n02012849", "n03126707", "goldfish"), names) == [134, 517, 1]
+
+
+@pytest.mark.parametrize("name", ["v.tif", "v.raw", "v.npz", "v.nc"])
+def test_a_pipe_is_no_volume_and_nobody_waits_for_it(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe, and no file"):
+        read_volumes(tmp_path / name, None, Reading(None, None, None), Reading(None, None, None))

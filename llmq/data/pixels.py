@@ -9,6 +9,7 @@ from typing import Any
 
 from llmq.errors import UserError
 from llmq.faults import is_of_machine
+from llmq.guarded.files import check_plain
 
 Window = tuple[float, float]
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -21,6 +22,7 @@ ORIENTATION = 274
 
 def is_tiff(path: Path) -> bool:
     """Whether the first bytes of a file are those of a TIFF, whatever it is called."""
+    check_plain(path)
     with path.open("rb") as file:
         return file.read(4) in TIFF
 

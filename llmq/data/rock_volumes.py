@@ -10,6 +10,7 @@ from llmq.data.images import Example
 from llmq.data.pixels import MODES, Window, as_bytes, by_number, range_of, read_tiff, readable
 from llmq.errors import UserError
 from llmq.files import at_home
+from llmq.guarded.files import check_plain
 
 SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm")
@@ -63,6 +64,7 @@ def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[Any, Any | No
     suffix = path.suffix.lower()
     if path.is_dir():
         return _folder(path, how), None
+    check_plain(path)
     if suffix == ".raw":
         return _raw(path, how), None
     if suffix in (".npz", ".nc"):
