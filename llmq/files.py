@@ -178,7 +178,8 @@ BESIDE = (
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PACKED = {"U8": "uint8", "I8": "int8", "I32": "int32", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
-"""safetensors' names of dtypes."""
+"""safetensors' names of dtypes. `FLOATS` are weights as they stand; all others (integers, complex, floats of 8 bits and
+fewer) are none without scales beside them."""
 GRAPHS = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "u8": "U8", "i8": "I8", "i32": "I32"}
 """OpenVINO's names of dtypes, in safetensors' words."""
 CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*\bsize="(\d+)"')

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
-from llmq.files import safetensors_of
+from llmq.files import FLOATS, safetensors_of
 from llmq.guarded.safetensors_files import opened
 
 LEAST = 0.01
 """The share of the weights below which a quantization or a pruning has changed next to nothing."""
 CHANGING = ("quantize.", "prune.")
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check(word: str, made: Artifact, folder: Path) -> None:

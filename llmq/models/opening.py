@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq import trust
 from llmq.errors import UserError
-from llmq.files import safetensors_of
+from llmq.files import FLOATS, safetensors_of
 from llmq.guarded import json_files, safetensors_files
 from llmq.guarded.files import library
 from llmq.models import packed_parts, packed_values
@@ -18,9 +18,6 @@ from llmq.models.packed_parts import Stored
 
 SHOWN = 3
 """How many names of tensors an error shows."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of the numbers that are weights as they stand. All others (integers, complex, floats of 8 bits and
-fewer) are none without scales beside them."""
 
 
 def causal_lm(place: Path, **options: Any) -> Any:
