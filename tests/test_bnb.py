@@ -124,6 +124,20 @@ def test_a_weight_is_read_the_same_before_and_after_repacking(tiny_llama, tmp_pa
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_an_adapter_adds_its_own_bytes_and_no_more(tiny_llama, tiny_jsonl, tmp_path, settings):
+    """PEFT's layers answer with the weight under them: its scales were counted twice."""
+    from llmq.tasks.size import bytes_in_memory
+
+    stage = apply("quantize.bnb", base_of(tiny_llama), tmp_path / "q", **settings)
+    adapted = apply("adapt.lora", stage, tmp_path / "a", data=str(tiny_jsonl), r=4, max_length=64, max_steps=1)
+    with stage.open("cpu") as before:
+        alone = bytes_in_memory(before.module)
+    with adapted.open("cpu") as after:
+        adapter = sum(p.nbytes for name, p in after.module.named_parameters() if "lora_" in name)
+        assert bytes_in_memory(after.module) == alone + adapter
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_a_size_does_not_depend_on_what_was_asked_before(tiny_llama, tmp_path, settings):
     from llmq.tasks.size import Size
 

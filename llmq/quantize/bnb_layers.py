@@ -92,9 +92,10 @@ def tensors_of(layer: Any) -> Iterator[Any]:
     """Every tensor that a layer itself holds, those that bitsandbytes keeps beside its weight too."""
     yield from layer.parameters(recurse=False)
     yield from layer.buffers(recurse=False)
-    weight = getattr(layer, "weight", None)
+    # Not `layer.weight`: the layer that PEFT puts around another one answers with the weight of that one.
+    weight = layer._parameters.get("weight")
     yield from _held_by(getattr(weight, "quant_state", None))
-    yield from _held_by(getattr(layer, "state", None))
+    yield from _held_by(vars(layer).get("state"))
     yield from _held_by(weight, ("CB", "SCB"))
 
 
