@@ -1,16 +1,16 @@
-"""What tasks answered, kept from run to run: the same question to the same model is asked once.
+"""Answers of tasks, kept from run to run: the same question to the same model is asked once.
 
-An answer is found again by the hash of everything that it depends on: every byte of the model, the task's settings and
-data, llmq's own code, the libraries, the processor, threads and seed. All of it is written beside the answer and read
-back, so that an answer to anything else cannot be taken for it.
+An answer is filed under the hash of everything that decides it: every byte of the model, the task's settings and data,
+llmq's own code, the libraries, the processor, threads and seed. These facts are written beside the answer and compared
+at the next look-up, so that no answer to another question is taken.
 """
 
 import base64
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,24 +18,24 @@ from typing import Any
 
 import llmq
 from llmq import environment, files, plugin, trust
-from llmq.artifact import Artifact, measurement_from
+from llmq.artifact import Artifact
 from llmq.files import sha256
 from llmq.terminal import say
-from llmq.types import Answer, Attachment, Data, Exhibit, Loaded, Task
+from llmq.types import Answer, Attachment, Data, Exhibit, Loaded, Measurement, Task
 
 
-class Interview:
-    """A stage that is questioned, alone or beside the base; each is opened when first needed and freed at the end."""
+class AnswerCache:
+    """Answers about one stage, alone or beside the base: kept ones, or new ones of models opened on demand."""
 
     def __init__(self, artifact: Artifact, base: Artifact, device: str, keep: bool = True):
         self.artifact, self.base, self.device, self.keep = artifact, base, device, keep
         self.reused: list[str] = []
-        """The tasks whose answers were there already."""
+        """The tasks whose answers were kept from an earlier run."""
         self.unopened: Exception | None = None
-        """The error by which a model did not open: that is no fault of the task that asked for it."""
+        """The error that kept a model from opening; no task is at fault for it."""
         self._opened = ExitStack()
 
-    def __enter__(self) -> "Interview":
+    def __enter__(self) -> "AnswerCache":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -65,15 +65,26 @@ class Interview:
         return describe(self.base)
 
     def score(self, name: str, task: Task) -> Iterator[Answer]:
-        """What a task says of the stage alone."""
+        """The answers of a task about the stage alone."""
         if type(task).score is not Task.score:
-            yield from self._once(name, task, lambda: task.score(self._loaded), lambda: (self._model,))
+            yield from self._once(name, task, lambda: self._told(task.score(self._loaded)), lambda: (self._model,))
 
     def against(self, name: str, task: Task) -> Iterator[Answer]:
-        """What a task says of the stage beside the base."""
+        """The answers of a task about the stage beside the base."""
         yield from self._once(
-            name, task, lambda: task.against(self._loaded, self._other), lambda: (self._model, self._base_model)
+            name,
+            task,
+            lambda: self._told(task.against(self._loaded, self._other)),
+            lambda: (self._model, self._base_model),
         )
+
+    def _told(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        """The answers, with the runtime of the stage in each convention that does not say it."""
+        runs_in = self.artifact.model.runs_in(self._loaded)
+        for answer in answers:
+            if isinstance(answer, Measurement) and not answer.exact and runs_in not in answer.convention:
+                answer = replace(answer, convention=f"{answer.convention}; {runs_in}")
+            yield answer
 
     def _once(
         self, name: str, task: Task, answer: Callable[[], Any], models: Callable[[], tuple[Any, ...]]
@@ -95,21 +106,21 @@ class Interview:
             yield from kept
             return
         answers: list[Answer] = []
-        for each in answer():  # one by one: what a task says before it fails is heard, and not kept for another run
+        for each in answer():  # one by one: answers before a failure reach the report, but not the cache
             answers.append(each)
             yield each
-        if task.depends() == depends:  # a helper imported, or a file read, only while answering was not in the hash
+        if task.depends() == depends:  # else the hash lacks a helper or file that was first used while answering
             write(facts, answers)
 
 
 def settings(part: Any) -> dict[str, Any]:
-    """A word with all of its settings, and the words within them."""
+    """A word with all settings, words within the settings included."""
     return {part.word: {"set": plugin.to_plain(part), "all": part.model_dump(mode="json")}}
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
-    """A model by its bytes: every file of its weights and adapter, and how it is opened."""
-    # Its notes tell how it was made, how long that took among others; nothing that is asked reads them.
+    """The facts that identify a model: the hash of every file, and the settings that open the model."""
+    # Notes are left out: they hold times, and no task reads them.
     return {
         "model": settings(artifact.model),
         "runtime": artifact.runtime,
@@ -121,7 +132,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
 
 
 def contents(place: Path) -> dict[str, str]:
-    """The hash of every file in a folder but those that llmq wrote about it; or of the one file that it is."""
+    """The hash of every file in a folder, without those that llmq wrote about the folder; or of a single file."""
     if place.is_file():
         return {place.name: sha256(place)}
     found = sorted(f for f in place.rglob("*") if f.is_file() and f.relative_to(place).parts[0] not in files.BESIDE)
@@ -129,7 +140,7 @@ def contents(place: Path) -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures of one model on one machine still depend on."""
+    """The facts besides the model and the task that decide a figure: machine, libraries, seed, code, trust."""
     import torch
 
     return {
@@ -146,13 +157,13 @@ def machine(device: str) -> dict[str, Any]:
 
 @cache
 def own_code() -> str:
-    """One hash over llmq's own code."""
+    """One hash over all Python files of llmq."""
     root = Path(llmq.__file__).parent
     return files.sha256_text(*(f"{f.relative_to(root)} {sha256(f)}" for f in sorted(root.rglob("*.py"))))
 
 
 def place(facts: Mapping[str, Any]) -> Path:
-    """Where the answer that depends on these facts is kept."""
+    """The file in the cache for an answer with these facts."""
     return files.cache("answers", f"{files.sha256_text(_text(facts))}.json")
 
 
@@ -168,12 +179,12 @@ def read(facts: Mapping[str, Any]) -> list[Answer] | None:
         if data["facts"] != json.loads(_text(facts)):
             return None
         return [_answer(entry) for entry in data["answers"]]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, not whole, or of another time; it is written anew
+    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged or of an older format: asked again
         return None
 
 
 def write(facts: Mapping[str, Any], answers: list[Answer]) -> None:
-    """Keep answers under the facts that they depend on, where the cache takes them; where not, that is said once."""
+    """Write answers to the cache under their facts; a cache that cannot be written is reported once."""
     file = place(facts)
     entries = [{"is": type(a).__name__, **_plain(a)} for a in answers]
     try:
@@ -199,4 +210,4 @@ def _answer(entry: Mapping[str, Any]) -> Answer:
     data = {k: v for k, v in entry.items() if k != "is"}
     if entry["is"] == Exhibit.__name__:
         return Exhibit(**{**data, "picture": base64.b64decode(data["picture"])})
-    return Attachment(**data) if entry["is"] == Attachment.__name__ else measurement_from(data)
+    return Attachment(**data) if entry["is"] == Attachment.__name__ else Measurement.of(data)

@@ -1,20 +1,30 @@
-"""A model at rest: where it lies, how to open it, and how it is written to and read from its stage's folder."""
+"""A model on disk: the paths of the files, the family that opens them, and `artifact.json` in the stage's folder."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from llmq.errors import UserError
-from llmq.types import Loaded, Measurement, Model, Samples, Step
+from llmq.guarded.weights import FILE_BYTES
+from llmq.types import Exhibit, Loaded, M_co, Measurement, Step
+
+SCHEMA_VERSION = 2
+"""Version 1 had no `exact`: a standard error of 0 meant that a figure was counted (see `Measurement.of`)."""
+
+MACHINE = "machine.json"
+"""The file of a stage for facts that depend on the machine, the folder or the time."""
+TIMES = ("seconds", "tokens_per_second", "examples_per_second", "peak_memory")
+"""Notes that are measured times, or memory, and so differ from run to run."""
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """A model at rest: how to open it and where it lies. Written to `artifact.json` in its stage's folder."""
+class Artifact(Generic[M_co]):
+    """A model on disk: the family that opens it, and the paths of the files. A stage keeps it as `artifact.json`."""
 
-    model: Model
+    model: M_co
     weights: Path
     adapter: Path | None = None
     runtime: str = "torch"
@@ -24,83 +34,153 @@ class Artifact:
     measurements: tuple[Measurement, ...] = ()
 
     @contextmanager
-    def open(self, device: str) -> Iterator[Loaded]:
-        """Load it, and free it again."""
-        from llmq.guarded.models import opened
-        from llmq.measure import release_memory
+    def open(self, device: str) -> Iterator[Loaded[M_co]]:
+        """Load the model, and free the memory when the block ends."""
+        from llmq.environment import release_memory
+        from llmq.guarded.files import library
+        from llmq.guarded.weights import check_folder
 
-        loaded = opened(self, device)
+        for folder in filter(None, (self.weights, self.adapter)):
+            check_folder(folder)
+        with library(self.weights, f"model that {self.model.word} opens"):
+            loaded: Loaded[Any] = self.model.open(self, device)
         try:
             yield loaded
         finally:
-            # The caller's name for it lives on after the block; what it holds must not.
-            object.__setattr__(loaded, "module", None)
+            loaded.module = None  # the caller's name for `loaded` lives on after the block; the network must not
             release_memory(device)
 
-    def then(self, step: Step, **changes: Any) -> "Artifact":
-        """What `step` makes of it. `notes` and `measurements` belong to one stage and start anew."""
+    @contextmanager
+    def closed(self, loaded: Loaded[Any]) -> Iterator[None]:
+        """Free the memory of the open model for the block, and open the model again after it."""
+        from llmq.environment import release_memory
+
+        loaded.module = None
+        release_memory(loaded.device)
+        try:
+            yield
+        finally:
+            loaded.module = self.model.open(self, loaded.device).module
+
+    def then(self, step: Step[Any], **changes: Any) -> "Artifact[M_co]":
+        """The artifact that `step` made of this one. `notes` and `measurements` belong to one stage and start anew."""
         fresh = {"history": (*self.history, step.word), "notes": {}, "measurements": ()}
         return replace(self, **{**fresh, **changes})
 
     def weight_files(self) -> list[Path]:
-        """The files that hold its weights and its adapter."""
-        from llmq.files import weight_files
+        """The files of the weights and of the adapter."""
+        from llmq.guarded.weights import weight_files
 
         files = weight_files(self.weights)
         return files + ([self.adapter / "adapter_model.safetensors"] if self.adapter else [])
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """The size of the files of the weights and of the adapter; of a base in GGUF that of the file itself."""
+        return int(self.notes.get(FILE_BYTES) or sum(f.stat().st_size for f in self.weight_files()))
+
+    @property
+    def is_gguf(self) -> bool:
+        """True for a GGUF file, which is opened dequantized."""
+        return self.runtime == "gguf" or FILE_BYTES in self.notes
+
     def save(self, folder: Path) -> None:
-        """Write `artifact.json`, its paths relative to `folder` where they lie within the same run."""
+        """Write `artifact.json`, whose bytes are the same for the same recipe, and `machine.json`.
+
+        `machine.json` holds times, and the paths of weights outside of the run. Other paths are relative to `folder`.
+        """
         from llmq.files import portable_path, write_json
 
-        data = {f: getattr(self, f) for f in ("runtime", "packed", "history", "notes")}
+        notes, times = _without_times(self.notes)
+        data = {f: getattr(self, f) for f in ("runtime", "packed", "history")}
+        data["notes"] = notes
         data["model"] = {self.model.word: self.model.model_dump(mode="json")}
-        data["weights"] = portable_path(self.weights, folder)
+        weights = portable_path(self.weights, folder)
+        outside = Path(weights).is_absolute()
+        data["weights"] = None if outside else weights
         data["adapter"] = portable_path(self.adapter, folder) if self.adapter else None
         data["measurements"] = [asdict(m) for m in self.measurements]
         write_json(folder / "artifact.json", data)
+        # The absolute path, and the relative one in case the run and the weights are moved together.
+        places = [weights, os.path.relpath(weights, folder.resolve())] if outside else []
+        write_json(folder / MACHINE, {"weights": places, "notes": times})
 
     @classmethod
-    def load(cls, folder: Path) -> "Artifact":
-        """Read a stage's `artifact.json`."""
+    def load(cls, folder: Path) -> "Artifact[Any]":
+        """Read `artifact.json` of a stage, and `machine.json` if there is one."""
         from llmq import plugin
-        from llmq.guarded import json_files
-        from llmq.run_paths import within
+        from llmq.guarded.files import read_json_object
+        from llmq.runs.paths import within
 
-        data = json_files.read_object(folder / "artifact.json")
+        data = read_json_object(folder / "artifact.json")
+        machine = read_json_object(folder / MACHINE) if (folder / MACHINE).exists() else {}
         ((word, settings),) = data["model"].items()
         if not str(word).startswith("models."):
             raise UserError(f"{str(folder / 'artifact.json')!r}: {word!r} is no word of models")
         model: Any = plugin.load(word).model_validate(settings)
-        measurements = tuple(measurement_from(m) for m in data["measurements"])
-        file, name = folder / "artifact.json", str(data["weights"])
+        measurements = tuple(Measurement.of(m) for m in data["measurements"])
+        file = folder / "artifact.json"
+        name = _outside(folder, machine) if data["weights"] is None else str(data["weights"])
         adapter = within(folder.parent, _in_run(folder, data["adapter"]), file) if data["adapter"] else None
-        # The base may lie anywhere; what the run made is named from its stage, and lies in the run.
+        # The base may lie anywhere; files that the run made have paths relative to the stage, inside the run.
         outside = Path(name).is_absolute()
         weights = Path(name).resolve() if outside else within(folder.parent, _in_run(folder, name), file)
         history = tuple(data["history"])
-        same = {f: data[f] for f in ("runtime", "packed", "notes")}
-        return cls(model, weights, adapter, history=history, measurements=measurements, **same)
+        notes = _with_times(data["notes"], machine.get("notes", {}))
+        return cls(model, weights, adapter, data["runtime"], data["packed"], history, notes, measurements)
+
+
+def _outside(folder: Path, machine: Mapping[str, Any]) -> str:
+    """The path of weights that lie outside of the run."""
+    if not machine.get("weights"):
+        raise UserError(f"{str(folder)!r}: its weights lie outside, and no {MACHINE} beside it says where")
+    places: list[Path] = [folder.resolve() / place for place in machine["weights"]]
+    return os.path.normpath(next((place for place in places if place.exists()), places[0]))
+
+
+def _without_times(notes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The notes without measured times, and the measured times alone."""
+    rest, times = {}, {}
+    for name, value in notes.items():
+        if name in TIMES:
+            times[name] = value
+            continue
+        rest[name] = value
+        if isinstance(value, Mapping):
+            rest[name], inner = _without_times(value)
+            times |= {name: inner} if inner else {}
+    return rest, times
+
+
+def _with_times(notes: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {name: _with_times(notes[name], value) for name, value in times.items() if isinstance(value, Mapping)}
+    return {**notes, **times, **nested}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that failed at a stage: the method called (`score`, `against`, `clocks`), and the error in one line."""
+
+    task: str
+    asked: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run, with the answers of all tasks."""
+
+    name: str
+    artifact: Artifact[Any]
+    measurements: tuple[Measurement, ...] = ()
+    exhibits: tuple[Exhibit, ...] = ()
+    reused: tuple[str, ...] = ()
+    """The tasks whose answers were kept from an earlier run."""
+    failures: tuple[Failure, ...] = ()
+    asked: Mapping[str, float] = field(default_factory=dict)
+    """Seconds, and peak memory above the process without a model, of the tasks that had this stage to themselves."""
 
 
 def _in_run(folder: Path, name: object) -> str:
-    """A path that is named from a stage's folder, as it is named from the run."""
+    """A path relative to the folder of a stage, made relative to the run."""
     return f"{folder.resolve().name}/{name}" if not Path(str(name)).is_absolute() else str(name)
-
-
-def measurement_from(data: Mapping[str, Any]) -> Measurement:
-    """A `Measurement` out of its JSON.
-
-    Before schema version 2 no entry says whether it is exact: a single count had a standard error of 0 and no samples.
-    """
-    for name in ("task", "metric", "unit", "better", "convention"):
-        if not isinstance(data[name], str):
-            raise TypeError(f"{name!r} of a measurement is no text")
-    old = "exact" not in data
-    exact = data["stderr"] == 0 and data["n"] == 1 and not data.get("samples") if old else data["exact"]
-    if samples := data.get("samples"):
-        tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters", "ids") if samples.get(k)}
-        if len({len(its) for its in tuples.values()}) > 1:
-            raise TypeError(f"the samples of {data['metric']!r} have parts of unlike length")
-        samples = Samples(**{**samples, **tuples})
-    return Measurement(**{**data, "samples": samples, "exact": exact})

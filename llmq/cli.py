@@ -3,17 +3,18 @@
 import errno
 import faulthandler
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from typer.exceptions import TyperException
 
-from llmq import cli_judging, faults, stopping, trust
-from llmq.files import to_json
-from llmq.harmless import in_json, visible
+from llmq import __version__, api, cli_judging, cli_looking, cli_planning, cli_using, errors, stopping, trust
+from llmq.errors import UserError, in_bytes, visible
+from llmq.files import in_json, to_json
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Make models small and prove what it cost.\n\nExit codes: 0 done, 2 wrong input, 4 the job failed. "
     "Of a gate: 1 failed, 3 undecided; of verify and replay: 1 differs.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -34,34 +35,60 @@ TaskOverrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use what an earlier run measured on the same model.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help="Run Python that the folder of a model or of tasks brings; nothing else does."
     ),
 ]
+Suite = Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file, to measure by.")]
+LmTasks = Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of data, training and sampling.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last whole stage.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on where a part is foretold not to fit.")]
 AllowCode = Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")]
-DEFAULT_MODEL = "causal_lm"
+DEFAULT_MODEL = api.FAMILY
+
+
+class Trusted(TypedDict):
+    """The code that this command allows to run."""
+
+    trust_remote_code: bool
+    allow_code: bool
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
 def run(
-    recipe: str,
+    recipe: Annotated[str, typer.Argument(autocompletion=cli_planning.recipe_names)],
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
     cache: Cache = True,
+    force: Force = False,
     trust_remote_code: Trust = False,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Run a whole recipe: a bundled name such as text/quickstart, or a YAML file."""
-    from llmq import recipe as recipes
-
-    trust.given(trust_remote_code, allow_code)
-    job = recipes.load(recipe, overrides or ())
-    _run(job, out, resume, as_json, cache)
+    trusted = Trusted(trust_remote_code=trust_remote_code, allow_code=allow_code)
+    _run(api.load(recipe, overrides or (), **trusted), out, as_json, trusted, resume, cache, force)
 
 
 @app.command()
@@ -71,28 +98,26 @@ def finetune(
     overrides: Overrides = None,
     bits: Annotated[int, typer.Option(help="4 or 8 to quantize the base first (QLoRA), 16 not to.")] = 4,
     merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights at the end.")] = False,
+    export: Annotated[
+        str | None, typer.Option(help="Write the merged model for another engine at the end: gguf, openvino, …")
+    ] = None,
     columns: Annotated[str | None, typer.Option(help="Our columns and DATA's: prompt=query,completion=reply")] = None,
+    suite: Suite = None,
+    tasks: LmTasks = None,
+    limit: Limit = None,
+    seed: Seed = 0,
     out: Out = None,
+    resume: Resume = False,
+    force: Force = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL, fine-tune it on DATA with LoRA, measure every stage: QLoRA in one command."""
-    trust.given(trust_remote_code)
     if bits not in (4, 8, 16):
-        raise _user_error(f"--bits {bits}: 4, 8 or 16")
-    from llmq.overrides import with_columns
-
-    told = with_columns(data, columns)
-    quantize_step = [{"quantize.bnb": {"bits": bits}}] if bits != 16 else []
-    steps: list[Any] = [*quantize_step, {"adapt.lora": {"data": told}}, *(["adapt.merge"] if merge else [])]
-    evaluate = [
-        "size",
-        {"perplexity": {"limit": 64}},  # on what adapt.lora trains on, its columns named or not
-        {"perplexity": {"data": "pydoc", "limit": 16}},
-        "speed",
-    ]
-    plain = {"model": {DEFAULT_MODEL: {"weights": model}}, "steps": steps, "evaluate": evaluate, "seed": 0}
-    _run_built(plain, "finetune", overrides, out, as_json)
+        raise UserError(f"--bits {bits}: 4, 8 or 16")
+    asked = api.asked_of(suite, tasks, limit)
+    plain = api.finetuning(model, data, bits, merge, export, columns, asked, seed)
+    _run_built(plain, "finetune", overrides, out, as_json, trust_remote_code, resume, force)
 
 
 @app.command()
@@ -101,42 +126,93 @@ def quantize(
     overrides: Overrides = None,
     method: Annotated[str, typer.Option(help="A word of quantize: bnb, gptq, int8, …")] = "bnb",
     bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
-    family: Annotated[str, typer.Option("--model", help="How to open MODEL: a word of models.")] = DEFAULT_MODEL,
-    suite: Annotated[str | None, typer.Option(help="A suite in evals/; the family's own if unset.")] = None,
+    family: Annotated[str, typer.Option("--model", help="Opens MODEL: a word of models.")] = DEFAULT_MODEL,
+    suite: Suite = None,
+    tasks: LmTasks = None,
+    limit: Limit = None,
+    seed: Seed = 0,
     out: Out = None,
+    resume: Resume = False,
+    force: Force = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL by one method and measure what it cost."""
-    from llmq import plugin
+    plain = api.quantizing(model, method, bits, family, api.asked_of(suite, tasks, limit), seed)
+    _run_built(plain, f"quantize-{method}", overrides, out, as_json, trust_remote_code, resume, force)
 
-    trust.given(trust_remote_code)
-    opener: Any = plugin.load(f"models.{family}")
-    plain = {
-        "model": {family: {"weights": model}},
-        "steps": [{f"quantize.{method}": {} if bits is None else {"bits": bits}}],
-        "evaluate": suite or opener.suite,
-        "seed": 0,
-    }
-    _run_built(plain, f"quantize-{method}", overrides, out, as_json)
+
+@app.command()
+def search(
+    model: str,
+    overrides: Overrides = None,
+    size: Annotated[str | None, typer.Option(help="Bytes on disk at most: 0.40x of the base, or 100MB.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits a quantized weight at most, scales included.")] = None,
+    kl: Annotated[float | None, typer.Option(help="Divergence from the base at most, in nats a token.")] = None,
+    data: Annotated[str, typer.Option(help="A word or path of data to calibrate on.")] = "pydoc",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    suite: Suite = None,
+    seed: Seed = 0,
+    out: Out = None,
+    resume: Resume = False,
+    device: str = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find bits and groups layer by layer within a budget, write them as a recipe, run it, and measure it.
+
+    The costs are foretold once, from the gradient of the loss, and kept in the cache for every other budget.
+    """
+    found = api.search(
+        model,
+        overrides or (),
+        size=size,
+        bits=bits,
+        kl=kl,
+        data=data,
+        samples=samples,
+        length=length,
+        dtype=dtype,
+        suite=suite,
+        device=device,
+        seed=seed,
+        out=out,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        typer.echo(to_json({**found.told, "folder": str(found.report.folder)}))
+        return
+    _show(found.report, found.report.folder, as_json)
+    typer.echo(visible(f"recipe: {found.report.folder / 'recipe.yaml'}"))
+    typer.echo(visible(found.line))
 
 
 @app.command(name="eval")
 def evaluate(
     target: str,
     overrides: TaskOverrides = None,
-    suite: Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")] = None,
+    suite: Suite = None,
+    tasks: LmTasks = None,
+    limit: Limit = None,
+    data: Annotated[str | None, typer.Option(help="A word or path of data that every task reads.")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Copies of data sets: DIR/owner/name/*.parquet, *.jsonl")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with more lm-eval task files.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of lm-eval.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask lm-eval's questions as a conversation.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32, of a target that is no stage.")
     ] = None,
     allow_code: AllowCode = False,
     trust_remote_code: Trust = False,
     batch_size: Annotated[str, typer.Option(help="Texts at once, with --tasks; changes no score.")] = "auto",
-    model: Annotated[
-        str, typer.Option(help="How to open a target that is no stage: a word of models.")
-    ] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help="Opens a target that is no stage: a word of models.")] = DEFAULT_MODEL,
     device: str = "auto",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     out: Out = None,
@@ -147,28 +223,90 @@ def evaluate(
 
     Tasks that name no data read what the run of the stage read.
     """
-    from llmq import environment, pipeline, plugin, run_folder, run_recipe
-    from llmq.targets import asked_for, stages_of
-    from llmq.types import Context
+    from llmq.runs.folder import fresh
 
-    trust.given(trust_remote_code, allow_code)
-    asked = asked_for(suite, tasks, limit, data_dir, allow_code, batch_size)
-    open_stages, chosen = stages_of(target, model, asked, overrides or ())
-    folder = _fresh(out, f"eval-{Path(target).name}")
-    if run_folder.holds(folder):  # what it holds would be taken for answers of this target
-        raise _user_error(f"{str(folder)!r} is not empty; use a new --out")
-    context = Context(environment.prepare(device, 0, threads), 0)
-    artifacts = {name: bring(context) for name, bring in open_stages.items()}
-    told = {"target": target, "evaluate": [plugin.entry(task) for task in chosen]}
-    made_by = run_recipe.of(target)
-    steps = made_by.steps if made_by else ()
-    report = pipeline.evaluate(artifacts, chosen, folder, context, told, cache, steps)
+    folder = fresh(out, f"eval-{Path(target).name}")
+    report = api.evaluate(
+        target,
+        overrides or (),
+        suite=suite,
+        tasks=tasks,
+        limit=limit,
+        data=data,
+        data_dir=data_dir,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        dtype=dtype,
+        batch_size=batch_size,
+        family=model,
+        device=device,
+        threads=threads,
+        out=folder,
+        cache=cache,
+        trust_remote_code=trust_remote_code,
+        allow_code=allow_code,
+    )
     _show(report, folder, as_json)
     cli_judging.end(report, as_json)
 
 
-for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify, cli_judging.replay):
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="STAGE")],
+    to: Annotated[str, typer.Option(help="A word of export: gguf, openvino, onnx, compressed_tensors.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="type=q8_0")] = None,
+    model: Annotated[str, typer.Option(help="Opens a target that is no stage: a word of models.")] = DEFAULT_MODEL,
+    device: str = "auto",
+    out: Out = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a stage, or any model, in the format of another engine; an adapter is merged first."""
+    made = api.export(
+        target, to, overrides or (), family=model, device=device, out=out, trust_remote_code=trust_remote_code
+    )
+    folder = made.weights
+    told = {"folder": str(folder), "bytes_on_disk": made.bytes_on_disk, "notes": made.notes}
+    typer.echo(to_json(told) if as_json else visible(f"{folder}: {in_bytes(made.bytes_on_disk)}"))
+
+
+for face in (cli_using.predict, cli_using.chat, cli_using.push):
+    app.command()(face)
+for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify):
     app.command()(judging)
+
+
+@app.command()
+def replay(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN-replay if unset.")] = None,
+    trust_remote_code: Trust = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Run the recipe of RUN again, everything measured anew, and list the differences: 0 none, 1 some."""
+    from llmq import pipeline
+    from llmq.judge import replay as replays
+    from llmq.runs.folder import no_file
+
+    trust.given(trust_remote_code, allow_code)
+    if out:
+        no_file(out)
+    target = out or run_folder.resolve().with_name(f"{run_folder.resolve().name}-replay")
+    found = replays.replay(run_folder, target, lambda job, folder: pipeline.run(job, folder, cache=False))
+    if as_json:
+        typer.echo(to_json(found.plain()))
+    else:
+        for title, differences in (("now otherwise", found.surroundings), ("DIFFERS", found.differences)):
+            for d in differences:
+                typer.echo(visible(f"{title:>13}  {d.what}: {d.then} then, {d.now} now"))
+        verdict = "the same" if found.same else f"{len(found.differences)} differ"
+        typer.echo(
+            f"{found.files} files and {found.figures} figures came back, {verdict}; the replay is {found.folder}"
+        )
+    if not found.same:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -180,11 +318,11 @@ def check(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it, and name what each of its steps and tasks reads.
+    """Check a recipe without running it, and name the data that each of its steps and tasks reads.
 
     With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
     """
-    from llmq import reading, run_recipe, support
+    from llmq import listing, reading, support
     from llmq import recipe as recipes
     from llmq.source import to_yaml
 
@@ -195,9 +333,9 @@ def check(
         from llmq.types import Context
 
         pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
-    typer.echo(to_json(job.plain()) if as_json else _as_seen(to_yaml(job.plain())), nl=as_json)
+    typer.echo(to_json(job.plain()) if as_json else listing.as_seen(to_yaml(job.plain())), nl=as_json)
     if not as_json:
-        made_by = run_recipe.of_weights(job.model)
+        made_by = recipes.of_weights(job.model)
         for line in reading.told(job.steps, job.evaluate, made_by.steps if made_by else ()):
             typer.echo(visible(f"# {line}"))
         for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
@@ -207,77 +345,65 @@ def check(
         typer.echo(visible(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run"), err=True)
 
 
-@app.command(name="list")
-def list_words(as_json: Json = False) -> None:
-    """List every word, recipe and suite."""
-    from llmq import listing
-
-    found = listing.everything()
-    typer.echo(to_json(found) if as_json else listing.as_text(found))
-
-
-@app.command()
-def show(word: str, as_json: Json = False) -> None:
-    """Show the settings of a word (quantize.bnb), or a recipe (text/quickstart)."""
-    from llmq import listing, plugin
-    from llmq import recipe as recipes
-
-    if "/" in word:
-        typer.echo(_as_seen(recipes.find("recipes", word).read_text(encoding="utf-8")), nl=False)
-        return
-    cls = plugin.load(word)
-    typer.echo(to_json(cls.model_json_schema()) if as_json else listing.settings_of(word, cls))
+app.command(name="list")(cli_looking.list_words)
+app.command()(cli_looking.show)
+app.command(name="help", hidden=True)(cli_looking.show)
+app.command(name="runs")(cli_looking.list_runs)
+app.command()(cli_looking.doctor)
+app.command()(cli_planning.plan)
 
 
 @app.command(name="copy")
 def copy_recipe(recipe: str, folder: Path) -> None:
     """Copy a bundled recipe into FOLDER, to be changed."""
     from llmq import recipe as recipes
+    from llmq.runs.folder import no_file
 
     source = recipes.find("recipes", recipe)
     target = folder / source.name
-    _folder_or_nothing(folder)
+    no_file(folder)
     if target.exists():
-        raise _user_error(f"{str(target)!r} exists; move it away first")
+        raise UserError(f"{str(target)!r} exists; move it away first")
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     typer.echo(visible(f"{target}: run it with: llmq run {target}"))
 
 
-def _run_built(plain: dict[str, Any], name: str, overrides: list[str] | None, out: Path | None, as_json: bool) -> None:
-    from llmq import recipe as recipes
-    from llmq.overrides import in_order
-    from llmq.source import Source, to_yaml
+def _run_built(
+    plain: dict[str, Any],
+    name: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    as_json: bool,
+    trust_code: bool,
+    resume: bool,
+    force: bool,
+) -> None:
+    from llmq.source import to_yaml
 
-    source = Source("command line", plain)
-    for override in in_order(overrides or ()):
-        recipes.apply_override(source, override)
-    job = recipes.parse(source, name)
+    trusted = Trusted(trust_remote_code=trust_code, allow_code=False)
+    job = api.load(plain, overrides or (), name=name, said_in="command line", **trusted)
     typer.echo(visible(to_yaml(job.plain())), err=True)
-    _run(job, out, False, as_json)
+    _run(job, out, as_json, trusted, resume, force=force)
 
 
-def _run(job: "Recipe", out: Path | None, resume: bool, as_json: bool, cache: bool = True) -> None:
-    folder = (out or Path("runs") / job.name) if resume else _fresh(out, job.name)
+def _run(
+    job: "Recipe",
+    out: Path | None,
+    as_json: bool,
+    trusted: "Trusted",
+    resume: bool = False,
+    cache: bool = True,
+    force: bool = False,
+) -> None:
+    from llmq.runs.folder import fresh
+
+    folder = (out or Path("runs") / job.name) if resume else fresh(out, job.name)
     if resume and (folder / "recipe.yaml").is_file():
         stopping.resumable = folder  # from before anything heavy is imported
-    from llmq import pipeline
-
-    report = pipeline.run(job, folder, resume, cache)
-    if report:
-        _show(report, folder, as_json)
-        cli_judging.end(report, as_json)
-
-
-def _fresh(out: Path | None, name: str) -> Path:
-    """`out`, or the first of runs/name, runs/name-2, … that is not there."""
-    if out:
-        _folder_or_nothing(out)
-        return out
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
+    report = api.run(job, out=folder, resume=resume, cache=cache, force=force, **trusted)
+    _show(report, folder, as_json)
+    cli_judging.end(report, as_json)
 
 
 def _show(report: "Report", folder: Path, as_json: bool) -> None:
@@ -288,29 +414,17 @@ def _show(report: "Report", folder: Path, as_json: bool) -> None:
     else:
         screen.show(report)
         typer.echo(visible(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)"))
-
-
-def _as_seen(text: str) -> str:
-    """A file's text as it is, for another file; on a terminal nothing of it moves the cursor."""
-    return visible(text) if sys.stdout.isatty() else text
-
-
-def _folder_or_nothing(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise _user_error(f"{str(path)!r} is a file; name a folder")
-
-
-def _user_error(message: str) -> Exception:
-    from llmq.errors import UserError
-
-    return UserError(message)
+        last = folder / str(report.stages[-1]["folder"])
+        if (last / "artifact.json").is_file():
+            use = "chat" if "causal_lm" in str(report.recipe.get("model")) else "predict"
+            typer.echo(visible(f"model:  {last}  (llmq {use} {shlex.quote(str(last))})"))
 
 
 def main() -> None:
-    """Every error that llmq expects becomes one line and an exit code, and so does a signal."""
+    """Run the command line; every error, and every signal, ends as one line and an exit code."""
     with stopping.handled():
         code = _main()
-        if code == 130:  # typer's way to say that Ctrl-C was pressed
+        if code == 130:  # typer returns 130 for Ctrl-C
             raise KeyboardInterrupt
     sys.exit(code)
 
@@ -318,41 +432,44 @@ def main() -> None:
 def _main() -> int:
     from llmq.errors import LlmqError
 
-    if sys.__stderr__:  # native code that dies here says where it was called
+    if sys.__stderr__:  # native code that crashes prints the Python stack
         faulthandler.enable(sys.__stderr__, all_threads=False)
-    # What an earlier command in this process trusted is not trusted by this one, nor is its run resumed by it.
+    # The trust, and the resumable run, of an earlier command in this process do not hold for this one.
     trust.given()
     stopping.resumable = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone gets the rest as escapes
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
-    line = ""
+    line, answered = "", False
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if sys.stdout:  # none where it was closed before
+        if sys.stdout:  # None if it was closed before the start
             sys.stdout.flush()
     except LlmqError as error:
-        line, code = str(error), error.exit_code
+        line, code, answered = str(error), error.exit_code, isinstance(error, errors.Answered)
     except TyperException as error:
-        line, code = f"{error.format_message()} (llmq --help shows what is known)", 2
-    except SystemExit as stop:  # typer's way to say that nobody reads on: (1), which is a failed gate's
-        line, code = (faults.REASONS[errno.EPIPE], 4) if stop.code == 1 else ("", int(stop.code or 0))
+        line, code = f"{error.format_message()} (llmq --help lists the commands)", 2
+    except SystemExit as stop:  # typer exits with 1 on a closed pipe, and 1 is the code of a failed gate
+        line, code = (errors.REASONS[errno.EPIPE], 4) if stop.code == 1 else ("", int(stop.code or 0))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # one line, and never the code of a failed gate; Rust's panics too
         line, code = failed(error)
+    if line and "--json" in sys.argv and not answered:
+        with suppress(OSError, ValueError, AttributeError):
+            print(to_json({"error": line, "exit_code": code}), flush=True)
     tell(line)
     return int(code or 0)
 
 
 def failed(error: BaseException) -> tuple[str, int]:
-    """What is not ours: one line, with the file that holds the traceback, and the code to end with."""
+    """An error that llmq did not raise, as one line that names the file with the traceback; and the exit code."""
     from llmq import terminal
     from llmq.files import cache
 
-    code, line = faults.exit_code(error), faults.line_of(error)
-    if code == 4 and not faults.is_stream(error):
+    code, line = errors.exit_code(error), errors.line_of(error)
+    if code == 4 and not errors.is_stream(error):
         with suppress(OSError, RuntimeError):
             place = cache("log.txt")
             if not terminal.kept_traceback(error):

@@ -1,47 +1,34 @@
-"""What a figure depends on besides the model: versions, commit, processor, device, threads."""
+"""The surroundings that a figure depends on: versions, commit, processor, device, threads, memory."""
 
+import ctypes
+import gc
+import logging
 import os
 import platform
 import shutil
 import subprocess
+import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import llmq
 from llmq import trust
+from llmq.errors import UserError
+from llmq.matrix import products
 
 if TYPE_CHECKING:
     from llmq.types import Loaded
 
 LIBRARIES = (
-    *(
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "peft",
-        "bitsandbytes",
-        "accelerate",
-        "datasets",
-        "lm-eval",
-    ),
-    *(
-        "numpy",
-        "scipy",
-        "torchvision",
-        "timm",
-        "torchmetrics",
-        "faster-coco-eval",
-        "torch-pruning",
-        "scikit-learn",
-        "openvino",
-    ),
-    "nncf",
-)
+    "torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
+    "numpy", "scipy", "torchvision", "timm", "torchmetrics", "faster-coco-eval", "torch-pruning", "scikit-learn",
+    "openvino", "nncf", "openvino-genai", "openvino-tokenizers", "onnx", "onnxruntime",
+)  # fmt: skip
 
 
-def describe(device: str, seed: int) -> dict[str, Any]:
+def describe(device: str, seed: int) -> dict[str, object]:
     """The environment as the report records it."""
     import torch
 
@@ -52,6 +39,7 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "processor": processor(device),
+        "bfloat16_products": bfloat16_products(device),
         "device": device,
         "threads": torch.get_num_threads(),
         "seed": seed,
@@ -60,15 +48,16 @@ def describe(device: str, seed: int) -> dict[str, Any]:
 
 
 def where_it_runs(loaded: "Loaded") -> str:
-    """The threads, device, runtime and precision of an opened stage, as the protocol of its times says them.
+    """The threads, device, runtime and precision of an opened stage, for the protocol of times.
 
-    The precision is that of what is computed in floats: an int8 graph and a packed layer have such parts too.
+    The precision is that of the float parts, which int8 graphs and packed layers have as well.
     """
     import torch
 
     floats = (p.dtype for p in loaded.module.parameters() if p.is_floating_point())
     precision = getattr(loaded.module, "precision", None) or str(next(floats, torch.float32)).removeprefix("torch.")
-    return f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.artifact.runtime} in {precision}"
+    runs_in = loaded.artifact.model.runs_in(loaded) or f"{loaded.artifact.runtime} in {precision}"
+    return f"{torch.get_num_threads()} threads, {loaded.device}, {runs_in}"
 
 
 def library_version(name: str) -> str | None:
@@ -80,7 +69,7 @@ def library_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout of llmq, marked if it was changed; `None` when installed from a wheel."""
+    """The git commit of this checkout of llmq, marked for uncommitted changes; `None` when installed from a wheel."""
     root = Path(llmq.__file__).parent.parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
@@ -102,11 +91,15 @@ def processor(device: str) -> str:
     return f"{named} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is the first accelerator if there is one, else the processor."""
-    import torch
+def bfloat16_products(device: str) -> str:
+    """How matrices of bfloat16 are multiplied here, in words."""
+    emulated = device == "cpu" and products.lacks_bfloat16()
+    return "in float32, as the processor lacks bfloat16" if emulated else "in bfloat16"
 
-    from llmq.errors import UserError
+
+def resolve_device(device: str) -> str:
+    """The device; `auto` is the first accelerator, or else the processor. Raises `UserError` for a missing one."""
+    import torch
 
     if device == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -119,11 +112,7 @@ def resolve_device(device: str) -> str:
 
 def prepare(device: str, seed: int, threads: int | None) -> str:
     """Set seed, threads and allocator for a run, and quieten libraries; returns the device."""
-    import logging
-    import sys
-    import warnings
-
-    # Libraries draw bars of their own, with tqdm; where nobody watches they would fill the log.
+    # Libraries draw progress bars with tqdm, which would fill a log.
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -136,23 +125,31 @@ def prepare(device: str, seed: int, threads: int | None) -> str:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # LLM.int8 on a processor logs one line a layer and forward; the 4-bit backend one at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    keep_freed_memory()
+    if platform.libc_ver()[0] == "glibc":
+        # Have glibc keep large freed blocks instead of returning each to the kernel at once. Every activation over
+        # 32 MB is otherwise mapped, zeroed page by page and unmapped at each use: a third of the time of a training
+        # step on a processor (`scripts/bench_finetune`).
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    products.widen()
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     return resolve_device(device)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of returning each to the kernel at once.
+def release_memory(device: str) -> None:
+    """Collect garbage, and return unused memory of the allocators to the system."""
+    gc.collect()
+    trim(device)
 
-    Every activation over 32 MB is otherwise mapped, zeroed page by page and unmapped at each use: a third of the time
-    of a training step on a processor (`scripts/bench_finetune`).
-    """
-    import ctypes
 
+def trim(device: str) -> None:
+    """Return unused memory of the allocators to the system."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).malloc_trim(0)

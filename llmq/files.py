@@ -1,20 +1,14 @@
-"""Folders that are whole or not there, hashes, and the cache."""
+"""Files and folders that are written whole or not at all, hashes, and the cache."""
 
 import hashlib
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from llmq import partials
-from llmq.errors import LlmqError, UserError
-from llmq.faults import free_bytes, in_bytes
-from llmq.guarded import json_files, safetensors_files
-from llmq.harmless import in_json
+from llmq.errors import UNSEEN, LlmqError, UserError, free_bytes, in_bytes
 
 
 def cache(*parts: str) -> Path:
@@ -24,10 +18,10 @@ def cache(*parts: str) -> Path:
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None], shared: bool = False) -> Path:
-    """Make `folder` by `fill`ing a sibling and renaming it, so that a killed process leaves no half folder.
+    """Make `folder` by `fill`ing a sibling and renaming the sibling, so that a killed process leaves no half folder.
 
-    What `fill` left unfinished is there again the next time; not so where the folder is `shared` by several processes,
-    each of which fills its own, and the first to finish wins.
+    The next call goes on filling an unfinished sibling. If several processes share the folder (`shared`), each fills a
+    sibling of its own, and the first to finish wins.
     """
     if shared and not folder.exists():
         with partials.partial_of(folder, folder=True) as partial:
@@ -35,7 +29,8 @@ def make_whole(folder: Path, fill: Callable[[Path], None], shared: bool = False)
     elif not folder.exists():
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        partials.sweep_all(partial)
+        for inside in (partial, *(f for f in partial.rglob("*") if f.is_dir())):
+            partials.sweep(inside)
         fill(partial)
         partial.rename(folder)
     return folder
@@ -50,7 +45,7 @@ def at_home(path: str | Path) -> Path:
 
 
 def check_space(place: Path, needed: int, what: str) -> None:
-    """Raise `LlmqError` if fewer bytes are free where `place` is to be than are needed."""
+    """Raise `LlmqError` if the disk of `place` has fewer free bytes than `needed`."""
     free = free_bytes(place)
     if free < needed:
         raise LlmqError(
@@ -60,34 +55,43 @@ def check_space(place: Path, needed: int, what: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step."""
+    """Write a UTF-8 file in one step."""
     with partials.partial_of(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def to_json(data: Any, **how: Any) -> str:
+def to_json(data: object, indent: int | None = None) -> str:
     """`data` as JSON that every reader takes. Raises `LlmqError` naming the first number that is not finite."""
     try:
-        return in_json(json.dumps(data, allow_nan=False, **{"default": str, **how}))
+        return in_json(json.dumps(data, allow_nan=False, ensure_ascii=indent is None, indent=indent, default=str))
     except ValueError:
-        found = _not_finite(data)
-        if not found:
-            raise
-        where, value = found
-        raise LlmqError(f"{where} is {value}, and JSON knows finite numbers only") from None
+        for where, value in _numbers(data):
+            if not isfinite(value):
+                raise LlmqError(f"{where} is {value}, and JSON knows finite numbers only") from None
+        raise
 
 
-def _not_finite(data: Any, where: str = "") -> tuple[str, float] | None:
-    """The first number in nested data that is not finite, with its place: `measurements.3.value`."""
+def in_json(text: str) -> str:
+    """The same JSON with unseen characters escaped."""
+    return UNSEEN.sub(lambda character: "".join(f"\\u{unit:04x}" for unit in _units(character[0])), text)
+
+
+def _units(character: str) -> list[int]:
+    data = character.encode("utf-16-be", "surrogatepass")
+    return [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)]
+
+
+def _numbers(data: object, where: str = "") -> Iterator[tuple[str, float]]:
+    """The floats in nested data, each with the place: `measurements.3.value`."""
     if isinstance(data, float):
-        return None if isfinite(data) else (where, data)
+        yield where, data
     parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
-    found = (_not_finite(value, f"{where}.{key}".lstrip(".")) for key, value in parts)
-    return next(filter(None, found), None)
+    for key, value in parts:
+        yield from _numbers(value, f"{where}.{key}".lstrip("."))
 
 
-def tagged(config: Any) -> Any:
-    """A model's configuration with its infinite numbers as transformers writes them: `{"__float__": "Infinity"}`."""
+def tagged(config: object) -> object:
+    """A model's configuration with infinite numbers as transformers writes them: `{"__float__": "Infinity"}`."""
     if isinstance(config, float) and not isfinite(config):
         return {"__float__": json.dumps(config)}
     if isinstance(config, dict):
@@ -95,10 +99,10 @@ def tagged(config: Any) -> Any:
     return [tagged(value) for value in config] if isinstance(config, list | tuple) else config
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write JSON in one step. Raises `LlmqError` naming the first number that is not finite."""
     try:
-        text = to_json(data, indent=1, ensure_ascii=False)
+        text = to_json(data, indent=1)
     except LlmqError as error:
         raise LlmqError(f"{path}: {error}") from None
     write_text(path, text + "\n")
@@ -117,90 +121,22 @@ def portable_path(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder.resolve()) if path.is_relative_to(run) else str(path)
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The weights of a model in one file, or the list of the files that hold them."""
-OTHER_NAME = "transformers_weights"
-"""The key of `config.json` under which a folder names another file or index than those two."""
-
-
-def entry_of(folder: Path) -> Path | None:
-    """The file where transformers begins: the one that `config.json` names, the single file, or the index; or None.
-
-    Raises `UserError` for a `transformers_weights` that transformers does not take, or that is not there.
-    """
-    config = folder / "config.json"
-    name = json_files.read_object(config).get(OTHER_NAME) if config.is_file() else None
-    if name is None:
-        return next((folder / known for known in (SINGLE, INDEX) if (folder / known).exists()), None)
-    where = f"{str(config)!r}: {OTHER_NAME} {name!r}"
-    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"{where} is no *.safetensors and no *.safetensors.index.json")
-    if not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
-        raise UserError(f"{where} lies outside the folder; name a file in it")
-    if not (folder / name).is_file():
-        raise UserError(f"{where} is not there; take the key away, and {SINGLE} or {INDEX} is opened")
-    return folder / name
-
-
-def safetensors_of(folder: Path) -> list[Path]:
-    """The files that hold a model's weights: what transformers opens (`entry_of`), or all where it would open none.
-
-    A repository may hold the same weights twice, as `consolidated.safetensors` too; what is opened is what counts.
-    """
-    entry = entry_of(folder)
-    if entry and entry.suffix == ".safetensors":
-        return [entry]
-    try:
-        shards = set(json_files.read(entry)["weight_map"].values()) if entry else set()
-        named = [folder / name for name in sorted(shards)]
-    except (UserError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{str(entry)!r} is no index of weights; copy it again, or remove it") from None
-    if odd := [name for name in sorted(shards) if Path(name).name != name]:
-        raise UserError(f"{str(entry)!r} names {odd[0]!r}; the files of weights lie beside it")
-    return named or sorted(folder.glob("*.safetensors"))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights: an exported graph and its constants, or safetensors."""
-    graph = folder / "model.xml"
-    return [graph, graph.with_suffix(".bin")] if graph.exists() else safetensors_of(folder)
-
-
+CARD = "README.md"
+"""The model card of a stage, which people edit."""
+LAYERS = "layers.json"
+"""The facts about each layer that a step changed: bits, error, share of zeros."""
 BESIDE = (
+    LAYERS,
     "artifact.json",
+    "machine.json",
     "measurements.json",
     "clocks.json",
     "samples",
     "pictures",
     "lm_eval",
-)  # fmt: skip
-"""Files and folders that llmq writes beside a model: they tell of it, and are no part of it."""
-
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PACKED = {"U8": "uint8", "I8": "int8", "I32": "int32", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
-"""safetensors' names of dtypes. `FLOATS` are weights as they stand; all others (integers, complex, floats of 8 bits and
-fewer) are none without scales beside them."""
-GRAPHS = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "u8": "U8", "i8": "I8", "i32": "I32"}
-"""OpenVINO's names of dtypes, in safetensors' words."""
-CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*\bsize="(\d+)"')
-
-
-def stored_as(files: Iterable[Path]) -> str:
-    """The dtype that most weights of safetensors files or of a graph are stored in; packed ones with that of the rest.
-
-    Such as `float32`, or `uint8 and bfloat16`. Empty where no file tells.
-    """
-    held: Counter[str] = Counter()
-    for file in files:
-        if file.suffix == ".xml" and file.is_file():
-            for dtype, size in CONSTANT.findall(file.read_text(encoding="utf-8")):
-                held[GRAPHS.get(dtype, dtype.upper())] += int(size)
-        if file.suffix == ".safetensors" and file.is_file():
-            for tensor in safetensors_files.header(file).values():
-                held[tensor.dtype] += tensor.end - tensor.begin
-    dtypes = [dtype for dtype, _ in held.most_common()]
-    main = [PACKED.get(dtypes[0], dtypes[0])] if dtypes and dtypes[0] not in FLOATS else []
-    return " and ".join(main + [FLOATS[dtype] for dtype in dtypes if dtype in FLOATS][:1])
+    CARD,
+)
+"""Files and folders that llmq writes beside a model, and that are no part of the model."""
 
 
 def bytes_of(files: Iterable[Path]) -> int:
@@ -209,7 +145,12 @@ def bytes_of(files: Iterable[Path]) -> int:
 
 
 def sha256_text(*texts: str) -> str:
-    """One hash over texts, in order, with their borders."""
+    """One hash over texts in their order; each length is hashed, too, so that borders count."""
+    return sha256_texts(texts)
+
+
+def sha256_texts(texts: Iterable[str]) -> str:
+    """The hash of `sha256_text` over an iterable, which need not fit into memory."""
     total = hashlib.sha256()
     for text in texts:
         data = text.encode()
@@ -224,6 +165,6 @@ def sha256_files(files: Iterable[Path]) -> str:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file."""
+    """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

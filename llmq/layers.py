@@ -1,14 +1,25 @@
-"""Settings that differ from layer to layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip}`."""
+"""Changes of a model, layer by layer.
+
+Settings may differ by layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip}`. A `LayerChange` applies them.
+"""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from llmq.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmq.matrix.gram import Kind
+
 S = TypeVar("S", bound=BaseModel)
+By = TypeVar("By", bound=BaseModel, covariant=True)
+"""The settings by which a layer is changed."""
 
 
 def _regular_expression(pattern: str) -> str:
@@ -24,12 +35,9 @@ Pattern = Annotated[str, AfterValidator(_regular_expression)]
 
 
 def skip_or(cls: type[BaseModel]) -> BeforeValidator:
-    """What reads the settings of one pattern: the word `skip`, or some of the settings of `cls`."""
-    return BeforeValidator(_reader(cls))
+    """A validator that reads the settings of one pattern: the word `skip`, or some of the settings of `cls`."""
 
-
-def _reader(cls: type[BaseModel]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
+    def read(value: object) -> object:
         if value == "skip" or isinstance(value, cls):
             return value
         if not isinstance(value, dict):
@@ -44,32 +52,106 @@ def _reader(cls: type[BaseModel]) -> Callable[[Any], Any]:
             message = first["msg"].removeprefix("Value error, ")
             raise ValueError(f"{key}: {first['input']!r} is wrong: {message}" if key else message) from None
 
-    return read
+    return BeforeValidator(read)
 
 
 def settings_of(
     layers: Iterable[str], head: str | None, settings: S, modules: Mapping[str, Literal["skip"] | S]
 ) -> dict[str, S]:
-    """The settings of each layer that is to be changed; the first pattern found in its name counts.
+    """The settings of each layer to be changed, by the first pattern that matches the name of the layer.
 
-    The output head, where there is one apart, is changed only if a pattern asks for it. Raises `UserError` for a
-    pattern that no layer matches.
+    An output head of its own is changed only if a pattern names the head. Raises `UserError` for a pattern that no
+    layer matches.
     """
     names = [*layers, *([head] if head else [])]
     for pattern in modules:
         if not any(re.search(pattern, name) for name in names):
+            # The parts of names to suggest, without the numbers of blocks.
             words = {part for name in names for part in name.split(".") if not part.isdigit()}
             raise UserError(f"modules: no layer's name matches {pattern!r}{did_you_mean(pattern, words)}")
-    found: dict[str, S] = {}
+    by_layer: dict[str, S] = {}
     for name in names:
         change = next((c for pattern, c in modules.items() if re.search(pattern, name)), None)
-        if change == "skip" or (change is None and name == head):
-            continue
-        found[name] = settings if change is None else overridden(settings, change)
-    return found
+        # The word `skip` is neither of the two: the layer keeps its weights.
+        if isinstance(change, BaseModel):
+            by_layer[name] = overridden(settings, change)
+        elif change is None and name != head:
+            by_layer[name] = settings
+    return by_layer
 
 
-def overridden(settings: S, change: Any) -> S:
-    """`settings` with what was set of `change`. Raises `ValueError` if the two do not go together."""
+def overridden(settings: S, change: BaseModel) -> S:
+    """`settings` with the set fields of `change`. Raises `ValueError` if the two do not go together."""
+    # Set fields only: defaults override nothing.
     both = {**settings.model_dump(exclude_unset=True), **change.model_dump(exclude_unset=True)}
     return type(settings).model_validate(both)
+
+
+class Layers(Protocol):
+    """The layers of a model of any family, for a step that changes weights and no shape."""
+
+    @property
+    def head(self) -> str | None:
+        """The name of the output head; None for a model without a head of its own."""
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        """The number of inputs of each layer."""
+
+    def check_layers(self) -> None:
+        """Raise `UserError` if most weights lie in no layer that can be changed."""
+
+    def share(self, layers: Iterable[str]) -> float:
+        """The share of these layers in the weights of all that can be changed."""
+
+
+class LayerChange(Generic[By]):
+    """A change of the layers that have `settings`. Layers that are given the same input are changed together."""
+
+    gathers: "Kind | None" = None
+    """The sum over the inputs of a group that `change` needs; None needs no calibration."""
+    rescales: bool = False
+    """True where a rehearsal of the block scales the inputs of each group, before `change` settles the group."""
+    without_feeder = 0
+    """The number of groups whose inputs could not be scaled: no layer was found to take the inverse."""
+
+    by_loss: bool = False
+    """True where the sum weighs each token by the squared gradient of the loss at the outputs of its layer."""
+
+    def __init__(self, settings: Mapping[str, By], by_loss: bool = False):
+        self.settings, self.by_loss = settings, by_loss
+
+    def wants(self, layer: str) -> bool:
+        return layer in self.settings
+
+    def scales(self, layers: "Mapping[str, Tensor]", gram: "Tensor", magnitudes: "Tensor") -> "Tensor":
+        """The factors `[inputs]` of the weights of a group; the layer that feeds the group is divided by the factors.
+
+        `gram` `[inputs, inputs]` is the sum of `x x^T` over the inputs of the calibration, `magnitudes` that of `|x|`.
+        """
+        raise NotImplementedError
+
+    def change(self, layers: "Mapping[str, Tensor]", total: "Tensor | None") -> "Mapping[str, Mapping[str, Tensor]]":
+        """The tensors to write for each layer of a group, from weights `[outputs, inputs]` and the sum over inputs."""
+        raise NotImplementedError
+
+    def weight(self, layer: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
+        """The weight `[outputs, inputs]` that the written tensors of a layer stand for."""
+        return tensors["weight"]
+
+    def bits(self, layer: str) -> int | None:
+        """The bits of a weight of the layer; None for a change that leaves the format of the weights."""
+        return None
+
+    def facts(self, layer: str, before: "Tensor", made: "Tensor", total: "Tensor | None") -> dict[str, object]:
+        """The facts about a changed layer for `layers.json`: bits, the error and what it is of, the share of zeros.
+
+        `total` is the sum over the inputs of the layer; a layer that no token reached is judged by its weights.
+        """
+        from llmq.matrix.layer_error import layer_error
+
+        reached = total if total is not None and self.gathers != "magnitudes" and bool(total.any()) else None
+        error, zeros = layer_error(before, made, reached), 1 - int(made.count_nonzero()) / made.numel()
+        shown = {"error": error, "zeros": zeros} if isfinite(error) else {"zeros": zeros}
+        facts = {name: float(f"{value:.3g}") for name, value in shown.items()}
+        return {"bits": self.bits(layer), "error_of": "weights" if reached is None else "outputs", **facts}

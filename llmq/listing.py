@@ -1,16 +1,23 @@
-"""What there is to write in a recipe, told on a terminal."""
+"""Lists of words, recipes and suites for a terminal."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmq import plugin
+from llmq.errors import visible
 from llmq.files import bundled
-from llmq.types import Plugin
+from llmq.words import PACKAGES, words
+
+if TYPE_CHECKING:
+    from llmq.types import Plugin
 
 
 def everything() -> dict[str, dict[str, str]]:
     """Every word, recipe and suite, with a line on each."""
-    found = {"words": plugin.words()}
+    found = {"words": words()}
     for kind, pattern in (("recipes", "*/*.yaml"), ("evals", "*.yaml")):
         files = sorted(bundled(kind).glob(pattern))
         found[kind] = {str(f.relative_to(bundled(kind)).with_suffix("")): _what(f) for f in files}
@@ -21,16 +28,39 @@ def _what(file: Path) -> str:
     return file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# What:").strip()
 
 
+def by_kind(found: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The same lists, with the words of each folder apart."""
+    kinds: dict[str, dict[str, str]] = {kind: {} for kind in (*PACKAGES, "recipes", "evals")}
+    for word, line in found["words"].items():
+        kinds[word.partition(".")[0]][word] = line
+    return {**kinds, **{kind: dict(found[kind]) for kind in ("recipes", "evals")}}
+
+
 def as_text(found: Mapping[str, Mapping[str, str]]) -> str:
-    """Titled lists."""
-    titled = ((title, (f"  {name:<22} {what}" for name, what in entries.items())) for title, entries in found.items())
-    return "\n".join(line for title, lines in titled for line in (title, *lines))
+    """The lists, each under a title; on a terminal lines are wrapped by words."""
+    lines = []
+    for title, entries in found.items():
+        lines += [title, *(wrapped(f"  {name:<22} ", told) for name, told in entries.items())]
+    return "\n".join(lines)
 
 
-def settings_of(word: str, cls: type[Plugin]) -> str:
-    """What a word does, and a line on each of its settings."""
-    lines = [f"{word}: {cls.__doc__}\n"]
+def wrapped(head: str, text: str) -> str:
+    """A head and a text beside it, which on a terminal is wrapped by words under itself."""
+    if not sys.stdout.isatty():
+        return f"{head}{text}".rstrip()
+    width = max(shutil.get_terminal_size().columns, len(head) + 20)
+    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)).rstrip()
+
+
+def as_seen(text: str) -> str:
+    """The text of a file, unchanged for a pipe; on a terminal no character of the text moves the cursor."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
+def settings_of(word: str, cls: "type[Plugin]") -> str:
+    """The documentation of a word, and a line for each of its settings."""
+    lines = [f"{word}: {sys.modules[cls.__module__].__doc__}"]
     for name, field in cls.model_fields.items():
         default = "needed" if field.is_required() else f"= {field.default!r}"
-        lines.append(f"  {name:<30} {default:<16} {field.description or ''}".rstrip())
+        lines.append(wrapped(f"  {name:<30} {default:<16} ", field.description or ""))
     return "\n".join(lines)

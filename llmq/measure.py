@@ -1,19 +1,19 @@
-"""Interleaved timing, peak memory and bytes: the instruments."""
+"""Instruments: interleaved timing and peak memory."""
 
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmq.statistics import quantile_stderr
+from llmq.environment import release_memory
+from llmq.statistics.figures import quantile_stderr
 from llmq.types import Clock, Measurement, Reading, Samples
 
 SETTLE = 0.01
-"""Seconds before a unit of work: the threads of one runtime spin on for milliseconds, and would slow another's."""
+"""Seconds of rest before a unit of work: threads of one runtime spin on for milliseconds, and would slow the next."""
 SHORT = 0.1
-"""Seconds; shorter work is done once more before, not timed, so that it finds its own weights in the caches."""
+"""Seconds; shorter work runs once untimed before each timing, so that the caches hold the weights."""
 
 
 class ClockFailed(Exception):
@@ -36,7 +36,7 @@ def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, 
     for clocks in zip(*stages.values(), strict=True):
         pairs = list(zip(names, clocks, strict=True))
         warm = [min((_seconds(n, c, device) for _ in range(c.warmup)), default=SHORT) for n, c in pairs]
-        is_short = max(warm) < SHORT  # of all or of none, as they are compared
+        is_short = max(warm) < SHORT  # decided for all stages together, as they are compared
         taken: dict[str, list[float]] = {name: [] for name in names}
         for i in range(clocks[0].rounds):
             for name, clock in pairs if i % 2 == 0 else reversed(pairs):
@@ -54,7 +54,7 @@ def _seconds(stage: str, clock: Clock, device: str, again: bool = False) -> floa
 
 
 def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
-    """The wall time of one unit of work, in seconds; `again`: of the second of two."""
+    """The wall time of one unit of work, in seconds; with `again`, of the second of two."""
     synchronize(device)
     time.sleep(SETTLE)
     if again:
@@ -67,7 +67,7 @@ def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
 
 
 def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measurement:
-    """The quantile over the rounds, with its standard error."""
+    """The quantile over the rounds, with the standard error."""
     values = tuple(reading.of_seconds(s) for s in seconds)
     samples = Samples(values, statistic="quantile", quantile=reading.quantile)
     value, stderr = quantile_stderr(values, reading.quantile)
@@ -79,7 +79,7 @@ def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measuremen
         reading.better,
         len(values),
         stderr,
-        # The rule, not whether the work was short: a protocol says nothing of what came out.
+        # The rule and not its outcome: a protocol must not depend on the times.
         f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage, where work "
         f"takes under {SHORT:g} s each after one that is not timed",
         samples,
@@ -91,61 +91,87 @@ def _rank(quantile: float) -> str:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all work."""
     if device != "cpu":
         import torch
 
         torch.accelerator.synchronize()
 
 
-def release_memory(device: str) -> None:
-    """Give what Python and the allocators hold but do not use back to the system."""
-    gc.collect()
-    trim(device)
+@dataclass
+class Peak:
+    """The most memory of a block of work, known once the block has ended."""
+
+    bytes: int = 0
+    convention: str = ""
+    alone: str = ""
+    """The convention of the bytes above those of the process without a model."""
 
 
-def trim(device: str) -> None:
-    """Give what the allocators hold but do not use back to the system."""
-    import ctypes
-    import platform
-
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+_measured: list[Peak] = []
+"""The blocks that are being measured; one within another resets the counter of both."""
 
 
 @contextmanager
-def peak_memory(device: str) -> Iterator[dict[str, Any]]:
-    """Yields a dict that holds `bytes` and the `convention` once the block has ended."""
-    peak: dict[str, Any] = {}
+def peak_memory(device: str) -> Iterator[Peak]:
+    """Measure the peak memory of a block, which may hold other measured blocks."""
+    peak = Peak()
+    for outer in _measured:
+        outer.bytes = max(outer.bytes, _most(device))
+    resets = _reset(device)
+    _measured.append(peak)
+    try:
+        yield peak
+    finally:
+        _measured.remove(peak)
+        peak.bytes = max(peak.bytes, _most(device))
+    if device.startswith("cuda"):
+        peak.convention = "peak bytes allocated on the device"
+        peak.alone = f"{peak.convention}, above those without a model"
+        return
+    since = "" if resets else " since its start"
+    peak.convention = f"peak resident memory of the whole process{since or ', libraries included'}"
+    peak.alone = f"peak resident memory{since} above the process with its libraries loaded and no model"
+
+
+def _reset(device: str) -> bool:
+    """Give unused memory back and let the counter of the peak begin anew; False where it cannot."""
+    release_memory(device)
     if device.startswith("cuda"):
         import torch
 
-        release_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.update(bytes=torch.cuda.max_memory_allocated(device), convention="peak bytes allocated on the device")
-        return
-    reset = Path("/proc/self/clear_refs")
-    fresh = reset.exists()
-    if fresh:
-        release_memory(device)
-        reset.write_text("5", encoding="utf-8")  # resets VmHWM: proc(5)
-    yield peak
-    peak.update(
-        bytes=_high_water_mark(),
-        convention="peak resident memory of the whole process"
-        + (", libraries included" if fresh else " since its start"),
-    )
+        return True
+    counter = Path("/proc/self/clear_refs")
+    if counter.exists():
+        counter.write_text("5", encoding="utf-8")  # resets VmHWM: proc(5)
+    return counter.exists()
 
 
-def _high_water_mark() -> int:
+def _most(device: str) -> int:
+    """The peak since the counter was reset."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return _resident("VmHWM")
+
+
+def memory_now(device: str) -> int:
+    """The bytes in use, once unused ones were given back: those that `peak_memory` counts."""
+    release_memory(device)
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int:
+    """The resident bytes of this process now (`VmRSS`), or the most since they were reset (`VmHWM`)."""
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM"))
+        line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
     import psutil
 

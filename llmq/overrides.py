@@ -1,19 +1,24 @@
 """`word.key=value` on the command line, folded into a recipe."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from llmq import plugin
 from llmq.errors import UserError, did_you_mean
-from llmq.source import Place, Source, value_of, with_suite, word_at
+from llmq.source import Place, Source, to_flow, value_of, with_suite, word_at
 
 Settings = dict[str, Any]
 
 
-def in_order(overrides: Iterable[str]) -> list[str]:
-    """Those of a whole key (`evaluate=text-quick`) before those of what stands within it; else as they were given."""
+def in_order(overrides: Mapping[str, object] | Iterable[str]) -> list[str]:
+    """Overrides of whole keys (`evaluate=text-quick`) first, then the others; both in the order given.
+
+    A mapping of values by key is written out as YAML has it.
+    """
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={to_flow(value)}" for key, value in overrides.items()]
     return sorted(overrides, key=lambda override: "." in override.partition("=")[0])
 
 
@@ -35,7 +40,7 @@ def fold(source: Source, override: str, keys: Collection[str]) -> None:
 
 
 def _into(parent: Settings, key: str, following: str, place: Place, kind: str | None) -> tuple[Settings, Place]:
-    """The settings under a key. Of a data set they are its own, its word named before them or not."""
+    """The settings under a key; for a data set those of the data, with or without the word in the override."""
     current = parent.get(key)
     if isinstance(current, str) and place[:1] != ("model",):
         current = plugin.data_entry(current, kind)
@@ -46,13 +51,13 @@ def _into(parent: Settings, key: str, following: str, place: Place, kind: str | 
         if f"data.{following}" not in plugin.words():
             parent[key] = {word: dict(current[word] or {})}
             return parent[key][word], (*place, key, word)
-        current = {}  # another data set than the one that stands there
+        current = {}  # the override names another data set
     parent[key] = {k: {} if v is None and k == word else v for k, v in current.items()}
     return parent[key], (*place, key)
 
 
 def _kind(source: Source) -> str | None:
-    """The kind of model that the recipe names, where it names one that there is."""
+    """The kind of the recipe's model; None for an unknown word."""
     try:
         word, _ = plugin.name_and_settings(source.data.get("model") or "causal_lm")
         return str(getattr(plugin.load(f"models.{word}"), "kind", "")) or None
@@ -61,7 +66,7 @@ def _kind(source: Source) -> str | None:
 
 
 def _target(source: Source, target: str, override: str, keys: Collection[str]) -> tuple[Settings, Place, list[str]]:
-    """The settings that an override names a key of, where they stand, and the rest of its name."""
+    """The settings that an override changes, their place, and the rest of the key."""
     data = source.data
     first, _, rest = target.partition(".")
     if first == "model" and rest:
@@ -86,7 +91,7 @@ def _target(source: Source, target: str, override: str, keys: Collection[str]) -
 
 
 def _entries(source: Source, key: str, form: str) -> list[tuple[str, str, Settings]]:
-    """Each step or task: its name among others of its word, its word, and its settings."""
+    """For each step or task the unique name, the word and the settings."""
     entries = source.data.get(key)
     found: list[tuple[str, str, Settings]] = []
     for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):

@@ -1,7 +1,7 @@
-"""What is written under a name of its own and renamed when whole; and what dead writers left is swept.
+"""Files and folders that are written under another name and renamed when whole; leftovers of dead writers are swept.
 
-A writer locks what it writes (`flock`), and its death frees the lock. No process id is compared: that of a dead writer
-may belong to somebody else by now, or to another machine that shares the folder.
+A writer locks the partial (`flock`), and the death of the writer frees the lock. No process id is compared: that of a
+dead writer may belong to another process by now, or to another machine that shares the folder.
 """
 
 import fcntl
@@ -16,23 +16,24 @@ from functools import cache
 from pathlib import Path
 
 NAME = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
-"""The partial of a stage has no such number in its name: resuming goes on inside it, and nobody sweeps it."""
+"""The partial folder of a stage has no such number: a resumed run goes on inside it, and no sweep removes it."""
 
 
 @contextmanager
 def partial_of(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A new file or folder beside `target`, under a name that no other writer has; it takes the place of `target`.
+    """A new file or folder beside `target`, under a name that no other writer has; it replaces `target` at the end.
 
-    What is written when an error comes is removed. Where a `folder` is there already, that one stays.
+    An error removes the partial. A `folder` that exists already stays.
     """
     _sweep_once(target.parent)
     partial, lock = _create(target, folder)
     try:
         yield partial
-        if folder:
-            _rename_unless_there(partial, target)
-        else:
+        try:
             partial.replace(target)
+        except OSError:
+            if not (folder and target.is_dir()):
+                raise
     finally:
         _remove(partial)
         os.close(lock)
@@ -40,7 +41,7 @@ def partial_of(target: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for a while, among those of the system. What a kill leaves there, the next process sweeps."""
+    """A temporary folder of the system's. The next process sweeps a folder that a kill has left."""
     place = Path(tempfile.gettempdir())
     _sweep_once(place)
     folder, lock = _create(place / "llmq", folder=True)
@@ -53,22 +54,16 @@ def scratch() -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead writers left in a folder."""
+    """Remove the partials of dead writers from a folder."""
     for partial in folder.iterdir() if folder.is_dir() else ():
         if NAME.fullmatch(partial.name):
-            with suppress(OSError):  # it is renamed by now, still written, or somebody else's
+            with suppress(OSError):  # renamed by now, still being written, or owned by another user
                 lock = os.open(partial, os.O_RDONLY)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     _remove(partial)
                 finally:
                     os.close(lock)
-
-
-def sweep_all(folder: Path) -> None:
-    """Remove what dead writers left in a folder and in the folders within it."""
-    for inside in (folder, *(f for f in folder.rglob("*") if f.is_dir())):
-        sweep(inside)
 
 
 @cache
@@ -91,14 +86,6 @@ def _create(target: Path, folder: bool) -> tuple[Path, int]:
             if partial.exists():
                 return partial, lock
             os.close(lock)
-
-
-def _rename_unless_there(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 def _remove(partial: Path) -> None:

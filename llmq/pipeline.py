@@ -1,56 +1,54 @@
-"""The whole job, in the order it happens."""
+"""The whole job, from the base to the report."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmq import (
-    environment,
-    gate,
-    processes,
-    reading,
-    replay,
-    run_folder,
-    run_paths,
-    run_recipe,
-    sound,
-    stopping,
-    trust,
-)
-from llmq.artifact import Artifact
+from llmq import environment, hashes, measure, plugin, processes, reading, sound, stopping, trackers, trust
+from llmq.artifact import Artifact, Failure, Stage
 from llmq.errors import UserError, one_line
-from llmq.files import check_space, make_whole, sha256_files, stored_as, write_text
-from llmq.questions import answer_by, question, take_times
-from llmq.recipe import Recipe, check_order
-from llmq.report import Failure, Report, Stage
-from llmq.report.table import stored_otherwise
-from llmq.report.verdicts import gate_as_data
+from llmq.files import check_space, make_whole, sha256_files, write_text
+from llmq.guarded.weights import stored_as
+from llmq.judge import gate
+from llmq.judge.protocols import stored_otherwise
+from llmq.questions import overrides, question, take_times
+from llmq.recipe import Recipe, check_order, of_weights
+from llmq.report import Report, card, faces
 from llmq.rules import Rule
+from llmq.runs import folder as run_folder
+from llmq.runs import paths as run_paths
 from llmq.source import Source, read, to_yaml
 from llmq.terminal import logged_to, say
 from llmq.types import Context, Plugin, Step, Task
 
+if TYPE_CHECKING:
+    from llmq.planning import Plan
 
-def run(recipe: Recipe, out: Path, resume: bool = False, cache: bool = True) -> Report | None:
+
+def run(
+    recipe: Recipe, out: Path, resume: bool = False, cache: bool = True, foretold: "Plan | None" = None
+) -> Report | None:
     """Bring the base, apply the steps, question every stage, report. A whole stage is never lost.
 
-    Where a launcher started several processes they share the training; only the first writes and returns a report.
+    The report sets what was `foretold` beside what was measured. Where a launcher started several processes they share
+    the training; only the first writes and returns a report.
     """
     if not processes.is_first():
-        return _run(recipe, out, cache)
+        return _run(recipe, out, cache, foretold)
     check_folder(recipe, out, resume)
     with run_folder.held(out):
-        check_folder(recipe, out, resume)  # again: now nobody else writes there
-        report = _run(recipe, out, cache)
+        check_folder(recipe, out, resume)  # again: under the lock nobody else writes there
+        report = _run(recipe, out, cache, foretold, resume)
     stopping.resumable = None
     return report
 
 
-def _run(recipe: Recipe, out: Path, cache: bool) -> Report | None:
-    first = processes.is_first()
+def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume: bool = False) -> Report | None:
+    first, began = processes.is_first(), time.perf_counter()
     context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
     artifact = bring(recipe, context)
     if first:
@@ -58,6 +56,8 @@ def _run(recipe: Recipe, out: Path, cache: bool) -> Report | None:
         stopping.resumable = out
     with logged_to(out / "log.txt"):
         say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
+        if foretold:  # only now: wrong input is one line
+            say(foretold.line())
         reads = say_reads(recipe.steps, recipe.evaluate, _made_by(recipe))
         names = recipe.stage_names
         compared = names[recipe.baseline_stages[0] :]
@@ -69,15 +69,19 @@ def _run(recipe: Recipe, out: Path, cache: bool) -> Report | None:
             if name in measured and first:
                 base = stages[measured[0]].artifact
                 stages[name] = question(stages[name], recipe.evaluate, out, context.device, base, cache)
-                more = answer_by("clocks", recipe.evaluate) or (
-                    name != measured[-1] and answer_by("against", recipe.evaluate)
+                more = overrides("clocks", recipe.evaluate) or (
+                    name != measured[-1] and overrides("against", recipe.evaluate)
                 )
                 gate.check(recipe.rules, stages[name].measurements, more or bool(stages[name].failures))
         if not first:
             return None
         stages |= take_times({n: stages[n] for n in measured}, recipe.evaluate, out, context.device)
         parts = [*recipe.steps, *recipe.evaluate]
-        return finish(recipe.plain(), parts, stages, measured[0], out, context, recipe.rules, reads)
+        seconds = None if resume else round(time.perf_counter() - began, 3)
+        about = {"foretold": foretold.plain() if foretold else None, "seconds": seconds}
+        report = finish(recipe.plain(), parts, stages, measured[0], out, context, recipe.rules, reads, about)
+        trackers.hand_over(recipe.track, report, out)
+        return report
 
 
 def evaluate(
@@ -89,8 +93,8 @@ def evaluate(
     cache: bool = True,
     steps: Sequence[Step] = (),
 ) -> Report:
-    """Question models that exist already; the first of them is the base, and `steps` are those of their run."""
-    reading.hashes(tasks)  # what lacks is said before a model is opened
+    """Evaluate existing models; the first is the base, and `steps` are those of the run that made them."""
+    reading.hashes(tasks)  # missing data is reported before a model is opened
     for name, artifact in artifacts.items():
         reading.check_base(name, (), tasks, artifact, steps)
     with run_folder.held(out), logged_to(out / "log.txt"):
@@ -101,13 +105,30 @@ def evaluate(
         return finish(asked, tasks, stages, first, out, context, reads=reads)
 
 
+def export(artifact: Artifact, step: Step, out: Path, context: Context) -> Artifact:
+    """Write the stage that an export makes of a model at rest to `out`; an adapter is merged first."""
+    steps: list[Any] = [plugin.build("adapt.merge"), step] if artifact.adapter else [step]
+    check_order(artifact.model.kind, steps, Source("command line", {}), artifact)
+    merged = out.with_name(f".{out.name}.merged")
+    try:
+        for each in steps:
+            if each is not step:
+                say("the adapter is merged first")
+            artifact = make_stage(each, artifact, out if each is step else merged, context)
+    finally:
+        # What is left where an export failed is of no use, unlike the half stage of a run, which goes on.
+        for place in (merged, *(folder.with_name(f".{folder.name}.partial") for folder in (merged, out))):
+            shutil.rmtree(place, ignore_errors=True)
+    return artifact
+
+
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """See that the run folder is new or empty, or that a resumed one holds this very recipe, or nothing yet."""
+    """Raise `UserError` unless the run folder is empty, or is resumed and holds this very recipe, or nothing yet."""
     kept = out / "recipe.yaml"
     if out.is_dir() and (resume or not run_folder.holds(out)):
         run_paths.check(out)
     if resume:
-        if out.is_dir() and not run_folder.holds(out):  # killed before anything was there to be kept
+        if out.is_dir() and not run_folder.holds(out):  # killed before anything was written
             return
         if not kept.is_file():
             raise UserError(f"there is nothing to resume in {str(out)!r}")
@@ -120,31 +141,28 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def bring(recipe: Recipe, context: Context) -> Artifact:
-    """The base, and all that is read seen to fit it, before anything is written.
+    """Bring the base, and check that all data fits it, before anything is written.
 
-    Data is read first: it is what most often cannot be used. Whether the base is packed is only known once it is here.
+    Data is read first, as data is most often at fault. Only a base that is here tells whether it is packed.
     """
     began = time.perf_counter()
     reading.hashes([*recipe.steps, *recipe.evaluate])
     say("bringing the base")
-    if not processes.is_first():
-        processes.wait(context.device)
-    base = recipe.model.base(context)
-    if processes.is_first():
-        processes.wait(context.device)
-    check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), {"packed": base.packed})
+    with processes.first_does(context.device):
+        base = recipe.model.base(context)
+    check_order(recipe.model.kind, recipe.steps, Source(recipe.name, None), base)
     reading.check_base(recipe.name, recipe.steps, recipe.evaluate, base, _made_by(recipe))
     return replace(base, notes={**base.notes, "seconds": round(time.perf_counter() - began, 3)})
 
 
 def _made_by(recipe: Recipe) -> Sequence[Step]:
     """The steps of the run whose stage the model is."""
-    before = run_recipe.of_weights(recipe.model)
+    before = of_weights(recipe.model)
     return before.steps if before else ()
 
 
 def say_reads(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[Step] = ()) -> list[str]:
-    """Say what each step and task reads, and hand it back for the report."""
+    """Log the data that each step and task reads, and return the lines for the report."""
     lines = reading.told(steps, tasks, made_by)
     for line in lines:
         say(f"  {line}")
@@ -152,20 +170,24 @@ def say_reads(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[St
 
 
 def make_stage(step: Step | None, before: Artifact, folder: Path, context: Context) -> Artifact:
-    """What `step` makes of the stage before, or without a step the base. Made once, reopened on resuming."""
+    """The stage that `step` makes of the one before, or without a step the base; a resumed run reopens it."""
 
     def fill(partial: Path) -> None:
         if step:
             check_space(folder, step.space(before), f"stage {folder.name}")
-        began = time.perf_counter()
-        made = applied(step, before, partial, context) if step else before
-        seconds = {"seconds": round(time.perf_counter() - began, 3)} if step else {}
+        made, spent = before, {}
+        if step:
+            began = time.perf_counter()
+            with measure.peak_memory(context.device) as peak:
+                made = applied(step, before, partial, context)
+            alone = max(0, peak.bytes - measure.memory_now(context.device))  # every library is loaded by now
+            spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}
         trusted = {"trusted": trust.told()} if trust.told() else {}
-        replace(made, notes={**made.notes, **seconds, **trusted}).save(partial)
+        replace(made, notes={**made.notes, **spent, **trusted}).save(partial)
 
     processes.wait(context.device)
     done = folder.exists()
-    processes.wait(context.device)  # all have looked before the first makes it
+    processes.wait(context.device)  # every process has looked before the first makes the folder
     say(f"{folder.name}{': already there' if done else ''}")
     if processes.is_first():
         make_whole(folder, fill)
@@ -176,7 +198,7 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
 
 
 def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Artifact:
-    """What a step makes of a stage, seen to be sound; its errors bear its name."""
+    """The artifact that a step makes of a stage, checked to be sound; the step's errors bear its name."""
     with reading.asking(step.word):
         made = step.apply(before, folder, context)
         if processes.is_first():
@@ -193,32 +215,39 @@ def finish(
     context: Context,
     rules: Sequence[Rule] = (),
     reads: Sequence[str] = (),
+    about: Mapping[str, Any] = {},
 ) -> Report:
-    """Build the report with the verdicts on the last stage, and write its faces."""
+    """Build the report with the verdicts on the last stage, and write all formats of the report.
+
+    `about` holds the plan that was `foretold`, and the `seconds` of a run that was not resumed.
+    """
     base = stages[baseline].artifact
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
     facts["data_sha256"], facts["reads"] = reading.hashes(parts), list(reads)
     facts["dtype"] = getattr(base.model, "dtype", None)
-    facts["called_from"], facts["run"] = str(Path.cwd()), str(out.resolve())  # what relative paths are meant from
-    report = Report.of(asked, facts, list(stages.values()), baseline)
+    facts["ended"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    facts["called_from"], facts["run"] = str(Path.cwd()), str(out.resolve())  # relative paths start here
+    report = replace(Report.of(asked, facts, list(stages.values()), baseline), **about)
     try:
         if rules:
             report = judged(report, rules, stages, baseline)
     finally:  # a rule that names nothing measured must not cost the report
-        report.write(out)
-        replay.record(out)
+        report.save(out)
+        faces.write(out)
+        card.write(report, out, base.weights, base.model.kind)
+        hashes.record(out)
     return report
 
 
 def judged(report: Report, rules: Sequence[Rule], stages: Mapping[str, Stage], baseline: str) -> Report:
-    """The report with the verdicts on the last stage; a rule on what a failed task did not measure is a failure too."""
+    """The report with the verdicts on the last stage; a rule on a figure that a failed task owes is a failure, too."""
     last = [stage for stage in stages.values() if stage.measurements or stage.failures][-1]
     try:
         base = stages[baseline]
         stored = stored_otherwise(*(stored_as(s.artifact.weight_files()) for s in (last, base)))
         verdicts = gate.judge(rules, last.name, last.measurements, base.measurements, stored)
-        return replace(report, gate=gate_as_data(verdicts))
+        return replace(report, gate=gate.as_data(verdicts))
     except UserError as error:
         if not report.failures:
             raise

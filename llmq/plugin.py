@@ -1,48 +1,20 @@
-"""A recipe word is a file: `quantize.bnb` is the plug-in class in `llmq/quantize/bnb.py`. There is no other list."""
+"""A recipe word is a file: `quantize.bnb` is the plug-in class in `llmq/quantize/bnb.py`. There is no other list.
 
-import ast
+A word with helpers of its own is a folder: `prune.channels` is the class in `llmq/prune/channels/__init__.py`.
+The docstring of the file documents the word.
+"""
+
 import importlib
 import inspect
-import re
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationInfo
 
 from llmq.errors import UserError, did_you_mean
-from llmq.types import Plugin
-
-NOUNS = ("Model", "Step", "Task", "Data")
-WORD = re.compile(r"^class \w+\([^)]*\b(Model|Step|Task|Data)\b", re.MULTILINE)
-"""The head of a class that may be a word."""
-PACKAGES = ("models", "data", "quantize", "prune", "adapt", "tasks")
-
-
-def words() -> dict[str, str]:
-    """Every word with the first line of its documentation, read off the files without importing one."""
-    return dict(sorted(found for package in PACKAGES for found in _words_of(package)))
-
-
-def _words_of(package: str) -> Iterator[tuple[str, str]]:
-    for folder in importlib.import_module(f"llmq.{package}").__path__:
-        for file in Path(folder).glob("*.py"):
-            line = _first_line(file, file.stat().st_mtime_ns)
-            if line is not None:
-                yield f"{package}.{file.stem}", line
-
-
-@cache
-def _first_line(file: Path, changed: int) -> str | None:
-    # `changed` is there for the cache: parsing every file at every look-up took half the time of `llmq check`.
-    text = file.read_text(encoding="utf-8")
-    if not WORD.search(text):  # parsing the helpers that lie beside the words took most of the time
-        return None
-    for node in ast.parse(text, filename=str(file)).body:
-        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in NOUNS for b in node.bases):
-            return (ast.get_docstring(node) or "").split("\n")[0]
-    return None
+from llmq.types import Model, Plugin
+from llmq.words import words as words
 
 
 def load(word: str) -> type[Plugin]:
@@ -54,11 +26,39 @@ def load(word: str) -> type[Plugin]:
     found = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module.__name__
+        if inspect.isclass(c)
+        and issubclass(c, Plugin)
+        and c.__module__ == module.__name__
+        and c.__name__.isidentifier()  # pydantic puts a generic base into the module, too: `Step[LanguageModel]`
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__file__} must define exactly one plug-in class, found {[c.__name__ for c in found]}")
     return found[0]
+
+
+class KindsOf(Collection[str]):
+    """The kinds of all models whose family is a subclass of one class."""
+
+    def __init__(self, family: type[Model]) -> None:
+        self.family = family
+
+    def _loaded(self) -> set[str]:
+        families = [self.family]
+        for family in families:
+            families += family.__subclasses__()
+        return {family.kind for family in families if hasattr(family, "kind")}
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._loaded()  # whoever asks has a model of that kind: its family is loaded
+
+    def __iter__(self) -> Iterator[str]:
+        for word in words():
+            if word.startswith("models."):
+                load(word)
+        return iter(sorted(self._loaded()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def name_and_settings(value: Any) -> tuple[str, dict[str, Any]]:
@@ -73,7 +73,7 @@ def name_and_settings(value: Any) -> tuple[str, dict[str, Any]]:
 
 
 def build(value: Any, package: str | None = None) -> Plugin:
-    """The plug-in that `word` or `{word: settings}` describes; `package` is what the place itself already says."""
+    """The plug-in that `word` or `{word: settings}` describes; `package` is the one that the place implies."""
     if isinstance(value, Plugin):
         return value
     word, settings = name_and_settings(value)
@@ -81,9 +81,9 @@ def build(value: Any, package: str | None = None) -> Plugin:
 
 
 def data_entry(value: str, kind: str | None = None) -> dict[str, dict[str, Any]]:
-    """What a bare word or path stands for, where data is named: `{"file": {"path": "my.jsonl"}}`.
+    """The data set that a bare word or path stands for: `{"file": {"path": "my.jsonl"}}`.
 
-    Which data a path means depends on the kind of the model: a folder is images with classes, or images with boxes.
+    The kind of the model decides the data of a path: a folder is images with classes, or images with boxes.
     """
     if f"data.{value}" in words():
         return {value: {}}
@@ -97,7 +97,7 @@ def data_entry(value: str, kind: str | None = None) -> dict[str, dict[str, Any]]
 
 
 def _said_twice(word: str) -> UserError:
-    """That a word stands whole, `data.pydoc`, where its place says the package already."""
+    """The error for `data.pydoc` in a place that takes only data, where `pydoc` is right."""
     return UserError(f"unknown word {word!r}{did_you_mean(word, _data_words())}")
 
 
@@ -121,8 +121,14 @@ DataWord = Annotated[SerializeAsAny[Any], BeforeValidator(_data)]
 """A field that holds a `Data` plug-in, written as `pydoc`, `{file: {path: my.jsonl}}` or just `my.jsonl`."""
 
 
+def data_of_run(word: str) -> Any:
+    """The field of a task that reads the data of its run, or else `word`."""
+    use = "the run's training data, else its calibration data, if unset; without either, this"
+    return Field(word, validate_default=True, description=use)
+
+
 def to_plain(plugin: Plugin) -> Any:
-    """What was set of it, nested words included, as YAML can hold it."""
+    """The settings that are set explicitly, nested words included, as YAML can hold them."""
     return {
         name: _plain_value(getattr(plugin, name))
         for name in type(plugin).model_fields
@@ -131,7 +137,7 @@ def to_plain(plugin: Plugin) -> Any:
 
 
 def entry(plugin: Plugin, *, whole: bool = False) -> Any:
-    """A plug-in as it stands in a recipe: its word, the `whole` of it where the place does not say the package."""
+    """A plug-in as a recipe writes it; with `whole` the word keeps the package."""
     word, settings = plugin.word if whole else plugin.word.split(".", 1)[-1], to_plain(plugin)
     return {word: settings} if settings else word
 
@@ -142,5 +148,5 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if isinstance(value, dict):
-        return {key: _plain_value(its) for key, its in value.items()}
+        return {key: _plain_value(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

@@ -4,32 +4,47 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 PATIENCE = timedelta(days=2)
-"""How long the others wait while the first converts, quantizes or evaluates."""
+"""The longest wait of other processes while the first converts, quantizes or evaluates."""
 
 
 def count() -> int:
-    """How many processes the launcher started."""
+    """The number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """True in the process that writes and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait(device: str) -> None:
-    """Until all processes have come here."""
+    """Wait until every process has come here."""
     if count() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu", timeout=PATIENCE).wait_for_everyone()
 
 
+@contextmanager
+def first_does(device: str) -> Iterator[None]:
+    """Run the block in the first process while the others wait, then in the others.
+
+    The block fills a cache or a folder, for example; the others find it filled.
+    """
+    if not is_first():
+        wait(device)
+    yield
+    if is_first():
+        wait(device)
+
+
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, however that ends."""
+    """Make Linux kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1  # prctl(2)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

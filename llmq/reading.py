@@ -1,20 +1,21 @@
-"""What the steps and tasks of a run read, and where nobody named it: the run's own data."""
+"""The data that the steps and tasks of a run read; by default, the run's own data."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llmq import plugin
-from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
-from llmq.needs import Needs
-from llmq.types import Data, Model, Plugin, Step, Task
+from llmq.types import Data, Model, Needs, Plugin, Step, Task
+
+if TYPE_CHECKING:
+    from llmq.artifact import Artifact
 
 P = TypeVar("P", Step, Task)
 USES = {"training": "trains on", "calibration": "calibrates on", "comparison": "compares on"}
 
 
-def named(tasks: Sequence[Task]) -> dict[str, Task]:
+def by_name(tasks: Sequence[Task]) -> dict[str, Task]:
     """Tasks by the name that their measurements go under; the second of one word is `perplexity-2`."""
     names: dict[str, Task] = {}
     for task in tasks:
@@ -25,11 +26,11 @@ def named(tasks: Sequence[Task]) -> dict[str, Task]:
 
 def data_of(part: Plugin) -> Iterator[Data]:
     """Every data set among the settings of a step or a task."""
-    return (its for _, its in part.parts() if isinstance(its, Data))
+    return (inner for _, inner in part.parts() if isinstance(inner, Data))
 
 
 def with_own_data(steps: Sequence[Step], kind: str, made_by: Sequence[Step] = ()) -> tuple[Step, ...]:
-    """Steps whose unset data is what the last step before them trains on, where there is such a step.
+    """The steps; unset data becomes the training data of the last step before that trains, if there is one.
 
     `made_by` are the steps of the run that the model comes from.
     """
@@ -41,13 +42,13 @@ def with_own_data(steps: Sequence[Step], kind: str, made_by: Sequence[Step] = ()
 
 
 def with_data_of(tasks: Sequence[Task], kind: str, steps: Sequence[Step], asked: Sequence[Task] = ()) -> list[Task]:
-    """Tasks whose unset data is the run's: what the task of its name reads among those that the run `asked` already.
+    """The tasks; unset data becomes that of the task of the same name among those that the run `asked` before.
 
-    Else what the last step trains on, else what the last calibrates on, else the task's own default.
+    Else the training data of the last step that trains, else the last calibration data, else the task's own default.
     """
-    before = named(asked)
+    before = by_name(asked)
     found = []
-    for name, task in named(tasks).items():
+    for name, task in by_name(tasks).items():
         same = before.get(name)
         told = {f: getattr(same, f) for f in task.unset_data(kind) if same and isinstance(getattr(same, f), Data)}
         found.append(_reading(task.model_copy(update=told), kind, steps))
@@ -56,7 +57,7 @@ def with_data_of(tasks: Sequence[Task], kind: str, steps: Sequence[Step], asked:
 
 def _reading(part: P, kind: str, steps: Sequence[Step]) -> P:
     defaults = part.unset_data(kind)
-    return part.model_copy(update={name: _first(part, steps) or its for name, its in defaults.items()})
+    return part.model_copy(update={name: _first(part, steps) or default for name, default in defaults.items()})
 
 
 def _first(part: Step | Task, steps: Sequence[Step]) -> Data | None:
@@ -79,12 +80,12 @@ def called(data: Data) -> str:
 
 
 def told(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[Step] = ()) -> list[str]:
-    """A line for each data set that each step and task reads: which, and which step of the run reads it as well.
+    """A line for each data set that a step or task reads, with the step of the run that reads the same data.
 
     `made_by` are the steps of the run that the model comes from.
     """
     lines = [f"{step.word} {USES[step.uses]} {called(data)}" for step in steps for data in data_of(step)]
-    for name, task in named(tasks).items():
+    for name, task in by_name(tasks).items():
         for data in data_of(task):
             users = {step.word: USES[step.uses] for step in (*made_by, *steps) if data in data_of(step)}
             why = next((f"what {word} {use}" for word, use in users.items()), "which no step reads")
@@ -93,7 +94,7 @@ def told(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[Step] =
 
 
 def counted(parts: Iterable[Plugin]) -> list[str]:
-    """A line for each data set: how much of it there is to train on and held out, of which shape and classes."""
+    """A line for each data set: numbers of training and held-out examples, shape and number of classes."""
     lines = []
     for name, data in {called(data): data for part in parts for data in data_of(part)}.items():
         split = data.read()
@@ -104,16 +105,16 @@ def counted(parts: Iterable[Plugin]) -> list[str]:
 
 
 def check_base(
-    where: str, steps: Sequence[Step], tasks: Sequence[Task], base: Artifact, made_by: Sequence[Step] = ()
+    where: str, steps: Sequence[Step], tasks: Sequence[Task], base: "Artifact", made_by: Sequence[Step] = ()
 ) -> None:
-    """See that the base can be changed and asked so; `made_by` are steps that it went through before.
+    """Check that the steps and tasks suit the base; `made_by` are the steps that made it.
 
     Raises `UserError`. The base and all data are there by now.
     """
     has_classes = type(base.model).outputs_of is not Model.outputs_of
     before = [data for data in _trained_on(made_by) if has_classes and is_here(data)]
     learned = {called(data): base.model.outputs_of(data.read()) for data in before}
-    parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *named(tasks).items()]
+    parts: list[tuple[str, Step | Task]] = [*((step.word, step) for step in steps), *by_name(tasks).items()]
     needs: dict[str, Needs] = {}
     for name, part in parts:
         with asking(where, name):
@@ -126,7 +127,7 @@ def check_base(
             for data in data_of(part):
                 if isinstance(part, Step) and part.uses == "calibration" and not len(data.read().train):
                     raise UserError(f"it calibrates on {called(data)}, whose training part is empty")
-                if has_classes:  # of rows of text each reading may take minutes
+                if has_classes:  # each reading of rows of text may take minutes
                     outputs = base.model.outputs_of(data.read())
                     _check_classes(outputs, learned, called(data))
                     learned |= {called(data): outputs} if data in _trained_on([part]) else {}
@@ -134,7 +135,7 @@ def check_base(
 
 @contextmanager
 def asking(*who: str) -> Iterator[None]:
-    """Put before an error who was asked: a step or a task does not name itself."""
+    """Prefix an error with the name of the step or task that raised it."""
     try:
         yield
     except LlmqError as error:
@@ -146,7 +147,7 @@ def _trained_on(parts: Iterable[Plugin]) -> list[Data]:
 
 
 def is_here(data: Data) -> bool:
-    """Whether data that a run read still lies where it did."""
+    """True for data that still lies where the run read it."""
     try:
         data.check()
     except UserError:
@@ -156,17 +157,17 @@ def is_here(data: Data) -> bool:
 
 def _check_classes(outputs: Mapping[int, str], learned: Mapping[str, Mapping[int, str]], data: str) -> None:
     """Raise `UserError` if an output was taught as one class and stands for another here."""
-    for other, its in learned.items():
+    for other, classes in learned.items():
         for place, name in outputs.items():
-            if place in its and its[place].lower() != name.lower():
+            if place in classes and classes[place].lower() != name.lower():
                 raise UserError(
-                    f"class {place} of {data} is {name!r}, and the network learns {its[place]!r} there from {other}; "
-                    "both need the same classes in the same order"
+                    f"class {place} of {data} is {name!r}, and the network learns {classes[place]!r} there from "
+                    f"{other}; both need the same classes in the same order"
                 )
 
 
 def hashes(parts: Iterable[Plugin]) -> dict[str, str]:
-    """The hash of all that these steps and tasks read, every row of it checked."""
+    """The hashes of all data that these steps and tasks read; every row is checked."""
     parts = list(parts)
     found = {called(data): data.read().sha256 for part in parts for data in data_of(part)}
     others = {f"{p.name} {k}": str(v) for p in parts if isinstance(p, Task) for k, v in (p.depends() or {}).items()}

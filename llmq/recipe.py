@@ -1,19 +1,28 @@
-"""YAML -> `Recipe`. Every check happens here, before anything runs."""
+"""YAML -> `Recipe`, every check done before anything runs; and the recipe of a run that exists."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llmq import overrides, plugin, reading, run_recipe
+from llmq import overrides, plugin, reading, trackers
 from llmq.errors import UserError, did_you_mean, explain
+from llmq.files import at_home
+from llmq.guarded.files import read_json_object
 from llmq.rules import Rule, read_rule
 from llmq.source import Place, Source, find, names, read, with_suite, word_at
 from llmq.types import Data, Model, Plugin, Step, Task
 
+if TYPE_CHECKING:
+    from llmq.artifact import Artifact
+
 __all__ = ["Recipe", "Source", "find", "names", "read"]
 MOST = 500
-"""Steps, tasks or rules of one recipe."""
+"""The most steps, tasks or rules of one recipe."""
+PATHS = ("path", "images", "held_out", "partner", "include_path", "data_dir", "inception", "weights", "data", "text")
+"""Settings that can name a file or folder."""
 
 
 class Recipe(BaseModel):
@@ -25,21 +34,23 @@ class Recipe(BaseModel):
     model: Model
     steps: tuple[Step, ...] = ()
     evaluate: tuple[Task, ...] = ()
-    seed: int = Field(0, ge=0, lt=2**32)  # numpy takes no other
+    seed: int = Field(0, ge=0, lt=2**32)  # numpy takes no other seed
     device: str = "auto"
     threads: PositiveInt | None = None
     stages: Literal["all", "ends"] = "all"
     baseline: str | None = None
-    """The stage that all later ones are set beside, where the untouched base is a net yet to be trained.
+    """The stage that all later ones are compared with, for a base that is a network yet to be trained.
 
-    Written as its step's word, or, where that stands twice, as the stage is called: `1-adapt.train`.
+    The word of the step, or, if that word stands twice, the name of the stage: `1-adapt.train`.
     """
     gate: tuple[str, ...] = ()
-    """What the last stage must keep to, such as `perplexity <= 1.03x base`."""
+    """Rules on the figures of the last stage, such as `perplexity <= 1.03x base`."""
+    track: tuple[trackers.Tracker, ...] = ()
+    """Trackers of experiments that get the curves, the figures and the report when the run has ended."""
 
     @property
     def stage_names(self) -> list[str]:
-        """What the stages are called: `0-base`, `1-quantize.bnb`, …"""
+        """The names of the stages: `0-base`, `1-quantize.bnb`, …"""
         return ["0-base", *(f"{i}-{step.word}" for i, step in enumerate(self.steps, 1))]
 
     @property
@@ -51,29 +62,32 @@ class Recipe(BaseModel):
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The gate's rules, read."""
+        """The rules of `gate`, parsed."""
         return tuple(map(read_rule, self.gate))
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as YAML can hold it: what `recipe.yaml` in the run folder says."""
+        """The recipe as YAML can hold it: the content of `recipe.yaml` in the run folder."""
 
         plain = {
             "model": plugin.entry(self.model),
             "steps": [plugin.entry(s, whole=True) for s in self.steps],
             "evaluate": [plugin.entry(t) for t in self.evaluate],
         }
-        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline", "gate")}
+        others = {f: getattr(self, f) for f in ("seed", "device", "threads", "stages", "baseline", "gate", "track")}
         return plain | {k: v for k, v in others.items() if k == "seed" or v != type(self).model_fields[k].default}
 
 
-def load(name: str, changes: Iterable[str] = ()) -> Recipe:
-    """The recipe in a file, or of that name among the bundled ones, with `word.key=value` overrides folded in."""
+def load(name: str, changes: Iterable[str] = (), *, checked: bool = True) -> Recipe:
+    """The recipe in a file, or of that name among the bundled ones, with `word.key=value` overrides folded in.
+
+    Unless `checked`, weights and data may be missing.
+    """
     path = find("recipes", name)
     source = read(path)
     check_shape(source)
     for override in overrides.in_order(changes):
         apply_override(source, override)
-    return parse(source, path.stem)
+    return parse(source, path.stem) if checked else built(source, path.stem)
 
 
 def apply_override(source: Source, override: str) -> None:
@@ -100,33 +114,34 @@ def check_shape(source: Source) -> None:
 def parse(source: Source, name: str) -> Recipe:
     """Check everything and build the plug-ins. Raises `UserError` with the place and the cure."""
     recipe = built(source, name)
+    trackers.check(recipe.track)
     check_part(recipe.model, source, ("model", recipe.model.word.removeprefix("models.")))
     try:
         for i, step in enumerate(recipe.steps):
             check_part(step, source, ("steps", i, step.word))
         _check_tasks(recipe.evaluate, source)
     except UserError as error:
-        raise UserError(f"{error}{run_recipe.lost(run_recipe.of_weights(recipe.model))}") from None
+        raise UserError(f"{error}{lost(of_weights(recipe.model))}") from None
     return recipe
 
 
 def built(source: Source, name: str) -> Recipe:
-    """The recipe, its words fit for one another; what its weights and data are need not be there."""
+    """The recipe, checked for words that fit one another; weights and data may be missing."""
     check_shape(source)
     with_suite(source)
     data = source.data
     if not data.get("model"):
         raise UserError(f"{source.name}: a recipe needs a 'model', such as 'causal_lm: {{weights: smollm2-135m}}'")
     steps = data.get("steps") or []
-    model = _part(source, ("model",), data["model"], "models")
-    made = [_part(source, ("steps", i), s, None, model.kind) for i, s in enumerate(steps)]
+    model = part(source, ("model",), data["model"], "models")
+    made = [part(source, ("steps", i), s, None, model.kind) for i, s in enumerate(steps)]
     for i, step in enumerate(made):
         if not isinstance(step, Step):
             raise UserError(f"{source.where(('steps', i))}: {step.word!r} is not a step")
-    before = run_recipe.of_weights(model)
+    before = of_weights(model)
     made_by = before.steps if before else ()
     own = reading.with_own_data(made, model.kind, made_by)
-    # What is trained anew is what its tasks read; else each reads what the task of its name read before.
+    # Tasks read newly trained data; without training each reads the data of the task of the same name before.
     asked = before.evaluate if before and not any(step.uses == "training" for step in own) else ()
     tasks = _tasks(source, model.kind, (*made_by, *own), asked)
     parts = {"name": name, "model": model, "steps": own, "evaluate": tasks}
@@ -149,7 +164,7 @@ def _check_gate(recipe: Recipe, source: Source) -> None:
         except UserError as error:
             raise UserError(f"{source.where(('gate', i))}: {error}") from None
     if recipe.gate and not recipe.evaluate:
-        raise UserError(f"{source.where(('gate',))}: a gate judges what is measured; say what to 'evaluate'")
+        raise UserError(f"{source.where(('gate',))}: a gate judges measurements; name tasks under 'evaluate'")
 
 
 def suite_tasks(
@@ -164,14 +179,14 @@ def suite_tasks(
 
 
 def _tasks(source: Source, kind: str, steps: Sequence[Step], asked: Sequence[Task] = ()) -> tuple[Task, ...]:
-    """The tasks that a recipe lists; they read the data of these steps, or what the tasks `asked` before did.
+    """The tasks that a recipe lists, with the data of `steps`, or that of the tasks `asked` before.
 
     Raises `UserError` if one does not suit the kind of model.
     """
     entries, place = source.data.get("evaluate") or [], ("evaluate",)
     if not isinstance(entries, list):
         raise UserError(f"{source.where(place)}: 'evaluate' is the name of a suite or a list of tasks")
-    made = [_part(source, (*place, i), entry, "tasks", kind) for i, entry in enumerate(entries)]
+    made = [part(source, (*place, i), entry, "tasks", kind) for i, entry in enumerate(entries)]
     tasks = reading.with_data_of(made, kind, steps, asked)
     for i, task in enumerate(tasks):
         _suits(task, kind, source, (*place, i, task.word.removeprefix("tasks.")))
@@ -184,14 +199,15 @@ def _check_tasks(tasks: Iterable[Task], source: Source) -> None:
 
 
 def check_part(part: Plugin, source: Source, place: Place) -> None:
-    """Check a plug-in, and what is among its settings."""
+    """Check a plug-in, and the plug-ins among its settings. Raises `UserError` with the place."""
     try:
         part.check()
     except UserError as error:
-        raise UserError(f"{source.where(place)}: {error}") from None
+        told = next((at for at in source.overridden(place) if str(source.at(at)) in str(error)), place)
+        raise UserError(f"{source.where(told)}: {error}") from None
 
 
-def _part(source: Source, place: Place, value: Any, package: str | None, kind: str | None = None) -> Any:
+def part(source: Source, place: Place, value: Any, package: str | None, kind: str | None = None) -> Any:
     word, settings = word_at(source, place, value)
     try:
         cls = plugin.load(f"{package}.{word}" if package else word)
@@ -203,7 +219,7 @@ def _part(source: Source, place: Place, value: Any, package: str | None, kind: s
 
 
 def _strip(message: str, package: str | None) -> str:
-    """A message on words without what their place says itself; a word that says it again is quoted as it stands."""
+    """A message on words without the package that their place implies."""
     return message.replace(f"'{package}.", "'") if package else message
 
 
@@ -213,7 +229,7 @@ def _validated(
     try:
         return build()
     except ValidationError as error:
-        # A misspelt key often leaves another one missing; the misspelt one is what to speak of.
+        # A misspelt key often leaves another one missing; the error is about the misspelt one.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = errors[0]["loc"][:1]
         same = [e for e in errors if e["loc"][:1] == key]
@@ -227,10 +243,10 @@ def _validated(
 
 
 def _innermost(settings: Any, loc: Place) -> tuple[int, Place, str] | None:
-    """The data whose settings `loc` leads into, where it lies inside others the innermost.
+    """The innermost data whose settings `loc` leads into, or None.
 
-    `loc`, as pydantic says it, leaves out the words of plug-ins: `("data", "pth")` in `data: {file: {pth: …}}`. Given
-    back are how many keys of it lead to the data, the whole place of the data's settings, and its word.
+    `loc`, as pydantic gives it, leaves out the words of plug-ins: `("data", "pth")` in `data: {file: {pth: …}}`.
+    Returns the number of keys in `loc` that lead to the data, the whole place of the data's settings, and the word.
     """
     found: tuple[int, Place, str] | None = None
     place: Place = ()
@@ -266,13 +282,77 @@ CURES = {
 }
 
 
-def check_order(kind: str, steps: Iterable[Step], source: Source, state: Mapping[str, bool] | None = None) -> None:
-    """Fold what each step leaves over what the next requires. Raises `UserError` at the first that cannot work."""
-    now = {"packed": False, "adapter": False, **(state or {})}
+def check_order(kind: str, steps: Iterable[Step], source: Source, base: "Artifact[Any] | None" = None) -> None:
+    """Check that each step finds the state that it requires. Raises `UserError` at the first that does not.
+
+    Without a `base` the first step is taken to find float weights without an adapter, in torch.
+    """
+    now: dict[str, bool | str] = {"packed": False, "adapter": False, "runtime": "torch"}
+    if base:
+        now = {"packed": base.packed, "adapter": base.adapter is not None, "runtime": base.runtime}
     for i, step in enumerate(steps):
         where = source.where(("steps", i))
         _suits(step, kind, source, ("steps", i, step.word))
         for name, wanted in step.requires.items():
             if now[name] != wanted:
                 raise UserError(f"{where}: {step.word!r} {CURES[name, wanted]}")
+        if now["runtime"] not in step.runtimes:
+            raise UserError(f"{where}: {step.word!r} needs a stage in torch, and this one is in {now['runtime']}")
         now.update(step.leaves)
+
+
+def is_run(folder: Path) -> bool:
+    """True for the folder of a run; a `recipe.yaml` beside a model's configuration is that of another tool."""
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+
+
+def of_run(target: str) -> Recipe | None:
+    """The recipe of the run that `target` is, or is a stage of; None for any other target.
+
+    Relative paths in the recipe start from the folder that the run was called in, which the report keeps.
+    """
+    folder = Path(target)
+    is_stage = (folder / "artifact.json").is_file()
+    home = folder.resolve().parent if is_stage else folder
+    if not (is_run(folder) or (is_stage and (home / "recipe.yaml").is_file())):
+        return None
+    source = read(home / "recipe.yaml")
+    source.data = _settled(source.data, _called_from(home))
+    return built(source, home.name)
+
+
+def of_weights(model: Model) -> Recipe | None:
+    """The recipe of the run whose stage a model's weights are."""
+    weights = str(getattr(model, "weights", None) or "")
+    folder = at_home(weights)
+    return of_run(str(folder)) if weights and (folder / "artifact.json").is_file() else None
+
+
+def lost(job: Recipe | None) -> str:
+    """The end of an error message where data that the run read is gone: the cure."""
+    read = [data for part in (*job.steps, *job.evaluate) for data in reading.data_of(part)] if job else []
+    gone = [reading.called(data) for data in read if not reading.is_here(data)]
+    cure = "call it from where that lies, or name other data, such as perplexity.data=pydoc"
+    return f"; the run read {gone[0]}: {cure}" if gone else ""
+
+
+def _called_from(home: Path) -> list[Path]:
+    """The folder that a run was called in: the path of then, and the path now if folder and run were moved together."""
+    try:
+        about = read_json_object(home / "report.json")["environment"]
+        folder, run = str(about["called_from"]), str(about["run"])
+    except (UserError, KeyError, TypeError):  # an older report, or a damaged one
+        return []
+    return [Path(folder), Path(os.path.normpath(home.resolve() / os.path.relpath(folder, run)))]
+
+
+def _settled(value: Any, folders: Sequence[Path], key: str = "") -> Any:
+    """Plain data with each relative path to what lies in one of the folders made absolute."""
+    if isinstance(value, dict):
+        return {k: _settled(v, folders, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_settled(v, folders, key) for v in value]
+    if not (isinstance(value, str) and value and key in PATHS) or f"data.{value}" in plugin.words():
+        return value
+    there = Path.is_file if key == "held_out" else Path.exists  # or the word `test` would mean a folder of that name
+    return next((str(folder / value) for folder in folders if there(folder / value)), value)

@@ -1,4 +1,4 @@
-"""What a gate is asked: one bound on one figure. Only the grammar; nothing is measured here."""
+"""The grammar of a gate's rules: one bound on one figure. Nothing is measured here."""
 
 import re
 from dataclasses import dataclass, replace
@@ -32,16 +32,16 @@ class Rule:
 
     @property
     def is_relative(self) -> bool:
-        """Whether it speaks of the base."""
+        """True for a bound that is relative to the base."""
         return self.number is None
 
     @property
     def bound(self) -> float:
-        """What the ratio to the base, the difference from it, or the figure itself is held against."""
+        """The bound on the ratio to the base, the difference from it, or the figure itself."""
         return self.number if self.number is not None else self.factor if self.factor is not None else self.offset
 
     def allows(self, value: float) -> bool:
-        """Whether a value lies on the right side of the bound."""
+        """True if a value lies on the right side of the bound."""
         if value == self.bound:
             return not self.strict
         return (value < self.bound) == self.at_most

@@ -1,11 +1,10 @@
-"""What every step must have made before its stage counts: finite weights, and a change where it is to change."""
+"""Checks of every new stage: weights are finite, and a step that changes weights changed some."""
 
 from pathlib import Path
 
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
-from llmq.files import FLOATS, safetensors_of
-from llmq.guarded.safetensors_files import opened
+from llmq.guarded.weights import FLOATS, opened, safetensors_of
 
 LEAST = 0.01
 """The share of the weights below which a quantization or a pruning has changed next to nothing."""
@@ -13,7 +12,7 @@ CHANGING = ("quantize.", "prune.")
 
 
 def check(word: str, made: Artifact, folder: Path) -> None:
-    """Raise `LlmqError` for a tensor that is not finite, `UserError` for weights of which next to none was changed."""
+    """Raise `LlmqError` for a tensor that is not finite, `UserError` if next to no weight was changed."""
     check_finite(folder)
     if word.startswith(CHANGING):
         share = made.notes["changed_share"]
@@ -25,7 +24,7 @@ def check(word: str, made: Artifact, folder: Path) -> None:
 
 def check_finite(folder: Path) -> None:
     """Raise `LlmqError` for the first tensor in a folder's files (scales and adapters too) that is not finite."""
-    from llmq.adapt.finite import first_not_finite
+    from llmq.finite import first_not_finite
 
     for file in safetensors_of(folder) or sorted(folder.glob("adapter_model.safetensors")):
         with opened(file) as tensors:

@@ -1,4 +1,4 @@
-"""YAML with the line of the file where each part of it stands."""
+"""YAML data with the file and the line of each part."""
 
 import json
 from collections.abc import Mapping
@@ -19,15 +19,13 @@ Place = tuple[str | int, ...]
 
 @dataclass
 class Source:
-    """Plain data, and the line of the file where each part of it stands."""
+    """Plain data, and the line of each part in the file `name`."""
 
     name: str
     data: Any
     lines: dict[Place, int] = field(default_factory=dict)
     files: dict[Place, str] = field(default_factory=dict)
-    """The file that what lies within a place comes from, where that is another."""
-    count: int = 0
-    """How many values were read."""
+    """The files of parts that come from another file, by place."""
 
     def where(self, place: Place) -> str:
         """`file:line` of the innermost known part of `place`."""
@@ -36,6 +34,17 @@ class Source:
         line = self.lines.get(place, 0)
         name = next((file for within, file in self.files.items() if place[: len(within)] == within != place), self.name)
         return f"{name}:{line}" if line > 0 else name if line == 0 else "command line"
+
+    def overridden(self, place: Place) -> list[Place]:
+        """The places within `place` that the command line set."""
+        return [at for at, line in self.lines.items() if line < 0 and at[: len(place)] == place]
+
+    def at(self, place: Place) -> Any:
+        """The data at a place."""
+        value = self.data
+        for key in place:
+            value = value[key]
+        return value
 
     def embed(self, key: str, other: "Source") -> None:
         """Put the data of another file under `key`; errors go on naming that file and its lines."""
@@ -67,11 +76,6 @@ def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
     line = node.start_mark.line + 1
     source.lines.setdefault(place, line)
     where = f"{source.name}:{line}"
-    source.count += 1
-    if len(place) > yaml_files.DEEPEST:
-        raise UserError(f"{where}: nested deeper than any recipe; does an alias (*) stand inside itself?")
-    if source.count > yaml_files.MOST:
-        raise UserError(f"{where}: more than {yaml_files.MOST} values once aliases (*) are filled in")
     if isinstance(node, yaml.MappingNode):
         yaml_files.check_collection(node, where)
         data: dict[str, Any] = {}
@@ -111,7 +115,7 @@ def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
 
 
 def word_at(source: Source, place: Place, value: Any) -> tuple[str, dict[str, Any]]:
-    """The word at a place, and its settings."""
+    """The word at a place, and the settings of the word. Raises `UserError` with the place."""
     try:
         return plugin.name_and_settings(value)
     except UserError as error:
@@ -119,7 +123,7 @@ def word_at(source: Source, place: Place, value: Any) -> tuple[str, dict[str, An
 
 
 def with_suite(source: Source) -> None:
-    """Put the tasks of the suite that a recipe names where its name stands."""
+    """Replace the name of a suite in a recipe by the tasks of the suite."""
     suite = source.data.get("evaluate")
     if not isinstance(suite, str):
         return
@@ -132,8 +136,16 @@ def with_suite(source: Source) -> None:
     source.embed("evaluate", found)
 
 
+def to_flow(value: object) -> str:
+    """A value as YAML in one line."""
+    plain = json.loads(json.dumps(value, default=str))
+    return (
+        str(yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)).split("\n...")[0].strip()
+    )
+
+
 def to_yaml(plain: Mapping[str, Any]) -> str:
-    """YAML as a person would write it."""
+    """Block-style YAML, with keys in the given order."""
     return str(
         yaml.safe_dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True, width=110)
     )

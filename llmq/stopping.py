@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM end a command at once, in one line and with exit code 130 or 143.
 
-Nothing is raised where the signal came: libraries swallow such errors, turn them into others, and C++ that called back
-into Python ends by them (`std::terminate`). Nothing need be undone either: what lies on disk is whole at every moment,
-as a SIGKILL leaves it, too.
+No exception is raised at the signal: libraries swallow such errors or turn them into others, and C++ that called back
+into Python ends by them (`std::terminate`). Nothing need be undone either: files on disk are whole at every moment,
+even after a SIGKILL.
 """
 
 import _thread
@@ -16,22 +16,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 0.5
-"""Seconds for Python to hear a signal. Within a long native call it does not, and a thread ends the process."""
+"""Seconds for Python to handle a signal; in a long native call it cannot, and a thread ends the process."""
 
 resumable: Path | None = None
 """The folder of a run that has begun and not ended."""
 at_end: list[Callable[[], None]] = []
-"""What is done first where a signal ends the process: quick, and of use to somebody."""
+"""Quick actions to run before a signal ends the process."""
+gently: Callable[[], bool] | None = None
+"""Called at each SIGINT while it is set, in a thread of its own; the signal ends the process where it returns False."""
 _ending = threading.Lock()
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Answer the signals while a command runs."""
+    """Handle SIGINT and SIGTERM inside the block."""
     restore = _install() if threading.current_thread() is threading.main_thread() else None
     try:
         yield
@@ -44,7 +45,6 @@ def handled() -> Iterator[None]:
 
 
 def _line() -> str:
-    """That the command was stopped, and how to go on where that is possible."""
     if not resumable:
         return "llmq: stopped"
     recipe, out = shlex.quote(str(resumable / "recipe.yaml")), shlex.quote(str(resumable))
@@ -53,33 +53,54 @@ def _line() -> str:
 
 def _install() -> Callable[[], None]:
     """Take the signals over; returns a function that gives them back."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
     heeded = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # as nohup and a shell's & wish it
-    before: dict[int, Any] = {s: signal.signal(s, _end) for s in heeded}
+    before = {s: signal.signal(s, _end) for s in heeded}
+    unwatch = _watched()
+
+    def restore() -> None:
+        unwatch()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore
+
+
+def _watched() -> Callable[[], None]:
+    """Start a thread that receives the signals, too; returns a function that ends the thread."""
+    try:
+        reader, writer = os.pipe()
+    except OSError:  # no file may be opened any more: Python alone hears them
+        return lambda: None
+    os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # Not `threading.Thread`: its `start` waits for ever where there is no memory for the new thread's first steps.
     _thread.start_new_thread(_watch, (reader,))
 
-    def restore() -> None:
+    def unwatch() -> None:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(writer)
 
-    return restore
+    return unwatch
 
 
 def _watch(reader: int) -> None:
     """End the process where Python does not hear the signal; the wake-up is written while native code runs, too."""
     while told := os.read(reader, 1):
-        if told[0] in SIGNALS:
+        if told[0] == signal.SIGINT and gently:
+            if not gently():
+                _stop(told[0])
+        elif told[0] in SIGNALS:
             time.sleep(PATIENCE)
-            _end(told[0])
+            _stop(told[0])
     os.close(reader)
 
 
-def _end(number: int, frame: FrameType | None = None) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
+    if number != signal.SIGINT or not gently:  # else the thread asks, once a signal
+        _stop(number)
+
+
+def _stop(number: int) -> None:
     if not _ending.acquire(blocking=False):  # the other thread is at it, and ends the process in a moment
         time.sleep(1)
         os._exit(128 + number)
@@ -93,7 +114,7 @@ def _end(number: int, frame: FrameType | None = None) -> None:
 
 
 def _forget() -> None:
-    """A worker that was forked dies by its own signals, and wakes no watch of its parent."""
+    """Give a forked worker the default handlers, so that a signal to the worker does not wake its parent."""
     taken = [s for s in SIGNALS if signal.getsignal(s) is _end]
     if taken:
         signal.set_wakeup_fd(-1)

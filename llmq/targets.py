@@ -1,16 +1,17 @@
-"""What `llmq eval` can be pointed at."""
+"""The targets of `llmq eval`: a model, a stage, or all stages of a run."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq import plugin, run_paths, run_recipe
+from llmq import plugin, recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
 from llmq.recipe import suite_tasks
+from llmq.runs import paths as run_paths
 from llmq.source import Source, find, read
-from llmq.types import Context, Task
+from llmq.types import Context, Step, Task
 
 Bring = Callable[[Context], Artifact]
 
@@ -18,15 +19,15 @@ Bring = Callable[[Context], Artifact]
 def stages_of(
     target: str, model: str, asked: Any, changes: Iterable[str] = ()
 ) -> tuple[dict[str, Bring], Sequence[Task]]:
-    """How to bring each stage that `target` means, and the tasks asked for, checked to suit it.
+    """A function that brings each stage of `target`, and the tasks asked for, checked to suit it.
 
-    Of a run or its stage they read what the run's recipe read, unless they, or the `changes`, say otherwise.
+    Tasks about a run or a stage read the data of the run's recipe, unless they, or the `changes`, name other data.
     """
-    artifacts, job = _artifacts(Path(target)), run_recipe.of(target)
+    artifacts, job = _artifacts(Path(target)), recipe.of_run(target)
     source = Source("command line", {"model": {model: {"weights": target}}, "evaluate": asked})
     for change in in_order(changes):
         if artifacts and change.startswith("model."):
-            raise UserError(f"override {change!r}: {target!r} is a stage, and says itself how it is opened")
+            raise UserError(f"override {change!r}: {target!r} is a stage, and artifact.json names its family")
         fold(source, change, ())
     if not artifacts:
         opener: Any = plugin.build(source.data["model"], "models")
@@ -37,19 +38,35 @@ def stages_of(
     try:
         tasks = suite_tasks(source.data["evaluate"], source, kind, *before)
     except UserError as error:
-        raise UserError(f"{error}{run_recipe.lost(job)}") from None
+        raise UserError(f"{error}{recipe.lost(job)}") from None
     return {name: _ready(a) for name, a in artifacts.items()}, tasks
 
 
+def last_stage(target: str, family: str) -> tuple[str, Bring]:
+    """The name of a stage, or of the last one of a run, and the function that brings it."""
+    stages, _ = stages_of(target, family, [])
+    return list(stages.items())[-1]
+
+
+def exporting(to: str, changes: Iterable[str]) -> Step:
+    """The step that writes the format `to`, with settings from `KEY=VALUE`."""
+    source = Source("command line", {"steps": [{f"export.{to}": {}}]})
+    for change in in_order(changes):
+        fold(source, f"export.{to}.{change}", ())
+    step: Step = recipe.part(source, ("steps", 0), source.data["steps"][0], None)
+    step.check()
+    return step
+
+
 def _artifacts(folder: Path) -> dict[str, Artifact]:
-    """The stage in a folder, or the stages of the run in it, from the one on that the others are set beside."""
+    """The stage in a folder, or the stages of a run from the baseline on."""
     is_stage = (folder / "artifact.json").is_file()
-    if is_stage or run_recipe.is_run(folder):
+    if is_stage or recipe.is_run(folder):
         home = folder.resolve().parent
         run_paths.check(home if is_stage and (home / "recipe.yaml").is_file() else folder)
     if is_stage:
         return {folder.resolve().name: _load(folder)}
-    if not run_recipe.is_run(folder):
+    if not recipe.is_run(folder):
         return {}
     stages = [f.parent for f in folder.glob("*/artifact.json") if f.parent.name.split("-")[0].isdecimal()]
     found = sorted(stages, key=lambda f: int(f.name.split("-")[0]))
@@ -57,7 +74,7 @@ def _artifacts(folder: Path) -> dict[str, Artifact]:
         raise UserError(f"{str(folder)!r} is a run without a whole stage")
     said = read(folder / "recipe.yaml").data
     baseline = said.get("baseline") if isinstance(said, dict) else None
-    # Stages before the one that the others are set beside are nets yet to be trained.
+    # Stages before the baseline are networks yet to be trained.
     first = next((i for i, f in enumerate(found) if baseline in (f.name, f.name.partition("-")[2])), 0)
     return {f.name: _load(f) for f in found[first:]}
 
@@ -79,17 +96,19 @@ def _ready(artifact: Artifact) -> Bring:
 
 
 def asked_for(
-    suite: str | None, tasks: str | None, limit: int | None, data_dir: Path | None, allow_code: bool, batch_size: str
+    suite: str | None, tasks: str | None, limit: int | None = None, batch_size: str = "auto", **settings: Any
 ) -> Any:
-    """What `llmq eval` was asked to measure: the name of a suite, or tasks with what was said of them folded in."""
+    """The `evaluate` entry that the options of `llmq eval` stand for: the name of a suite, or a list of tasks.
+
+    `settings` go to every task that has a setting of that name, unless they are empty.
+    """
     if bool(suite) == bool(tasks):
         raise UserError("eval needs either --suite NAME or --tasks a,b,c")
     if limit and not tasks:
         raise UserError(f"--limit {limit} goes with --tasks; a suite says its own limits")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) and tasks):
         raise UserError(f"--batch-size {batch_size}: a whole number, with --tasks, or 'auto'")
-    said: dict[str, Any] = {"data_dir": str(data_dir)} if data_dir else {}
-    said |= {"allow_code": True} if allow_code else {}
+    said = {key: value for key, value in settings.items() if value not in (None, False)}
     if suite:
         return _with(read(find("evals", suite)).data, said) if said else suite
     said |= {"limit": limit} if limit else {}
@@ -98,7 +117,7 @@ def asked_for(
 
 
 def _with(entries: Any, said: dict[str, Any]) -> Any:
-    """The entries of a suite, what was said given to those that know it."""
+    """The entries of a suite, with each option given to the tasks that have such a setting."""
     if not isinstance(entries, list):
         return entries
     told = []
@@ -108,5 +127,5 @@ def _with(entries: Any, said: dict[str, Any]) -> Any:
         mine = {k: v for k, v in said.items() if k in known}
         told.append({word: {**settings, **mine}} if mine else entry)
     if told == entries:
-        raise UserError(f"--{min(said).replace('_', '-')}: no task of this suite reads what it names")
+        raise UserError(f"--{min(said).replace('_', '-')}: no task of this suite has such a setting")
     return told

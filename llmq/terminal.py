@@ -1,4 +1,4 @@
-"""What is said while work goes on. Bars only where somebody watches; everything said is kept in the run's log."""
+"""Messages, which the log of the run keeps as well, and progress bars, which appear on a terminal only."""
 
 import sys
 import time
@@ -6,12 +6,12 @@ import traceback
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
-from llmq import faults, processes
-from llmq.harmless import visible
+from llmq import processes
+from llmq.errors import note_folder, noted, visible
 
 T = TypeVar("T")
 KEPT = "traceback kept in "
@@ -20,7 +20,7 @@ _logs: list[Path] = []
 
 
 def say(message: str) -> None:
-    """One line to the person and to the log of the run; of several processes only the first speaks."""
+    """Print one line, and write it to the log of the run; of several processes only the first does so."""
     if not processes.is_first():
         return
     console.print(visible(message), markup=False, soft_wrap=True)
@@ -28,7 +28,7 @@ def say(message: str) -> None:
 
 
 def log(message: str) -> None:
-    """Write something to the log of the run alone."""
+    """Write a message to the log of the run alone."""
     for file in _logs:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {visible(message)}\n")
@@ -36,12 +36,12 @@ def log(message: str) -> None:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Keep what is said in a file too, and where in the code it went wrong if it does."""
+    """Keep messages in a file too, and the traceback of an error."""
     _logs.append(path)
     try:
         yield
     except BaseException as error:
-        faults.note_folder(error, path.parent)
+        note_folder(error, path.parent)
         keep_traceback(error, path)
         raise
     finally:
@@ -49,7 +49,7 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 def keep_traceback(error: BaseException, path: Path) -> None:
-    """Add the traceback of an error to a file, and note on the error where that is; once, and only where it can be."""
+    """Add the traceback of an error to a file, and note the file on the error; once, and if it can be written."""
     if kept_traceback(error):
         return
     # The disk may be full, or the folder gone: that must not hide the error itself.
@@ -61,8 +61,7 @@ def keep_traceback(error: BaseException, path: Path) -> None:
 
 def kept_traceback(error: BaseException) -> str:
     """The file that holds the traceback of an error; empty if none does."""
-    notes = getattr(error, "__notes__", ())
-    return next((note.removeprefix(KEPT) for note in notes if note.startswith(KEPT)), "")
+    return noted(error, KEPT)
 
 
 class Bar:
@@ -71,30 +70,20 @@ class Bar:
     def __init__(self, title: str, total: int | None, start: int = 0):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns: list[Any] = [
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        ]
-        self._began = time.perf_counter()
+        name = TextColumn("  {task.description}", markup=False)
+        note = TextColumn("{task.fields[note]}", markup=False)
+        columns = name, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), note
         hidden = not (sys.stderr.isatty() and processes.is_first())
         self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
         self._task = self._progress.add_task(title, total=total, completed=start, note="")
         self._progress.start()
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since it began."""
-        return time.perf_counter() - self._began
-
     def advance(self, note: str = "") -> None:
-        """One unit of work is done."""
+        """Count one unit of work as done."""
         self._progress.update(self._task, advance=1, note=note)
 
     def close(self) -> None:
-        """Take it off the screen."""
+        """Remove the bar from the screen."""
         self._progress.stop()
 
 

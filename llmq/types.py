@@ -4,66 +4,89 @@ A `Model` opens weights. `Step`s change them. `Task`s question them. `Data` feed
 `Artifact` at rest in a folder; opened, it is a `Loaded`. Every answer is a `Measurement`, or an `Exhibit` to look at.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypeVar
 
 from llmq.errors import LlmqError
-from llmq.needs import Needs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
     from llmq.artifact import Artifact
+    from llmq.predictors import Predictor
+    from llmq.sketch import Sketch, Work
+
+M = TypeVar("M", bound="Model", default="Model", covariant=True)
+"""The family of models that a step or a task works on."""
+M_co = TypeVar("M_co", bound="Model", default="Model", covariant=True)
+"""The family of a model at rest, or of an open one."""
 
 Better = Literal["higher", "lower", "unknown"]
 """The direction of a figure; of an unknown one there is no verdict and no gate."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """The demands of a step or task: positions for `tokens` at once; with `end_mark` a token that ends or pads texts.
+
+    Errors name `setting`, by which the user sets `tokens`; `tokens` is 0 if inputs never exceed the model's limit.
+    """
+
+    setting: str = ""
+    tokens: int = 0
+    end_mark: bool = False
+
+
 class Plugin(BaseModel):
-    """A recipe word: the class is its schema, its validation and its documentation."""
+    """A recipe word: the class is the schema, the validation and the documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @property
     def word(self) -> str:
-        """The path of the file that defines it: `quantize.bnb`."""
+        """The word in a recipe, which is the path of the file: `quantize.bnb`."""
         return type(self).__module__.removeprefix("llmq.")
 
     def parts(self) -> "Iterator[tuple[tuple[str | int, ...], Plugin]]":
-        """Every plug-in among its settings, however deep, after the place where it stands: `("data",)`, `("mix", 0)`.
+        """Every plug-in among the settings, however deep, after the place of each: `("data",)`, `("mix", 0)`.
 
-        What a step or a task reads is found here and nowhere else.
+        This method alone finds the data that a step or a task reads.
         """
         for place, part in _plugins_in(self, ()):
             yield place, part
             yield from (((*place, *within), inner) for within, inner in part.parts())
 
     def unset_data(self, kind: str) -> "Mapping[str, Data]":
-        """The data of it that nobody named, by field, and what it reads where a run of this kind has none of its own.
-
-        `reading` puts the run's own data there.
-        """
+        """The default data of each unset field; `reading` puts the run's own data there."""
         unset = [name for name in type(self).model_fields if name not in self.model_fields_set]
-        return {name: its for name in unset if isinstance(its := getattr(self, name), Data)}
+        return {name: data for name in unset if isinstance(data := getattr(self, name), Data)}
 
     def needs(self) -> Needs:
-        """What it needs of a language model, where it is a step or a task."""
+        """The demands of a step or a task on a language model."""
         return Needs()
 
-    def check(self) -> None:
-        """Raise `UserError` for what can be seen to be wrong before anything is loaded. Imports nothing heavy.
+    def smaller(self) -> "Iterator[Mapping[str, object]]":
+        """Settings in place of these that take less memory, the nearest first; `llmq plan` names the first that fit."""
+        return iter(())
 
-        Plug-ins among its settings are checked here: a word with a check of its own calls this one, too.
+    def check(self) -> None:
+        """Raise `UserError` for faults that show before anything is loaded. Imports nothing heavy.
+
+        This method checks the plug-ins among the settings, so an overriding method calls it, too.
         """
         for _, part in _plugins_in(self, ()):
             part.check()
 
 
 def _plugins_in(value: object, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Plugin]]:
-    """The outermost plug-ins in a value, in lists, mappings and settings within it."""
+    """The outermost plug-ins in a value, or in lists, mappings and settings within the value."""
     items: Iterable[tuple[str | int, object]] = ()
     if isinstance(value, BaseModel):
         items = ((name, getattr(value, name)) for name in type(value).model_fields)
@@ -71,31 +94,41 @@ def _plugins_in(value: object, place: tuple[str | int, ...]) -> Iterator[tuple[t
         items = value.items()
     elif isinstance(value, list | tuple | set | frozenset):
         items = enumerate(value)
-    for key, its in items:
-        if isinstance(its, Plugin):
-            yield (*place, key), its
+    for key, inner in items:
+        if isinstance(inner, Plugin):
+            yield (*place, key), inner
         else:
-            yield from _plugins_in(its, (*place, key))
+            yield from _plugins_in(inner, (*place, key))
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a run gives to each of its steps."""
+    """The device and the seed that a run gives to each of its steps."""
 
     device: str
     seed: int
 
 
 class Model(Plugin):
-    """How to open weights of one family; `suite` measures those of its kind where none is named."""
+    """A family of models, which opens weights; `suite` names the tasks where a recipe names none."""
 
     kind: ClassVar[str]
     suite: ClassVar[str]
 
     def check_trust(self) -> None:
-        """Raise `UserError` where it asks to run code that this command was not told to trust."""
+        """Raise `UserError` for a model that needs code which this command does not trust."""
 
-    def base(self, context: Context) -> "Artifact":
+    def sketch(self) -> "Sketch":
+        """The base as foretold from its configuration alone; neither weights nor data need be there."""
+        from llmq.sketch import Sketch
+
+        return Sketch((), "float32", unknown=f"{self.word} does not foretell its size")
+
+    def download(self) -> str:
+        """The repository that the weights must be fetched from; empty if they are here."""
+        return ""
+
+    def base(self, context: Context) -> "Artifact[Any]":
         """Bring the weights to this machine and return them untouched."""
         raise NotImplementedError
 
@@ -103,97 +136,122 @@ class Model(Plugin):
         """Load an artifact of this family, of any stage, ready for inference."""
         raise NotImplementedError
 
-    def probe(self, module: Any) -> "Sequence[Any]":
-        """What an open module answers to one fixed input, as tensors: the same for the same weights."""
+    def probe(self, module: "Module") -> "Sequence[Tensor]":
+        """The outputs of an open module for one fixed input: equal weights give equal outputs."""
         raise NotImplementedError
 
     def check_fits(self, artifact: "Artifact", needs: Mapping[str, Needs]) -> None:
-        """Raise `UserError` for parts that do not fit each other, or lack what a step or task, by its name, needs."""
+        """Raise `UserError` for parts that do not fit each other, or not the `needs` of each step or task by name."""
 
     def outputs_of(self, split: "Split") -> Mapping[int, str]:
-        """The class that each output stands for by its number alone, where no name that the weights know decides."""
+        """The class of each output, for weights that know classes by number alone; empty where names decide."""
         return {}
 
-    def clocks(self, loaded: "Loaded", speed: Any) -> "Iterable[Clock]":
-        """The units of work that tell how fast this family is; `speed` is the task that asks, with its settings."""
+    def clocks(self, loaded: "Loaded", workload: "Workload") -> "Iterable[Clock]":
+        """The units of work that tell how fast this family is."""
+        raise NotImplementedError
+
+    def runs_in(self, loaded: "Loaded") -> str:
+        """The runtime and its precision, said in the convention of every figure; empty if times alone say them."""
+        return ""
+
+    def predictor(self) -> "type[Predictor]":
+        """The settings and the work of `llmq predict` for this family."""
         raise NotImplementedError
 
 
-class Step(Plugin):
+class Step(Plugin, Generic[M]):
     """A change to a model: folder in, folder out; the input is never altered.
 
-    `requires` and `leaves` speak of the two states an artifact can be in (`packed`, `adapter`); the recipe loader folds
-    the one over the other before anything runs.
+    `requires` and `leaves` name the states of an artifact (`packed`, `adapter`, `runtime`) before and after the step;
+    the recipe loader checks that they fit before anything runs.
     """
 
-    suits: ClassVar[frozenset[str]]
+    suits: ClassVar[Collection[str]]
+    runtimes: ClassVar[Collection[str]] = frozenset({"torch"})
+    """The runtimes of the stages that the step takes; a stage in another runtime was exported, and is at its end."""
     requires: ClassVar[Mapping[str, bool]] = {}
-    leaves: ClassVar[Mapping[str, bool]] = {}
+    leaves: ClassVar[Mapping[str, bool | str]] = {}
     uses: ClassVar[Literal["training", "calibration", "comparison"]] = "calibration"
-    """The use it makes of its data. What is trained or calibrated on is what the tasks of the run read, too."""
+    """The use of the data. Tasks of the run read training data by default, or else calibration data."""
     writes: ClassVar[float] = 1.0
-    """The bytes it writes for each byte of the weights that it is given."""
+    """The bytes that the step writes for each byte of the weights before it."""
     in_every_process: ClassVar[bool] = False
-    """Whether the step shares its work out where a run has several processes; others are done by the first."""
+    """True for a step that shares its work among the processes of a run; the first process does all other steps."""
 
-    def check_base(self, base: "Artifact") -> None:
-        """Raise `UserError` for what the base, once it is there, shows to be wrong; called before the first step."""
+    def check_base(self, base: "Artifact[M]") -> None:
+        """Raise `UserError` for a base that the step cannot change; called before the first step."""
 
-    def space(self, artifact: "Artifact") -> int:
-        """About how many bytes it writes into its folder, checkpoints included; looked for before it begins."""
-        from llmq.files import bytes_of
+    @property
+    def calibration_windows(self) -> tuple[int, int]:
+        """The windows of text that the step calibrates on, and the tokens of each; none without a calibration."""
+        return 0, 0
 
-        return int(self.writes * bytes_of(artifact.weight_files()))
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The stage that the step will make of the one before, and the work of making it."""
+        from llmq.sketch import nothing_known
 
-    def apply(self, artifact: "Artifact", folder: Path, context: Context) -> "Artifact":
-        """Write the changed model into `folder` (empty, or what a killed run left there) and return it."""
+        return nothing_known(before, self.word)
+
+    def space(self, artifact: "Artifact[M]") -> int:
+        """The approximate bytes that the step writes, checkpoints included; they must be free before."""
+        return int(self.writes * sum(file.stat().st_size for file in artifact.weight_files()))
+
+    def apply(self, artifact: "Artifact[M]", folder: Path, context: Context) -> "Artifact":
+        """Write the changed model into `folder` (empty, or with leftovers of a killed run) and return the artifact."""
         raise NotImplementedError
 
 
-class Task(Plugin):
+class Task(Plugin, Generic[M]):
     """A question to a model. It overrides at least one of `score`, `against` and `clocks`."""
 
-    suits: ClassVar[frozenset[str]]
+    suits: ClassVar[Collection[str]]
     shapes: ClassVar[frozenset[str]] = frozenset()
-    """The shapes of examples that it can be asked on; empty: all that data of its kinds can have."""
+    """The shapes of examples that the task reads; empty for all shapes."""
 
     @property
     def name(self) -> str:
-        """What its measurements are filed under: `perplexity`."""
+        """The name in its measurements: `perplexity`."""
         return self.word.rpartition(".")[2]
 
     @property
     def figures_of(self) -> tuple[str, ...]:
-        """The names that its measurements can be filed under: its own, or those of the tasks that it stands for."""
+        """The names that measurements of the task can have: `name`, or the names of the tasks behind this one."""
         return (self.name,)
 
     def depends(self) -> "Mapping[str, Any] | None":
-        """What its answers depend on besides its settings, the `Data` among them, and the model.
+        """Facts that decide the answers besides the settings, their `Data` and the model.
 
-        Asked before anything is opened; raises `UserError` for data that is not there. Answers of a task that says so
-        are kept and used again (`answers`); those of a task that returns None never are.
+        Called before anything is opened; raises `UserError` for missing data. Answers of a task that returns facts are
+        kept for other runs (`answers`); those of a task that returns None are not.
         """
         return None
 
-    def check_base(self, base: "Artifact") -> None:
-        """Raise `UserError` for data that the model cannot be asked about; called before the first step."""
+    def check_base(self, base: "Artifact[M]") -> None:
+        """Raise `UserError` for data that does not suit the model; called before the first step."""
 
-    def score(self, loaded: "Loaded") -> "Iterable[Answer]":
+    def foresee(self, stage: "Sketch") -> "Work":
+        """The work of answering about one stage, with all that is timed."""
+        from llmq.sketch import Work
+
+        return Work(unknown=f"{self.word} does not foretell what it takes")
+
+    def score(self, loaded: "Loaded[M]") -> "Iterable[Answer]":
         """Answer about one stage that is open alone."""
         return ()
 
-    def against(self, loaded: "Loaded", base: "Loaded") -> "Iterable[Answer]":
+    def against(self, loaded: "Loaded[M]", base: "Loaded[M]") -> "Iterable[Answer]":
         """Answer about a stage beside the stage that all are compared with; both are open, and they differ."""
         return ()
 
-    def clocks(self, loaded: "Loaded") -> "Iterable[Clock]":
+    def clocks(self, loaded: "Loaded[M]") -> "Iterable[Clock]":
         """Units of work to be timed, in turn with those of every other stage."""
         return ()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples in two parts that share nothing, with the count of what became of every row read."""
+    """Training and held-out examples, which share nothing, with counts of the rows that were used or left out."""
 
     train: Sequence[Any]
     held_out: Sequence[Any]
@@ -201,22 +259,45 @@ class Split:
     counts: Mapping[str, int]
     sha256: str
     classes: tuple[str, ...] = ()
-    """What the labels of the examples stand for, where they have labels."""
+    """The names of the classes, by label; empty without labels."""
     unused: tuple[str, ...] = ()
-    """Columns of the data that nothing was made of."""
+    """Columns of the data that no example uses."""
+    pixel_size: float | None = None
+    """The side of a pixel of the images, of high-resolution ones in pairs, in micrometres; None if unknown."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The amount of data, known without reading: examples, pixels of an image as the network gets it, characters."""
+
+    train: int
+    held_out: int
+    pixels: int = 0
+    characters: tuple[int, int] = (0, 0)
+    """Of the text to learn from, and of the text held out."""
+
+    def windows(self, part: str, window: int, stride: int) -> int:
+        """The windows of tokens in a part, at four characters a token."""
+        characters = self.characters[1] + (self.characters[0] if part == "all" else 0)
+        tokens = characters // 4
+        return max(1, -(-max(0, tokens - window) // stride) + 1) if characters else 0
 
 
 class Data(Plugin):
     """A source of examples for the kinds of models that it suits."""
 
-    suits: ClassVar[frozenset[str]]
+    suits: ClassVar[Collection[str]]
     shapes: ClassVar[frozenset[str]] = frozenset()
-    """The shapes that its examples can have; empty where only reading tells."""
+    """The possible shapes of the examples; empty if only reading tells."""
 
     @classmethod
     def takes(cls, path: str) -> bool:
-        """Whether a bare path, where a recipe names data, means this data with that `path`."""
+        """True if a bare path in a recipe means this data with that `path`."""
         return False
+
+    def expected(self) -> Expected | None:
+        """The amount of data where it is known without reading; None where only reading tells."""
+        return None
 
     def read(self) -> Split:
         """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""
@@ -229,7 +310,7 @@ class Samples:
 
     The figure is the sum of `values` over the sum of `weights` (`mean`), its exponential (`exp`), or a quantile of the
     values (`quantile`). Without weights each sample weighs 1. `clusters` numbers the document of each sample where
-    several share one: what is drawn anew is then the document. `ids` names the document of each sample: two stages are
+    several share one: then whole documents are resampled. `ids` names the document of each sample: two stages are
     compared on the documents that both scored.
     """
 
@@ -245,9 +326,9 @@ class Samples:
 class Measurement:
     """One figure with everything needed to believe it. A standard error of None is unknown.
 
-    `exact` says that the figure was counted, not sampled (bytes, parameters): no standard error says so. Raises
-    `LlmqError` where the figure, its standard error or one of its samples is no finite number.
-    `chance` is what blind guessing would score, where that is known: 1 in 4 choices, or the size of a vocabulary.
+    `exact` says that the figure was counted, not sampled (bytes, parameters); no standard error can say so. Raises
+    `LlmqError` for a figure, a standard error or a sample that is no finite number.
+    `chance` is the score of blind guessing, where that is known: 1 in 4 choices, or the size of a vocabulary.
     """
 
     task: str
@@ -276,12 +357,31 @@ class Measurement:
                     which = f" of sample {i}" if len(values) > 1 else ""
                     raise LlmqError(f"{self.task}: the {what}{which} of {self.metric} is {value}, no finite number")
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Measurement":
+        """The figure in its JSON. Raises `KeyError` or `TypeError` for any other entry.
+
+        Before schema version 2 an entry has no `exact`: a single count had a standard error of 0 and no samples.
+        """
+        for name in ("task", "metric", "unit", "better", "convention"):
+            if not isinstance(data[name], str):
+                raise TypeError(f"{name!r} of a measurement is no text")
+        old = "exact" not in data
+        exact = data["stderr"] == 0 and data["n"] == 1 and not data.get("samples") if old else data["exact"]
+        if samples := data.get("samples"):
+            tuples = {k: tuple(samples[k]) for k in ("values", "weights", "clusters", "ids") if samples.get(k)}
+            if len({len(values) for values in tuples.values()}) > 1:
+                raise TypeError(f"the samples of {data['metric']!r} have parts of unlike length")
+            samples = Samples(**{**samples, **tuples})
+        return cls(**{**data, "samples": samples, "exact": exact})
+
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Something to look at: what a stage made of one input. The report sets the stages side by side.
+    """The output of a stage for one input, to look at. The report sets the stages side by side.
 
-    `picture` is a PNG; the pipeline keeps it as a file of the run and puts its path in `file`.
+    `picture` is a PNG; the pipeline keeps it as a file of the run and puts its path in `file`. `panels` names views of
+    one scene that lie side by side in the picture, all of one width; the page slides from one to the next.
     """
 
     task: str
@@ -291,11 +391,15 @@ class Exhibit:
     reference: str = ""
     picture: bytes = field(default=b"", compare=False, repr=False)
     file: str = ""
+    panels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "panels", tuple(self.panels))  # JSON has lists
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A file that a task leaves in the folder of the stage it was asked about, for others' tools to read."""
+    """A file for other tools, which a task leaves in the folder of a stage."""
 
     task: str
     file: str
@@ -317,8 +421,19 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """The work that a model is timed at, tokens for a language model and images for others, and the task that asks."""
+
+    task: str
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    rounds: int
+
+
+@dataclass(frozen=True)
 class Clock:
-    """One unit of work to be timed, and what its time says."""
+    """One unit of work to be timed, and the figures read off its time."""
 
     task: str
     run: Callable[[], None]
@@ -328,11 +443,11 @@ class Clock:
     rounds: int = 10
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An artifact opened on a device."""
+@dataclass
+class Loaded(Generic[M_co]):
+    """An artifact opened on a device: the network, and the tokenizer or the transform that makes inputs."""
 
     module: Any
     processor: Any
     device: str
-    artifact: "Artifact"
+    artifact: "Artifact[M_co]"

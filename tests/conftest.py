@@ -17,16 +17,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import tiny_text_models
-from pytest_socket import disable_socket
+from pytest_socket import disable_socket, socket_allow_hosts
 
 from llmq import trust
+from llmq.matrix import products
 
 ROOT = Path(__file__).parent.parent
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No test reaches a network, but one that says so."""
-    if item.get_closest_marker("network") is None:
+    """No test reaches a network, but one that says so; a `loopback` one talks to a server of its own."""
+    if item.get_closest_marker("loopback"):
+        socket_allow_hosts(["127.0.0.1"], allow_unix_socket=True)
+    elif item.get_closest_marker("network") is None:
         disable_socket(allow_unix_socket=True)
 
 
@@ -43,6 +46,12 @@ def _nothing_is_trusted() -> None:
     trust.given()
 
 
+@pytest.fixture(autouse=True)
+def _no_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run foretells its time by rates that a test need not wait two seconds for."""
+    monkeypatch.setattr("llmq.rates.measure", lambda kinds, device: dict.fromkeys([*kinds, "copy"], 1e9))
+
+
 @pytest.fixture
 def trusting() -> None:
     """Code that a test's own folder brings may run."""
@@ -56,6 +65,23 @@ def llmq_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMQ_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _products() -> None:
+    """All tests multiply bfloat16 as a run does, whatever test came before."""
+    products.widen()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread, for tests whose work is too small to share."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

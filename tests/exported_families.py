@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from llmq.artifact import Artifact
-from llmq.models.vision import Vision
-from llmq.types import Model
+from llmq.vision.family import ImageModel
 
 SIDE = 16
 
@@ -26,11 +25,12 @@ class TwoHeads(nn.Module):
         return self.near(x), self.far(x) - 4.5
 
 
-class Heads(Vision, Model):
+class Heads(ImageModel):
     """It takes images of any size."""
 
     kind: ClassVar[str] = "detector"
     any_size: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
     width: int = 96
 
@@ -43,15 +43,10 @@ class Heads(Vision, Model):
     def example(self, batch_size: int) -> Any:
         return torch.randn(batch_size, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
-    def check_split(self, split: Any) -> None:
-        from llmq.models.vision import the_shape
-
-        the_shape(split, "image/boxes", "the test's family")
-
 
 def base(folder: Any, **settings: Any) -> Artifact:
     """It at rest in `folder`, with random weights."""
-    from llmq.models.state import save_network
+    from llmq.vision.state import save_network
 
     model = Heads(**settings)
     torch.manual_seed(0)

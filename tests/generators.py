@@ -8,7 +8,7 @@ from helpers import CPU
 
 from llmq import plugin
 from llmq.artifact import Artifact
-from llmq.models.state import save_network
+from llmq.vision.state import save_network
 
 GAN = {"dcgan": {"features": 4, "latent_size": 8}}
 

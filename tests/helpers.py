@@ -1,8 +1,11 @@
 """Small things that several test files need."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from llmq import plugin
@@ -40,6 +43,21 @@ def adapter_bytes(artifact: Artifact) -> bytes:
     """The adapter's weights as they lie on disk."""
     assert artifact.adapter is not None
     return (artifact.adapter / "adapter_model.safetensors").read_bytes()
+
+
+@contextmanager
+def dying_at(step: int, monkeypatch: Any) -> Iterator[None]:
+    """Each training of a language model is interrupted after a step."""
+    from llmq.text import training
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Watch, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def reshaped(folder: Path, target: Path, **changes: int) -> Path:

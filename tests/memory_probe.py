@@ -14,8 +14,7 @@ from pathlib import Path
 from helpers import apply, base_of
 
 from llmq import environment
-from llmq.measure import release_memory
-from llmq.models.skeleton import Skeleton
+from llmq.environment import release_memory
 
 
 def resident() -> float:
@@ -30,6 +29,9 @@ def main() -> None:
     warm_up, folder, samples, length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     environment.prepare("cpu", 0, 2)
     with tempfile.TemporaryDirectory() as out:
+        # To cut a long text into tokens takes more than all that follows, and would hide it.
+        text = Path(out) / "text.jsonl"
+        text.write_text('{"text": "one two three four five six seven eight nine ten"}\n' * (samples * length // 10))
         apply("quantize.gptq", base_of(Path(warm_up)), Path(out) / "warm-up", samples=1, length=64, group_size=32)
         base = base_of(folder)
         release_memory("cpu")
@@ -44,10 +46,10 @@ def main() -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        apply("quantize.gptq", base, Path(out) / "quantized", samples=samples, length=length)
+        apply("quantize.gptq", base, Path(out) / "quantized", samples=samples, length=length, data=str(text))
         done = True
         watcher.join()
-    source = Skeleton.of(base)
+    source = base.model.skeleton(base, "cpu")
     block = sum(p.numel() for p in source.module.get_submodule(source.blocks[0]).parameters()) * 2
     activations = samples * length * source.config.hidden_size * 2
     files = sum(f.stat().st_size for f in base.weight_files())

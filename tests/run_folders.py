@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llmq.artifact import Artifact
-from llmq.estimates import figure
+from llmq.artifact import Artifact, Stage
 from llmq.files import write_json
 from llmq.questions import write_samples
-from llmq.report import Report, Stage
+from llmq.report import Report
+from llmq.statistics.estimates import figure
 from llmq.types import Measurement, Samples
 
 FACTS = {"data_sha256": {}, "libraries": {}}

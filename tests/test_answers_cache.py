@@ -9,8 +9,8 @@ import torch
 from helpers import CPU, apply, base_of
 
 from llmq import answers, environment, pipeline, plugin
+from llmq.harness import sources as harness_sources
 from llmq.report import Report
-from llmq.tasks import harness_sources
 from llmq.types import Attachment, Exhibit, Measurement, Samples
 
 PERPLEXITY = {"data": "pydoc", "limit": 2, "window": 32}
@@ -35,7 +35,7 @@ def task(**settings):
 
 def ask(artifact, asked=None, keep=True, device="cpu"):
     """The answers of one task, and whether they were there already."""
-    with answers.Interview(artifact, artifact, device, keep) as interview:
+    with answers.AnswerCache(artifact, artifact, device, keep) as interview:
         found = list(interview.score("perplexity", asked or task()))
         return found, bool(interview.reused)
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from llmq import plugin
 from llmq.errors import LlmqError, UserError
-from llmq.models.exported import ExportedModule
-from llmq.models.runtime import openvino
-from llmq.quantize import apart
-from llmq.quantize.exporting import export, write_graph
-from llmq.quantize.unfed import unfed_layers
+from llmq.openvino_runtime import GRAPH, openvino, write_graph
 from llmq.types import Context
+from llmq.vision import apart
+from llmq.vision.exported import ExportedModule
+from llmq.vision.exporting import export
+from llmq.vision.graph_layers import unfed_layers
 from tests.exported_families import Heads, TwoHeads, base
 
 CPU = Context("cpu", 0)
@@ -51,21 +51,21 @@ def test_one_process_does_job_after_job_and_another_takes_over_from_a_dead_one(
     graph, nobody_waits, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sys, "executable", dying_python(tmp_path, "none"))
-    apart.check_runs(graph, Heads(), [X])
+    apart.check_runs(graph, Heads().title, [X])
     (first,) = apart._waiting
-    apart.check_runs(graph, Heads(), [X])
+    apart.check_runs(graph, Heads().title, [X])
     assert apart._waiting == [first]
     os.kill(first.process.pid, signal.SIGSEGV)
     with pytest.raises(
         LlmqError, match=r"^the exported graph of tests\.\S+ ended OpenVINO \S+ by SIGSEGV, a fault of "
     ):
-        apart.check_runs(graph, Heads(), [X])
+        apart.check_runs(graph, Heads().title, [X])
     assert not apart._waiting
-    apart.check_runs(graph, Heads(), [X])
+    apart.check_runs(graph, Heads().title, [X])
     (second,) = apart._waiting
     assert second.process.pid != first.process.pid
     os.kill(second.process.pid, signal.SIGALRM)  # as after a while without a job: nothing was lost
-    apart.check_runs(graph, Heads(), [X])
+    apart.check_runs(graph, Heads().title, [X])
     (third,) = apart._waiting
     third.process.kill()
     assert third.end()[0] == -signal.SIGKILL
@@ -94,7 +94,7 @@ def test_a_graph_that_ends_who_runs_it_is_run_elsewhere_first(word, tmp_path, no
 
 def test_a_graph_that_ends_who_opens_it_is_opened_elsewhere_first(tmp_path, nobody_waits, monkeypatch):
     (tmp_path / "graph").mkdir()
-    write_graph(export(TwoHeads(7).eval(), Heads()), tmp_path / "graph")
+    write_graph(export(TwoHeads(7).eval(), Heads()), tmp_path / "graph" / GRAPH)
     monkeypatch.setattr(apart, "_waiting", [])
     monkeypatch.setattr(sys, "executable", dying_python(tmp_path, "run"))
     artifact = base(tmp_path / "base").then(plugin.build("quantize.float16"), weights=tmp_path / "graph")
@@ -108,17 +108,17 @@ def test_a_python_that_does_not_begin_says_why(graph, tmp_path, nobody_waits, mo
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(LlmqError, match=r"^the exported graph of .* failed: no module named so; "):
-        apart.check_runs(graph, Heads(), [X])
+        apart.check_runs(graph, Heads().title, [X])
 
 
 def test_what_the_user_got_wrong_stays_the_users_and_what_a_library_says_is_one_line(graph, tmp_path):
     step = plugin.build({"quantize.int8": {"ignored": ["trnk"]}})
     with pytest.raises(UserError, match="ignored: the network has no layer 'trnk'; did you mean 'trunk"):
-        apart.changed(step, Heads(), graph, [X])
+        apart.changed(step, Heads().title, graph, [X])
     (tmp_path / "model.xml").write_text("no graph")
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(LlmqError, match=r"^opening the exported tests\.\S+ failed: .*; keep layers in float") as error:
-        apart.check_opens(tmp_path, Heads())
+        apart.check_opens(tmp_path, Heads().title, X)
     assert "\n" not in str(error.value)
     assert not isinstance(error.value, UserError)
 
@@ -151,7 +151,7 @@ def test_layers_that_the_input_does_not_reach_stay_in_float_and_the_rest_is_righ
     assert unfed.startswith("__module.early/")
     x = model.example(2)
     step = plugin.build({"quantize.dynamic": {"compute_dtype": "float32"}})
-    changed = apart.changed(step, model, graph, [x])
+    changed = apart.changed(step, model.title, graph, [x])
     types = [o.get_element_type().get_type_name() for o in changed.get_ops() if o.get_type_name() == "Constant"]
     assert types.count("i8") == 2  # late and pixels
     with torch.inference_mode():

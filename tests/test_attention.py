@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmq import attention
-from llmq.attention import TILE, causal, tiled
+from llmq.text import attention
+from llmq.text.attention import TILE, causal, tiled
 
 quickly = settings(max_examples=25, deadline=None, database=None)
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -27,12 +27,7 @@ MODELS = {
 """Family -> its configuration: plain causal attention, sliding windows, soft caps, sinks, other names."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def states(rows, heads, groups, tokens, d, dtype=torch.float32):

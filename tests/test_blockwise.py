@@ -7,12 +7,13 @@ import torch
 from helpers import apply, base_of, logits_of, reshaped, some_ids
 from safetensors import safe_open
 
-from llmq import blockwise
-from llmq.blockwise import rewrite
-from llmq.calibration import TILE, Gathered
-from llmq.models.skeleton import Skeleton
-from llmq.quantize import gptq
-from llmq.quantize.gptq_format import TENSORS, from_tensors
+from llmq.layers import LayerChange
+from llmq.matrix.gptq_format import TENSORS, from_tensors
+from llmq.matrix.gram import TILE, Gram
+from llmq.text import blockwise
+from llmq.text.blockwise import rewrite
+from llmq.text.grids import Gptq
+from llmq.text.skeleton import Skeleton
 
 WINDOWS = some_ids(5, 48).tolist()
 FEW = {"samples": 3, "length": 40}
@@ -26,12 +27,7 @@ STEPS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +36,11 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(blockwise, "BATCH_TOKENS", 100)
 
 
-class Scaling:
-    """A method that scales each weight by `factor`, and notes what it was asked."""
+class Scaling(LayerChange):
+    """A change that scales each weight by `factor`, and notes what it was asked."""
 
     def __init__(self, factor=1.0, gathers="hessian", head=False, killed_at=None):
+        super().__init__({})
         self.factor, self.gathers, self.head, self.killed_at = factor, gathers, head, killed_at
         self.calls = []
 
@@ -55,9 +52,6 @@ class Scaling:
             raise KeyboardInterrupt
         self.calls.append((list(layers), None if gathered is None else gathered.clone()))
         return {layer: {"weight": weight * self.factor} for layer, weight in layers.items()}
-
-    def weight(self, layer, tensors):
-        return tensors["weight"]
 
 
 def rewritten(source, folder, method, windows=WINDOWS, sequential=True, dtype="float32"):
@@ -180,7 +174,7 @@ def test_not_in_sequence_it_sees_its_own_block_unchanged(tiny_llama, tmp_path):
 @pytest.mark.parametrize("width", [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5, 4 * TILE + 70])
 def test_the_gram_matrix_is_whole_however_many_tiles_it_is_made_of(width, dtype):
     batches = torch.randn(3, 2, 17, width, generator=torch.Generator().manual_seed(width)).to(dtype)
-    gathered = {what: Gathered(what) for what in ("hessian", "squares")}
+    gathered = {what: Gram(what) for what in ("hessian", "squares")}
     for batch in batches:
         for sums in gathered.values():
             sums.add(batch)
@@ -315,17 +309,17 @@ def test_the_same_seed_writes_the_same_bytes(word, tiny_llama, tiny_jsonl, tmp_p
 def test_a_killed_gptq_goes_on_to_the_same_bytes(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     settings = {**STEPS["quantize.gptq"], "data": str(tiny_jsonl)}
     apply("quantize.gptq", base_of(tiny_llama), tmp_path / "whole", **settings)
-    change = gptq._Gptq.change
+    change = Gptq.change
 
     def killed(self, layers, gathered):
         if "model.layers.1.mlp.up_proj" in layers:
             raise KeyboardInterrupt
         return change(self, layers, gathered)
 
-    monkeypatch.setattr(gptq._Gptq, "change", killed)
+    monkeypatch.setattr(Gptq, "change", killed)
     with pytest.raises(KeyboardInterrupt):
         apply("quantize.gptq", base_of(tiny_llama), tmp_path / "out", **settings)
-    monkeypatch.setattr(gptq._Gptq, "change", change)
+    monkeypatch.setattr(Gptq, "change", change)
     apply("quantize.gptq", base_of(tiny_llama), tmp_path / "out", **settings)
     assert_same_files(tmp_path / "out", tmp_path / "whole")
 

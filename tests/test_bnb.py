@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import apply, base_of, logits_of, reshaped, some_ids
 
-from llmq.quantize.bnb_layers import is_packed, is_packed_for_cpu, keep_unpacked, layers_4bit, weight_of
+from llmq.text.bnb_layers import is_packed, is_packed_for_cpu, keep_unpacked, layers_4bit, weight_of
 
 KINDS = [
     {"bits": 4, "quant_type": "nf4", "double_quant": True},

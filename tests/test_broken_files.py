@@ -195,7 +195,7 @@ def test_parquet_with_columns_of_every_kind_is_read(tmp_path):
     ],
 )
 def test_the_parts_of_a_text_are_the_text(tmp_path, text, held_out):
-    from llmq.tasks.windows import joined
+    from llmq.text.windows import joined
 
     made = File(path=write(tmp_path / "a.txt", text), held_out=held_out).read()
     parts = [row["text"] for row in (*made.train, *made.held_out)]

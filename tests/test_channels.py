@@ -19,11 +19,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.models.state import save_network
-from llmq.models.vision import Vision
-from llmq.prune.channel_cuts import figures, least_important
 from llmq.prune.channels import nothing
-from llmq.types import Model
+from llmq.prune.channels.cuts import figures, least_important
+from llmq.vision.family import ImageModel
+from llmq.vision.state import save_network
 
 
 class Concat(nn.Module):
@@ -114,7 +113,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Net(Vision, Model):
+class Net(ImageModel):
     """One of the networks above."""
 
     kind: ClassVar[str] = "classifier"
@@ -252,7 +251,7 @@ def test_the_scale_of_a_batch_norm_can_decide(tmp_path):
 @pytest.mark.parametrize(
     ("net", "settings", "says"),
     [
-        ("one-layer", {}, "what it makes is the network's output (1 layers, such as 0)"),
+        ("one-layer", {}, "its outputs are the network's output (1 layers, such as 0)"),
         ("no-layer", {}, "no convolution or linear layer"),
         ("generator", {"round_to": 64}, "32 channels less 50% are, in multiples of 64, as many"),
         ("generator", {"modules": {"": "skip"}}, "modules: skip (2 layers"),
@@ -278,8 +277,8 @@ def test_the_refusal_names_the_network():
 
 def test_what_no_shape_tells_is_found_by_trying(tmp_path):
     made = pruned(Net(net="shuffled"), tmp_path / "made")
-    assert made.notes["left"]["before"] == "taking them out would change what others compute"
-    assert made.notes["left"]["last"] == "what it makes is the network's output"
+    assert made.notes["left"]["before"] == "taking them out would change the outputs of other layers"
+    assert made.notes["left"]["last"] == "its outputs are the network's output"
 
 
 @given(
@@ -390,7 +389,7 @@ class Keeps(nn.Module):
 
 
 def test_a_kept_tensor_and_a_group_norm_without_a_bias_hinder_no_proof():
-    from llmq.prune.channel_proof import outputs, proven
+    from llmq.prune.channels.cuts import outputs, proven
 
     torch.manual_seed(0)
     norm = nn.GroupNorm(1, 16)

@@ -7,10 +7,10 @@ import pytest
 from chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, GEMMA, LLAMA_2, LLAMA_3, PHI_3, QWEN_3, TAGGED, TALK, ZEPHYR
 from tiny_text_models import trained_bpe
 
-from llmq.data import rows
-from llmq.data.conversation import Conversation
-from llmq.data.tokens import encode, encode_all, unused
 from llmq.errors import UserError
+from llmq.text import rows
+from llmq.text.conversation import Conversation
+from llmq.text.tokens import encode, encode_all, unused
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_text_that_begins_with_the_mark_gets_no_second_one(row, tokenizer_of):
 
 
 def test_windows_over_a_text_that_begins_with_the_mark_have_it_once(tokenizer_of):
-    from llmq.tasks.windows import windows_of
+    from llmq.text.windows import windows_of
 
     tokenizer = tokenizer_of(LLAMA_2, begins=True)
     text = "one two three four five six seven"

@@ -7,8 +7,9 @@ import pytest
 from helpers import adapter_bytes, apply, base_of
 from test_train import Tiny, trained, weights
 
-from llmq import plugin
-from llmq.adapt import checkpoints, loop, training
+from llmq import checkpoints, plugin
+from llmq.text import training
+from llmq.vision import loop
 
 LORA = {"r": 2, "max_length": 64, "per_device_train_batch_size": 2, "lora_dropout": 0.1, "max_steps": 6}
 NOISY = ("seconds", "tokens_per_second", "examples_per_second")
@@ -166,7 +167,7 @@ def test_an_image_model_killed_at_any_step_goes_on_to_the_same_bytes_and_counts(
 ):
     model, settings = Tiny(judges=judges), {"max_steps": 5, "save_steps": 2, "lr_scheduler_type": schedule}
     whole = trained(tmp_path / "whole", model, **settings)
-    step = loop._step
+    step = loop.Run.step
     for at in range(5):
         with monkeypatch.context() as patch:
 
@@ -175,7 +176,7 @@ def test_an_image_model_killed_at_any_step_goes_on_to_the_same_bytes_and_counts(
                     raise KeyboardInterrupt
                 return step(*args)
 
-            patch.setattr(loop, "_step", die)
+            patch.setattr(loop.Run, "step", die)
             with pytest.raises(KeyboardInterrupt):
                 trained(tmp_path / f"killed-{at}", model, **settings)
         resumed = trained(tmp_path / f"killed-{at}", model, **settings)
@@ -188,7 +189,7 @@ def test_an_image_model_killed_at_any_step_goes_on_to_the_same_bytes_and_counts(
 def test_an_image_model_goes_on_from_the_checkpoint_before_a_damaged_one(how, tmp_path, monkeypatch, capsys):
     whole = trained(tmp_path / "whole", save_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_check_state", lambda players, step, folder: 1 / (step < 12))
+        patch.setattr(loop.Run, "check_state", lambda run, step: 1 / (step < 12))
         with pytest.raises(ZeroDivisionError):
             trained(tmp_path / "killed", save_steps=2)
     spoil("state.pt", how)(tmp_path / "killed")

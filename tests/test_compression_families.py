@@ -1,7 +1,7 @@
 """Every family of language models that people bring: quantized and pruned, opened again, and opened elsewhere."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llmq.artifact import Artifact
-from llmq.models.packed import packed_layers
+from llmq.text.packed import packed_layers
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 16}
@@ -43,13 +43,7 @@ FEW = {"samples": 4, "length": 32}
 IDS = some_ids()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of 64 columns are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices of 64 columns are not worth a second
 
 
 @pytest.fixture(scope="module")

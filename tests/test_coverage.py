@@ -1,5 +1,6 @@
 """Nominal 95 % intervals hold the truth in 93 to 97 of 100 simulated runs, and of few samples in 93 at least."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from llmq import proportions, resampling
-from llmq.estimates import Estimate, alone, difference, ratio
-from llmq.proportions import Table
+from llmq.statistics import proportions, resampling
+from llmq.statistics.estimates import Estimate, alone, difference, ratio
+from llmq.statistics.proportions import Table
 from llmq.types import Samples
 
 Generator = np.random.Generator
@@ -157,14 +158,17 @@ def ratio_of_heavy_means(rng: Generator, n: int) -> Drawn:
     return ratio(samples(1.3 * load * rng.lognormal(0, 0.5, n)), samples(load * rng.lognormal(0, 0.5, n))), 1.3
 
 
+NORMAL = of_a_difference(lambda rng, n: rng.normal(0.3, 1, n), 0.3)
+EXPONENTIAL = of_a_difference(lambda rng, n: rng.exponential(1, n), 1.0)
+SELDOM_DIFFERENT = of_a_difference(seldom_different, 0.1)
 HALF_NORMAL = 0.01 * (2 / math.pi) ** 0.5
 FEW = (8, 20)
 FEW_SKEWED = (8, 12, 20, 30)
 FROM_8 = [
-    Case("normal", of_a_difference(lambda rng, n: rng.normal(0.3, 1, n), 0.3), FEW),
-    Case("exponential", of_a_difference(lambda rng, n: rng.exponential(1, n), 1.0), FEW_SKEWED),
+    Case("normal", NORMAL, FEW),
+    Case("exponential", EXPONENTIAL, FEW_SKEWED),
     Case("log-normal (1)", of_a_difference(lambda rng, n: rng.lognormal(0, 1, n), math.exp(0.5)), FEW_SKEWED),
-    Case("one in five not 0", of_a_difference(seldom_different, 0.1), FEW),
+    Case("one in five not 0", SELDOM_DIFFERENT, FEW),
     Case("one in ten far off", of_a_difference(mixed, 0.5), FEW_SKEWED),
     Case("losses of beta (0.5, 4)", graded_loss(lambda rng, n: rng.beta(0.5, 4, n), 1 / 9), FEW_SKEWED),
     Case("beta (0.5, 0.5) alone", alike(lambda rng, n: rng.beta(0.5, 0.5, n), 0.5), FEW),
@@ -217,12 +221,12 @@ def two_shares(low: float, high: float, lost: float, gained: float, *, as_ratio:
 
 
 CASES = [
-    Case("normal", of_a_difference(lambda rng, n: rng.normal(0.3, 1, n), 0.3)),
-    Case("exponential", of_a_difference(lambda rng, n: rng.exponential(1, n), 1.0)),
+    Case("normal", NORMAL),
+    Case("exponential", EXPONENTIAL),
     Case("log-normal", of_a_difference(lambda rng, n: rng.lognormal(0, 0.5, n), math.exp(0.125))),
     Case("Laplace", of_a_difference(lambda rng, n: rng.laplace(0.2, 1, n), 0.2)),
     Case("t4", of_a_difference(lambda rng, n: rng.standard_t(4, n), 0.0)),
-    Case("seldom-different", of_a_difference(seldom_different, 0.1)),
+    Case("seldom-different", SELDOM_DIFFERENT),
     Case("perplexity-ratio", perplexity_ratio),
     Case("perplexity-difference", perplexity_difference),
     Case("ratio-of-means", ratio_of_skewed_means),
@@ -239,17 +243,39 @@ CASES = [
 ]
 
 
-def drawn(case: Case, n: int, runs: int) -> tuple[list[Estimate], list[float]]:
+@functools.cache  # the table of the documentation asks for much of what its cases were asked before
+def drawn(draw: Callable[[Generator, int], Drawn], n: int, runs: int) -> tuple[list[Estimate], list[float]]:
     """The estimates of many runs, and the truths behind them."""
     rng = np.random.default_rng(2026)
-    found, truths = zip(*(case.draw(rng, n) for _ in range(runs)), strict=True)
+    found, truths = zip(*(draw(rng, n) for _ in range(runs)), strict=True)
     assert None not in found
     return list(found), list(truths)
 
 
 def covered(case: Case, n: int, runs: int) -> float:
     """The share of runs whose interval holds the truth."""
-    return float(np.mean([e.low <= truth <= e.high for e, truth in zip(*drawn(case, n, runs), strict=True)]))
+    return float(np.mean([e.low <= truth <= e.high for e, truth in zip(*drawn(case.draw, n, runs), strict=True)]))
+
+
+def is_covered(case: Case, n: int, least: float, most: float = 1.0) -> bool:
+    """Whether the share of runs whose interval holds the truth lies between two bounds.
+
+    Runs end where the share's own 99 % interval lies between them; the bound decides after 2,000 runs.
+    """
+    if any(case.draw is told.draw for told in TOLD):  # the table of the documentation needs all of its runs
+        return least <= covered(case, n, 2000) <= most
+    rng = np.random.default_rng(2026)
+    held = runs = 0
+    while runs < 2000:
+        for estimate, truth in (case.draw(rng, n) for _ in range(250)):
+            assert estimate is not None
+            held += estimate.low <= truth <= estimate.high
+        runs += 250
+        share = held / runs
+        off = 2.58 * math.sqrt(share * (1 - share) / runs)
+        if least <= share - off and share + off <= most:
+            return True
+    return least <= share <= most
 
 
 @pytest.mark.slow
@@ -267,7 +293,7 @@ def pairs_of(cases: list[Case]) -> list[tuple[Case, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "n"), pairs_of(CASES), ids=lambda v: getattr(v, "name", v))
 def test_95_percent_intervals_cover_93_to_97_percent(case, n):
-    assert 0.93 <= covered(case, n, 2000) <= (0.97 if n >= 50 else 1)
+    assert is_covered(case, n, 0.93, 0.97 if n >= 50 else 1)
 
 
 @pytest.mark.parametrize("case", FROM_8, ids=lambda c: c.name)
@@ -279,7 +305,7 @@ def test_intervals_of_8_pairs_cover_roughly_in_a_few_runs(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "n"), pairs_of(FROM_8), ids=lambda v: getattr(v, "name", v))
 def test_intervals_of_few_pairs_cover_93_percent(case, n):
-    assert covered(case, n, 2000) >= 0.93
+    assert is_covered(case, n, 0.93)
 
 
 def table(text: str) -> dict[str, list[str]]:
@@ -293,7 +319,7 @@ def table(text: str) -> dict[str, list[str]]:
 def test_what_the_table_says_of_coverage_and_width_is_so(case):
     said = table(resampling.__doc__ or "")
     for n, cell in zip(said["samples"], said[case.name], strict=True):
-        found, truths = drawn(case, int(n), 2000)
+        found, truths = drawn(case.draw, int(n), 2000)
         share = np.mean([e.low <= truth <= e.high for e, truth in zip(found, truths, strict=True)])
         wide = np.median([(e.high - e.low) / (2 * stats.t.ppf(0.975, e.n - 1) * e.stderr) for e in found])
         assert cell == f"{share:.2f} {wide:.1f}x", n
@@ -348,4 +374,4 @@ def test_what_the_table_says_of_flips_is_so(place):
 @pytest.mark.parametrize("n", [20, 50, 100])
 @pytest.mark.parametrize("near", [two_shares(0.9, 1.0, 0.1, 0.5), two_shares(0.0, 0.1, 0.5, 0.1)], ids=["1", "0"])
 def test_where_hardly_an_answer_changes_intervals_cover_too_much_and_never_too_little(near, n):
-    assert covered(Case("", near), n, 2000) >= 0.93
+    assert is_covered(Case("", near), n, 0.93)

@@ -3,6 +3,7 @@
 import ast
 import csv
 import datetime
+import importlib.util
 import json
 import re
 
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.data import continuations, docstrings, rows
+from llmq.data import docstrings
 from llmq.data.docstrings import QUESTION, Docstrings
 from llmq.data.file import File
 from llmq.data.pydoc import SHARED_PARAGRAPH, Pydoc
 from llmq.errors import UserError
-from llmq.tasks.windows import joined
+from llmq.files import bundled
+from llmq.text import rows
+from llmq.text.windows import joined
 
 quickly = settings(max_examples=60, deadline=None, database=None)
 
@@ -113,7 +116,7 @@ few_texts = st.lists(st.sampled_from("abcdefghij").map(lambda c: {"text": c}), m
 @quickly
 @given(few_texts, st.floats(0, 0.9), st.none() | st.integers(1, 50))
 def test_equal_rows_fall_on_one_side_and_the_counts_add_up(many, share, limit):
-    made = rows.split(many, "text", share, limit)
+    made = rows.split(rows.Gathered(many), "text", share, limit)
     train, held_out = ({r["text"] for r in side} for side in (made.train, made.held_out))
     assert not train & held_out
     used = many[:limit] if limit else many
@@ -126,16 +129,19 @@ def test_equal_rows_fall_on_one_side_and_the_counts_add_up(many, share, limit):
 @quickly
 @given(st.integers(1, 60), st.floats(0, 0.9))
 def test_of_rows_that_all_differ_the_share_asked_for_is_set_aside(n, share):
-    held_out = rows.split([{"text": str(i)} for i in range(n)], "text", share, None).held_out
+    held_out = rows.split(rows.Gathered([{"text": str(i)} for i in range(n)]), "text", share, None).held_out
     # At least one on either side: a share of few rows would round to none, or to all.
     assert len(held_out) == (min(max(1, round(share * n)), n - 1) if share and n > 1 else 0)
 
 
 def test_a_row_stays_on_its_side_when_the_others_are_shuffled():
     many = [{"text": str(i)} for i in range(40)]
-    one, other = rows.split(many, "text", 0.3, None), rows.split(many[::-1], "text", 0.3, None)
+    one, other = (
+        rows.split(rows.Gathered(many), "text", 0.3, None),
+        rows.split(rows.Gathered(many[::-1]), "text", 0.3, None),
+    )
     assert one.held_out == other.held_out[::-1]
-    assert rows.split(many, "text", 0.3, None) == one
+    assert rows.split(rows.Gathered(many), "text", 0.3, None) == one
 
 
 def test_the_hash_of_a_split_depends_on_rows_and_sides():
@@ -420,7 +426,17 @@ def test_a_form_feed_does_not_move_the_lines(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def questions():
+def continuations():
+    """The file of lm-eval's task `pydoc_continuation`."""
+    file = bundled("evals") / "lm_eval" / "pydoc_continuation.py"
+    spec = importlib.util.spec_from_file_location("pydoc_continuation", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def questions(continuations):
     return continuations.questions()
 
 
@@ -441,7 +457,7 @@ def test_every_place_is_right_about_as_often_as_another(questions):
     assert all(0.12 < labels.count(i) / len(labels) < 0.4 for i in range(4))
 
 
-def test_questions_are_the_same_every_time_and_written_once(questions, tmp_path, monkeypatch):
+def test_questions_are_the_same_every_time_and_written_once(continuations, questions, tmp_path, monkeypatch):
     monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
     path = continuations.file()
     assert path.is_relative_to(tmp_path)

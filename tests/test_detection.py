@@ -12,13 +12,13 @@ from PIL import Image
 from pycocotools import coco, cocoeval
 
 from llmq import plugin
-from llmq.data.images import Example, make_split
 from llmq.errors import UserError
-from llmq.models.detector import Detections
-from llmq.statistics import compare
+from llmq.statistics.compare import compare
 from llmq.tasks import detection
-from llmq.tasks.average_precision import AREAS, THRESHOLDS, Match, influences, mean_average_precision, overlap
 from llmq.types import Exhibit, Measurement
+from llmq.vision.average_precision import AREAS, THRESHOLDS, Match, influences, mean_average_precision, overlap
+from llmq.vision.detector import Detections
+from llmq.vision.images import Example, make_split
 
 
 def some_world(seed: int, images: int = 40, classes: int = 4) -> tuple[list[Example], list[Detections]]:
@@ -49,7 +49,7 @@ def some_boxes(rng: Any, n: int) -> Any:
 
 def matches_of(examples: Any, found: Any, **how: Any) -> list[Match]:
     """Each image's match."""
-    return [Match.of(e.boxes, e.labels, f, **how) for e, f in zip(examples, found, strict=True)]
+    return [Match.of(e, f, **how) for e, f in zip(examples, found, strict=True)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -160,10 +160,7 @@ def as_read(data: dict[str, Any], folder: Path) -> list[Example]:
 
 def figures_of(examples: list[Example], found: list[Detections]) -> Any:
     """The six, by our own matches; -1 where there is none."""
-    matches = {
-        area: [Match.in_example(e, f, area=its) for e, f in zip(examples, found, strict=True)]
-        for area, its in AREAS.items()
-    }
+    matches = {area: matches_of(examples, found, area=sizes) for area, sizes in AREAS.items()}
     each = [
         matches["all"],
         *([m.at(row) for m in matches["all"]] for row in (0, 5)),
@@ -241,7 +238,8 @@ def sized(box: Any) -> dict[str, Any]:
 def one(boxes: Any, labels: Any, found: Any, scores: Any, said: Any) -> Match:
     """One image's match."""
     seen = Detections(np.array(found, np.float32).reshape(-1, 4), np.array(scores), np.array(said, int))
-    return Match.of(np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, int), seen)
+    true = np.array(boxes, np.float32).reshape(-1, 4)
+    return Match.of(Example("", np.zeros((1, 1, 3)), boxes=true, labels=np.array(labels, int)), seen)
 
 
 A, B, ELSEWHERE = [0, 0, 10, 10], [20, 20, 40, 40], [60, 60, 70, 70]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llmq import plugin
-from llmq.data.boxed_images import facts, within
-from llmq.data.scene_painter import Difficulty, glyphs, paint
+from llmq.data.coco.boxed_images import facts, within
+from llmq.data.coco.yolo import label_file
 from llmq.data.scenes import FROM_THE_END, Scenes, _read
-from llmq.data.yolo_text import label_file
+from llmq.data.scenes.painter import Difficulty, glyphs, paint
 from llmq.errors import UserError
 
 PLAIN = Difficulty(size=96, digits=(1, 5), scale=(12, 40), contrast=(0.9, 1), overlap=0, clutter=0, noise=0, tilt=10)
@@ -219,7 +219,7 @@ def first(data: Any, part: str, **changes: Any) -> None:
         (
             lambda d: first(d, "annotations", bbox=[35, 3, 10, 8]),
             "/instances.json: annotation 100: bbox [35, 3, 10, 8] spans x 35 to 45 and y 3 to 11, outside its image of "
-            "40 x 30 pixels; clip it, or see whether it is meant for another image",
+            "40 x 30 pixels; clip it, or look for the image that it belongs to",
         ),
         (
             lambda d: first(d, "annotations", bbox=[5, 3, -1, 8]),
@@ -269,7 +269,7 @@ def test_a_bad_coco_file_is_named_with_its_annotation(change, message, tmp_path)
         (
             "0 0.99 0.5 0.2 0.2\n",
             "a.txt:1: the box '0 0.99 0.5 0.2 0.2' spans x 35.6 to 43.6 and y 12 to 18, outside its image of 40 x 30 "
-            "pixels; clip it, or see whether it is meant for another image",
+            "pixels; clip it, or look for the image that it belongs to",
         ),
         (
             "0 0.5 0.5 0.1\n",

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torchvision.models import detection
 
 from llmq import plugin
-from llmq.adapt.loop import Plan, train
-from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
-from llmq.models.detector import moved
-from llmq.models.state import open_network, save_network
+from llmq.vision.detector import moved
+from llmq.vision.family import Training
+from llmq.vision.images import Example, make_split
+from llmq.vision.loop import Run
+from llmq.vision.state import open_network, save_network
 
 SMALL = [("fcos", "small"), ("retinanet", "small"), ("faster_rcnn", "small")]
 LARGE = [
@@ -91,9 +92,9 @@ def test_losses_are_torchvisions_own(architecture, backbone):
     whole = model._whole()
     whole.load_state_dict(network.state_dict())
     batch = model.batch(examples, np.random.default_rng(0), "none", None)
-    (player,) = model.players(network.train())
+    (learner,) = model.learners(network.train())
     torch.manual_seed(1)  # Faster R-CNN learns from a sample of its proposals
-    ours = player.loss(batch)
+    ours = learner.loss(batch)
     images = [torch.from_numpy(e.image).permute(2, 0, 1) / 255 for e in examples]
     labels = [torch.from_numpy(e.labels) + model._background for e in examples]
     targets = [{"boxes": torch.from_numpy(e.boxes), "labels": n} for e, n in zip(examples, labels, strict=True)]
@@ -115,9 +116,9 @@ def test_the_small_fcos_is_as_small_as_it_says():
 def test_a_detector_learns_and_is_reopened_the_same(tmp_path):
     model = model_of(classes=3, size=64)
     examples = some_examples(24)
-    plan = Plan(40, 8, 4e-3, "cosine", 4, "adamw", (0.9, 0.999), 0.0, None, "none", None, False, True, 40, 99, 0)
+    training = Training(8, 4e-3, "", max_steps=40, warmup_steps=4, channels_last=True, eval_steps=40, save_steps=99)
     with model.base(CPU).open("cpu") as loaded:
-        history = train(loaded, examples, examples[:8], plan, tmp_path)
+        history = Run(loaded.artifact.model, loaded, training, tmp_path).train(examples, examples[:8])
         save_network(loaded.module, tmp_path)
         (before,) = model.detect(loaded, [examples[0].image])
     assert history["metric"] == "map50"
@@ -216,9 +217,9 @@ def test_a_box_at_the_edge_of_an_empty_scene_is_learned_from_without_nan():
     model = model_of(classes=3, size=64)
     examples = some_examples(2)
     none = Example("none", examples[0].image, boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64))
-    (player,) = model.players(model.network().train())
+    (learner,) = model.learners(model.network().train())
     for chosen in ([none, none], [none, examples[1]]):
-        loss = player.loss(model.batch(chosen, np.random.default_rng(0), "flip", None))
+        loss = learner.loss(model.batch(chosen, np.random.default_rng(0), "flip", None))
         assert torch.isfinite(loss)
 
 

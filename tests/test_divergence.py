@@ -9,8 +9,8 @@ from helpers import CPU, apply, base_of
 from llmq import pipeline, plugin, recipe
 from llmq.errors import UserError
 from llmq.source import Source
-from llmq.tasks import kl
-from llmq.tasks.windows import held_out_windows, windows_of
+from llmq.text.losses import divergence
+from llmq.text.windows import held_out_windows, windows_of
 from llmq.types import Measurement
 
 FEW = {"window": 32, "windows": 3, "limit": 12}
@@ -26,6 +26,8 @@ def told(stage, base, **settings):
 class Always(torch.nn.Module):
     """A model that says the same of every token."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *shares):
         super().__init__()
         self.logits = torch.tensor(shares).log()
@@ -34,18 +36,21 @@ class Always(torch.nn.Module):
         return type("Made", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
 
 
+def apart(reference, other, windows):
+    return divergence(reference, other, [w.tokens for w in windows], "cpu", "t", "kl_to_base", "")
+
+
 def test_divergence_is_the_closed_form(tiny_llama):
     from transformers import AutoTokenizer
 
     windows = windows_of("some words to count, and some more " * 9, AutoTokenizer.from_pretrained(tiny_llama), 16)
     p, q = (0.5, 0.3, 0.2), (0.2, 0.3, 0.5)
-    found = kl.apart(Always(*p), Always(*q), windows, "cpu")
+    kl, agreement = apart(Always(*p), Always(*q), windows)
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    divergence, agreement = kl.figures(found, "t", "kl_to_base", "")
-    assert divergence.value == pytest.approx(expected, abs=1e-6)
+    assert kl.value == pytest.approx(expected, abs=1e-6)
     assert agreement.value == 0
-    assert sum(found.tokens) == sum(len(w.tokens) - 1 for w in windows)
-    assert len(divergence.samples.values) == len(windows)
+    assert sum(kl.samples.weights) == sum(len(w.tokens) - 1 for w in windows)
+    assert len(kl.samples.values) == len(windows)
 
 
 def test_nothing_has_changed_where_nothing_was_done(tiny_llama):
@@ -138,11 +143,11 @@ def test_of_rows_with_prompts_the_completions_alone_are_compared(tiny_llama, tin
     p, q = (0.5, 0.3, 0.2), (0.2, 0.3, 0.5)
     assert told_of == "1 completions after their prompts, at most 64 tokens"
     assert 0 < windows[0].scored < len(windows[0].tokens) - 1
-    same = kl.apart(Always(*p), AtPrompts(q, p, windows[0].tokens.said), windows, "cpu")
-    other = kl.apart(Always(*p), AtPrompts(p, q, windows[0].tokens.said), windows, "cpu")
+    same, _ = apart(Always(*p), AtPrompts(q, p, windows[0].tokens.said), windows)
+    other, _ = apart(Always(*p), AtPrompts(p, q, windows[0].tokens.said), windows)
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert (same.divergences, same.tokens) == ((0.0,), (float(windows[0].scored),))
-    assert other.divergences[0] == pytest.approx(expected * windows[0].scored, abs=1e-5)
+    assert (same.samples.values, same.samples.weights) == ((0.0,), (float(windows[0].scored),))
+    assert other.samples.values[0] == pytest.approx(expected * windows[0].scored, abs=1e-5)
 
 
 def test_divergence_reads_data_of_any_shape(tiny_llama, tiny_jsonl):

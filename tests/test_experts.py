@@ -50,13 +50,7 @@ QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "gpt2")
 FAMILY = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices of 64 columns are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices of 64 columns are not worth a second
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,7 @@ def dense(packed: Path, folder: Path) -> Path:
     """The model that a packed folder stands for, in plain transformers' own names, unpacked by the format."""
     from safetensors.torch import save_file
 
-    from llmq.quantize.gptq_format import from_tensors
+    from llmq.matrix.gptq_format import from_tensors
 
     tensors = stored(packed)
     config = json.loads((packed / "config.json").read_text())

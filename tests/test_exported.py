@@ -12,12 +12,12 @@ from torch import nn
 
 from llmq import plugin
 from llmq.errors import LlmqError
-from llmq.models import exported
-from llmq.models.exported import ExportedModule
-from llmq.models.runtime import core, openvino
-from llmq.quantize.exporting import export, write_graph
-from llmq.quantize.layer_names import are_proportional, restore_names
+from llmq.openvino_runtime import GRAPH, core, openvino, write_graph
 from llmq.types import Context
+from llmq.vision import exported
+from llmq.vision.exported import ExportedModule
+from llmq.vision.exporting import export
+from llmq.vision.graph_layers import are_proportional, restore_names
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 
@@ -32,7 +32,7 @@ def network() -> nn.Module:
 def folder(network, tmp_path_factory):
     """Its graph."""
     folder = tmp_path_factory.mktemp("graph")
-    write_graph(export(network, Heads()), folder)
+    write_graph(export(network, Heads()), folder / GRAPH)
     return folder
 
 
@@ -59,7 +59,7 @@ def test_it_says_what_the_module_says_for_any_batch_and_size(network, graph, sha
 
 
 def test_one_output_is_a_tensor(tmp_path):
-    write_graph(export(nn.Conv2d(3, 2, 1).eval(), Heads()), tmp_path)
+    write_graph(export(nn.Conv2d(3, 2, 1).eval(), Heads()), tmp_path / GRAPH)
     assert isinstance(ExportedModule(tmp_path)(images(1, 3, 4, 4)), torch.Tensor)
 
 
@@ -131,7 +131,7 @@ def test_the_same_graph_is_written_in_the_same_bytes(network, tmp_path):
     written = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_graph(export(network, Heads()), tmp_path / name)
+        write_graph(export(network, Heads()), tmp_path / name / GRAPH)
         written.append([(tmp_path / name / f"model.{end}").read_bytes() for end in ("xml", "bin")])
     assert written[0] == written[1]
 
@@ -157,7 +157,7 @@ def test_layers_keep_their_names_where_a_normalization_was_folded(normed, tmp_pa
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         graph = export(normed, Heads())
-        write_graph(graph, tmp_path / name)
+        write_graph(graph, tmp_path / name / GRAPH)
         written.append((tmp_path / name / "model.xml").read_bytes())
     assert written[0] == written[1]
     names = [o.get_friendly_name() for o in graph.get_ordered_ops() if "Convolution" in o.get_type_name()]
@@ -178,7 +178,7 @@ def test_size_counts_a_graph_as_it_counts_a_module(tmp_path):
     with artifact.open("cpu") as loaded:
         with torch.no_grad():
             loaded.module.trunk[0].weight[:, 0] = 0
-        write_graph(export(loaded.module, artifact.model), tmp_path)
+        write_graph(export(loaded.module, artifact.model), tmp_path / GRAPH)
         before = {m.metric: m.value for m in size.score(loaded)}
     with artifact.then(size, weights=tmp_path, runtime="openvino").open("cpu") as loaded:
         after = {m.metric: m.value for m in size.score(loaded)}
@@ -222,8 +222,8 @@ import socket, sys
 def refuse(*arguments, **named):
     raise SystemExit("a socket")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from llmq.quantize.exporting import nncf
-from llmq.models.runtime import openvino
+from llmq.vision.exporting import nncf
+from llmq.openvino_runtime import openvino
 import torch
 nncf(), openvino().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1))
 assert sys.modules["openvino_telemetry"] is None
@@ -257,7 +257,7 @@ def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
     # Of a run on an accelerator, of which a graph knows nothing.
     loaded = stage.model.open(stage, "cuda:0")
     assert loaded.device == "cpu"
-    (clock,) = stage.model.clocks(loaded, plugin.build("tasks.speed"))
+    (clock,) = plugin.build("tasks.speed").clocks(loaded)
     has = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     runs = asked if has else "float32"
     assert clock.convention.endswith(f"{torch.get_num_threads()} threads, cpu, openvino in {runs}")
@@ -265,7 +265,7 @@ def test_a_stage_says_where_and_in_what_precision_it_runs(tmp_path, asked):
     short = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     assert {"f32": "float32", "bf16": "bfloat16"}[short] == runs
     with artifact.open("cpu") as plain:
-        (clock,) = artifact.model.clocks(plain, plugin.build("tasks.speed"))
+        (clock,) = plugin.build("tasks.speed").clocks(plain)
     assert clock.convention.endswith("threads, cpu, torch in float32")
 
 

@@ -9,15 +9,19 @@ import pytest
 from run_folders import accuracy, perplexity, size, speed, write_run
 from scipy import stats
 
-from llmq import compare, gate, pipeline, proportions, protocols, recipe, statistics
-from llmq.artifact import Artifact
+from llmq import pipeline, recipe
+from llmq.artifact import Artifact, Stage
 from llmq.errors import UserError
-from llmq.estimates import alone, difference, ratio
-from llmq.files import stored_as
-from llmq.proportions import Table
-from llmq.report import Report, Stage, markdown, screen, verdicts
+from llmq.guarded.weights import stored_as
+from llmq.judge import comparisons as compare
+from llmq.judge import gate, protocols
+from llmq.report import Report, facts, markdown, screen
 from llmq.rules import read_rule
 from llmq.source import Source
+from llmq.statistics import compare as statistics
+from llmq.statistics import figures, proportions
+from llmq.statistics.estimates import alone, difference, ratio
+from llmq.statistics.proportions import Table
 from llmq.types import Measurement, Samples
 
 
@@ -30,7 +34,7 @@ def judged(rule: str, stage, base):
 def graded(values, metric="f1", better="higher", **more):
     """Scores from 0 to 1."""
     samples = Samples(tuple(map(float, values)), **more)
-    mean, stderr = statistics.ratio_stderr(samples.values)
+    mean, stderr = figures.ratio_stderr(samples.values)
     return Measurement("qa", metric, mean, "share", better, len(samples.values), stderr, "c", samples)
 
 
@@ -178,7 +182,7 @@ def test_rounding_is_no_scatter():
     [
         (2, 3, "undecided", "3 samples decide nothing; 8 may"),
         (1, 4, "undecided", "4 samples decide nothing; 8 may"),
-        (4, 8, "undecided", "do not say whether the base itself is sound"),
+        (4, 8, "undecided", "cannot show that the base itself is sound"),
         (50, 200, "base-unhealthy", "the base's own acc of 0.25 (200 samples) is not told from chance"),
         (40, 200, "base-unhealthy", "the base's own"),
         (100, 200, "pass", ""),
@@ -306,9 +310,9 @@ def test_left_out_documents_are_counted_on_every_face(tmp_path, capsys):
     assert said in markdown.draw(report)
     screen.show(report)
     assert said in capsys.readouterr().out
-    verdicts.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
-    told = verdicts.gate_as_data(gate.of_run(str(folder), ["acc >= base"]))
-    verdicts.show_gate(told)
+    screen.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
+    told = gate.as_data(gate.of_run(str(folder), ["acc >= base"]))
+    screen.show_gate(told)
     assert capsys.readouterr().out.count(said) == 2
     json.dumps(told, allow_nan=False)
 
@@ -318,11 +322,11 @@ def test_too_few_samples_are_told_on_every_face(tmp_path, capsys):
     peak = Measurement("speed", "peak_memory", 1e9, "bytes", "lower", 1, None, "c", Samples((1e9,)))
     folder = write_run(tmp_path / "run", {"0-base": [base, peak], "1-x": [stage, peak]})
     screen.show(Report.read(folder))
-    verdicts.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
+    screen.show_comparison(compare.side_by_side(compare.targets([str(folder)])))
     told = capsys.readouterr().out
     assert told.count("arc_easy acc: 5 samples decide nothing; 8 may") == 2
     assert "1 sample" not in told
-    verdicts.show_gate(verdicts.gate_as_data(gate.of_run(str(folder), ["acc >= base", "peak_memory <= base"])))
+    screen.show_gate(gate.as_data(gate.of_run(str(folder), ["acc >= base", "peak_memory <= base"])))
     told = capsys.readouterr().out
     assert "5 samples decide nothing; 8 may" in told
     assert "1 sample decides nothing; 8 may" in told
@@ -406,10 +410,10 @@ def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, capsys, b
     assert math.isclose(report.comparisons[0]["ratio"], 0.5)
     run = write_run(tmp_path / "run", {s.name: s.measurements for s in stages})
     (run / "report.json").write_text(json.dumps(asdict(report)))
-    verdicts.show_comparison(compare.side_by_side(compare.targets([str(run)])))
+    screen.show_comparison(compare.side_by_side(compare.targets([str(run)])))
     told = capsys.readouterr().out
     assert f"1-x: {says}" in told if says else "stored as" not in told
-    stored_of = verdicts.comparison_as_data(compare.side_by_side(compare.targets([str(run)])))["stored"]
+    stored_of = compare.side_by_side(compare.targets([str(run)])).plain()["stored"]
     assert base in stored_of["0-base"]
     in_memory, parameters = (replace(size(2), metric=m, unit=u) for m, u in (("bytes_in_memory", "bytes"), ("n", "1")))
     for rule, m, is_told in (
@@ -419,8 +423,8 @@ def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, capsys, b
         ("n <= base", parameters, False),
     ):
         judged_so = gate.judge([read_rule(rule)], "1-x", [m], [m, size(2)][:1], says)
-        assert (says in verdicts.sentence(asdict(judged_so[0]))) == (is_told or not says)
-    verdicts.show_gate(verdicts.gate_as_data(gate.of_run(str(run), ["size <= 0.5x base"])))
+        assert (says in facts.sentence(asdict(judged_so[0]))) == (is_told or not says)
+    screen.show_gate(gate.as_data(gate.of_run(str(run), ["size <= 0.5x base"])))
     told = capsys.readouterr().out
     assert says in told if says else "stored as" not in told
 

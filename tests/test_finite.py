@@ -8,12 +8,14 @@ from helpers import CPU, base_of
 from pydantic import ValidationError
 from run_folders import size, write_run
 
-from llmq import plugin, results
+from llmq import plugin
+from llmq.artifact import Stage
 from llmq.errors import LlmqError, UserError
 from llmq.files import tagged, to_json, write_json
+from llmq.harness.results import files
+from llmq.judge import results
 from llmq.pipeline import question, take_times
-from llmq.report import Report, Stage
-from llmq.tasks.harness_files import files
+from llmq.report import Report
 from llmq.types import Measurement, Samples, Task
 
 INF, NAN = float("inf"), float("nan")

@@ -7,10 +7,11 @@ import torch
 from helpers import CPU, apply, base_of
 from test_train import Tiny, trained
 
-from llmq import plugin
-from llmq.adapt import checkpoints, finite, loop, training
+from llmq import checkpoints, finite, plugin
 from llmq.errors import LlmqError, UserError
-from llmq.models.vision import Player
+from llmq.text import training
+from llmq.vision import loop
+from llmq.vision.family import Learner, Training
 
 QUICK = {"r": 4, "max_length": 64, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2}
 
@@ -75,7 +76,7 @@ def test_a_held_out_loss_that_is_no_number_ends_the_job(tiny_llama, tiny_jsonl, 
 
 def test_rows_without_a_token_to_learn_are_counted_and_left_out(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     """A tokenizer without an end mark makes a text of one token of a short one: its loss is a mean over nothing."""
-    from llmq.data import tokens
+    from llmq.text import tokens
 
     stock = tokens.encode_all
 
@@ -95,20 +96,20 @@ class Breaking(Tiny):
 
     what: str = "loss"
 
-    def players(self, network):
-        made = super().players(network)
+    def learners(self, network):
+        made = super().learners(network)
 
-        def breaking(player):
+        def breaking(learner):
             seen = []
 
             def loss(batch):
                 seen.append(1)
-                value = player.loss(batch)
+                value = learner.loss(batch)
                 if len(seen) < 3:
                     return value
                 return value * float("nan") if self.what == "loss" else Poison.apply(value)
 
-            return Player(player.name, player.module, loss)
+            return Learner(learner.name, learner.module, loss)
 
         return [*made[:-1], breaking(made[-1])]
 
@@ -134,9 +135,10 @@ def test_a_running_mean_that_is_not_finite_is_never_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(plugin, "load", lambda word: Tiny)
     with Tiny().base(CPU).open("cpu") as loaded:
         loaded.module[1].running_mean[2] = float("inf")
-        player = Player("loss", loaded.module, lambda batch: None)
+        training = Training(1, 1e-3, "")
+        run = loop.Run(loaded.artifact.model, loaded, training, tmp_path)
         with pytest.raises(LlmqError, match=r"after step 7 1\.running_mean is not finite; lower learning_rate$"):
-            loop._check_state([player], 7, tmp_path / "checkpoints")
+            run.check_state(7)
 
 
 def test_the_first_tensor_that_is_not_finite_is_named():

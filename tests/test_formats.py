@@ -14,7 +14,7 @@ from helpers import apply, base_of, logits_of, some_ids
 
 from llmq import plugin
 from llmq.errors import UserError
-from llmq.models import formats, hugging_face
+from llmq.text import formats, weights
 
 
 def with_config(folder: Path, target: Path, **changes: Any) -> Path:
@@ -51,7 +51,7 @@ def test_a_packed_format_that_is_not_read_is_named_with_its_cure(tiny_llama, tmp
     (folder / "model.safetensors").unlink()  # torchao's are pickled, so that the lack of others is not what to say
     name, cure = OTHERS[method]
     with pytest.raises(UserError) as said:
-        hugging_face.check_weights(str(folder))  # as `llmq check` does
+        weights.check_weights(str(folder))  # as `llmq check` does
     assert f"packed by {name}, which is not read here" in str(said.value)
     assert "name the float model" in str(said.value)
     assert cure in str(said.value)
@@ -121,11 +121,15 @@ def test_gptq_settings_in_a_file_of_their_own_are_read(tiny_llama, tmp_path):
     with base.open("cpu") as one, stage.open("cpu") as other:
         assert torch.equal(logits_of(one.module, some_ids()), logits_of(other.module, some_ids()))
     (older / "quantize_config.json").unlink()
-    with pytest.raises(UserError, match=r"packed layers \(\*.qweight\) and says nowhere"):
+    with pytest.raises(UserError, match=r"packed layers \(\*.qweight\), and none of its files states"):
         base_of(older)
     (older / "quantize_config.json").write_text('{"quant_method": "awq"}')
     with pytest.raises(UserError, match="packed by AWQ"):
-        hugging_face.check_weights(str(older))
+        weights.check_weights(str(older))
+    (older / "quantize_config.json").unlink()
+    (older / "quant_config.json").write_text('{"zero_point": true, "q_group_size": 128, "w_bit": 4}')  # AutoAWQ's
+    with pytest.raises(UserError, match="packed by AWQ, which is not read here"):
+        weights.check_weights(str(older))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "none"}}', ""])

@@ -14,9 +14,9 @@ from scipy.linalg import sqrtm
 
 from llmq import plugin
 from llmq.errors import LlmqError, UserError
-from llmq.tasks.gaussians import frechet_distance, frechet_with_stderr, of_moments
-from llmq.tasks.image_features import of_inception
-from llmq.tasks.inception import _A, _Last, fid_inception, resized
+from llmq.matrix.gaussians import frechet_distance, frechet_with_stderr, of_moments
+from llmq.tasks.frechet import of_inception
+from llmq.tasks.frechet.inception import _A, _Last, fid_inception, resized
 
 quickly = settings(max_examples=25, deadline=None, database=None)
 seeds = st.integers(0, 2**31)
@@ -201,4 +201,4 @@ def test_real_images_of_other_channels_are_refused():
     model = plugin.build(GAN, "models")
     task = plugin.build({"frechet": {"data": "digits", "inception": str(Path("x.pth"))}}, "tasks")
     with pytest.raises(UserError, match="has 1 channels, and this generator makes 3"):
-        task._real(model, None)
+        task._images(model)

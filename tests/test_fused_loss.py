@@ -6,18 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from llmq.adapt.fused_loss import ROWS_AT_A_TIME, linear_cross_entropy
-from llmq.data.tokens import IGNORED
+from llmq.text.examples import IGNORED
+from llmq.text.fused_loss import ROWS_AT_A_TIME, linear_cross_entropy
 
 D, VOCABULARY = 5, 11
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(tokens, dtype=torch.float32, bias=False, seed=0):

@@ -1,4 +1,4 @@
-"""The DCGAN: its shapes, its weights, its two players, and its stages."""
+"""The DCGAN: its shapes, its weights, its two learners, and its stages."""
 
 from importlib.util import find_spec
 
@@ -10,12 +10,12 @@ from helpers import CPU, apply
 from torch.nn import functional
 
 from llmq import plugin
-from llmq.adapt import loop
 from llmq.artifact import Artifact
-from llmq.data.images import Example, make_split
 from llmq.errors import UserError
-from llmq.models.carried import carried
-from llmq.models.dcgan_networks import Discriminator, Generator, discriminator_loss, generator_loss
+from llmq.models.dcgan.networks import Discriminator, Generator, discriminator_loss, generator_loss
+from llmq.vision import loop
+from llmq.vision.hub import carried
+from llmq.vision.images import Example, make_split
 
 GREY = {"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}
 faces = pytest.mark.skipif(not find_spec("gan_face_generate"), reason="the weights of gan-faces are not installed")
@@ -134,7 +134,7 @@ def test_each_player_learns_from_its_own_loss_alone():
     torch.manual_seed(0)
     model = model_of(GREY)
     network = model.network()
-    tells, fools = model.players(network)
+    tells, fools = model.learners(network)
     examples = [Example(str(i), np.full((64, 64, 1), 40 * i, np.uint8)) for i in range(4)]
     batch = model.batch(examples, np.random.default_rng(0), "flip", None)
     tells.loss(batch).backward()
@@ -157,12 +157,12 @@ TRAINING = {"data": "digits", "max_steps": 6, "batch_size": 8, "save_steps": 3, 
 def killed_at(monkeypatch, step):
     """Make the training end as it saves its checkpoint."""
 
-    def save_and_die(path, players, optimizers, at, history, save=loop._save):
-        save(path, players, optimizers, at, history)
+    def save_and_die(run, at, history, save=loop.Run.save):
+        save(run, at, history)
         if at == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_save", save_and_die)
+    monkeypatch.setattr(loop.Run, "save", save_and_die)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folders import accuracy, perplexity, size, speed, write_run
 
-from llmq import cli, gate, pipeline, recipe
+from llmq import cli, pipeline, recipe
 from llmq.errors import UserError
+from llmq.judge import gate
 from llmq.report import Report
 from llmq.rules import read_rule
 from llmq.types import Measurement
@@ -277,7 +278,7 @@ def test_a_recipe_keeps_its_gate(job):
     ("rules", "evaluate", "says"),
     [
         (("size <= 0.9x base", "size < small"), None, r"job.yaml:\d+: rule 'size < small': 'small' is no bound"),
-        (("size <= 0.9x base",), [], r"job.yaml:\d+: a gate judges what is measured"),
+        (("size <= 0.9x base",), [], r"job.yaml:\d+: a gate judges measurements"),
     ],
 )
 def test_a_wrong_gate_is_seen_before_anything_runs(job, rules, evaluate, says):

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.quantize.gptq_format import from_tensors, pack, to_tensors, unpack
-from llmq.quantize.gptq_solver import elimination, solve
-from llmq.quantize.grid import Quantized, round_to_nearest
+from llmq.matrix.gptq_format import from_tensors, pack, to_tensors, unpack
+from llmq.matrix.grid import Quantized, round_to_nearest
+from llmq.matrix.solver import elimination, solve
 
 quickly = settings(max_examples=40, deadline=None, database=None)
 BITS = [2, 3, 4, 8]
@@ -15,12 +15,7 @@ ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A one in every field of a word: what other writers take from whole words of zeros."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def some(bits, *shape, low=0, seed=0):

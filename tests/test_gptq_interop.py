@@ -19,6 +19,10 @@ from llmq.errors import UserError
 from llmq.files import write_json
 
 IDS = some_ids()
+PYTHON = os.environ.get("LLMQ_GPTQMODEL_PYTHON", "")
+with_gptqmodel = pytest.mark.skipif(
+    not PYTHON, reason="LLMQ_GPTQMODEL_PYTHON names no Python interpreter that has gptqmodel"
+)
 OTHER = """
 import json, sys
 sys.stdout, out = sys.stderr, sys.stdout
@@ -65,12 +69,9 @@ Answers = dict[str, torch.Tensor | str]
 
 def elsewhere(folder: Path, **jobs: Any) -> Answers:
     """What the interpreter with gptqmodel makes of some jobs: the logits of each model to open, or what went wrong."""
-    python = os.environ.get("LLMQ_GPTQMODEL_PYTHON")
-    if not python:
-        pytest.skip("LLMQ_GPTQMODEL_PYTHON names no Python interpreter that has gptqmodel")
     (folder / "jobs.json").write_text(json.dumps({"quantize": {}, "ids": IDS.tolist(), **jobs}))
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [python, "-c", OTHER, "jobs.json", "logits.safetensors"]
+    command = [PYTHON, "-c", OTHER, "jobs.json", "logits.safetensors"]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, check=False
     )
@@ -153,6 +154,7 @@ def of_written(written, model) -> Answers:
 
 
 @pytest.mark.slow
+@with_gptqmodel
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_llmq_writes_the_others_open(name, of_written, written):
     assert_same(of_written, name, written[name])
@@ -191,6 +193,7 @@ def of_taken(model, taken) -> Answers:
 
 
 @pytest.mark.slow
+@with_gptqmodel
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_gptqmodel_writes_llmq_opens(name, of_taken, taken):
     assert_same(of_taken, name, taken[name])
@@ -258,5 +261,5 @@ def test_a_format_that_is_not_read_here_is_refused(model, tmp_path):
     of_autogptq(model, tmp_path / "old", 4, True, False)
     file = tmp_path / "old" / "config.json"
     file.write_text(file.read_text().replace('"quant_method"', '"checkpoint_format": "marlin", "quant_method"'))
-    with pytest.raises(UserError, match="'marlin'; what can be opened is gptq and gptq_v2"):
+    with pytest.raises(UserError, match="'marlin'; llmq opens gptq and gptq_v2"):
         ours(tmp_path / "old")

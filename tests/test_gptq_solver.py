@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq.errors import UserError
-from llmq.quantize.gptq_solver import elimination, solve
-from llmq.quantize.grid import round_to_nearest
+from llmq.matrix.grid import round_to_nearest
+from llmq.matrix.solver import elimination, solve
 
 quickly = settings(max_examples=15, deadline=None, database=None)
 DAMP = 0.01
@@ -24,12 +24,7 @@ SHAPES = {
 """Group size -> inputs and outputs."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from llmq import source
 from llmq.data.file import File
 from llmq.errors import LlmqError, UserError
-from llmq.guarded import configuration, files, gguf_files, json_files, models, safetensors_files
-from llmq.models.hugging_face import check_folder
+from llmq.guarded import files, gguf_files, weights
+from llmq.guarded.files import parse_json, read_json
+from llmq.text.weights import check_folder
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -82,11 +83,11 @@ def test_json_is_bounded(tmp_path, text, says):
     file = tmp_path / "f.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=says):
-        json_files.read(file)
+        read_json(file)
 
 
 def test_json_of_a_hundred_levels_is_read(tmp_path):
-    assert json_files.parse("[" * 100 + "]" * 100, "x")
+    assert parse_json("[" * 100 + "]" * 100, "x")
 
 
 def test_only_plain_files_are_read(tmp_path):
@@ -143,7 +144,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 def test_headers_of_safetensors_are_checked(tmp_path, content, says):
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=says):
-        safetensors_files.header(tmp_path / "w.safetensors")
+        weights.header(tmp_path / "w.safetensors")
 
 
 def test_what_safetensors_wrote_is_read(tmp_path):
@@ -152,7 +153,7 @@ def test_what_safetensors_wrote_is_read(tmp_path):
         for d in (torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
     }
     save_file({**tensors, "none": torch.zeros(0, 4), "scalar": torch.zeros(())}, tmp_path / "w.safetensors")
-    found = safetensors_files.header(tmp_path / "w.safetensors")
+    found = weights.header(tmp_path / "w.safetensors")
     assert {name: found[name].shape for name in ("float32", "none", "scalar")} == {
         "float32": (3, 2),
         "none": (0, 4),
@@ -217,7 +218,7 @@ def test_a_configuration_asks_for_no_absurd_network(tiny_llama, tmp_path, change
     folder = copied(tiny_llama, tmp_path)
     data = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**data, **changes}))
-    for look in (check_folder, models.check, configuration.check):
+    for look in (check_folder, weights.check_folder, weights.read_configuration):
         with pytest.raises(UserError, match=says):
             look(folder)
 
@@ -234,7 +235,7 @@ def test_a_pipe_among_the_files_of_a_model_does_not_hang(tiny_llama, tmp_path, n
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(UserError, match=f"{name}' is a pipe"):
-        models.check(folder)
+        weights.check_folder(folder)
     with pytest.raises(UserError):
         check_folder(folder)
 

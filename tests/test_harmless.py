@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,10 +14,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from llmq import cli, harmless
-from llmq.artifact import Artifact
-from llmq.errors import UserError, one_line
+from llmq.artifact import Artifact, Failure, Stage
+from llmq.errors import UNSEEN, UserError, one_line, visible
 from llmq.files import to_json
-from llmq.report import Failure, Report, Stage, html, markdown, screen
+from llmq.report import Report, html, markdown, screen
 from llmq.types import Exhibit, Measurement
 
 PIECES = [
@@ -84,12 +85,12 @@ def check_faces(name: str) -> None:
     told = report(f"x{name}x")
     text = markdown.draw(told)
     assert tags(READER.parse(text)) == tags(READER.parse(markdown.draw(PLAIN)))
-    page = html.draw(told, None)  # type: ignore[arg-type]
-    assert structure(page) == structure(html.draw(PLAIN, None))  # type: ignore[arg-type]
+    page = html.draw(told, Path())
+    assert structure(page) == structure(html.draw(PLAIN, Path()))
     out = io.StringIO()
     screen.show(told, Console(file=out, width=400))
     for face in (text, page, out.getvalue()):
-        assert not harmless.UNSEEN.search(face), harmless.UNSEEN.search(face)
+        assert not UNSEEN.search(face), UNSEEN.search(face)
         face.encode()
 
 
@@ -103,8 +104,8 @@ def test_the_text_of_a_picture_ends_where_it_ends(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(NASTY)
 def test_each_face_says_what_it_was_given(name):
-    shown = harmless.visible(name)
-    assert not harmless.UNSEEN.search(shown)
+    shown = visible(name)
+    assert not UNSEEN.search(shown)
     assert shown.encode().decode("utf-8") == shown
     assert harmless.cell(name).plain == shown
     # Markdown, read by a reader of its own, gives back the text but for blanks and breaks of lines.
@@ -117,17 +118,17 @@ def test_each_face_says_what_it_was_given(name):
     assert fence.content.rstrip("\n").replace("\r", "") == shown.rstrip("\n")
     if "\ud800" not in name and name.isprintable():
         assert shown == name
-    kept = to_json({name: name}, ensure_ascii=False)
-    assert not harmless.UNSEEN.search(kept)
+    kept = to_json({name: name}, indent=1)
+    assert not UNSEEN.search(kept)
     assert json.loads(kept) == {name: name}
     for error in (UserError(name), ValueError(name)):
-        assert not harmless.UNSEEN.search(one_line(error))
+        assert not UNSEEN.search(one_line(error))
         assert "\n" not in one_line(error)
 
 
 def test_a_joiner_of_persian_or_of_emoji_belongs_to_the_text():
     for text in ("می\u200cخواهم", "\U0001f469\u200d\U0001f52c", "a\tb\nc"):
-        assert harmless.visible(text) == text
+        assert visible(text) == text
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "[/x]", "\u202eevil"])
@@ -140,7 +141,7 @@ def test_what_the_command_line_quotes_back_moves_no_cursor(name, monkeypatch, ca
             cli.main()
         said = capsys.readouterr()
         assert stop.value.code == 2, words
-        assert not harmless.UNSEEN.search(said.err + said.out), words
+        assert not UNSEEN.search(said.err + said.out), words
         assert said.err.count("\n") == 1, words
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from helpers import CPU, apply, base_of
 
 from llmq import pipeline, plugin, trust
 from llmq.errors import LlmqError, UserError
-from llmq.tasks import decoding, harness, prefix_attention, scoring
-from llmq.tasks.harness_data import Asked, built, hashes
-from llmq.tasks.scoring import Request
+from llmq.harness.data import built, hashes
+from llmq.harness.names import Asked, defined
+from llmq.text import decoding, prefix_attention, scoring
+from llmq.text.scoring import Request
 from llmq.types import Attachment, Measurement
 
 TEXTS = (
@@ -46,8 +48,8 @@ def requests(tokenizer, count=24):
 
 def alone(module, request):
     """The log-probability of a request by one plain forward."""
-    logits = module(input_ids=torch.tensor([request.seen])).logits[0, -request.scored :].float().log_softmax(-1)
-    return float(logits.gather(1, torch.tensor(request.targets)[:, None]).sum())
+    logits = module(input_ids=torch.tensor([request.tokens[:-1]])).logits[0, -request.scored :].float().log_softmax(-1)
+    return float(logits.gather(1, torch.tensor(request.tokens[-request.scored :])[:, None]).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +129,7 @@ def test_families_give_what_they_give_by_themselves(family, settings, shares):
 def test_questions_become_the_tokens_of_lm_evals_own_class(tiny_llama):
     from lm_eval.models.huggingface import HFLM
 
-    from llmq.tasks.harness_model import HarnessModel
+    from llmq.harness.model import HarnessModel
 
     texts = [
         ("", " x"),
@@ -263,7 +265,7 @@ def broken(copies, change):
     ("change", "says"),
     [
         (lambda f: [file.unlink() for file in f.iterdir()], "holds no .parquet, .json or .jsonl"),
-        (lambda f: (f / "test.jsonl").unlink(), "lacks what the task reads: 'test'"),
+        (lambda f: (f / "test.jsonl").unlink(), "lacks an entry of the task: 'test'"),
         (lambda f: (f / "test.jsonl").write_text("{"), "cannot be read"),
         (lambda f: (f / "test.parquet").write_text("x"), "holds both parquet and JSON"),
     ],
@@ -310,17 +312,48 @@ def test_suites_pin_versions_that_are_installed(suite):
 
 
 def test_names_tags_and_groups_are_found_without_the_harness():
-    assert [d.name for d in harness.defined("arc_challenge", None)] == ["arc_challenge"]
-    assert {d.name for d in harness.leaves(["ai2_arc"], None)} == {"arc_easy", "arc_challenge"}
-    subjects = list(harness.leaves(["mmlu"], None))
+    assert [d.name for d in defined("arc_challenge", None)] == ["arc_challenge"]
+    assert {d.name for d in Asked(("ai2_arc",)).leaves()} == {"arc_easy", "arc_challenge"}
+    subjects = list(Asked(("mmlu",)).leaves())
     assert len(subjects) == 57
     assert {d.says["dataset_path"] for d in subjects} == {"cais/mmlu"}
-    assert harness.defined("no_such_task", None) == ()
+    assert defined("no_such_task", None) == ()
+
+
+def test_groups_that_are_defined_within_a_group_are_resolved():
+    """tmlu lists mappings such as `{group: tmlu_stem, task: [tmlu_stem_tasks], …}`, whose members carry a tag."""
+    asked = Asked(("tmlu",))
+    assert {"tmlu", "tmlu_stem"} <= {d.name for d in asked.definitions() if d.is_group}
+    assert len({d.name for d in asked.leaves()}) > 25
+    assert all(d.data for d in asked.leaves())
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task: x\n" + BOMB, "x.yaml:2: more than 20000 values"),
+        ("task: x\na: " + "[" * 5000, "x.yaml:2: not YAML: exceeded maximum nesting depth"),
+        ("task: x\nmetric_list: &a [*a]", "x.yaml:2: nested deeper than 32; does an alias"),
+        ("task: x\ninclude: x.yaml", "x.yaml' is included twice"),
+        ("group: x\ntask: [x]", "the group 'x' holds itself"),
+    ],
+)
+def test_a_task_file_without_end_is_refused_at_once(tmp_path, text, says):
+    (tmp_path / "x.yaml").write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=says):
+        plugin.build({"lm_eval": {"tasks": ["x"], "include_path": str(tmp_path)}}, "tasks").check()
+    assert time.perf_counter() - began < 60
 
 
 def test_log_probabilities_are_float32_ones_of_the_models_own_logits():
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.5, 4.0]]).bfloat16()
-    ((_, (total, greedy)),) = scoring._read(logits, [(0, (2, 0), (0, 1))])
+    ((total, greedy),) = scoring._read(logits, [(2, 0)], [(0, 1)])
     expected = 3 - math.log(sum(map(math.exp, (1, 2, 3)))) + 0.5 - math.log(sum(map(math.exp, (0.5, 0.5, 4))))
     assert total == pytest.approx(expected, abs=1e-6)
     assert not greedy

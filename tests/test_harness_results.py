@@ -7,9 +7,10 @@ import torch
 from helpers import CPU, apply, base_of
 from lm_eval_tasks import CHOICE, LAMBADA, WIKITEXT, metrics, rows, write
 
-from llmq import estimates, pipeline, plugin
+from llmq import pipeline, plugin
 from llmq.errors import LlmqError, UserError
-from llmq.tasks import harness_results
+from llmq.harness import results as harness_results
+from llmq.statistics import estimates
 from llmq.types import Measurement
 
 

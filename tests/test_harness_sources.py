@@ -25,7 +25,7 @@ import json, os, sys
 from pathlib import Path
 import datasets, lm_eval.evaluator, lm_eval.tasks, scipy.stats, transformers.models.llama.modeling_llama
 from llmq import environment, pipeline, plugin, trust
-from llmq.tasks import harness_data, harness_model, harness_results, harness_run
+from llmq.harness import data, model, results, run
 from llmq.types import Context
 
 trust.given(remote_code=True)

@@ -15,8 +15,8 @@ from PIL import Image
 
 from llmq import cli, plugin
 from llmq.data import photographs
-from llmq.data.images import read_image
 from llmq.errors import UserError
+from llmq.vision.images import read_image
 
 
 def read(word: str, **settings: Any) -> Any:

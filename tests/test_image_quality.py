@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from llmq.tasks.image_quality import luma, psnr, ssim, without_border
-from llmq.tasks.pictures import panels, png, show, show_differences
+from llmq.vision.image_quality import luma, psnr, ssim, without_border
+from llmq.vision.pictures import panels, png, show, show_differences
 
 
 def pair(seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -19,11 +19,14 @@ from test_hf_detector import CONFIGS
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.models import dcgan, exported
-from llmq.models import efficientnet_lite0 as lite0
-from llmq.models.exported import ExportedModule, check_graph
-from llmq.models.state import save_network
-from llmq.quantize.exporting import export, write_graph
+from llmq.guarded.graphs import check_graph
+from llmq.models import dcgan
+from llmq.openvino_runtime import GRAPH, write_graph
+from llmq.vision import efficientnet_lite0 as lite0
+from llmq.vision import exported
+from llmq.vision.exported import ExportedModule
+from llmq.vision.exporting import export
+from llmq.vision.state import save_network
 from tests.exported_families import Heads
 
 State = dict[str, torch.Tensor]
@@ -393,7 +396,7 @@ def graph(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("graph")
     model = Heads(width=8)
-    write_graph(export(model.network().eval(), model), folder)
+    write_graph(export(model.network().eval(), model), folder / GRAPH)
     return folder
 
 
@@ -427,7 +430,7 @@ GRAPHS: dict[str, Callable[[Path], Any]] = {
 
 
 def graph_of(folder: Path) -> ExportedModule:
-    check_graph(folder)
+    check_graph(folder / GRAPH)
     return ExportedModule(folder)
 
 

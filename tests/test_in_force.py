@@ -9,8 +9,8 @@ import torch
 from helpers import apply, base_of
 
 from llmq import plugin
-from llmq.adapt import in_force, training
 from llmq.errors import UserError
+from llmq.text import in_force, training
 
 QUICK = {"r": 4, "max_length": 64, "max_steps": 2, "per_device_train_batch_size": 2}
 
@@ -28,6 +28,8 @@ def tuned(tiny_llama, tiny_jsonl, folder, arguments, **settings):
         ({"label_smoothing_factor": 0.1}, "'label_smoothing_factor' has no effect: the loss is over shifted labels"),
         ({"torch_compile": True}, "'torch_compile' has no effect: rows differ in their examples"),
         ({"prediction_loss_only": True}, "'prediction_loss_only' has no effect that could be checked; leave it out"),
+        ({"run_name": "mine"}, "'run_name' has no effect: nothing is reported; name a tracker in report_to"),
+        ({"run_name": "mine", "report_to": "none"}, "'run_name' has no effect: nothing is reported"),
         ({"max_steps": 5}, "'max_steps' is 5, and max_steps of adapt.lora is 2; set one of them"),
         ({"max_grad_norm": -1}, "max_grad_norm: Input should be greater than 0"),
         ({"optim": "no_such"}, "optim: Input should be "),
@@ -83,7 +85,7 @@ def test_betas_of_an_optimizer_that_has_none_are_refused(tiny_llama, tiny_jsonl,
         {"dataloader_drop_last": True},
         {"data_seed": 3},
         {"load_best_model_at_end": True, "save_strategy": "steps"},
-        {"logging_steps": 1, "eval_delay": 1, "save_total_limit": 1, "run_name": "mine"},
+        {"logging_steps": 1, "eval_delay": 1, "save_total_limit": 1},
     ],
     ids=str,
 )

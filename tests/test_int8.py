@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from llmq import plugin, recipe
 from llmq.artifact import Artifact
-from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
-from llmq.files import weight_files
-from llmq.models.runtime import core, openvino
-from llmq.quantize.exporting import export, quantized_stage
+from llmq.guarded.weights import weight_files
+from llmq.openvino_runtime import core, openvino
 from llmq.quantize.int8 import ignored_names
-from llmq.quantize.likeness import Likeness, in_order_of
 from llmq.types import Context, Data, Split
+from llmq.vision.exporting import export, quantized_stage
+from llmq.vision.images import Example, make_split
+from llmq.vision.likeness import Likeness, in_order_of
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 CPU = Context("cpu", 0)
@@ -183,7 +183,7 @@ def test_what_changes_nothing_is_refused(tmp_path):
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.half().float()
         loaded.module.far.bias.data.zero_()  # the graph adds it to a constant
-        from llmq.models.state import save_network
+        from llmq.vision.state import save_network
 
         save_network(loaded.module, artifact.weights)
     (tmp_path / "stage").mkdir()
@@ -211,7 +211,7 @@ def test_garbage_is_refused(heads, tmp_path, spoil):
 def test_a_failed_quantization_leaves_the_folder_of_a_run_unfinished(heads, tmp_path, monkeypatch):
     from llmq.pipeline import make_stage
 
-    monkeypatch.setattr("llmq.quantize.float16._as_it_is", lambda graph: export(TwoHeads(96).eval(), Heads()))
+    monkeypatch.setattr("llmq.quantize.float16._unchanged", lambda graph: export(TwoHeads(96).eval(), Heads()))
     with pytest.raises(LlmqError, match="spoilt the model"):
         make_stage(step("quantize.float16"), heads, tmp_path / "1-quantize.float16", CPU)
     assert not (tmp_path / "1-quantize.float16").exists()

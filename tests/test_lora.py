@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import adapter_bytes, apply, base_of, logits_of, some_ids
+from helpers import adapter_bytes, apply, base_of, dying_at, logits_of, some_ids
 from safetensors.torch import load
 
 from llmq import plugin
-from llmq.adapt.fast_path import FastPath
-from llmq.adapt.packing import Collator
-from llmq.data.tokens import Tokens
+from llmq.text.examples import Collator, Tokens
+from llmq.text.fast_path import FastPath
 
 QUICK = {"r": 4, "max_length": 64, "max_steps": 4, "per_device_train_batch_size": 2, "lora_dropout": 0.1}
 BASES = {"bf16": None, "nf4": {"bits": 4}, "fp4": {"bits": 4, "quant_type": "fp4"}, "int8": {"bits": 8}}
@@ -43,19 +42,11 @@ def test_the_seed_decides(tiny_llama, tiny_jsonl, tmp_path):
 
 
 def test_a_killed_training_goes_on_to_the_same_adapter(any_base, tiny_jsonl, tmp_path, monkeypatch):
-    from llmq.adapt import training
-
     settings = {"data": str(tiny_jsonl), **QUICK, "max_steps": 6, "save_steps": 2}
     whole = apply("adapt.lora", any_base, tmp_path / "whole", **settings)
 
-    def die_at_five(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Watch, "on_step_end", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            apply("adapt.lora", any_base, tmp_path / "killed", **settings)
+    with dying_at(5, monkeypatch):
+        apply("adapt.lora", any_base, tmp_path / "killed", **settings)
     assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
     resumed = apply("adapt.lora", any_base, tmp_path / "killed", **settings)
     assert adapter_bytes(resumed) == adapter_bytes(whole)
@@ -157,7 +148,7 @@ def test_the_logits_of_a_packed_example_are_those_of_it_alone(tiny_llama):
     batch = Collator(0)([examples, examples[:1]])
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     fast = FastPath(model)
-    fast.see(batch)
+    fast.see(batch["position_ids"])
     with torch.inference_mode():
         by_transformers = model(**inputs).logits
         with fast.switched_on():
@@ -187,7 +178,7 @@ def test_the_fast_path_gives_the_loss_and_gradients_of_the_model_itself(tiny_lla
         return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     stock, stock_gradients = loss_and_gradients()
-    fast.see(batch)
+    fast.see(batch["position_ids"])
     with fast.switched_on():
         ours, gradients = loss_and_gradients()
     assert ours == pytest.approx(stock, rel=1e-5)
@@ -253,7 +244,7 @@ def test_an_adapter_names_the_hub_id_of_its_base_and_a_moved_run_opens(
     stage = apply("adapt.lora", quantized, tmp_path / "run" / "2-adapt.lora", data=str(tiny_jsonl), **settings)
     assert stage.adapter
     said = json.loads((stage.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert said == (named or str(quantized.weights))
+    assert said == (named or "../1-quantize.bnb")
     assert (stage.adapter / "tokenizer.json").read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
     stage.save(tmp_path / "run" / "2-adapt.lora")
     with stage.open("cpu") as loaded:

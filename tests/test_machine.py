@@ -14,7 +14,7 @@ import torch
 import yaml
 from helpers import CPU
 
-from llmq import cli, faults, files, pipeline, plugin, recipe
+from llmq import cli, errors, files, pipeline, plugin, recipe
 from llmq.errors import LlmqError, UserError
 from llmq.terminal import logged_to
 
@@ -48,20 +48,20 @@ def chained(outer, inner):
     ],
 )
 def test_the_line_says_what_was_needed_where_that_can_be_known(error, says):
-    assert says in faults.line_of(error)
-    assert "\n" not in faults.line_of(error)
+    assert says in errors.line_of(error)
+    assert "\n" not in errors.line_of(error)
 
 
 def test_the_allocator_of_torch_is_understood():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50, dtype=torch.uint8)
-    assert "not enough memory: 1125.9 TB were asked for at once" in faults.line_of(raised.value)
-    assert faults.is_of_machine(raised.value)
+    assert "not enough memory: 1125.9 TB were asked for at once" in errors.line_of(raised.value)
+    assert errors.is_of_machine(raised.value)
 
 
 def test_what_is_wrong_in_the_input_is_no_fault_of_the_machine():
     for error in (UserError("out of memory"), ValueError("x"), FileNotFoundError(2, "x"), KeyError(28)):
-        assert not faults.is_of_machine(error)
+        assert not errors.is_of_machine(error)
 
 
 def ended(monkeypatch, capsys, *argv):
@@ -125,7 +125,7 @@ def test_a_failure_outside_of_a_run_has_its_traceback_in_the_cache(monkeypatch, 
 def test_an_error_goes_up_where_its_log_cannot_be_written(tmp_path):
     with pytest.raises(KeyError) as raised, logged_to(tmp_path / "gone" / "log.txt"):
         raise KeyError("x")
-    assert faults.line_of(raised.value).startswith("unforeseen: KeyError: 'x'")
+    assert errors.line_of(raised.value).startswith("unforeseen: KeyError: 'x'")
 
 
 def test_disk_is_looked_for_before_a_stage_is_written(job, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def unnamed_encodings(file):
 
 
 def test_every_text_that_is_read_or_written_names_its_encoding():
-    ours = ("guarded_files.read_text", "guarded.files")
+    ours = ("guarded_files.read_text", "guarded.files", "archive.open")
     found = []
     for file in sorted((ROOT / "llmq").rglob("*.py")):
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -192,7 +192,7 @@ def test_streams_that_are_full_or_closed_end_in_one_line():
     os.close(reader)
     done = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (4, f"llmq: {faults.REASONS[errno.EPIPE]}\n")
+    assert (done.returncode, done.stderr) == (4, f"llmq: {errors.REASONS[errno.EPIPE]}\n")
 
 
 def test_a_locale_that_knows_ascii_alone_is_enough(tmp_path):

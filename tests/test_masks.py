@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.prune.masks import by_magnitude, by_wanda, lowest, sparsegpt
-from llmq.quantize.gptq_solver import elimination
+from llmq.matrix.masks import by_magnitude, by_wanda, lowest, sparsegpt
+from llmq.matrix.solver import elimination
 
 quickly = settings(max_examples=25, deadline=None, database=None)
 PATTERNS = [(1, 2), (2, 4), (4, 8), (1, 4)]
@@ -17,12 +17,7 @@ BOTH = [*((share, None) for share in SHARES), *((1 - n / m, (n, m)) for n, m in 
 DAMP = 0.01
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(outputs, inputs, seed=0):

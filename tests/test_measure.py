@@ -1,13 +1,15 @@
 """Timing in turn, on a clock that only the work itself moves."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from llmq import plugin
 from llmq.measure import interleave, peak_memory, read, seconds_of
-from llmq.types import Clock, Reading
+from llmq.types import Clock, Context, Reading
 
 SECONDS = Reading("latency", "ms", "lower", lambda s: 1000 * s)
 RATE = Reading("throughput", "tokens/s", "higher", lambda s: 64 / s)
@@ -149,9 +151,23 @@ def test_steady_seconds_have_no_error():
 def test_peak_memory_counts_what_was_freed_before_the_end():
     size = 48 * 2**20
     with peak_memory("cpu") as peak:
-        assert peak == {}
         before = psutil.Process().memory_info().rss  # once freed memory has been given back
         block = b"x" * size  # written to, and so resident
         del block
-    assert peak["bytes"] > before + 0.8 * size
-    assert "resident" in peak["convention"]
+    assert peak.bytes > before + 0.8 * size
+    assert "resident" in peak.convention
+
+
+def test_peak_memory_of_a_stage_leaves_out_what_the_process_holds_without_it(llmq_cache):
+    ballast = np.ones(64 * 2**20, np.uint8)  # resident before, and so no part of the model
+    context = Context("cpu", 0)
+    model: Any = plugin.build({"edsr": {"scale": 2, "n_resblocks": 8, "n_feats": 192}}, "models")
+    speed: Any = plugin.build({"speed": {"rounds": 3}}, "tasks")
+    with model.base(context).open("cpu") as loaded:
+        alone, whole = speed.score(loaded)
+        weights = sum(p.nbytes for p in loaded.module.parameters())
+    assert (alone.metric, whole.metric) == ("peak_memory", "peak_memory_of_process")
+    assert weights < alone.value < 2.5 * weights + 2**20 < whole.value
+    assert "no model" in alone.convention
+    assert "whole process" in whole.convention
+    assert whole.value - alone.value > ballast.nbytes

@@ -44,7 +44,7 @@ def test_merging_is_exact_in_float32(tiny_llama, tiny_jsonl, tmp_path):
 
 def test_the_divergence_is_that_of_a_slow_obvious_sum(tiny_llama, tiny_jsonl, tmp_path):
     from llmq.data.pydoc import Pydoc
-    from llmq.tasks.windows import windows_of
+    from llmq.text.windows import windows_of
 
     adapted = apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), **LORA)
     merged = apply("adapt.merge", adapted, tmp_path / "m", window=16, tokens=32)

@@ -1,12 +1,14 @@
 """No example of a batch reaches another while a model trains: the model is asked, whatever it is called."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import apply, base_of, some_ids
 from tiny_text_models import ARCHITECTURES, SHAPE
 
-from llmq.adapt.fast_path import FastPath, choose
 from llmq.errors import LlmqError, UserError
+from llmq.text.fast_path import FastPath, choose
 
 LENGTH = 12
 # Whose packed examples reach one another, by transformers' own code: a state, a convolution, or a mask without
@@ -52,7 +54,7 @@ def test_packing_is_on_exactly_where_the_second_example_does_not_move(name):
     way = choose(model, True, 2)
     with way.fast.switched_on() if way.fast else torch.enable_grad():
         if way.fast:
-            way.fast.see({"position_ids": torch.arange(LENGTH).repeat(2)[None]})
+            way.fast.see(torch.arange(LENGTH).repeat(2)[None])
         moved = moves_by_hand(model)  # of hidden states in the fast path, of logits elsewhere
     assert way.packing == (moved == 0) == (name in APART)
     assert bool(way.why_unpacked) == (name not in APART)
@@ -85,8 +87,8 @@ def test_a_hand_made_leak_is_seen_in_the_fast_path_and_in_the_models_own(share, 
     model.model.layers[1].mlp = Summing(model.model.layers[1].mlp, share, detached)
     probe = FastPath(adapted(model, ["q_proj"]))
     for switched_on in (True, False):
-        assert probe.neighbours_reach(packed=True, switched_on=switched_on)
-        assert not probe.neighbours_reach(packed=False, switched_on=switched_on), "the first example is not reached"
+        assert probe.neighbours_reach(True, switched_on, nullcontext())
+        assert not probe.neighbours_reach(False, switched_on, nullcontext()), "the first example is not reached"
 
 
 def test_a_leak_that_only_training_has_is_seen():
@@ -185,7 +187,7 @@ def test_llm_int8_of_a_leaking_model_is_seen_below_its_tolerance(tmp_path, tiny_
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mamba", "lfm2", "jamba", "granitemoehybrid"])
 def test_sequences_that_share_a_row_are_probed_too(name):
     """Without its list of settings: a state that runs through the row moves what is scored beside it."""
-    from llmq.tasks import prefix_attention
+    from llmq.text import prefix_attention
 
-    said = prefix_attention._differs(tiny(name).eval(), "cpu")
+    said = prefix_attention.probe(tiny(name).eval(), "cpu")
     assert bool(said) == (name not in ("llama", "qwen3_moe"))

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_text_models import build
 
 from llmq.errors import UserError
-from llmq.files import safetensors_of
-from llmq.models import gguf_files, hugging_face, opening
-from llmq.models.skeleton import Skeleton
+from llmq.guarded.weights import safetensors_of
+from llmq.text import opening, weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,7 +77,7 @@ def test_a_folder_that_lacks_or_has_more_is_refused_by_every_way_to_open_it(tiny
     folder = changed(tiny_llama, tmp_path / "m", change, name)
     base = base_of(folder)
     refused(lambda: base.model.open(base, "cpu"), name)
-    refused(lambda: Skeleton.of(base), name)
+    refused(lambda: base.model.skeleton(base, "cpu"), name)
     refused(lambda: apply("quantize.bnb", base, tmp_path / "q"), name)
     refused(lambda: apply("quantize.rtn", base, tmp_path / "r", group_size=32), name)
 
@@ -102,7 +101,7 @@ def test_experts_that_are_stored_apart_are_compared(tiny_llama, tmp_path, change
     base = base_of(changed(tmp_path / "moe", tmp_path / "m", change, name), "float32")
     shown = name if change is whole else "experts"  # opened as one, under a name of its own
     refused(lambda: base.model.open(base, "cpu"), shown)
-    refused(lambda: Skeleton.of(base), shown)
+    refused(lambda: base.model.skeleton(base, "cpu"), shown)
 
 
 PACKED = {
@@ -174,7 +173,7 @@ def test_the_file_that_a_configuration_names_goes_first(tiny_llama, tmp_path, na
         shutil.copy(file, tmp_path / "m" / file.name.replace("model.safetensors", "other.safetensors"))
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
-    hugging_face.check_weights(str(tmp_path / "m"))
+    weights.check_weights(str(tmp_path / "m"))
     both = base_of(tmp_path / "m")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert (tmp_path / "m" / "model.safetensors") not in both.weight_files()
@@ -200,7 +199,7 @@ def test_a_file_that_cannot_be_the_weights_is_refused(tiny_llama, tmp_path, name
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
     with pytest.raises(UserError, match=f"transformers_weights {name!r} {says}"):
-        hugging_face.check_weights(str(tmp_path / "m"))
+        weights.check_weights(str(tmp_path / "m"))
 
 
 def test_headers_are_read_once_to_be_compared(tiny_llama, tmp_path, monkeypatch):
@@ -274,7 +273,7 @@ def test_a_split_gguf_file_is_read_whole_whichever_part_is_named(tiny_llama, tmp
     first = write_gguf(tmp_path / "three", tiny_llama, lambda t: None, parts=3)
     with single.open("cpu") as loaded:
         wanted = logits_of(loaded.module, some_ids())
-    for part in gguf_files.parts_of(first):
+    for part in weights.parts_of(first):
         with base_of(part, "float32").open("cpu") as loaded:
             assert torch.equal(logits_of(loaded.module, some_ids()), wanted)
 

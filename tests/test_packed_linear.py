@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from llmq.quantize import gptq_linear
-from llmq.quantize.gptq_format import to_tensors
-from llmq.quantize.gptq_linear import ROWS, PackedLinear
-from llmq.quantize.grid import Quantized, round_to_nearest
+from llmq.matrix import packed_linear as gptq_linear
+from llmq.matrix.gptq_format import to_tensors
+from llmq.matrix.grid import Quantized, round_to_nearest
+from llmq.matrix.packed_linear import ROWS, PackedLinear
 
 GROUPS = [(96, 32), (96, -1), (256, 128), (576, 64), (576, -1)]
 """Inputs and group size."""
@@ -21,12 +21,7 @@ FAST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 fast = pytest.mark.skipif(not FAST, reason="needs a processor with AVX-512")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantized(inputs, outputs, bits=4, group_size=-1, sym=True, ordered=False):

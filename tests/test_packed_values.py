@@ -13,7 +13,7 @@ from helpers import apply, base_of
 from safetensors.torch import load_file, save_file
 
 from llmq.errors import LlmqError, UserError
-from llmq.files import safetensors_of
+from llmq.guarded.weights import safetensors_of
 
 LAYER = "model.layers.0.mlp.up_proj"
 STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"

@@ -43,7 +43,9 @@ def test_a_run_leaves_a_report_that_sets_every_stage_beside_the_base(job, tmp_pa
     assert all(set(m) == needed for m in data["measurements"])
     compared = {(c["stage"], c["metric"]): c for c in data["comparisons"]}
     assert compared["1-quantize.bnb", "bytes_on_disk"]["verdict"] == "better"
-    assert {c["verdict"] for c in data["comparisons"]} <= {"better", "worse", "same", "undecided"}
+    verdicts = {c["metric"]: c["verdict"] for c in data["comparisons"]}
+    assert set(verdicts.values()) <= {"better", "worse", "same", "undecided", "unknown"}
+    assert verdicts["parameters"] == "unknown"  # those of the adapter
     assert all((name, "decode_tokens_per_second") in compared for name in names[1:])
     assert [e["stage"] for e in data["exhibits"]] == names
     assert {"libraries", "processor", "threads", "seed", "dtype", "model_sha256", "device"} <= set(data["environment"])
@@ -75,7 +77,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_stage(job, tmp_path, monkeypa
     pipeline.run(loaded, whole)
     for file in ("1-quantize.bnb/model.safetensors", "2-adapt.lora/adapter_model.safetensors"):
         assert (whole / file).read_bytes() == (out / file).read_bytes()
-    noisy = ("time_to_first_token", "peak_memory")
+    noisy = ("time_to_first_token", "peak_memory", "peak_memory_of_process")
     figures = [
         [m for m in Report.read(f).measurements if "per_second" not in m["metric"] and m["metric"] not in noisy]
         for f in (out, whole)

@@ -11,10 +11,10 @@ from PIL import Image
 from test_image_data import classes_in, read, save
 from test_rock import volume
 
-from llmq.data import pixels
-from llmq.data.images import numbers_of, read_image
-from llmq.data.rock_volumes import Reading, read_volumes
+from llmq.data.rock.volumes import Reading, read_volumes
 from llmq.errors import LlmqError, UserError
+from llmq.vision import pixels
+from llmq.vision.images import numbers_of, read_image
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (12, 8, 40)).astype(np.uint16)
 WINDOW = (1000.0, 51000.0)
@@ -384,7 +384,7 @@ def test_a_name_that_two_outputs_share_is_refused_and_their_keys_are_not():
 
 def test_imagenets_own_doubles_are_refused():
     """By timm's list of its thousand classes: 134 and 517 are cranes, 264 and 474 cardigans, 638 and 639 maillots."""
-    from llmq.models.timm_config import known_names
+    from llmq.models.timm_classifier import known_names
 
     names = known_names(1000)
     for double, outputs in (("crane", (134, 517)), ("cardigan", (264, 474)), ("maillot", (638, 639))):

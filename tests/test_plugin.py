@@ -12,7 +12,10 @@ from llmq import plugin, recipe
 from llmq.errors import UserError
 
 STEP = '''\
-"""A step that a stranger wrote."""
+"""Halves the weights.
+
+More about it.
+"""
 
 from typing import ClassVar
 
@@ -20,11 +23,6 @@ from llmq.types import Step
 
 
 class Halve(Step):
-    """Halves the weights.
-
-    More about it.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     times: int = 1
@@ -77,9 +75,21 @@ def test_a_file_that_changes_is_read_again(folder):
 
 
 def test_a_file_that_is_not_python_fails_by_name(folder):
-    (folder / "broken.py").write_text("class Broken(Step:\n")
+    (folder / "broken.py").write_text('"""Is broken."""\nclass Broken(Step:\n')
+    assert plugin.words()["quantize.broken"] == "Is broken."
+    with pytest.raises(SyntaxError, match=r"broken\.py"):
+        plugin.load("quantize.broken")
+    (folder / "broken.py").write_text('"""Has no end.')
     with pytest.raises(SyntaxError, match=r"broken\.py"):
         plugin.words()
+
+
+def test_the_documentation_may_come_after_comments(folder):
+    (folder / "halve_it.py").write_text(f"# Licence.\n\n{STEP}")
+    assert plugin.words()["quantize.halve_it"] == "Halves the weights."
+    (folder / "halve_it.py").write_text(STEP[STEP.index("from") :])
+    os.utime(folder / "halve_it.py", ns=(0, 0))
+    assert plugin.words()["quantize.halve_it"] == ""
 
 
 def test_a_file_that_cannot_be_imported_fails_by_name(folder):
@@ -94,10 +104,18 @@ def test_two_plug_ins_in_a_file_fail_by_name(folder):
         plugin.load("quantize.halve_it")
 
 
-def test_a_plain_module_beside_is_no_word(folder):
-    (folder / "maths.py").write_text("class Step:\n    pass\n\n\ndef halve(x):\n    return x / 2\n")
-    assert "quantize.maths" not in plugin.words()
-    with pytest.raises(UserError, match=r"unknown word 'quantize\.maths'"):
+def test_a_folder_is_one_word_with_helpers_of_its_own(folder):
+    (folder / "halve_it").mkdir()
+    (folder / "halve_it" / "__init__.py").write_text(STEP)
+    (folder / "halve_it" / "maths.py").write_text("def halve(x):\n    return x / 2\n")
+    assert plugin.words()["quantize.halve_it"] == "Halves the weights."
+    assert not [word for word in plugin.words() if "maths" in word]
+    assert plugin.load("quantize.halve_it").__name__ == "Halve"
+
+
+def test_a_plain_module_among_the_words_fails_by_name(folder):
+    (folder / "maths.py").write_text("def halve(x):\n    return x / 2\n")
+    with pytest.raises(TypeError, match=r"maths\.py must define exactly one plug-in class"):
         plugin.load("quantize.maths")
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from llmq import power, proportions, statistics
-from llmq.estimates import alone, difference, ratio
-from llmq.proportions import Table
+from llmq.statistics import compare as statistics
+from llmq.statistics import power, proportions
+from llmq.statistics.estimates import alone, difference, ratio
+from llmq.statistics.proportions import Table
 from llmq.types import Measurement, Samples
 
 quickly = settings(max_examples=60, deadline=None, database=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmq.tasks import prefix_attention, prefix_tree
+from llmq.text import prefix_attention, prefix_tree
 
 quickly = settings(max_examples=40, deadline=None, database=None)
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=12)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import apply, base_of, logits_of, some_ids
 
-from llmq.adapt.reach import expert_stacks, reached, sentence, weights_of
 from llmq.errors import UserError
+from llmq.text.reach import expert_stacks, reached, sentence, weights_of
 
 IDS = some_ids()
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

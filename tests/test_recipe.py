@@ -1,11 +1,13 @@
 """Recipes: overrides, line numbers, bare words, and the order of steps folded before anything runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from llmq import plugin, recipe
+from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.recipe import Source, apply_override, check_order
 
@@ -216,8 +218,9 @@ def test_orders_that_cannot_work(words, cure):
 
 
 def test_a_base_that_is_packed_already_counts():
+    base = replace(Artifact(None, Path()), packed=True)
     with pytest.raises(UserError, match="needs float weights"):
-        check_order("causal-lm", steps("quantize.bnb"), HERE, {"packed": True})
+        check_order("causal-lm", steps("quantize.bnb"), HERE, base)
 
 
 def test_a_step_that_does_not_suit_the_model_is_refused():

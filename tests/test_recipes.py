@@ -9,7 +9,7 @@ import yaml
 
 from llmq import pipeline, plugin, reading, recipe
 from llmq.files import bundled
-from llmq.models import hugging_face
+from llmq.text import weights
 
 RECIPES = recipe.names("recipes")
 SUITES = recipe.names("evals")
@@ -20,7 +20,7 @@ TASK_FILES = sorted((bundled("evals") / "lm_eval").glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def _what_recipes_ask_for(monkeypatch, tmp_path):
     """The packages that carry weights need not be installed to check a recipe, nor the published rock be there."""
-    monkeypatch.setattr(hugging_face, "built_in", lambda word: tmp_path)
+    monkeypatch.setattr(weights, "built_in", lambda word: tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("DRSRD1_2D").mkdir()
 
@@ -91,7 +91,7 @@ def test_what_bundled_recipes_are_measured_on_is_what_their_figures_were_taken_o
 def test_a_suite_loads_for_some_kind_of_model(name):
     written = yaml.safe_load(SUITES[name].read_text())
     classes = [plugin.load(f"tasks.{plugin.name_and_settings(entry)[0]}") for entry in written]
-    kinds = frozenset.intersection(*(cls.suits for cls in classes))
+    kinds = set.intersection(*(set(cls.suits) for cls in classes))
     assert kinds
     for kind in kinds:
         assert len(recipe.suite_tasks(name, recipe.Source("test", {}), kind)) == len(written)

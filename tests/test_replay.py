@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
-from llmq import pipeline, recipe, replay
+from llmq import hashes, pipeline, recipe
 from llmq.errors import UserError
+from llmq.judge import replay
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,11 @@ def copy_of(run, tmp_path):
 
 @pytest.mark.slow
 def test_prune_quantize_and_train_come_back_byte_for_byte(run, tmp_path):
-    again = replay.replay(run, tmp_path / "again")
+    again = replay.replay(run, tmp_path / "again", lambda job, out: pipeline.run(job, out, cache=False))
     assert again.differences == []
     assert {d.what for d in again.surroundings} <= {"commit"}
     assert again.same
-    compared = replay._of_stages(replay.recorded(run))
+    compared = replay._of_stages(hashes.recorded(run))
     assert again.files == len(compared)
     weighed = {file.split("/")[0] for file in compared if file.endswith(".safetensors")}
     assert weighed == {"1-prune.magnitude", "2-quantize.rtn", "3-adapt.lora"}
@@ -62,7 +63,7 @@ def test_another_seed_is_seen_in_what_was_trained_and_nowhere_before(run, job, t
 def test_a_run_left_alone_is_whole(run):
     found = replay.verify(run)
     assert found.whole
-    assert found.same == len(replay.recorded(run))
+    assert found.same == len(hashes.recorded(run))
     assert not found.added
 
 
@@ -112,7 +113,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, says):
 
 def test_a_folder_without_a_recipe_is_not_replayed(tmp_path):
     with pytest.raises(UserError, match="no recipe"):
-        replay.replay(tmp_path, tmp_path / "again")
+        replay.replay(tmp_path, tmp_path / "again", pipeline.run)
     assert not (tmp_path / "again").exists()
 
 

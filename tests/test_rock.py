@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llmq import plugin
-from llmq.data.degrade import KERNELS, bicubic, disturb, downsample, resize, to_uint8, weights
-from llmq.data.rock_files import read_grey
-from llmq.data.synthetic_rock import rock_slice
+from llmq.data.rock import read_grey
+from llmq.data.rock.synthetic import rock_slice
 from llmq.errors import UserError
-from llmq.tasks.image_quality import psnr
-from llmq.tasks.segmentation import otsu, two_point
+from llmq.tasks.rock import otsu, two_point
+from llmq.vision.degrade import KERNELS, bicubic, disturb, downsample, resize, to_uint8, weights
+from llmq.vision.image_quality import psnr
 
 PILLOWS = {"box": Image.BOX, "triangle": Image.BILINEAR, "cubic": Image.BICUBIC, "lanczos3": Image.LANCZOS}
 SYNTHETIC = {"train_slices": 3, "held_out_slices": 2, "size": 48}

@@ -14,7 +14,7 @@ import yaml
 from helpers import CPU
 from PIL import Image
 
-from llmq import cli, pipeline, plugin, reading, recipe, run_recipe
+from llmq import cli, pipeline, plugin, reading, recipe
 from llmq.errors import UserError
 from llmq.source import Source, to_yaml
 from llmq.targets import stages_of
@@ -42,7 +42,7 @@ def job(model: Any, steps: Iterable[Any], evaluate: Any, **others: Any) -> recip
 
 def reads(made: recipe.Recipe) -> dict[str, list[str]]:
     """What each task reads."""
-    return {n: [reading.called(d) for d in reading.data_of(t)] for n, t in reading.named(made.evaluate).items()}
+    return {n: [reading.called(d) for d in reading.data_of(t)] for n, t in reading.by_name(made.evaluate).items()}
 
 
 def noise(folder: Path, names: Iterable[str]) -> Path:
@@ -265,7 +265,7 @@ def test_a_stage_as_the_weights_of_another_recipe_brings_what_its_run_read(tmp_p
     assert reads(job(model, [], both)) == {"perplexity": [mine], "perplexity-2": ["data.pydoc held_out=0.2"]}
     made = job(model, ["quantize.gptq"], ["perplexity"])
     assert [reading.called(d) for d in reading.data_of(made.steps[0])] == [mine]
-    made_by = run_recipe.of_weights(made.model)
+    made_by = recipe.of_weights(made.model)
     assert made_by is not None
     assert f"perplexity reads {mine}, what adapt.lora trains on" in reading.told((), made.evaluate, made_by.steps)
     anew = job(model, [{"adapt.lora": {"data": "pydoc"}}], both)
@@ -300,7 +300,7 @@ def test_relative_paths_of_a_run_are_meant_from_where_it_was_called(tmp_path, mo
 def test_a_recipe_that_another_tool_left_beside_a_model_is_none_of_ours(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "m")
     (tmp_path / "m/recipe.yaml").write_text("default_stage:\n  default_modifiers:\n    SmoothQuantModifier: {}\n")
-    assert run_recipe.of(str(tmp_path / "m")) is None
+    assert recipe.of_run(str(tmp_path / "m")) is None
     assert list(stages_of(str(tmp_path / "m"), "causal_lm", ["size"])[0]) == ["0-base"]
 
 
@@ -411,7 +411,7 @@ def test_check_names_what_is_read_and_with_data_reads_it(tmp_path, monkeypatch, 
     assert "\n# rock reads data.rock size=48 train_slices=2 held_out_slices=3, what adapt.train trains on\n" in out
     assert yaml.safe_load(out)["evaluate"] == [{"rock": {"data": rock, "distance": 8}}]
     assert end_of("check", tmp_path / "r.yaml", "--data", patch=monkeypatch) == 2
-    assert "not scale 3 of srcnn" in capsys.readouterr().err
+    assert "not scale 3 of models.srcnn" in capsys.readouterr().err
     assert end_of("check", tmp_path / "r.yaml", "--data", "model.scale=4", patch=monkeypatch) == 0
     assert ": 2 to train on, 3 held out, low/high\n" in capsys.readouterr().out
 

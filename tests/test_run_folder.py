@@ -8,9 +8,10 @@ import time
 import pytest
 from test_pipeline import job  # noqa: F401
 
-from llmq import pipeline, recipe, run_folder
+from llmq import pipeline, recipe
 from llmq.errors import UserError
-from llmq.run_folder import held, holds
+from llmq.runs import folder as run_folder
+from llmq.runs.folder import held, holds
 
 
 def test_the_second_is_refused_and_told_who_and_since_when(tmp_path):

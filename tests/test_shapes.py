@@ -10,9 +10,17 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from llmq.errors import UserError
-from llmq.models.shapes import changes, channels_of, describe, kind_of, narrow, reshape
-from llmq.models.state import open_network, save_network
-from llmq.models.weight_norm import with_weight_norm, without_weight_norm
+from llmq.vision.shapes import (
+    changes,
+    channels_of,
+    describe,
+    kind_of,
+    narrow,
+    reshape,
+    with_weight_norm,
+    without_weight_norm,
+)
+from llmq.vision.state import open_network, save_network
 
 KEPT = [0, 2, 3, 7]
 GONE = {1, 4, 5, 6}
@@ -203,3 +211,7 @@ def test_weight_norm_off_and_on_again_changes_nothing_but_roundings():
         with_weight_norm(zoo, normed)
         torch.testing.assert_close(zoo(x), said)
     assert zoo.state_dict().keys() == Zoo().state_dict().keys()
+
+
+def test_a_parameter_that_is_no_layers_has_no_kind():
+    assert kind_of(torch.nn.Parameter(torch.ones(3))) is None

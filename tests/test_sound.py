@@ -17,6 +17,7 @@ TEXT = {
     "quantize.bnb": {},
     "quantize.rtn": {"group_size": 32},
     "quantize.gptq": {"group_size": 32, **FEW},
+    "quantize.awq": {"group_size": 32, **FEW},
     "prune.magnitude": {},
     "prune.wanda": FEW,
     "prune.sparsegpt": FEW,

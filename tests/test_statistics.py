@@ -8,16 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from llmq import proportions
-from llmq.estimates import figure
-from llmq.proportions import Table
-from llmq.statistics import (
-    compare,
-    paired_intervals,
-    quantile_stderr,
-    ratio_stderr,
-    verdict,
-)
+from llmq.statistics import proportions
+from llmq.statistics.compare import compare, paired_intervals, verdict
+from llmq.statistics.estimates import figure
+from llmq.statistics.figures import quantile_stderr, ratio_stderr
+from llmq.statistics.proportions import Table
 from llmq.types import Measurement, Samples
 
 quickly = settings(max_examples=40, deadline=None, database=None)

@@ -45,6 +45,13 @@ DOING = {
         begun()
         time.sleep(60)
 """,
+    "what may open no file": """
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    with stopping.handled():
+        begun()
+        time.sleep(60)
+""",
     "a destructor": """
     class Slow:
         def __del__(self):

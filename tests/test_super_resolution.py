@@ -1,5 +1,6 @@
 """Super-resolution networks: sizes of the papers, tiles, batches, and what is kept reopens to the same."""
 
+import io
 import json
 from math import isfinite
 from typing import Any
@@ -9,19 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from llmq import plugin
 from llmq.artifact import Artifact
-from llmq.data.degrade import bicubic
-from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
-from llmq.models import super_resolution
-from llmq.models.exported import ExportedModule
-from llmq.models.super_resolution_networks import Bicubic, EdsrNet, FoldedEdsr
-from llmq.models.weight_norm import with_weight_norm, without_weight_norm
-from llmq.quantize.exporting import export
-from llmq.statistics import compare
+from llmq.statistics.compare import compare
 from llmq.types import Data, Exhibit, Split
+from llmq.vision import scale_bar, super_resolution
+from llmq.vision.degrade import bicubic
+from llmq.vision.exported import ExportedModule
+from llmq.vision.exporting import export
+from llmq.vision.images import Example, make_split
+from llmq.vision.shapes import with_weight_norm, without_weight_norm
+from llmq.vision.super_resolution_networks import Bicubic, EdsrNet, FoldedEdsr
 from tests.helpers import CPU, apply
 
 FULL_EDSR = {"n_resblocks": 32, "n_feats": 256, "res_scale": 0.1}
@@ -164,15 +166,15 @@ def test_a_few_steps_of_training_lower_the_loss():
     model = model_of("wdsr", **SMALL["wdsr"], scale=2)
     torch.manual_seed(0)
     network = model.network()
-    (player,) = model.players(network)
-    optimizer = torch.optim.Adam(player.module.parameters(), 3e-3)
+    (learner,) = model.learners(network)
+    optimizer = torch.optim.Adam(learner.module.parameters(), 3e-3)
     rng, losses = np.random.default_rng(0), []
     smooth = [
         Example("s", np.full((12, 12, 1), 40 * i, np.uint8), high=np.full((24, 24, 1), 40 * i, np.uint8))
         for i in range(6)
     ]
     for _ in range(40):
-        loss = player.loss(model.batch(smooth, rng, "dihedral", 8))
+        loss = learner.loss(model.batch(smooth, rng, "dihedral", 8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,9 +215,9 @@ def test_a_trained_stage_reopens_to_the_same_output(word, its, tmp_path):
 
 
 BAD_DATA = [
-    ("low/high", pair(0, 12, 2), "12 x 15 to 24 x 30: not scale 4 of edsr"),
+    ("low/high", pair(0, 12, 2), "12 x 15 to 24 x 30: not scale 4 of models.edsr"),
     ("low/high", Example("rgb", grey(0, 4, 4, 3), high=grey(0, 16, 16, 3)), "rgb has 3 channels; set channels: 3"),
-    ("image/label", pair(0, 12, 4), "edsr needs low/high pairs such as data.rock has, and this data is image/label"),
+    ("image/label", pair(0, 12, 4), "models.edsr: its examples are image/label, and low/high is needed"),
 ]
 
 
@@ -244,13 +246,13 @@ def test_the_task_tells_model_and_bicubic_apart():
     for said in ("data range 255", "4-pixel border", "all channels", task.data.read().sha256[:12]):
         assert said in figures["psnr"].convention
     assert figures["bicubic_psnr"].value > 20
-    assert len(shown) == 2
+    assert [bool(e.panels) for e in shown] == [False, True, False, True]
     assert shown[0].picture.startswith(b"\x89PNG")
 
 
 def test_a_network_that_interpolates_gains_nothing(monkeypatch):
     monkeypatch.setattr(
-        "llmq.models.super_resolution_networks.SrcnnNet", lambda channels, scale, kernel: Bicubic(scale)
+        "llmq.vision.super_resolution_networks.SrcnnNet", lambda channels, scale, kernel: Bicubic(scale)
     )
     figures, _, _ = asked("super_resolution", {"srcnn": {"tile": 20}}, pictures=0)
     assert figures["psnr_gain"].samples.values == pytest.approx([0, 0, 0], abs=1e-3)
@@ -337,7 +339,7 @@ def test_y_of_a_grey_image_is_the_image_and_a_border_too_wide_is_told():
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 30), st.integers(0, 9))
 def test_tiles_cover_every_pixel_once(height, width, tile, overlap):
-    from llmq.models.super_resolution import _tiles
+    from llmq.vision.super_resolution import _tiles
 
     covered = np.zeros((2 * height, 2 * width), int)
     for seen, kept, place in _tiles(height, width, tile, overlap, 2):
@@ -371,3 +373,30 @@ def test_an_exported_edsr_takes_images_from_3_pixels_on_and_says_so_of_smaller_o
     assert exported(torch.rand(1, 1, 3, 5)).shape == (1, 1, 12, 20)
     with pytest.raises(LlmqError, match=r"takes no input \[1, 1, 2, 5\]: Kernel"):
         exported(torch.rand(1, 1, 2, 5))
+
+
+@given(st.integers(3, 4000), st.floats(1e-3, 1e3))
+def test_a_scale_bar_is_one_two_or_five_and_fits(width, pixel_size):
+    bar = scale_bar.length(width, pixel_size)
+    assert f"{bar:e}"[0] in "125"
+    assert 0 < bar <= scale_bar.SHARE * width * pixel_size * (1 + 1e-9)
+    assert bar * 2.5 > scale_bar.SHARE * width * pixel_size
+
+
+def test_a_close_up_has_a_scale_bar_where_the_size_of_a_voxel_is_known():
+    shown = {}
+    for size in (None, 2.0):
+        task = plugin.build(
+            {"super_resolution": {"data": {"rock": {**TINY_ROCK["rock"], "voxel_size": size}}}}, "tasks"
+        )
+        model = plugin.build({"srcnn": {"scale": 4}}, "models")
+        with model.base(CPU).open("cpu") as loaded:
+            shown[size] = [e for e in task.score(loaded) if isinstance(e, Exhibit) and e.panels]
+    plain, known = shown[None][0], shown[2.0][0]
+    assert plain.panels == ("bicubic", "model", "truth")
+    assert (plain.output, known.output) == ("", "bar: 50 µm")
+    bare, stamped = (np.asarray(Image.open(io.BytesIO(e.picture))) for e in (plain, known))
+    assert bare.shape == stamped.shape == (96, 3 * 96)
+    changed = np.flatnonzero((bare != stamped).any(0)) % 96
+    assert changed.min() == 3
+    assert changed.max() == 3 + 25 + 1  # 50 µm are 25 pixels, in a frame of one

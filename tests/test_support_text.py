@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support_tables
 import torch
 from helpers import apply, base_of, logits_of, some_ids
 from safetensors import safe_open
@@ -305,7 +306,7 @@ def test_every_word_is_right_or_one_line(architecture, tiny_llama, tmp_path):
         except Exception as error:  # noqa: BLE001  # every cell is looked at before the test fails
             wrong[column] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if os.environ.get("LLMQ_WRITE_SUPPORT"):
-        support.write("text", architecture, found)
+        support_tables.write("text", architecture, found)
     assert not wrong, (architecture, wrong)
     assert found == support.cells("text")[architecture]
 
@@ -319,8 +320,8 @@ def test_the_table_holds_every_architecture_and_column():
 def test_the_page_is_drawn_from_the_table():
     page = Path(__file__).parent.parent / "docs" / "support.md"
     if os.environ.get("LLMQ_WRITE_SUPPORT"):
-        page.write_text(support.page(), encoding="utf-8")
-    assert page.read_text(encoding="utf-8") == support.page()
+        page.write_text(support_tables.page(), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == support_tables.page()
 
 
 def test_check_says_what_the_table_says(tiny_llama, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support_tables
 import torch
 from helpers import CPU, apply
 from test_hf_detector import CONFIGS
@@ -19,10 +20,9 @@ from llmq import plugin, support
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError
 from llmq.files import bytes_of
-from llmq.models.runtime import core
-from llmq.models.state import save_network
-from llmq.models.vision import named
-from llmq.quantize.likeness import in_order_of
+from llmq.openvino_runtime import core
+from llmq.vision.likeness import in_order_of
+from llmq.vision.state import save_network
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +189,7 @@ def outcome(column: str, base: Artifact, folder: Path) -> str:
     except LlmqError as error:
         line = str(error).replace(str(folder), "")
         assert "\n" not in line
-        assert named(base.model) in line
+        assert base.model.title in line
         return line
     return support.RIGHT
 
@@ -224,7 +224,7 @@ def test_every_word_is_right_or_one_line(name, tmp_path):
         except Exception as error:  # noqa: BLE001  # every cell is looked at before the test fails
             wrong[column] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if os.environ.get("LLMQ_WRITE_SUPPORT"):
-        support.write("vision", name, found)
+        support_tables.write("vision", name, found)
     assert not wrong, (name, wrong)
     assert wording(support.cells("vision")[name]) == wording(found)
 

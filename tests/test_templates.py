@@ -8,10 +8,10 @@ from chat_templates import FAMILIES, TALK
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
-from llmq import templates
-from llmq.data.conversation import Conversation, TemplateTooCostly
-from llmq.data.tokens import encode
 from llmq.errors import UserError
+from llmq.guarded import templates
+from llmq.text.conversation import Conversation, TemplateTooCostly
+from llmq.text.tokens import encode
 
 ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well"}]}
 DOUBLED = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
@@ -104,7 +104,7 @@ def test_templates_of_a_folders_tasks_reach_nothing(tmp_path):
     from lm_eval_tasks import CHOICE, write
 
     from llmq import plugin, trust
-    from llmq.tasks.harness_data import built
+    from llmq.harness.data import built
 
     text = "{{ ''.__class__.__mro__[1].__subclasses__()|length }}"
     asked = plugin.build(

@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 SEED = 20_000
-CASES = {"recipes": 2000, "checkpoints": 500, "data_files": 2000, "run_folders": 500, "faults": 25}
+CASES = {"recipes": 2000, "checkpoints": 500, "data_files": 2000, "run_folders": 500, "faults": 20, "starved": 6}
 CODE = """
 import sys
 from torture.endless import some

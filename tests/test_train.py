@@ -1,5 +1,6 @@
 """adapt.train: one loop, whatever learns; the same weights from the same seed, killed or not."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 from helpers import CPU
 
 from llmq import plugin
-from llmq.adapt import loop
 from llmq.adapt.train import Train
-from llmq.data.images import Example, make_split
 from llmq.errors import LlmqError, UserError
-from llmq.models.vision import Learning, Player, Vision
-from llmq.types import Data, Model
+from llmq.types import Data
+from llmq.vision import loop
+from llmq.vision.family import ImageModel, Learner, Training
+from llmq.vision.images import Example, make_split
 
 
 class Slopes(Data):
@@ -31,11 +32,11 @@ class Slopes(Data):
         return make_split(examples[:20], examples[20:], "image/label", ["slopes"])
 
 
-class Tiny(Vision, Model):
-    """A convolution, a norm, dropout, and as many players as asked for, the later ones judging the first."""
+class Tiny(ImageModel):
+    """A convolution, a norm, dropout, and as many learners as asked for, the later ones judging the first."""
 
     kind: ClassVar[str] = "classifier"
-    learning: ClassVar[Learning] = Learning(1e-2, 4, "nats an image")
+    training: ClassVar[Training] = Training(4, 1e-2, "nats an image")
     judges: int = 0
     broken: bool = False
 
@@ -49,17 +50,17 @@ class Tiny(Vision, Model):
     def example(self, batch_size: int) -> Any:
         return torch.linspace(0, 1, batch_size * 64).view(batch_size, 1, 8, 8)
 
-    def players(self, network: Any) -> list[Player]:
+    def learners(self, network: Any) -> list[Learner]:
         def loss(batch: Any) -> Any:
             logits = network(batch["images"])
             return torch.nn.functional.cross_entropy(logits, batch["labels"]) / (0 if self.broken else 1)
 
         judges = [torch.nn.Linear(64, 1) for _ in range(self.judges)]
         others = [
-            Player(f"judge {i}", j, lambda b, j=j: j(b["images"].flatten(1)).square().mean() * 1e-3)
+            Learner(f"judge {i}", j, lambda b, j=j: j(b["images"].flatten(1)).square().mean() * 1e-3)
             for i, j in enumerate(judges)
         ]
-        return [*others, Player("loss", network, loss)]
+        return [*others, Learner("loss", network, loss)]
 
     def batch(self, examples: Any, rng: Any, augment: str, crop: int | None) -> dict[str, Any]:
         noise = torch.from_numpy(rng.normal(0, 0.01, (len(examples), 1, 8, 8)).astype(np.float32))
@@ -111,7 +112,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_is_watched(tmp_path):
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch, judges, killed_at):
     model = Tiny(judges=judges)
     whole = weights(trained(tmp_path / "whole", model))
-    step = loop._step
+    step = loop.Run.step
 
     def die(*args: Any) -> Any:
         if args[-1] == killed_at:
@@ -119,7 +120,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch, judg
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", die)
+        patch.setattr(loop.Run, "step", die)
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "killed", model)
     made = trained(tmp_path / "killed", model)
@@ -149,15 +150,16 @@ def test_every_epoch_visits_every_example_once_in_an_order_of_its_own(n, size):
 
 
 def test_the_rate_warms_up_and_ends_near_nothing():
-    common = dict.fromkeys(loop.Plan.__dataclass_fields__, 0) | {"steps": 100, "warmup": 10, "learning_rate": 1.0}
+    common = Training(1, 1.0, "", max_steps=100, warmup_steps=10)
     for schedule in ("cosine", "linear"):
-        plan = loop.Plan(**common | {"schedule": schedule})
-        rates = [plan.rate(step) for step in range(100)]
+        training = replace(common, lr_scheduler_type=schedule)
+        rates = [training.rate(step) for step in range(100)]
         assert rates[:10] == sorted(rates[:10])
         assert rates[10:] == sorted(rates[10:], reverse=True)
         assert max(rates) == rates[10] == 1.0
         assert rates[-1] < 0.02
-    assert {loop.Plan(**common | {"schedule": "constant", "warmup": 0}).rate(s) for s in (0, 50, 99)} == {1.0}
+    constant = replace(common, lr_scheduler_type="constant", warmup_steps=0)
+    assert {constant.rate(step) for step in (0, 50, 99)} == {1.0}
 
 
 def test_a_training_part_without_examples_is_refused_before_anything_runs(monkeypatch):
@@ -172,9 +174,8 @@ def test_a_head_of_zeros_learns_though_zeros_are_kept(tmp_path):
         loaded.module[-1].weight.data.zero_()
         loaded.module[0].weight.data[0] = 0
         split = Slopes().read()
-        plan = loop.Plan(
-            3, 4, 1e-2, "constant", 0, "adam", (0.9, 0.99), 0.0, None, "none", None, False, False, 9, 9, 0, True
-        )
-        loop.train(loaded, split.train, [], plan, tmp_path)
+        settings = {"lr_scheduler_type": "constant", "eval_steps": 9, "save_steps": 9, "keep_sparsity": True}
+        training = Training(4, 1e-2, "", "adam", max_steps=3, **settings)
+        loop.Run(loaded.artifact.model, loaded, training, tmp_path).train(split.train, [])
         assert bool((loaded.module[-1].weight != 0).any())
         assert not bool(loaded.module[0].weight[0].any())

@@ -10,10 +10,12 @@ import yaml
 from helpers import CPU
 from lm_eval_tasks import CHOICE, metrics, write
 
-from llmq import cli, pipeline, plugin, recipe, replay, results, run_paths, trust
+from llmq import cli, pipeline, plugin, recipe, trust
 from llmq.artifact import Artifact
 from llmq.errors import UserError
+from llmq.judge import replay, results
 from llmq.report import Report
+from llmq.runs import paths as run_paths
 
 OWN = """
 from pathlib import Path
@@ -137,7 +139,7 @@ def test_a_kernel_of_the_hub_is_code(tiny_llama, tmp_path, changes, says):
     ],
 )
 def test_an_adapter_imports_nothing(tmp_path, changes, says):
-    from llmq.models.opening import with_adapter
+    from llmq.text.opening import with_adapter
 
     (tmp_path / "adapter_config.json").write_text(json.dumps(changes))
     with pytest.raises(UserError, match=says):
@@ -166,6 +168,50 @@ def test_tasks_of_a_folder_call_no_code_of_it(tmp_path, marker, says):
     assert not marker.exists()
     trust.given(remote_code=True)
     task.check()
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("included", [False, True])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, r"odd\.yaml:\d+: more than 20000 values once aliases"),
+        (MERGES, r"odd\.yaml:\d+: more than 20000 values once aliases"),
+        ("a: &a [*a]", r"odd\.yaml:1: nested deeper than 32; does an alias"),
+        ("a: " + "[" * 500 + "]" * 500, r"odd\.yaml:1: nested deeper than 32"),
+        ("a: !mine 3", r"odd\.yaml' is no plain YAML: could not determine a constructor for the tag '!mine'"),
+        ("a: !!python/object:os.system {}", r"odd\.yaml' is no plain YAML: .* tag '.*python/object:os\.system'"),
+        ("a: !!python/name:os.system ''", r"odd\.yaml' is no plain YAML: .* tag '.*python/name:os\.system'"),
+        ("a: !function [b]", r"odd\.yaml' is no plain YAML: expected a scalar node"),
+        ("a: [", r"odd\.yaml:\d: not YAML"),
+        ("a: " + "x" * 2**20, r"odd\.yaml: 1048579 characters; "),
+        ("a: " + "x" * 2**22, r"odd\.yaml' has 4.* is the most that is read of it"),
+        ("include: [odd.yaml]", r"odd\.yaml' is included twice"),
+        ("include: [3]", r"/3' cannot be read"),
+        ("include: gone.yaml", r"gone\.yaml' cannot be read"),
+        (None, r"odd\.yaml' is a pipe, and no file"),
+    ],
+)
+def test_files_beside_a_task_are_bounded_before_lm_eval_reads_them(tmp_path, text, says, included):
+    name = write(tmp_path / "tasks", "t", {**CHOICE, **({"include": "../odd.yaml"} if included else {})})
+    odd = tmp_path / ("odd.yaml" if included else "tasks/odd.yaml")
+    if text is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_text(text)
+    task = plugin.build({"lm_eval": {"tasks": [name], "include_path": str(tmp_path / "tasks")}}, "tasks")
+    for ask in (task.check, task.depends):
+        with pytest.raises(UserError, match=says) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_second_file_of_a_tasks_name_runs_nothing_either(tmp_path, marker):
@@ -233,7 +279,7 @@ def test_a_run_with_a_way_out_is_opened_by_no_command(tmp_path, kind, monkeypatc
     (run / "report.json").write_text("{}")
     (run / "hashes.json").write_text('{"files": {}}')
     stage(run / "1-x", "/nowhere")
-    for open_run in (replay.verify, results.run, lambda r: replay.replay(r, tmp_path / "out")):
+    for open_run in (replay.verify, results.run, lambda r: replay.replay(r, tmp_path / "out", pipeline.run)):
         with pytest.raises(UserError, match=r"lies outside of|neither a file nor a folder"):
             open_run(run)
     monkeypatch.chdir(tmp_path)
@@ -272,7 +318,7 @@ def test_a_stage_of_a_report_lies_inside_of_the_run(tmp_path):
 
 
 def test_an_index_names_files_beside_it(tmp_path):
-    from llmq.files import safetensors_of
+    from llmq.guarded.weights import safetensors_of
 
     told = {"metadata": {}, "weight_map": {"a": "../other/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(told))

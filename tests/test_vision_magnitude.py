@@ -12,9 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.models.state import read_state, save_network
-from llmq.models.vision import Vision
-from llmq.types import Model
+from llmq.vision.family import ImageModel
+from llmq.vision.state import read_state, save_network
 
 
 class Layers(nn.Module):
@@ -31,7 +30,7 @@ class Layers(nn.Module):
         return self.last(self.normed(x).mean((2, 3)))
 
 
-class Net(Vision, Model):
+class Net(ImageModel):
     """The network above."""
 
     kind: ClassVar[str] = "classifier"

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from llmq.answers import contents
 from llmq.errors import UserError
-from llmq.files import BESIDE, INDEX, SINGLE
-from llmq.models.hugging_face import check_folder
-from llmq.models.opening import check
+from llmq.files import BESIDE, LAYERS
+from llmq.guarded.weights import INDEX, SINGLE
+from llmq.text.opening import check
+from llmq.text.weights import check_folder
 from tests.helpers import apply, base_of
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -41,7 +42,8 @@ def leave_beside(folder):
 def test_nothing_that_was_measured_of_a_stage_goes_into_the_next(model, tmp_path, word):
     leave_beside(model)
     made = apply(word, base_of(model), tmp_path / "made").weights
-    assert not {f.name for f in made.iterdir()} & set(BESIDE)
+    assert {f.name for f in made.iterdir()} & set(BESIDE) <= {LAYERS}
+    assert not any("another stage" in file.read_text() for file in made.glob("*.json"))
 
 
 def test_what_lies_beside_a_model_does_not_make_it_another(model):

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.data.tokens import IGNORED, Tokens
 from llmq.tasks.perplexity import Perplexity
-from llmq.tasks.windows import batches, losses, padded, windows_of
+from llmq.text.examples import IGNORED, Tokens
+from llmq.text.losses import batches, losses, padded
+from llmq.text.windows import windows_of
 from llmq.types import Loaded, Split
 
 quickly = settings(max_examples=80, deadline=None, database=None)
@@ -18,12 +19,7 @@ BOS = 1
 texts = st.text("abé漢😀 ", min_size=1, max_size=60)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Letters:

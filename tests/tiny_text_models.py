@@ -114,13 +114,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(architecture: str, folder: Path, tokenizer: Path) -> Path:
-    """Save a random float32 model whose every layer matters, and the tokenizer of another folder beside it."""
+def build(architecture: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
+    """Save a random float32 model whose every layer matters, and the tokenizer of another folder beside it.
+
+    `changes` are settings of the configuration.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(tokenizer)
-    shape = {**SHAPE, **ARCHITECTURES[architecture]}
+    shape = {**SHAPE, **ARCHITECTURES[architecture], **changes}
     config = AutoConfig.for_model(architecture, vocab_size=len(words), **shape)
     config.update({"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": None})
     torch.manual_seed(0)

@@ -1,27 +1,28 @@
-"""Training of image models."""
+"""Trains all weights of an image model on data; the family defines the loss and the defaults.
 
-from collections.abc import Mapping
+Cross-entropy for a classifier, the detector's losses, L1 for super-resolution, two networks in turn for a GAN.
+Batches, crops and augmentation depend on the seed and the number of the step alone, so a training that is
+killed and resumed ends with the same weights.
+"""
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
 from llmq.types import Context, Step
+from llmq.vision.family import IMAGE_MODELS, ImageModel
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
 
 
-class Train(Step):
-    """Trains all weights of an image model on data; the loss is the family's own, and so is what is unset here.
-
-    Cross-entropy for a classifier, the detector's losses, L1 for super-resolution, two networks in turn for a GAN.
-    Batches, crops and augmentation depend on the seed and the number of the step alone, so a killed training goes on to
-    the same weights.
-    """
-
-    suits: ClassVar[frozenset[str]] = KINDS
+class Train(Step[ImageModel]):
+    suits = IMAGE_MODELS
     writes: ClassVar[float] = 4.0  # the network, and in a checkpoint the network with two moments
     uses: ClassVar[Literal["training", "calibration", "comparison"]] = "training"
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
@@ -38,7 +39,10 @@ class Train(Step):
     max_grad_norm: PositiveFloat | None = Field(None, description="no clipping if unset")
     augment: Literal["none", "flip", "dihedral"] | None = Field(None, description="mirrored, or turned as well")
     crop: PositiveInt | None = Field(None, description="pixels of a random square; the family's own if unset")
-    autocast: bool | None = Field(None, description="products in bfloat16, weights in float32")
+    autocast: bool | None = Field(
+        None,
+        description="products in bfloat16, weights in float32; if unset, the family's own where the hardware has it",
+    )
     channels_last: bool | None = Field(None, description="memory order of images and weights")
     keep_sparsity: bool | None = Field(
         None, description="weights that are zero stay zero; if unset, where prune.magnitude came before"
@@ -48,62 +52,69 @@ class Train(Step):
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
     seed: int | None = Field(None, ge=0, lt=2**32, description="the run's if unset")
 
-    def check_base(self, base: Artifact) -> None:
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The same tensors, trained; weights, gradients, the optimizer's numbers and activations are there at once."""
+        from dataclasses import fields, replace
+
+        from llmq.vision.family import Training
+        from llmq.vision.sizing import as_images, opening, training
+
+        sketch = as_images(before)
+        assert sketch.model
+        told = {f.name: value for f in fields(Training) if (value := getattr(self, f.name, None)) is not None}
+        settings = replace(sketch.model.training, **told)
+        expected = self.data.expected()
+        rows = self.num_train_epochs * expected.train / settings.batch_size if expected else 0
+        steps = self.max_steps or max(0, round(rows))
+        crop = self.crop or sketch.model.cropped
+        work = training(sketch, replace(settings, max_steps=steps), crop).plus(opening(sketch))
+        return before, work if steps else replace(work, unknown="the steps of an epoch are known when data is read")
+
+    def smaller(self) -> "Iterator[Mapping[str, object]]":
+        """Fewer examples at once."""
+        size = self.batch_size or 0
+        yield from ({"batch_size": size // n} for n in (2, 4, 8, 16) if size >= 2 * n)
+
+    def check_base(self, base: Artifact[ImageModel]) -> None:
         """Raise `UserError` for data that this network cannot learn from."""
-        model: Any = base.model
+        model = base.model
         split = self.data.read()
         model.check_split(split)
         if not len(split.train):
             raise UserError(f"the training part of {self.data.word} is empty; hold less out")
         import numpy as np
 
-        # What the family makes of one example says whether it can learn from it: labels, channels, crop.
+        # A batch of one example shows whether the family can learn from the labels, the channels, the crop.
         model.batch(model.numbered(split).train[:1], np.random.default_rng(0), "none", self.crop)
         watched = split.held_out[: self.held_out_examples]
         if len(watched) and (lacks := model.not_watchable(watched)):
             raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
+    def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
-        from llmq.adapt.loop import Plan, train
-        from llmq.adapt.moved import Start
-        from llmq.models.reopened import meant, reopened
-        from llmq.models.state import save_network
+        from llmq.vision.loop import trained_stage
 
-        model: Any = artifact.model
+        model = artifact.model
         split = model.numbered(self.data.read())
-        learning = {name: self._choice(name, model.learning) for name in CHOICES}
-        steps = self.max_steps or max(1, round(self.num_train_epochs * len(split.train) / learning["batch_size"]))
-        plan = Plan(
-            **learning,
-            betas=model.learning.betas,
-            steps=steps,
-            schedule=self.lr_scheduler_type,
-            warmup=round(self.warmup_ratio * steps),
-            max_grad_norm=self.max_grad_norm,
-            crop=self.crop,
-            eval_steps=self.eval_steps or max(1, steps // 4),
-            save_steps=self.save_steps or max(1, steps // 4),
-            seed=context.seed if self.seed is None else self.seed,
-            keep_zeros="prune.magnitude" in artifact.history if self.keep_sparsity is None else self.keep_sparsity,
-        )
-        with artifact.open(context.device) as loaded:
-            start = Start(model, loaded.module)
-            history = train(loaded, split.train, split.held_out[: self.held_out_examples], plan, folder)
-            save_network(loaded.module, folder)
-            what = meant(model, loaded.module)
-            moved = start.moved(loaded.module, what)
+        training = model.training.set_by(self, artifact, context)
+        steps = self.max_steps or max(1, round(self.num_train_epochs * len(split.train) / training.batch_size))
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
-            "training": {**history, **learning, "seed": plan.seed, "loss_unit": model.learning.loss_unit},
-            **moved,
+            "training": {name: getattr(training, name) for name in NOTED},
         }
-        return reopened(what, artifact.then(self, weights=folder, notes=notes), context.device)
-
-    def _choice(self, name: str, learning: Any) -> Any:
-        own = getattr(self, name)
-        return getattr(learning, name) if own is None else own
+        held_out = split.held_out[: self.held_out_examples]
+        training = training.lasting(steps, self.warmup_ratio)
+        return trained_stage(self, artifact, folder, context, model, split.train, held_out, training, notes)
 
 
-CHOICES = ("batch_size", "learning_rate", "optim", "weight_decay", "augment", "autocast", "channels_last")
-"""What a family has a default for."""
+NOTED = (
+    "batch_size",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "augment",
+    "autocast",
+    "channels_last",
+    "seed",
+    "loss_unit",
+)

@@ -1,4 +1,7 @@
-"""Code and what it does, from Python's own standard library."""
+"""Functions of Python's standard library, read and never imported: code as prompt, its docstring as completion.
+
+The prompt is the function without its docstring, the completion the docstring's first paragraph. Split by module.
+"""
 
 import ast
 import hashlib
@@ -13,8 +16,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmq.data import rows
 from llmq.files import cache, write_text
+from llmq.text import rows
 from llmq.types import Data, Split
 
 QUESTION = '\n\n# The docstring of this function:\n"""'
@@ -22,11 +25,6 @@ LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packag
 
 
 class Docstrings(Data):
-    """Functions of Python's standard library, read and never imported: code as prompt, its docstring as completion.
-
-    The prompt is the function without its docstring, the completion the docstring's first paragraph. Split by module.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt/completion"})
 
@@ -34,7 +32,6 @@ class Docstrings(Data):
     max_characters: int = Field(1200, ge=100, description="leave longer functions out")
 
     def read(self) -> Split:
-        """The pairs as prompt/completion rows."""
         sides: tuple[list[rows.Row], list[rows.Row]] = ([], [])
         seen: set[str] = set()
         skipped = {"too_long": 0, "duplicate": 0}
@@ -50,7 +47,7 @@ class Docstrings(Data):
         return rows.make_split(*sides, "prompt/completion", skipped)
 
     def _pairs(self) -> list[tuple[str, str, str]]:
-        # Parsing the library takes seconds; its version names the result for good.
+        # Parsing the library takes seconds, and the result depends on the version of Python alone.
         file = cache("data", f"docstrings-2-python-{platform.python_version()}.json")
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +72,7 @@ def _pair(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str) -> tuple[st
     doc = ast.get_docstring(node)
     if not doc or len(node.body) < 2:
         return None
-    lines = source.split("\n")  # as ast counts them: a form feed ends no line
+    lines = source.split("\n")  # not `splitlines`: for `ast` a form feed ends no line
     first, string = node.body[0], node.body[0].end_lineno or 0
     if first.lineno <= node.lineno:
         return None

@@ -1,4 +1,8 @@
-"""Fashion-MNIST, and other sets in MNIST's files."""
+"""Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 grey pixels, ten classes of clothing.
+
+Read from a folder with its four files (`train-images-idx3-ubyte.gz` …, packed or not), from where Debian's package
+dataset-fashion-mnist puts them, or else from the hub.
+"""
 
 import gzip
 import hashlib
@@ -6,14 +10,20 @@ import struct
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from llmq.data.images import Example, Lazily, make_split
-from llmq.errors import UserError
+from llmq.errors import UserError, first_line
 from llmq.files import at_home, sha256_files, sha256_text
 from llmq.types import Data, Split
+from llmq.vision.images import Example, Lazily, make_split
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+Parts = dict[str, tuple["ndarray", "ndarray"]]
+"""Images `(n, 28, 28)` and labels `(n,)` of `train` and `held_out`."""
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 HUB = "zalando-datasets/fashion_mnist"
@@ -22,12 +32,6 @@ FILES = {"train": "train-{}-idx{}-ubyte", "held_out": "t10k-{}-idx{}-ubyte"}
 
 
 class FashionMnist(Data):
-    """Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 grey pixels, ten classes of clothing.
-
-    Read from a folder with its four files (`train-images-idx3-ubyte.gz` …, packed or not), from where Debian's package
-    dataset-fashion-mnist puts them, or else from the hub.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "gan"})
     shapes: ClassVar[frozenset[str]] = frozenset({"image/label"})
 
@@ -35,7 +39,6 @@ class FashionMnist(Data):
     limit: PositiveInt | None = Field(None, description="use the first training images only")
 
     def check(self) -> None:
-        """Raise `UserError` for a folder that lacks a file."""
         if folder := self._folder():
             for part in FILES:
                 _files_of(folder, part)
@@ -46,31 +49,30 @@ class FashionMnist(Data):
         return Path(DEBIAN) if Path(DEBIAN).is_dir() else None
 
     def read(self) -> Split:
-        """All images, checked; the test part is held out."""
         folder = self._folder()
         parts, digest = _of_folder(folder) if folder else _of_hub()
         train, held_out = (_examples(part, *parts[part]) for part in FILES)
         return make_split(train[: self.limit], held_out, "image/label", [digest, str(self.limit)], CLASSES)
 
 
-def _examples(part: str, images: Any, labels: Any) -> Lazily:
+def _examples(part: str, images: "ndarray", labels: "ndarray") -> Lazily:
     return Lazily(range(len(labels)), lambda i: Example(f"{part} {i}", images[i][..., None], int(labels[i])))
 
 
-def _files_of(folder: Path, part: str) -> tuple[Path, Path]:
-    found = []
+def _files_of(folder: Path, part: str) -> list[Path]:
+    files = []
     for name in (FILES[part].format("images", 3), FILES[part].format("labels", 1)):
         there = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
         if not there:
             raise UserError(f"{str(folder)!r} has neither {name} nor {name}.gz")
-        found.append(there[0])
-    return found[0], found[1]
+        files.append(there[0])
+    return files
 
 
 @cache
-def _of_folder(folder: Path) -> tuple[dict[str, tuple[Any, Any]], str]:
+def _of_folder(folder: Path) -> tuple[Parts, str]:
     files = {part: _files_of(folder, part) for part in FILES}
-    parts = {part: (read_idx(images, 3), read_idx(labels, 1)) for part, (images, labels) in files.items()}
+    parts: Parts = {part: (read_idx(images, 3), read_idx(labels, 1)) for part, (images, labels) in files.items()}
     for part, (images, labels) in parts.items():
         if len(images) != len(labels):
             raise UserError(
@@ -82,7 +84,7 @@ def _of_folder(folder: Path) -> tuple[dict[str, tuple[Any, Any]], str]:
 
 
 @cache
-def _of_hub() -> tuple[dict[str, tuple[Any, Any]], str]:
+def _of_hub() -> tuple[Parts, str]:
     import numpy as np
     from datasets import load_dataset
 
@@ -91,7 +93,7 @@ def _of_hub() -> tuple[dict[str, tuple[Any, Any]], str]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"Fashion-MNIST is neither in {DEBIAN!r} (Debian's dataset-fashion-mnist), nor in the hub's cache, nor "
-            f"reachable: {str(error).splitlines()[0]}"
+            f"reachable: {first_line(error)}"
         ) from None
     named = {"train": data["train"], "held_out": data["test"]}
     parts = {
@@ -101,8 +103,8 @@ def _of_hub() -> tuple[dict[str, tuple[Any, Any]], str]:
     return parts, sha256_text(*(hashlib.sha256(a.tobytes()).hexdigest() for pair in parts.values() for a in pair))
 
 
-def read_idx(path: Path, dimensions: int) -> Any:
-    """An array of bytes in MNIST's idx format. Raises `UserError` for a file that is none, or is cut short."""
+def read_idx(path: Path, dimensions: int) -> "ndarray":
+    """The array of bytes in an idx file of MNIST. Raises `UserError` for another format, or a file cut short."""
     import numpy as np
 
     try:
@@ -116,4 +118,5 @@ def read_idx(path: Path, dimensions: int) -> Any:
     wanted = int(np.prod(shape, dtype=np.int64))
     if not wanted or len(data) - begin != wanted:
         raise UserError(f"{path}: promises {'x'.join(map(str, shape))} bytes, and {len(data) - begin} follow")
-    return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)
+    made: ndarray = np.frombuffer(data, np.uint8, offset=begin).reshape(shape)
+    return made

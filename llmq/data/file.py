@@ -1,28 +1,27 @@
-"""Rows of a local file."""
+"""Rows of a local .jsonl, .json, .csv, .parquet or .txt file; the shape of the rows is recognised.
+
+A .txt file is one text, whose last `held_out` share is set aside at a paragraph's or a line's end.
+"""
 
 import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from llmq.data import rows, strict_json
 from llmq.errors import UserError
-from llmq.guarded import parquet_files
+from llmq.guarded import parquet_files, strict_json
+from llmq.text import rows
 from llmq.types import Data, Split
 
 READ_WHEN_CHECKED = 64 * 2**20  # bytes; reading more than that would make `llmq check` wait
 
 
 class File(Data):
-    """Rows of a local .jsonl, .json, .csv, .parquet or .txt file; the shape of the rows is recognised.
-
-    A .txt file is one text, whose last `held_out` share is set aside at a paragraph's or a line's end.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     path: Path
@@ -32,11 +31,9 @@ class File(Data):
 
     @classmethod
     def takes(cls, path: str) -> bool:
-        """A path with a suffix."""
         return bool(Path(path).suffix)
 
     def check(self) -> None:
-        """See `Data.read`; files up to 64 MB are read whole."""
         kind = self._kind()
         if kind == ".parquet":
             parquet_files.check(self.path)
@@ -44,7 +41,12 @@ class File(Data):
             self.read()
 
     def read(self) -> Split:
-        """All rows, checked. Raises `UserError` naming file, line and column of the first bad one."""
+        """All rows, checked. A process reads a file once, and again only after a change."""
+        self._kind()
+        about = self.path.stat()
+        return _read(self.model_dump_json(), (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+
+    def read_anew(self) -> Split:
         kind = self._kind()
         try:
             if kind == ".txt":
@@ -72,21 +74,28 @@ class File(Data):
         border = _border(text, round(len(text) * (1 - self.held_out))) if self.held_out else len(text)
         train: list[rows.Row] = [{"text": text[:border]}] if text[:border].strip() else []
         held_out: list[rows.Row] = [{"text": text[border:]}] if text[border:].strip() else []
-        if train and held_out:  # one text in two parts: nothing stands between them
+        del text  # the text may fill most of the memory
+        if train and held_out:  # the held-out part continues the training part
             held_out[0]["continues"] = True
         return rows.make_split(train, held_out, "text", {})
 
 
-def _border(text: str, wanted: int) -> int:
-    """Where to cut a text: after the last paragraph or line that ends in the tenth before the wanted place.
+@lru_cache(maxsize=4)
+def _read(settings: str, version: tuple[int, ...]) -> Split:
+    # `version` only makes the cache miss after a change of the file.
+    return File.model_validate_json(settings).read_anew()
 
-    Else after the line's end, or the blank, that is nearest to it. The parts put together are the text again.
+
+def _border(text: str, wanted: int) -> int:
+    """The place to cut a text: after the last paragraph or line that ends in the tenth before `wanted`.
+
+    Else after the nearest line end, or the nearest blank. The two parts joined are the text again.
     """
     early = int(0.9 * wanted)
     for end in ("\n\n", "\n"):
-        found = text.rfind(end, early, wanted)
-        if found >= 0:
-            return found + len(end)
+        place = text.rfind(end, early, wanted)
+        if place >= 0:
+            return place + len(end)
     last = len(text.rstrip())  # a border after the last word would leave nothing to hold out
     for blank in (r"\n+", r"\s+"):
         borders = [m.end() for m in re.finditer(blank, text) if m.end() < last]
@@ -115,10 +124,11 @@ def _not_utf8(path: Path) -> str:
     return f"{path}: not UTF-8 text"
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    name = str(path)
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             text = line.strip(" \t\r\n")
             if not text:
                 raise UserError(f"{where}: the line is empty; a JSONL file has one JSON object a line")
@@ -133,7 +143,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, value
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
+def _json(path: Path) -> Iterator[tuple[str, object]]:
     text = path.read_text(encoding="utf-8-sig")
     row, place = 0, strict_json.skip_blanks(text, 0)
     try:
@@ -159,36 +169,33 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}:{text.count(chr(10), 0, place) + 1}: row {row}: {error}") from None
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)  # a whole document may be one field
     lines: list[str] = []  # of the row that is being read
-    over_several: list[tuple[int, list[int]]] = []  # first line of a row, and how many fields its lines would be
+    over_several: list[tuple[int, list[int]]] = []  # first line of a row, and the fields in each of the lines
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(_kept(path, stream, lines), strict=True)
         try:
             head = next(reader, [])
             _check_head(path, head)
-            while (row := _next_row(reader, lines)) is not None:
+            lines.clear()
+            for row in reader:
                 first = reader.line_num - len(lines) + 1
                 if len(row) != len(head):
                     raise UserError(f"{path}:{first}: the line has {len(row)} of the {len(head)} columns of the head")
                 if len(lines) > 1:
                     over_several.append((first, [line.count(",") + 1 for line in lines]))
                 yield f"{path}:{first}", dict(zip(head, row, strict=True))
+                lines.clear()
         except csv.Error as error:
             raise UserError(_broken_csv(path, reader.line_num - len(lines) + 1, len(lines), str(error))) from None
-    # One field over many lines, in a file that has no other, and each line would make a row: a quote was left open.
+    # The only field over several lines, and each of these lines would be a whole row: a quote was left open.
     if len(over_several) == 1 and len(over_several[0][1]) > 2 and set(over_several[0][1]) == {len(head)} != {1}:
         raise UserError(_broken_csv(path, over_several[0][0], len(over_several[0][1]), "each line would make a row"))
 
 
-def _next_row(reader: Any, lines: list[str]) -> list[str] | None:
-    lines.clear()
-    return next(reader, None)
-
-
 def _kept(path: Path, stream: Iterable[str], lines: list[str]) -> Iterator[str]:
-    """The lines of a file, each added to `lines` too."""
+    """The lines of a file; each is appended to `lines`, too. Raises `UserError` for a NUL byte."""
     for number, line in enumerate(stream, 1):
         lines.append(line)
         if "\0" in line:
@@ -211,7 +218,7 @@ def _broken_csv(path: Path, first: int, lines: int, why: str) -> str:
     )
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     _check_head(path, parquet_files.columns(path))
     for number, row in enumerate(parquet_files.rows(path)):
         yield f"{path}: row {number}", rows.without_absent_keys(row)

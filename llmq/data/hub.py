@@ -1,18 +1,16 @@
-"""Rows of a data set on the Hugging Face hub."""
+"""Rows of a hub data set, or of one in the local hub cache, through `datasets`."""
 
 from pathlib import PurePath
 from typing import ClassVar
 
 from pydantic import Field
 
-from llmq.data import rows
-from llmq.errors import UserError
+from llmq.errors import UserError, first_line
+from llmq.text import rows
 from llmq.types import Data, Split
 
 
 class Hub(Data):
-    """Rows of a hub data set, or of one in the local hub cache, through `datasets`."""
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     path: str
@@ -25,11 +23,9 @@ class Hub(Data):
 
     @classmethod
     def takes(cls, path: str) -> bool:
-        """A path without a suffix."""
         return not PurePath(path).suffix
 
     def read(self) -> Split:
-        """All rows, checked. Raises `UserError` if the hub does not answer or a row is bad."""
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
@@ -38,7 +34,7 @@ class Hub(Data):
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UserError(
                 f"data set {self.path!r} is neither a local file, nor in the hub's cache, nor reachable: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from None
         named = ((f"{self.path}[{self.split}]: row {i}", rows.without_absent_keys(row)) for i, row in enumerate(data))
         return rows.split_of(named, self.columns, self.path, self.held_out, self.limit)

@@ -1,21 +1,28 @@
-"""Images in folders."""
+"""Images in a folder for each class, optionally under `train/` and `val/` or `test/`; or images without labels.
 
-import hashlib
+Classes are numbered by the order of their folders' names. The usual names of parts count in any case (Training, valid,
+dev, …); where there are both, `test` is held out and `val` is left out. Without either a share of each class is held
+out, chosen by the hash of the file. A file that lies there twice is used once, a file in two classes not at all. Links
+are followed. Images are turned by their EXIF orientation.
+"""
+
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llmq.data.folders import is_no_data, under
-from llmq.data.images import Example, Lazily, make_split, read_image
-from llmq.data.pixels import Window
 from llmq.errors import UserError, did_you_mean
-from llmq.files import at_home
+from llmq.files import at_home, sha256
 from llmq.types import Data, Split
+from llmq.vision.folders import is_no_data, under
+from llmq.vision.images import Example, Lazily, make_split, read_image
+from llmq.vision.pixels import Window, check_window
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 TRAIN = frozenset({"train", "training"})
@@ -32,18 +39,10 @@ class _Item:
 
 
 class ImageFolder(Data):
-    """Images in a folder for each class, under `train/` and `val/` or `test/` where there are such; or without labels.
-
-    Classes are numbered by the order of their folders' names. Folders of parts are known by their usual names in any
-    case (Training, valid, dev, …); where there are both, `test` is held out and `val` is left out. Without one a share
-    of each class is held out, chosen by the hash of the file. A file that stands twice is used once; one that stands in
-    two classes in neither. Links are followed. An image is turned as it is shown (EXIF).
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "gan"})
 
     path: str
-    labels: bool | None = Field(None, description="whether folders are classes; where there are any if unset")
+    labels: bool | None = Field(None, description="true: folders are classes; if unset, where there are any")
     channels: Literal[1, 3] = Field(3, description="1 reads all as grey")
     held_out: float = Field(0.2, gt=0, lt=1, description="share set aside where no folder says so")
     part: Literal["test", "val"] = Field("test", description="which of two folders is held out, where there are both")
@@ -52,48 +51,42 @@ class ImageFolder(Data):
     )
 
     @classmethod
-    def takes(cls, path: str) -> bool:
-        """Any path: no other data of its kinds has one."""
+    def takes(cls, path: str) -> bool:  # the only data of these kinds with a path
         return True
 
     def check(self) -> None:
-        """Raise `UserError` for a folder that is not there or has no image."""
         root = at_home(self.path)
         if not root.is_dir():
             raise UserError(f"there is no folder {self.path!r}")
-        if self.window and not self.window[0] < self.window[1]:
-            raise UserError(f"window {list(self.window)}: its first number is to be below its second")
+        check_window(self.window)
         if not under(root, SUFFIXES).images:
             raise UserError(f"{self.path!r} has no image ({', '.join(sorted(SUFFIXES))})")
 
     def read(self) -> Split:
-        """All images, each opened once to see that it can be; later when it is asked for."""
         self.check()
         root = at_home(self.path)
         parts = self._parts(root)
         classes = self._classes(parts)
-        found = [list(self._items(root, part, classes)) for part in parts]
+        items = [list(self._items(root, part, classes)) for part in parts]
         everything = under(root, SUFFIXES)
-        used = sum(map(len, found))
         skipped = {"duplicates": 0, "in_two_classes": 0, "no_image": 0, **everything.left_out}
-        if beside := len(everything.images) - used:
+        if beside := len(everything.images) - sum(map(len, items)):
             skipped["outside_the_parts"] = beside
-        sides = _divided(_once(found, skipped), self.held_out)
+        sides = _divided(_once(items, skipped), self.held_out)
         train, held_out = (Lazily(side, partial(_open, channels=self.channels, window=self.window)) for side in sides)
-        digest = [f"{side} {item.name} {item.sha256}" for side, items in enumerate(sides) for item in items]
-        if self.window:
-            digest.append(f"window {self.window}")
-        names = tuple(map(_shown, classes))
-        return make_split(train, held_out, "image/label" if classes else "image", digest, names, skipped)
+        digest = [f"{number} {item.name} {item.sha256}" for number, side in enumerate(sides) for item in side]
+        digest += [f"window {self.window}"] if self.window else []
+        shape = "image/label" if classes else "image"
+        return make_split(train, held_out, shape, digest, [_shown(name) for name in classes], skipped)
 
     def _parts(self, root: Path) -> list[Path]:
-        """The folder to learn from and the one to hold out; the root itself where no folders are parts."""
+        """The training folder and the held-out folder; the root alone where no folder is a part."""
         folders = [p for p in _entries(root) if p.is_dir() and under(p, SUFFIXES).images]
         roles = [[p for p in folders if p.name.lower() in names] for names in (TRAIN, VALIDATION, TEST)]
         for alike in roles:
             if len(alike) > 1:
                 raise UserError(f"{alike[0]} and {alike[1].name!r} are the same part of the data; join them")
-        train, validation, test = (its[0] if its else None for its in roles)
+        train, validation, test = (alike[0] if alike else None for alike in roles)
         named = [p for p in (train, validation, test) if p]
         others = [p for p in folders if p not in named]
         if train is None:
@@ -114,11 +107,10 @@ class ImageFolder(Data):
         for part, names in zip(parts, folders, strict=True):
             if not names:
                 raise UserError(f"{str(part)!r} has no class folders; labels: false takes images without labels")
-            loose = [path.name for path in _entries(part) if _is_image(path)]
+            loose = [path for path in _entries(part) if path.suffix.lower() in SUFFIXES and path.is_file()]
             if loose:
-                raise UserError(f"{part / loose[0]}: lies beside class folders, in none; move it, or set labels: false")
-            unknown = sorted(set(names) - set(folders[0]))
-            if unknown:
+                raise UserError(f"{loose[0]}: lies beside class folders, in none; move it, or set labels: false")
+            if unknown := sorted(set(names) - set(folders[0])):
                 raise UserError(
                     f"{part / unknown[0]}: class {unknown[0]!r} is not in {parts[0].name!r}"
                     f"{did_you_mean(unknown[0], folders[0])}"
@@ -128,8 +120,9 @@ class ImageFolder(Data):
     def _items(self, root: Path, part: Path, classes: Sequence[str]) -> Iterator[_Item]:
         folders = [(label, part / name) for label, name in enumerate(classes)] if classes else [(None, part)]
         for label, folder in folders:
-            files = under(folder, SUFFIXES).images if folder.is_dir() else []
-            if not files and folder.is_dir():
+            if not folder.is_dir():
+                continue
+            if not (files := under(folder, SUFFIXES).images):
                 raise UserError(f"{str(folder)!r} has no image")
             for path in files:
                 about = path.stat()
@@ -138,64 +131,53 @@ class ImageFolder(Data):
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, without what systems leave there."""
     return sorted(path for path in folder.iterdir() if not is_no_data(path))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def _once(found: Sequence[Sequence[_Item]], skipped: dict[str, int]) -> list[list[_Item]]:
-    """Every image once, where it stands first; none that stands in two classes, as one of them is wrong."""
+def _once(parts: Sequence[Sequence[_Item]], skipped: dict[str, int]) -> list[list[_Item]]:
+    """Every image once, in the first part that holds a copy; an image in two classes is dropped: one label is wrong."""
     labels: dict[str, set[int | None]] = {}
-    for item in (item for items in found for item in items):
+    for item in chain(*parts):
         labels.setdefault(item.sha256, set()).add(item.label)
     seen: set[str] = set()
-    kept: list[list[_Item]] = [[] for _ in found]
-    for items, its in zip(found, kept, strict=True):
-        for item in items:
-            if len(labels[item.sha256]) > 1:
-                skipped["in_two_classes"] += 1
-            elif item.sha256 in seen:
-                skipped["duplicates"] += 1
-            else:
-                seen.add(item.sha256)
-                its.append(item)
+    kept: list[list[_Item]] = [[] for _ in parts]
+    for number, item in ((number, item) for number, items in enumerate(parts) for item in items):
+        if len(labels[item.sha256]) > 1:
+            skipped["in_two_classes"] += 1
+        elif item.sha256 in seen:
+            skipped["duplicates"] += 1
+        else:
+            seen.add(item.sha256)
+            kept[number].append(item)
     return kept
 
 
 @cache
 def _checked(path: Path, size: int, changed: int, window: Window | None) -> str:
-    """The hash of a file that is a whole image. Size and time of change are there for the cache."""
+    """The hash of an image that decodes. `size` and `changed` only make the cache miss after a change."""
     read_image(path, window=window)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path)
 
 
-def _divided(found: Sequence[Sequence[_Item]], share: float) -> tuple[list[_Item], list[_Item]]:
+def _divided(parts: Sequence[Sequence[_Item]], share: float) -> list[list[_Item]]:
     """Training and held-out items, each in the order of their hashes, so that the first few are of all classes.
 
-    Of two images or more at least one is on each side.
+    Each side gets at least one of two or more images of a class.
     """
-    sides: tuple[list[_Item], list[_Item]] = ([], [])
-    if len(found) > 1:
-        sides[0].extend(found[0])
-        sides[1].extend(item for items in found[1:] for item in items)
-    else:
-        for label in {item.label: None for item in found[0]}:
-            items = sorted((i for i in found[0] if i.label == label), key=_hash)
+    by_hash = attrgetter("sha256")
+    train, held_out = list(parts[0]), list(chain(*parts[1:]))
+    if len(parts) == 1:
+        train = []
+        for label in {item.label: None for item in parts[0]}:
+            items = sorted((item for item in parts[0] if item.label == label), key=by_hash)
             n = min(max(1, round(share * len(items))), len(items) - 1)
-            sides[1].extend(items[:n])
-            sides[0].extend(items[n:])
-    return sorted(sides[0], key=_hash), sorted(sides[1], key=_hash)
-
-
-def _hash(item: _Item) -> str:
-    return item.sha256
+            held_out += items[:n]
+            train += items[n:]
+    return [sorted(side, key=by_hash) for side in (train, held_out)]
 
 
 def _shown(name: str) -> str:
-    """A file name as text; what is no UTF-8 in it is written as its bytes."""
+    """A file name as text; bytes that are no UTF-8 are written as numbers."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -1,30 +1,32 @@
-"""The reference text that every Python carries."""
+"""The Python reference manual in `pydoc_data.topics`: about 460,000 characters of English on every machine.
+
+Some topics are chapters of others ("if" is part of "compound"). Topics that share a paragraph are kept on one side
+of the split, and a text that stands twice is used once.
+"""
 
 import hashlib
 from typing import ClassVar
 
 from pydantic import Field
 
-from llmq.data import rows
-from llmq.types import Data, Split
+from llmq.text import rows
+from llmq.types import Data, Expected, Split
 
 SHARED_PARAGRAPH = 60  # characters; shorter ones ("See also:") stand in many topics by chance
 
 
 class Pydoc(Data):
-    """The Python reference manual in `pydoc_data.topics`: about 460,000 characters of English on every machine.
-
-    Some topics are chapters of others ("if" is part of "compound"). Topics that share a paragraph are kept on one side
-    of the split, and a text that stands twice is used once.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of the characters set aside")
 
+    def expected(self) -> Expected:
+        whole = 465_000
+        held_out = int(self.held_out * whole)
+        return Expected(0, 0, characters=(whole - held_out, held_out))
+
     def read(self) -> Split:
-        """The topics as text rows."""
         from pydoc_data.topics import topics
 
         families = list(_families(topics).values())

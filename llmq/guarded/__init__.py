@@ -1,1 +1,1 @@
-"""Readers of what others wrote: bytes, depth and counts are bounded, every fault is one line with file and place."""
+"""Readers of untrusted files: bytes, depth and counts are bounded; every fault is one line with file and place."""

@@ -1,11 +1,13 @@
-"""GGUF files: everything but the weights walked through in bounded steps, before a library maps the file.
+"""GGUF files: all parts but the weights are checked in bounded steps before a library maps the file.
 
-The library follows whatever counts a file states: an array of 2^60 entries is read for ever, past the end of the file.
+The library trusts the counts in a file: an array of 2^60 entries is read for ever, past the end of the file.
 Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import struct
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +24,7 @@ ALIGNMENT = "general.alignment"
 
 @dataclass
 class _Reader:
-    """A stream that gives no more than the file has."""
+    """A stream that refuses to read past the end of the file."""
 
     file: Path
     stream: BinaryIO
@@ -31,13 +33,11 @@ class _Reader:
     def broken(self, why: str) -> UserError:
         return UserError(f"{str(self.file)!r} is not a whole GGUF file ({why}); copy or download it again")
 
-    def skip(self, count: int, what: str) -> int:
-        """Pass over bytes; the place where they begin."""
-        at = self.stream.tell()
-        if count > self.size - at:
+    def skip(self, count: int, what: str) -> None:
+        """Skip `count` bytes. Raises `UserError` past the end of the file."""
+        if count > self.size - self.stream.tell():
             raise self.broken(f"{what} goes past its end")
         self.stream.seek(count, 1)
-        return at
 
     def number(self, form: str, what: str) -> int:
         data = self.stream.read(struct.calcsize(form))
@@ -45,19 +45,24 @@ class _Reader:
             raise self.broken(f"it ends within {what}")
         return int(struct.unpack(form, data)[0])
 
-    def name(self, what: str) -> str:
+    def name(self, what: str, seen: set[str]) -> str:
+        """Read a name and add the name to `seen`. Raises `UserError` for a name that stands twice."""
         length = self.number("<Q", what)
         if length > LONGEST_NAME:
             raise self.broken(f"{what} of {length} bytes")
         self.skip(length, what)
         self.stream.seek(-length, 1)
         try:
-            return self.stream.read(length).decode()
+            name = self.stream.read(length).decode()
         except UnicodeDecodeError:
             raise self.broken(f"{what} is not UTF-8 text") from None
+        if name in seen:
+            raise self.broken(f"{name[:80]!r} stands twice")
+        seen.add(name)
+        return name
 
     def value(self, kind: int, name: str) -> None:
-        """Pass over a value of a type, which may be an array."""
+        """Skip a value of type `kind`, which may be an array."""
         if kind == STRING:
             self.skip(self.number("<Q", name), name)
         elif kind == ARRAY:
@@ -69,14 +74,23 @@ class _Reader:
                     self.value(STRING, name)
             else:
                 raise self.broken(f"{name!r} is an array of type {inner} with {count} entries")
-        else:
-            if kind not in SIZES:
-                raise self.broken(f"{name!r} is of type {kind}")
+        elif kind in SIZES:
             self.skip(SIZES[kind], name)
+        else:
+            raise self.broken(f"{name!r} is of type {kind}")
 
 
 def check(file: Path) -> int:
-    """How many weights a file holds. Raises `UserError` for a file whose parts do not fit into it."""
+    """The number of weights in a file. Raises `UserError` for a file whose parts do not fit into it."""
+    return _read(file)[0]
+
+
+def stored(file: Path) -> dict[str, int]:
+    """The bytes of all tensors of each type in a file: `{"q4_0": 18}`. Raises `UserError` as `check` does."""
+    return _read(file)[1]
+
+
+def _read(file: Path) -> tuple[int, dict[str, int]]:
     size = check_plain(file)
     try:
         with file.open("rb") as stream:
@@ -85,8 +99,8 @@ def check(file: Path) -> int:
         raise unreadable(file, error) from None
 
 
-def _check(reader: _Reader) -> int:
-    from gguf import GGML_QUANT_SIZES
+def _check(reader: _Reader) -> tuple[int, dict[str, int]]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if reader.stream.read(4) != b"GGUF":
         raise reader.broken("its first bytes are not GGUF")
@@ -99,7 +113,7 @@ def _check(reader: _Reader) -> int:
     seen: set[str] = set()
     alignment = 32
     for _ in range(values):
-        name = _new(reader, seen, "the name of a value")
+        name = reader.name("the name of a value", seen)
         kind = reader.number("<I", name)
         if name == ALIGNMENT:
             alignment = reader.number("<I", name) if kind == 4 else 0
@@ -107,11 +121,11 @@ def _check(reader: _Reader) -> int:
                 raise reader.broken(f"{ALIGNMENT} is {alignment}")
         else:
             reader.value(kind, name)
-    places, total = [], 0
-    blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    places, total, sizes = [], 0, Counter[str]()
+    blocks = {int(kind): block for kind, block in GGML_QUANT_SIZES.items()}
     seen.clear()
     for _ in range(tensors):
-        name = _new(reader, seen, "the name of a tensor")
+        name = reader.name("the name of a tensor", seen)
         axes = reader.number("<I", name)
         if axes > MOST_AXES:
             raise reader.broken(f"{name!r} has {axes} axes")
@@ -119,24 +133,15 @@ def _check(reader: _Reader) -> int:
         kind, offset = reader.number("<I", name), reader.number("<Q", name)
         if kind not in blocks:
             raise reader.broken(f"{name!r} is of type {kind}")
-        count = 1
-        for n in shape:
-            count *= n
-        block, stored = blocks[kind]
+        count = prod(shape)
+        block, of_block = blocks[kind]
         if not shape or shape[0] % block or not 0 < count <= 2**40 or offset % alignment:
             raise reader.broken(f"{name!r} {shape} does not consist of whole blocks")
-        places.append((name, offset, count // block * stored))
+        places.append((name, offset, count // block * of_block))
+        sizes[GGMLQuantizationType(kind).name.lower()] += count // block * of_block
         total += count
     data = -(-reader.stream.tell() // alignment) * alignment
     for name, offset, length in places:
         if data + offset + length > reader.size:
             raise reader.broken(f"{name!r} goes past its end")
-    return total
-
-
-def _new(reader: _Reader, seen: set[str], what: str) -> str:
-    name = reader.name(what)
-    if name in seen:
-        raise reader.broken(f"{name[:80]!r} stands twice")
-    seen.add(name)
-    return name
+    return total, dict(sizes)

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from llmq.errors import UserError, one_line
-from llmq.faults import is_of_machine
+from llmq.errors import UserError, is_of_machine, one_line
 from llmq.guarded.files import check_plain, unreadable
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 MARK = b"PAR1"
 BATCH = 1000
 LARGEST = 4 * 2**30
-"""Bytes of a group of rows once unpacked; a broken file may promise any number, and Arrow allocates it."""
+"""The most bytes of an unpacked row group: Arrow allocates any number that a broken file states."""
 
 
 def check(path: Path) -> None:
@@ -29,12 +31,11 @@ def check(path: Path) -> None:
 
 
 def columns(path: Path) -> list[str]:
-    """The names of the columns."""
     with _opened(path) as file:
         return list(file.schema_arrow.names)
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows(path: Path) -> Iterator[dict[str, object]]:
     """Every row. Raises `UserError` that names the first row that cannot be read."""
     number = 0
     try:
@@ -48,12 +49,13 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: from row {number}: a text is not UTF-8") from None
     except Exception as error:  # Arrow's own kinds, and those of Python's conversions: Overflow, Value, Type, Key …
-        if is_of_machine(error) and not _promises_too_much(path):
+        # A small file for which memory runs out states wrong sizes: none unpacks to so much.
+        if is_of_machine(error) and path.stat().st_size >= 2**20:
             raise
         raise UserError(f"{path}: from row {number}: cannot be read: {one_line(error)[:120]}") from None
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> "ParquetFile":
     from pyarrow import parquet
 
     check(path)
@@ -67,8 +69,3 @@ def _opened(path: Path) -> Any:
     if any(not 0 <= group.total_byte_size <= LARGEST or group.num_rows < 0 for group in groups):
         raise UserError(f"{path}: a group of its rows has more than {LARGEST} bytes, or less than none")
     return file
-
-
-def _promises_too_much(path: Path) -> bool:
-    """Whether a file that Arrow found no memory for is small: no sound file unpacks to a thousand times its size."""
-    return path.stat().st_size < 2**20

@@ -1,57 +1,75 @@
-"""YAML out of files that others wrote: plain values and nothing that builds objects, in bounded size."""
+"""Untrusted YAML: plain values of bounded size, and no tags that build objects."""
 
 from contextlib import suppress
-from typing import Any
 
 import yaml
 
 from llmq.errors import UserError
 
 LONGEST = 2**20
-"""Characters of a recipe or suite."""
+"""The most characters of a recipe, a suite or a task file."""
 MOST = 20_000
-"""Values and keys of a recipe or suite, aliases counted as often as they stand for something."""
+"""The most values and keys of a file; an alias counts at each use."""
 DEEPEST = 32
 LONGEST_NUMBER = 300
-"""Characters; more make no number that a recipe could need."""
+"""The most characters of a number."""
 PREFIX = "tag:yaml.org,2002:"
 NUMBERS = ("int", "float")
 TEXTS = ("str", "timestamp", "merge", "value")
-"""Scalars that are taken as the text that they are: a recipe has no use for dates."""
+"""Scalars that stay text: a recipe has no use for dates."""
 
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """The nodes of the one document in a text; None of an empty one. Raises `UserError` with the line."""
+    """The root node of the one document in a text; None for an empty text. Raises `UserError` with the line."""
     if len(text) > LONGEST:
-        raise UserError(f"{name}: {len(text)} characters; a recipe has {LONGEST} at most")
+        raise UserError(f"{name}: {len(text)} characters; {LONGEST} at most")
     try:
         _check_events(text, name)
-        return yaml.compose(text, Loader)
+        node = yaml.compose(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
         raise UserError(f"{name}{line}: not YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a character that is no character
+    except (ValueError, RecursionError) as error:  # ValueError: a character that is none
         raise UserError(f"{name}: not YAML: {' '.join(str(error).split())[:200]}") from None
+    if node:
+        _check_aliases(node, name)
+    return node
 
 
 def _check_events(text: str, name: str) -> None:
-    """Bound what `compose` would build, before it does."""
+    """Raise `UserError` for too many or too deeply nested values, before `compose` builds them."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         where = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if depth > DEEPEST:
-            raise UserError(f"{where}: nested deeper than any recipe ({DEEPEST})")
+            raise UserError(f"{where}: nested deeper than {DEEPEST}")
         if count > 2 * MOST:
-            raise UserError(f"{where}: more than {MOST} values, and no recipe has so many")
+            raise UserError(f"{where}: more than {MOST} values")
 
 
-def scalar(node: yaml.Node, where: str) -> Any:
-    """What a scalar stands for. Raises `UserError` for a tag that is none of the plain ones, or a value that is not."""
+def _check_aliases(root: yaml.Node, name: str) -> None:
+    """Raise `UserError` for too many or too deeply nested values once each alias is filled in."""
+    left, count = [(root, 0)], 1
+    while left:
+        node, depth = left.pop()
+        where = f"{name}:{node.start_mark.line + 1}"
+        if depth > DEEPEST:
+            raise UserError(f"{where}: nested deeper than {DEEPEST}; does an alias (*) stand inside itself?")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = [value for _, value in parts] if isinstance(node, yaml.MappingNode) else parts
+        count += len(inner)
+        if count > MOST:
+            raise UserError(f"{where}: more than {MOST} values once aliases (*) are filled in")
+        left += [(value, depth + 1) for value in inner]
+
+
+def scalar(node: yaml.Node, where: str) -> object:
+    """The value of a scalar. Raises `UserError` for a tag that is not plain, or a value that does not fit the tag."""
     tag = node.tag.removeprefix(PREFIX)
     if tag in TEXTS:
         return node.value
@@ -64,7 +82,7 @@ def scalar(node: yaml.Node, where: str) -> Any:
 
 
 def key(node: yaml.Node, where: str) -> str:
-    """The key that a node stands for."""
+    """The key of a mapping. Raises `UserError` for a list or a mapping as a key."""
     if not isinstance(node, yaml.ScalarNode):
         raise UserError(f"{where}: a key is a word, and not a list or a mapping")
     return str(node.value)

@@ -1,21 +1,21 @@
-"""Wide activations under weight normalization."""
+"""WDSR A and B (Yu et al. 2018): wide before each activation, and every convolution weight-normalized."""
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from llmq.models.super_resolution import SuperResolution
-from llmq.models.vision import Learning
-from llmq.types import Model
+from llmq.vision.family import Training
+from llmq.vision.super_resolution import SuperResolution
 
-EXPANSION = {"A": 4, "B": 6}
+EXPANSION = {"A": 4, "B": 6}  # widths over n_feats
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
-class Wdsr(SuperResolution, Model):
-    """WDSR A and B (Yu et al. 2018): wide before each activation, and every convolution weight-normalized."""
-
-    learning: ClassVar[Learning] = replace(SuperResolution.learning, learning_rate=1e-3)
+class Wdsr(SuperResolution):
+    training: ClassVar[Training] = replace(SuperResolution.training, learning_rate=1e-3)
 
     variant: Literal["A", "B"] = Field("B", description="B splits the second convolution in two of low rank")
     n_resblocks: PositiveInt = 16
@@ -25,15 +25,18 @@ class Wdsr(SuperResolution, Model):
 
     @property
     def reach(self) -> int:
-        """Kernels of 3: the first, two (A) or one (B) a block, and the last; the skip's 5 is less."""
+        # Kernels of 3: the first, two (A) or one (B) a block, and the last; the skip's 5 is less.
         return 1 + (2 if self.variant == "A" else 1) * self.n_resblocks + 1
 
-    def network(self) -> Any:
-        """Random weights as PyTorch gives them, as direction and length."""
-        from llmq.models.super_resolution_networks import WdsrNet, wide, wide_low_rank
-        from llmq.models.weight_norm import normalize
+    def network(self) -> "Module":
+        from torch import nn
 
-        body = wide if self.variant == "A" else wide_low_rank
+        from llmq.vision.shapes import with_weight_norm
+        from llmq.vision.super_resolution_networks import WdsrNet, wide, wide_low_rank
+
+        block = wide if self.variant == "A" else wide_low_rank
         expansion = self.expansion or EXPANSION[self.variant]
-        bodies = [body(self.n_feats, expansion) for _ in range(self.n_resblocks)]
-        return normalize(WdsrNet(self.channels, self.scale, self.n_feats, bodies, self.res_scale))
+        blocks = [block(self.n_feats, expansion, self.res_scale) for _ in range(self.n_resblocks)]
+        network = WdsrNet(self.channels, self.scale, self.n_feats, blocks)
+        with_weight_norm(network, {n: 0 for n, m in network.named_modules() if isinstance(m, nn.Conv2d)})
+        return network

@@ -1,60 +1,89 @@
-"""Pruning of whole blocks."""
+"""Drops the blocks that change their input least (ShortGPT, Men et al. 2024): smaller and faster in proportion.
+
+Influence is 1 - the cosine of a token's hidden state before and after the block, mean over the calibration. The
+configuration stays one that plain transformers opens.
+"""
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
-from llmq.calibration import Calibrated
 from llmq.errors import UserError
-from llmq.models.skeleton import Skeleton
-from llmq.types import Context, Step
+from llmq.text.calibration import Windowed
+from llmq.text.family import LanguageModel
+from llmq.text.skeleton import Skeleton
+from llmq.types import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from llmq.sketch import Sketch, Work
+
+EACH = re.compile(r"_types?$|^no_rope_layers$")
+"""Lists of a configuration with an entry for each block."""
+PLACES = re.compile(r"_indices$|^mlp_only_layers$")
+"""Lists of a configuration with the numbers of some blocks."""
+NUMBERS = ("layer_idx", "layer_id", "block_idx", "training")
+"""Attributes with the number of a block, or with a value that depends on who opened the block."""
 
 
-class Layers(Calibrated, Step):
-    """Drops the blocks that change their input least (ShortGPT, Men et al. 2024): smaller and faster in proportion.
-
-    Influence is 1 - the cosine of a token's hidden state before and after the block, mean over the calibration. The
-    configuration stays one that plain transformers opens.
-    """
-
+class Layers(Windowed):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
-    drop: PositiveInt = Field(description="how many blocks go")
+    drop: PositiveInt = Field(description="blocks to take out")
 
-    def check_base(self, base: Artifact) -> None:
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The model without its last blocks, which are as large as those that go."""
+        from dataclasses import replace
+
+        from llmq.sketch import Work, times
+        from llmq.text.sizing import work
+        from llmq.text.sizing.network import as_text
+
+        source = as_text(before)
+        gone = tuple(f"{block}." for block in source.blocks[len(source.blocks) - self.drop :])
+        kept = tuple(part for part in source.parts if not part.name.startswith(gone))
+        made = replace(source, parts=kept, blocks=source.blocks[: -self.drop])
+        rows = max(1, work.BATCH_TOKENS // self.length)
+        passes = times(work.forward(source, rows, self.length, 1), self.samples / rows)
+        return made, passes.plus(work.opening(source)).plus(Work(0, {"copy": 6.0 * made.in_memory}, work.PROBES))
+
+    def check_base(self, base: Artifact[LanguageModel]) -> None:
         """Raise `UserError` if no block would be left."""
-        self._checked(Skeleton.of(base))
+        self._skeleton(base, "cpu")
 
-    def _checked(self, source: Skeleton) -> Skeleton:
+    def _skeleton(self, artifact: Artifact[LanguageModel], device: str) -> Skeleton:
+        source = artifact.model.skeleton(artifact, device)
         blocks = len(source.blocks)
         if self.drop >= blocks:
             raise UserError(f"drop {self.drop}: the model has {blocks} blocks; drop {blocks - 1} at most")
         return source
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Measure the influence of each block, and write the model without the least of them to `folder`."""
-        from llmq.blockwise import write, write_index
+    def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
+        """Measure the influence of each block, and write the model without the least influential ones to `folder`."""
+        from llmq.text.blockwise import finish, shards, write
 
-        source = self._checked(Skeleton.of(artifact, context.device))
+        source = self._skeleton(artifact, context.device)
         windows, calibration = self.windows(artifact, context.seed)
         influences = influence_of_blocks(source, windows)
-        order = sorted(range(len(influences)), key=influences.__getitem__)
+        order = sorted(range(len(influences)), key=influences.__getitem__)  # least influence first
         dropped = sorted(order[: self.drop])
         kept = [i for i in range(len(influences)) if i not in dropped]
-        files = [folder / f"model-{i:05}-of-{len(kept) + 1:05}.safetensors" for i in range(1, len(kept) + 2)]
+        files = shards(folder, len(kept) + 1)  # the last one for everything outside the blocks
         for new, (old, file) in enumerate(zip(kept, files, strict=False)):
-            block, renamed = source.blocks[old], source.blocks[new]
+            block, renamed = source.blocks[old], source.blocks[new]  # kept blocks are numbered anew
             write(source.as_in_files(source.held(block, renamed)), file)
         write(source.as_in_files(dict(source.outside())), files[-1])
-        write_index(files)
-        source.copy_side_files(folder, **config_of(source, kept))
-        check_blocks(source, kept, Skeleton.of(artifact.then(self, weights=folder)))
+        finish(source, files, **config_of(source, kept))
+        check_blocks(source, kept, Skeleton(folder, source.dtype_name))
         sizes = [sum(p.numel() for p in source.module.get_submodule(b).parameters()) for b in source.blocks]
         notes = {
             "influences": [round(i, 6) for i in influences],
@@ -66,40 +95,46 @@ class Layers(Calibrated, Step):
 
 
 def influence_of_blocks(source: Skeleton, windows: list[list[int]]) -> list[float]:
-    """1 - the mean cosine between the input and the output of each block."""
+    """1 - the mean cosine of input and output, for each block. Raises `UserError` for outputs that are not finite."""
     import torch
 
-    from llmq.attention import tiled
-    from llmq.blockwise import in_batches
     from llmq.terminal import track
+    from llmq.text.attention import tiled
+    from llmq.text.blockwise import in_batches
 
     sums = [0.0] * len(source.blocks)
     source.load_outside()
 
-    def hook(i: int) -> Any:
-        def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            sums[i] += float(torch.cosine_similarity(before.float(), after.float(), dim=-1).sum())
-
-        return add
+    def add(
+        i: int,
+        module: "Module",
+        args: "tuple[Tensor, ...]",
+        kwargs: "dict[str, Tensor]",
+        output: "Tensor | tuple[Tensor, ...]",
+    ) -> None:
+        before = args[0] if args else kwargs["hidden_states"]  # (rows, tokens, d), as is the output
+        after = output[0] if isinstance(output, tuple) else output
+        # (rows, tokens), in float32: in bfloat16 cosines near 1 would round to 1.
+        sums[i] += float(torch.cosine_similarity(before.float(), after.float(), dim=-1).sum())
 
     for i, block in enumerate(source.blocks):
         source.load(block)
-        source.module.get_submodule(block).register_forward_hook(hook(i), with_kwargs=True)
+        source.module.get_submodule(block).register_forward_hook(partial(add, i), with_kwargs=True)
     with torch.inference_mode(), tiled(source.module):
         for batch in track(in_batches(windows), "influence of blocks"):
+            # (rows, tokens); one logit each, as only the blocks are of interest.
             source.module(input_ids=torch.tensor(batch, device=source.device), use_cache=False, logits_to_keep=1)
     tokens = sum(map(len, windows))
     for block, total in zip(source.blocks, sums, strict=True):
         if not isfinite(total):
-            raise UserError(f"{block}: what it makes of the calibration is not finite; look at the model")
+            raise UserError(f"{block}: its outputs for the calibration are not finite numbers; look at the model")
     return [1 - total / tokens for total in sums]
 
 
-def config_of(source: Skeleton, kept: list[int]) -> dict[str, Any]:
-    """What the configuration says otherwise of a model with only the `kept` blocks: their number, lists about them."""
+def config_of(source: Skeleton, kept: list[int]) -> dict[str, object]:
+    """The entries of the configuration that change with only the `kept` blocks: their number, lists about blocks."""
     key = source.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    # Lists that the configuration computes from others follow by themselves.
     derived = {k for k in dir(type(source.config)) if isinstance(getattr(type(source.config), k), property)}
     said = {k: v for k, v in source.config.to_dict().items() if isinstance(v, list) and k not in derived}
     each = {k: [v[i] for i in kept] for k, v in said.items() if EACH.search(k) and len(v) == len(source.blocks)}
@@ -107,44 +142,29 @@ def config_of(source: Skeleton, kept: list[int]) -> dict[str, Any]:
     return {key: len(kept), **each, **places}
 
 
-EACH = re.compile(r"_types?$|^no_rope_layers$")
-"""Lists of a configuration with an entry for each block."""
-PLACES = re.compile(r"_indices$|^mlp_only_layers$")
-"""Lists of a configuration with the numbers of some blocks."""
-
-
-def _attends(block: Any) -> bool:
-    return any("attention" in type(module).__name__.lower() for module in block.modules())
-
-
 def check_blocks(source: Skeleton, kept: list[int], written: Skeleton) -> None:
-    """Raise `UserError` unless each block that a configuration now makes is of the kind that it takes the place of."""
+    """Raise `UserError` unless each block of the new configuration is of the kind of the old block in that place."""
     name = source.config.model_type
     if len(written.blocks) != len(kept):
         raise UserError(f"{name} does not take its number of blocks from its configuration")
     if getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(f"{name} scales attention by the number of the block, which dropping blocks would change")
-    attend = [_attends(source.module.get_submodule(block)) for block in source.blocks]
+    blocks = [source.module.get_submodule(block) for block in source.blocks]
+    attend = [any("attention" in type(module).__name__.lower() for module in block.modules()) for block in blocks]
     if any(attend) and not any(attend[i] for i in kept):
         raise UserError(f"drop: no block of attention would be left of {name}, and transformers does not run that")
     for new, old in enumerate(kept):
-        if _kind(written.module.get_submodule(written.blocks[new])) != _kind(
-            source.module.get_submodule(source.blocks[old])
-        ):
+        if _kind(written.module.get_submodule(written.blocks[new])) != _kind(blocks[old]):
             raise UserError(
                 f"{name} makes another kind of block {new} than block {old} is, which would take its "
                 "place (a configuration that counts kinds of blocks by their number); use another drop"
             )
 
 
-def _kind(block: Any) -> dict[str, Any]:
-    """The shapes of a block's parameters, and all that its modules say of themselves but their number."""
-    kind: dict[str, Any] = {name: tuple(p.shape) for name, p in block.named_parameters()}
+def _kind(block: "Module") -> dict[str, object]:
+    """The shapes of the parameters of a block, and all plain attributes of the modules but numbers of blocks."""
+    kind: dict[str, object] = {name: tuple(p.shape) for name, p in block.named_parameters()}
     for name, module in block.named_modules():
         said = {k: v for k, v in vars(module).items() if isinstance(v, str | bool | int | float) and k not in NUMBERS}
         kind[f"{name}."] = (type(module).__name__, {k: v for k, v in said.items() if not k.startswith("_")})
     return kind
-
-
-NUMBERS = ("layer_idx", "layer_id", "block_idx", "training")
-"""How blocks call their own number, and what differs by who opened them."""

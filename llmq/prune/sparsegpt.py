@@ -1,47 +1,57 @@
-"""Pruning with calibration, what stays made to make up for what goes."""
+"""SparseGPT (Frantar & Alistarh 2023): prunes by GPTQ's elimination, the weights that stay making up for it.
+
+The model stays dense: neither file nor time shrinks by itself. Embeddings and output head are not pruned.
+"""
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from llmq.artifact import Artifact
-from llmq.calibration import Calibrated
-from llmq.prune.masks import sparsegpt
-from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
-from llmq.quantize.gptq_solver import elimination
-from llmq.types import Context, Step
+from llmq.matrix.gram import Kind
+from llmq.matrix.masks import sparsegpt
+from llmq.matrix.solver import elimination
+from llmq.sparsity import PruneStep, Pruning, Sparsity
+from llmq.text.calibration import Calibrated
+from llmq.text.family import LanguageModel
+from llmq.types import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
 
 
-class Sparsegpt(PruneStep, Calibrated, Step):
-    """SparseGPT (Frantar & Alistarh 2023): prunes by GPTQ's elimination, the weights that stay making up for it.
-
-    The model stays dense: neither file nor time shrinks by itself. Embeddings and output head are not pruned.
-    """
-
+class Sparsegpt(PruneStep[LanguageModel], Calibrated):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
-    requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
     damp_percent: float = Field(0.01, gt=0, lt=1, description="of the mean curvature; raised where it does not suffice")
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Calibrate, and write the pruned model to `folder`; goes on after a kill where the last block ended."""
+    gathers_products: ClassVar[bool] = True
+
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        return self.weighed(before, super().foresee(before))
+
+    def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
+        """Calibrate, and write the pruned model to `folder`; a resumed run goes on after the last whole block."""
         windows, notes = self.windows(artifact, context.seed)
-        method = partial(_Sparsegpt, damp_percent=self.damp_percent)
-        return write_pruned(self, artifact, folder, context, method, windows, self.true_sequential, calibration=notes)
+        change = partial(_Sparsegpt, damp_percent=self.damp_percent, by_loss=self.by_loss)
+        return self.write(artifact, folder, context, change, windows, self.true_sequential, calibration=notes)
 
 
 class _Sparsegpt(Pruning):
-    gathers: Literal["hessian", "squares"] | None = "hessian"
+    gathers: Kind | None = "hessian"  # `X^T X`, (inputs, inputs)
 
-    def __init__(self, sparsities: Mapping[str, Sparsity], damp_percent: float):
-        super().__init__(sparsities)
+    def __init__(self, sparsities: Mapping[str, Sparsity], damp_percent: float, by_loss: bool):
+        super().__init__(sparsities, by_loss)
         self.damp_percent = damp_percent
 
-    def prepared(self, gathered: Any) -> Any:
-        return elimination(gathered, self.damp_percent)[0]
+    def prepared(self, total: "Tensor | None") -> "Tensor | None":
+        return None if total is None else elimination(total, self.damp_percent)[0]  # (inputs, inputs)
 
-    def pruned(self, weight: Any, shared: Any, its: Sparsity) -> Any:
-        return sparsegpt(weight, shared, its.sparsity, its.of_each)
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+        assert shared is not None
+        return sparsegpt(weight, shared, its.sparsity, its.of_each)  # (outputs, inputs)

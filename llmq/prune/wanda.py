@@ -1,35 +1,43 @@
-"""Pruning by weights and activations."""
+"""Wanda (Sun et al. 2023): drops the weights whose magnitude times the norm of their input is least.
 
-from collections.abc import Mapping
+The model stays dense: neither file nor time shrinks by itself. Embeddings and output head are not pruned.
+"""
+
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from llmq.artifact import Artifact
-from llmq.calibration import Calibrated
-from llmq.prune.masks import by_magnitude, by_wanda
-from llmq.prune.sparsity import PruneStep, Pruning, Sparsity, write_pruned
-from llmq.types import Context, Step
+from llmq.matrix.gram import Kind
+from llmq.matrix.masks import by_magnitude, by_wanda
+from llmq.sparsity import PruneStep, Pruning, Sparsity
+from llmq.text.calibration import Calibrated
+from llmq.text.family import LanguageModel
+from llmq.types import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
 
 
-class Wanda(PruneStep, Calibrated, Step):
-    """Wanda (Sun et al. 2023): drops the weights whose magnitude times the norm of their input is least.
-
-    The model stays dense: neither file nor time shrinks by itself. Embeddings and output head are not pruned.
-    """
-
+class Wanda(PruneStep[LanguageModel], Calibrated):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
-    requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Calibrate, and write the pruned model to `folder`; goes on after a kill where the last block ended."""
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        return self.weighed(before, super().foresee(before))
+
+    def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
+        """Calibrate, and write the pruned model to `folder`; a resumed run goes on after the last whole block."""
         windows, notes = self.windows(artifact, context.seed)
-        return write_pruned(self, artifact, folder, context, _Wanda, windows, self.true_sequential, calibration=notes)
+        change = partial(_Wanda, by_loss=self.by_loss)
+        return self.write(artifact, folder, context, change, windows, self.true_sequential, calibration=notes)
 
 
 class _Wanda(Pruning):
-    gathers: Literal["hessian", "squares"] | None = "squares"
+    gathers: Kind | None = "squares"  # ||x||² of each input, (inputs,)
 
-    def pruned(self, weight: Any, shared: Any, its: Sparsity) -> Any:
-        if not bool(shared.any()):  # an expert that no token came to: its weights alone can tell
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+        if shared is None or not bool(shared.any()):  # an expert that no token came to: its weights alone can tell
             return weight.masked_fill(by_magnitude(weight, its.sparsity, its.of_each), 0)
-        return weight.masked_fill(by_wanda(weight, shared, its.sparsity, its.of_each), 0)
+        return weight.masked_fill(by_wanda(weight, shared, its.sparsity, its.of_each), 0)  # (outputs, inputs)

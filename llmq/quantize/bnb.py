@@ -1,33 +1,36 @@
-"""Quantization on loading, without calibration: bitsandbytes."""
+"""4-bit NF4 or FP4 (Dettmers et al. 2023, QLoRA), or 8-bit LLM.int8() (Dettmers et al. 2022) by bitsandbytes.
+
+The output head and embeddings stay as they are. Saved in the Hugging Face format.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from llmq.artifact import Artifact
-from llmq.errors import UserError
-from llmq.quantize.bnb_layers import is_packed
+from llmq.errors import UserError, first_line
+from llmq.text.bnb_layers import is_packed
+from llmq.text.family import LanguageModel
 from llmq.types import Context, Step
 
 if TYPE_CHECKING:
-    from llmq.models.reopened import Meant
+    from torch.nn import Linear, Module
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    from llmq.reopened import Meant
+    from llmq.sketch import Sketch, Work
 
 EXPERTS = (
     "quantize.gptq and quantize.rtn pack experts one by one; to keep them in float say so: skip_modules: [experts]"
 )
 
 
-class Bnb(Step):
-    """4-bit NF4 or FP4 (Dettmers et al. 2023, QLoRA), or 8-bit LLM.int8() (Dettmers et al. 2022) by bitsandbytes.
-
-    The output head and embeddings stay as they are. Saved in the Hugging Face format.
-    """
-
+class Bnb(Step[LanguageModel]):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
-    leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
+    leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True}
 
     bits: Literal[4, 8] = 4
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -35,36 +38,49 @@ class Bnb(Step):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     skip_modules: tuple[str, ...] = Field((), description="left in float, besides the output head")
 
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for a model whose experts bitsandbytes would leave as they are."""
-        from llmq.models.opening import without_weights
+    def check_base(self, base: Artifact[LanguageModel]) -> None:
+        """Raise `UserError` if bitsandbytes would leave experts, or over a third of the blocks, in float unasked."""
+        from llmq.text.opening import without_weights
 
-        self._checked(without_weights(base.weights), base.weights, _is_linear)
+        self._checked(without_weights(base.weights), base.weights, _is_linear)  # linear layers would be packed
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Load the float weights quantized, and save them so."""
-        from llmq.models.reopened import reopened
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The blocks' linear layers packed; each is read, packed and written in its turn."""
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.packing import int8, nf4
+        from llmq.text.sizing.work import packing
 
-        made, what = self._write(artifact, folder, context)
-        return reopened(what, made, context.device)
+        source = as_text(before)
+        changed = {}
+        for part in source.linears:
+            if not any(word in part.name for word in self.skip_modules):
+                packed = nf4(part, self.quant_type, self.double_quant, self.compute_dtype)
+                changed[part.name] = packed if self.bits == 4 else int8(part)
+        made = source.with_parts(changed)
+        return made, packing(source, made, self.bits)
 
-    def _write(self, artifact: Artifact, folder: Path, context: Context) -> "tuple[Artifact, Meant]":
-        from llmq.models.hugging_face import copy_tokenizer, load_causal_lm
-        from llmq.models.tying import save
+    def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
+        """Quantize the float weights while they load, and write the packed model to `folder`."""
+        from llmq.reopened import reopened
 
-        model: Any = artifact.model
-        module = load_causal_lm(
-            artifact.weights,
-            model.dtype,
-            context.device,
-            quantization_config=self._config(artifact.weights),
-        )
+        made, saved = self._write(artifact, folder, context)
+        return reopened(saved, made, context.device)
+
+    def _write(
+        self, artifact: Artifact[LanguageModel], folder: Path, context: Context
+    ) -> "tuple[Artifact[LanguageModel], Meant]":
+        from llmq.text.names import save
+        from llmq.text.opening import load_causal_lm
+        from llmq.text.tokenizer import copy_tokenizer
+
+        config = self._config(artifact.weights)
+        module = load_causal_lm(artifact.weights, artifact.model.dtype, context.device, quantization_config=config)
         notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
         copy_tokenizer(artifact.weights, folder)
-        return artifact.then(self, weights=folder, packed=True, notes=notes), _meant(model, module)
+        return artifact.then(self, weights=folder, packed=True, notes=notes), _meant(artifact.model, module)
 
-    def _config(self, weights: Path) -> Any:
+    def _config(self, weights: Path) -> "BitsAndBytesConfig":
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -79,10 +95,9 @@ class Bnb(Step):
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
         )
 
-    def _checked(self, module: Any, weights: Path, packs: Callable[[Any], bool]) -> dict[str, Any]:
-        """Notes on what it `packs`. Raises `UserError` if much of the blocks, or their experts, is left out unasked."""
-        from llmq.models.linear_view import is_fused
-        from llmq.models.skeleton import blocks_of
+    def _checked(self, module: "PreTrainedModel", weights: Path, packs: "Callable[[Module], bool]") -> dict[str, float]:
+        """Notes on the packed layers. Raises `UserError` if much of the blocks, or an expert, is left out unasked."""
+        from llmq.text.linear_view import blocks_of, is_fused
 
         inside = [p for block in blocks_of(module) for p in module.get_submodule(block).named_modules(prefix=block)]
         packed = sum(_weights(layer) for _, layer in inside if packs(layer))
@@ -96,37 +111,35 @@ class Bnb(Step):
                 f"({module.config.model_type}) lie elsewhere, most in {type(max(others, key=_weights)).__name__}; "
                 + (EXPERTS if any(map(is_fused, others)) else "leave quantize.bnb out")
             )
-        return {
-            "quantized_layers": sum(packs(layer) for _, layer in inside),
-            "changed_share": round(packed / total, 4),
-        }
+        layers = sum(packs(layer) for _, layer in inside)
+        return {"quantized_layers": layers, "changed_share": round(packed / total, 4)}
 
 
-def _meant(model: Any, module: Any) -> "Meant":
-    """What was meant. Raises `UserError` for a network that reads a packed weight by itself (Mamba's `dt_proj`)."""
-    from llmq.models.reopened import meant
+def _meant(model: LanguageModel, module: "PreTrainedModel") -> "Meant":
+    """The record of the packed module. Raises `UserError` for code that reads a packed weight (Mamba's `dt_proj`)."""
+    from llmq.reopened import meant
 
     try:
         return meant(model, module)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{module.config.model_type} does not run with packed weights ({reason}); it reads one by itself: leave "
             "out the layer, for a Mamba skip_modules: [dt_proj]"
         ) from None
 
 
-def _is_linear(layer: Any) -> bool:
+def _is_linear(layer: "Module") -> bool:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return type(layer) is nn.Linear or isinstance(layer, Conv1D)
 
 
-def _weights(layer: Any) -> int:
-    """How many weights a module itself holds, packed or not."""
+def _weights(layer: "Module | Linear") -> int:
+    """The number of weights that a module itself holds, packed or not; children do not count."""
     if is_packed(layer):
-        return int(layer.in_features * layer.out_features)
+        return int(layer.in_features * layer.out_features)  # type: ignore[operator]
     return sum(p.numel() for p in layer.parameters(recurse=False))
 
 
@@ -134,6 +147,6 @@ def _default_skips(weights: Path) -> list[str]:
     # transformers skips the output head by itself only as long as nobody names another module.
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from llmq.models.opening import without_weights
+    from llmq.text.opening import without_weights
 
     return list(get_keys_to_not_convert(without_weights(weights)))

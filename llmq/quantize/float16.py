@@ -1,36 +1,53 @@
-"""Half-precision weights of an image model."""
+"""Weights in float16, half the file; computed in float32, or in bfloat16 where the processor has it.
+
+The stage is a graph that OpenVINO opens.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from llmq.artifact import Artifact
-from llmq.models.vision import KINDS
 from llmq.types import Context, Step
+from llmq.vision.family import IMAGE_MODELS, ImageModel
+
+if TYPE_CHECKING:
+    from openvino import Model as Graph
+
+    from llmq.sketch import Sketch, Work
 
 
-class Float16(Step):
-    """Weights in float16, half the file; computed in float32, or in bfloat16 where the processor has it.
-
-    The stage is a graph that OpenVINO opens, here and elsewhere.
-    """
-
-    suits: ClassVar[frozenset[str]] = KINDS
+class Float16(Step[ImageModel]):
+    suits = IMAGE_MODELS
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
-    leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
+    leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
 
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is up to twice as fast on processors that have it, and less exact"
     )
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Export, and write the weights in half as many bytes."""
-        from llmq.quantize.exporting import quantized_stage
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The exported graph; only weights are rounded."""
+        from llmq.vision.sizing import as_graph, as_images, exporting
 
-        return quantized_stage(self, artifact, folder, _as_it_is, compute_dtype=self.compute_dtype, float16=True)
+        source = as_images(before)
+        made = as_graph(source, 16)
+        return made, exporting(source, made, 0)
+
+    def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
+        from llmq.vision.exporting import quantized_stage
+
+        return quantized_stage(
+            self,
+            artifact,
+            folder,
+            _unchanged,
+            compute_dtype=self.compute_dtype,
+            float16=True,
+        )
 
 
-def _as_it_is(graph: Any) -> Any:
-    return graph  # the writer makes float16 of its constants
+def _unchanged(graph: "Graph") -> "Graph":
+    return graph  # the writer converts the constants to float16

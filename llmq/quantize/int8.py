@@ -1,32 +1,36 @@
-"""Full static int8 of an image model."""
+"""Int8 weights and activations (Jacob et al. 2018), their ranges seen on calibration data, by NNCF.
+
+The input is the exported graph, and OpenVINO runs the result. Work after the network, such as making a detector's
+boxes, stays in float.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError, did_you_mean
-from llmq.models.vision import KINDS
 from llmq.plugin import DataWord
 from llmq.types import Context, Split, Step
+from llmq.vision.family import IMAGE_MODELS, ImageModel
+
+if TYPE_CHECKING:
+    from openvino import Model as Graph
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""
 
 
-class Int8(Step):
-    """Int8 weights and activations (Jacob et al. 2018), their ranges seen on calibration data, by NNCF.
-
-    Works on the exported graph; OpenVINO runs it, here and elsewhere. What follows the network, such as a detector's
-    boxes, stays in float.
-    """
-
-    suits: ClassVar[frozenset[str]] = KINDS
-    writes: ClassVar[float] = 1.5  # the float graph first, then that in int8
+class Int8(Step[ImageModel]):
+    suits = IMAGE_MODELS
+    writes: ClassVar[float] = 1.5  # the float graph first, then the int8 graph
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
-    leaves: ClassVar[Mapping[str, bool]] = {"packed": True}
+    leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
 
     data: DataWord | None = Field(None, description="its training images calibrate; a gan needs none, it draws latents")
     samples: PositiveInt = Field(100, description="images, or latents, that ranges are taken from")
@@ -41,45 +45,49 @@ class Int8(Step):
     ignored: tuple[str, ...] = Field((), description="layers kept in float: names in the network, or their beginnings")
     model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
 
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for a network that needs data and has none, or cannot see it."""
+    def check_base(self, base: Artifact[ImageModel]) -> None:
         self._inputs(base, self._split(), 1, 0)
 
-    def apply(self, artifact: Artifact, folder: Path, context: Context) -> Artifact:
-        """Export, calibrate, and write the quantized graph."""
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The exported graph; calibration runs the float graph."""
+        from llmq.vision.sizing import as_graph, as_images, exporting
+
+        source = as_images(before)
+        made = as_graph(source, 8)
+        return made, exporting(source, made, self.samples)
+
+    def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         from llmq.environment import library_version
-        from llmq.quantize import apart
-        from llmq.quantize.exporting import quantized_stage
+        from llmq.vision import apart
+        from llmq.vision.exporting import quantized_stage
 
         split = self._split()
         inputs = self._inputs(artifact, split, self.samples, context.seed)
-        about: dict[str, Any] = {"samples": len(inputs), "seed": context.seed}
+        about: dict[str, object] = {"samples": len(inputs), "seed": context.seed}
         if self.data is not None and split is not None:
             about["data"] = {"word": self.data.word, "sha256": split.sha256}
-        notes = {"nncf": library_version("nncf"), "calibration": about}
         return quantized_stage(
             self,
             artifact,
             folder,
-            lambda graph: apart.changed(self, artifact.model, graph, inputs),
+            lambda graph: apart.changed(self, artifact.model.title, graph, inputs),
             inputs[:JUDGED],
-            notes=notes,
+            notes={"nncf": library_version("nncf"), "calibration": about},
         )
 
     def _split(self) -> Split | None:
         return self.data.read() if self.data is not None else None
 
-    def _inputs(self, artifact: Artifact, split: Split | None, samples: int, seed: int) -> list[Any]:
-        model: Any = artifact.model
-        inputs = list(model.calibration(split, samples, seed))
-        if not inputs:
+    def _inputs(self, artifact: Artifact[ImageModel], split: Split | None, samples: int, seed: int) -> "list[Tensor]":
+        if not (inputs := list(artifact.model.calibration(split, samples, seed))):
             raise UserError("the calibration data has no training image")
         return inputs
 
-    def quantized(self, graph: Any, inputs: list[Any]) -> Any:
+    def quantized(self, graph: "Graph", inputs: "list[Tensor]") -> "Graph":
         """The graph with int8 weights and activations, their ranges those of `inputs`."""
-        from llmq.quantize.exporting import nncf, quietly
-        from llmq.quantize.unfed import unfed_layers
+        from llmq.openvino_runtime import quietly
+        from llmq.vision.exporting import nncf
+        from llmq.vision.graph_layers import unfed_layers
 
         library = nncf()
         names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored)
@@ -101,13 +109,13 @@ class Int8(Step):
 
 def ignored_names(operations: list[str], ignored: tuple[str, ...]) -> list[str]:
     """The operations of the layers that `ignored` names. Raises `UserError` for a name that the network lacks."""
-    from llmq.quantize.layer_names import operations_of
+    from llmq.vision.graph_layers import operations_of
 
     layers = dict(operations_of(operations))
-    found = []
+    names: list[str] = []
     for wanted in ignored:
-        its = [name for name, layer in layers.items() if f"{layer}.".startswith(f"{wanted}.")]
-        if not its:
+        matching = [name for name, layer in layers.items() if f"{layer}.".startswith(f"{wanted}.")]
+        if not matching:
             raise UserError(f"ignored: the network has no layer {wanted!r}{did_you_mean(wanted, set(layers.values()))}")
-        found += its
-    return found
+        names += matching
+    return names

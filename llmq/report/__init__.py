@@ -1,42 +1,23 @@
-"""The `Report` sets every stage beside the untouched base. `report.json` is the truth; its faces are drawn from it."""
+"""The `Report` sets every stage beside the untouched base. All other formats are made from `report.json`."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmq.artifact import Artifact
-from llmq.files import stored_as, write_json, write_text
-from llmq.guarded import json_files
-from llmq.protocols import refused
-from llmq.statistics import compare, corrected
+from llmq.artifact import SCHEMA_VERSION, Stage
+from llmq.files import write_json
+from llmq.guarded.files import read_json_object
+from llmq.guarded.weights import stored_as
+from llmq.judge.protocols import refused
+from llmq.statistics.compare import compare, corrected
 from llmq.types import Exhibit, Measurement
 
-SCHEMA_VERSION = 2
-"""1: no figure said that it is exact; a standard error of 0 stood for that, see `artifact.measurement_from`."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A task that failed at a stage: what it was asked (`score`, `against`, `clocks`), and the error in one line."""
-
-    task: str
-    asked: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a run and what was found out about it."""
-
-    name: str
-    artifact: Artifact
-    measurements: tuple[Measurement, ...] = ()
-    exhibits: tuple[Exhibit, ...] = ()
-    reused: tuple[str, ...] = ()
-    """The tasks whose answers were kept from an earlier run."""
-    failures: tuple[Failure, ...] = ()
+BICUBIC = "bicubic"
+PREFIX = f"{BICUBIC}_"
+REFERENCES = (PREFIX, "true_")
+"""The beginnings of names of figures that no stage has a part in: of bicubic interpolation, and of the truth."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +34,13 @@ class Report:
     gate: Mapping[str, Any] | None = None
     """The verdicts on the rules of the recipe, where it has some."""
     failures: Sequence[Mapping[str, str]] = ()
-    """The tasks that failed, with their stages; what they answered before that stands among the measurements."""
+    """The tasks that failed, with their stages; their answers before the failure are among the measurements."""
     refused: Sequence[Mapping[str, str]] = ()
     """The figures that both a stage and the base have and that are not compared, with the reason."""
+    foretold: Mapping[str, Any] | None = None
+    """The plan that was made before the run (`planning.Plan`); None without one, and in older reports."""
+    seconds: float | None = None
+    """The wall time of the run, from the base on; None for one that was resumed, and in older reports."""
 
     @classmethod
     def of(
@@ -63,7 +48,7 @@ class Report:
     ) -> "Report":
         """The report of stages, each compared with the one called `baseline`."""
         base = next(s for s in stages if s.name == baseline)
-        compared, not_compared = _comparisons([s for s in stages if s is not base], base)
+        compared, not_compared = _comparisons([*(s for s in stages if s is not base), *_bicubic(base)], base)
         return cls(
             SCHEMA_VERSION,
             json.loads(json.dumps(recipe, default=str)),
@@ -82,19 +67,42 @@ class Report:
         asked = {m["stage"] for m in self.measurements}
         return [s["name"] for s in self.stages if s["name"] in asked]
 
+    @property
+    def columns(self) -> list[str]:
+        """The measured stages; and bicubic interpolation, where it was set beside them."""
+        return self.measured + [BICUBIC] * any(c["stage"] == BICUBIC for c in self.comparisons)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, as it was when the run ended."""
+        return Path(self.environment["run"])
+
+    def table(self) -> str:
+        """The stages side by side, as the terminal shows them."""
+        from io import StringIO
+
+        from rich.console import Console
+
+        from llmq.report import screen
+
+        text = StringIO()
+        screen.show(self, Console(file=text, width=160, highlight=False))
+        return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        """The page of the report, for notebooks."""
+        from llmq.report import html
+
+        return html.framed(self)
+
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of a run folder."""
-        return cls(**json_files.read_object(folder / "report.json"))
+        return cls(**read_json_object(folder / "report.json"))
 
-    def write(self, out: Path) -> None:
-        """`report.json`, and the faces drawn from it."""
-        from llmq.report import html, markdown
-
-        write_json(out / "report.json", asdict(self))
-        report = Report.read(out)
-        write_text(out / "report.md", markdown.draw(report))
-        write_text(out / "report.html", html.draw(report, out))
+    def save(self, folder: Path) -> None:
+        """Write `report.json`."""
+        write_json(folder / "report.json", asdict(self))
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
@@ -107,6 +115,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "folder": stage.name,
         "seconds": notes.pop("seconds", 0.0),
         "notes": notes,
+        "asked": dict(stage.asked),
         "reused": list(stage.reused),
         "stored": stored_as(artifact.weight_files()),
     }
@@ -120,10 +129,27 @@ def _without_samples(measurement: Measurement) -> dict[str, Any]:
     return {k: v for k, v in asdict(measurement).items() if k not in ("samples", "chance")}
 
 
+def _bicubic(base: Stage) -> Iterator[Stage]:
+    """Bicubic interpolation as if it were a stage, of the figures that a task takes of both."""
+    taken = {(m.task, m.metric): m for m in base.measurements}
+    figures = tuple(
+        replace(m, metric=own.metric, convention=own.convention)
+        for m in base.measurements
+        if m.metric.startswith(PREFIX) and (own := taken.get((m.task, m.metric.removeprefix(PREFIX))))
+    )
+    if figures:
+        yield replace(base, name=BICUBIC, measurements=figures)
+
+
 def _comparisons(stages: Sequence[Stage], base: Stage) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The figures of each stage beside the base's, and those that are not compared."""
     known = {(m.task, m.metric): m for m in base.measurements}
-    both = [(s, m, known[m.task, m.metric]) for s in stages for m in s.measurements if (m.task, m.metric) in known]
+    both = [
+        (s, m, known[m.task, m.metric])
+        for s in stages
+        for m in s.measurements
+        if (m.task, m.metric) in known and not m.metric.startswith(REFERENCES)
+    ]
     reasons = [refused(m, b) for _, m, b in both]
     alike = [pair for pair, reason in zip(both, reasons, strict=True) if not reason]
     found = corrected([compare(m, b) for _, m, b in alike])

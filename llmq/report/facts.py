@@ -1,19 +1,21 @@
-"""What a reader must know besides the table: where each stage came from, how each figure was taken, on what."""
+"""The facts below the table: the origin of each stage, the protocol of each figure, machine, data and gate."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from llmq.report import Report
-from llmq.report.table import rows
-from llmq.report.verdicts import sentence
+from llmq.report import foretold
+
+if TYPE_CHECKING:
+    from llmq.report import Report
+    from llmq.report.rows import Row
 
 HASH = re.compile(r"[0-9a-f]{64}")
 Facts = dict[str, list[tuple[str, str]]]
 
 
-def facts(report: Report) -> Facts:
-    """Titled lists of (name, text)."""
+def facts(report: "Report", rows: "Iterable[Row]") -> Facts:
+    """Lists of (name, text), by title."""
     environment = report.environment
     machine = ("processor", "device", "threads", "dtype", "seed", "python", "llmq", "commit", "model_sha256")
     data = ", ".join(f"{k} sha256 {v[:12]}" for k, v in environment["data_sha256"].items())
@@ -23,10 +25,15 @@ def facts(report: Report) -> Facts:
     what = {"What was read": [(name, text) for name, _, text in read]} if read else {}
     found = {
         "Stages": [(s["name"], _stage(s)) for s in report.stages],
-        "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows(report)],
-        "Machine": [*((k, str(environment.get(k))) for k in machine), ("data", data), ("libraries", libraries)],
+        "How each figure was taken": [(f"{r.task} {r.metric}", r.convention) for r in rows],
+        "Machine": [
+            *((k, str(environment[k])) for k in machine if environment.get(k) is not None),
+            ("data", data),
+            ("libraries", libraries),
+        ],
     }
-    return gate | what | found
+    beside = {"Foretold and measured": told} if (told := list(foretold.lines(report))) else {}
+    return gate | what | beside | found
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
@@ -45,3 +52,47 @@ def _plain(value: Any, key: str = "") -> str:
             f"{k} ({_plain(v, k)})" if isinstance(v, Mapping) else f"{k} {_plain(v, k)}" for k, v in inner.items()
         )
     return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)
+
+
+def sentence(v: Mapping[str, Any]) -> str:
+    """A rule, the figure, and the number of samples that would decide."""
+    return "; ".join(_parts(v))
+
+
+def _parts(v: Mapping[str, Any]) -> Iterator[str]:
+    seen = f"{_shown(v['value'], v)}"
+    if v["ci95"] and v["ci95"][0] < v["ci95"][1]:
+        seen += f" [{_shown(v['ci95'][0], v)}, {_shown(v['ci95'][1], v)}]"
+    yield f"{v['rule']}: {v['task']} {v['metric']} {seen}{' of the base' if v['kind'] == 'ratio' else ''}"
+    if v["reason"]:
+        yield v["reason"]
+    if v.get("stored"):
+        yield v["stored"]
+    if said := left_out(v):
+        yield said
+    if v["verdict"] == "undecided" and v["ci95"]:
+        yield f"{v['n']:,} samples are too few"
+        if v["needed"]:
+            yield f"about {v['needed']:,} would settle it, if the figure stays where it is"
+        else:
+            yield "the figure lies on its bound, which no number of samples settles"
+        if v["fine"]:
+            yield f"to see {'1 pt' if v['points'] and v['kind'] != 'ratio' else '1 %'} takes {v['fine']:,}"
+
+
+def left_out(c: Mapping[str, Any]) -> str:
+    """The documents of a comparison or a ruling that have no pair, or nothing."""
+    if not (c.get("only_stage") or c.get("only_base")):
+        return ""
+    return (
+        f"judged on the {c['n']:,} documents that both scored; left out: {c['only_stage']:,} that only the stage "
+        f"scored, {c['only_base']:,} that only the base scored"
+    )
+
+
+def _shown(value: float, v: Mapping[str, Any]) -> str:
+    if v["kind"] == "ratio":
+        return f"{value:.4g}x"
+    if v["kind"] == "difference":
+        return f"{100 * value:+.2f} pt" if v["points"] else f"{value:+.4g}"
+    return f"{value / 1e6:,.4g} MB" if v["unit"] == "bytes" else f"{value:.4g}"

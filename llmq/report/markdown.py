@@ -1,30 +1,40 @@
 """The report as Markdown."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from llmq.harmless import alternative, fenced
 from llmq.harmless import markdown as inline
-from llmq.report import Report
 from llmq.report.facts import facts
-from llmq.report.table import LEGEND, TITLE, notes, rows, summary
+from llmq.report.first import model_of, origin
+from llmq.report.rows import LEGEND, exhibits, notes, rows, summary
+
+if TYPE_CHECKING:
+    from llmq.report import Report
 
 
-def table(report: Report) -> str:
+def table(report: "Report") -> str:
     """The table of stages alone."""
-    names = report.measured
+    names = report.columns
     lines = [f"| task | metric | {' | '.join(map(inline, names))} |", f"|---|---|{'---:|' * len(names)}"]
     for row in rows(report):
         lines.append(f"| {inline(row.task)} | {inline(row.label)} | {' | '.join(map(inline, row.cells))} |")
     return "\n".join(lines)
 
 
-def draw(report: Report) -> str:
+def draw(report: "Report") -> str:
     """The whole report."""
     lead = "\n".join(f"- {inline(line)}" for line in summary(report))
-    parts = [f"# {TITLE}", lead, table(report), LEGEND + " ↑ higher is better, ↓ lower is better."]
+    parts = [
+        f"# {inline(model_of(report))}",
+        inline(origin(report)),
+        lead,
+        table(report),
+        LEGEND + " ↑ higher is better, ↓ lower is better.",
+    ]
     parts += ["\n".join(f"- {inline(line)}" for line in notes(report))] if notes(report) else []
-    for title, lines in facts(report).items():
+    for title, lines in facts(report, rows(report)).items():
         parts += [f"## {title}", "\n".join(f"- **{inline(name)}**: {inline(text)}" for name, text in lines)]
     if report.exhibits:
         parts.append("## Side by side")
@@ -41,11 +51,3 @@ def draw(report: Report) -> str:
 def _shown(exhibit: Mapping[str, str]) -> str:
     picture = f"![{alternative(exhibit['title'])}](<{quote(exhibit['file'])}>)" if exhibit["file"] else ""
     return " ".join(filter(None, (picture, inline(exhibit["output"])))) or "(nothing)"
-
-
-def exhibits(report: Report) -> dict[str, list[dict[str, str]]]:
-    """What the stages made of the same input, by title."""
-    groups: dict[str, list[dict[str, str]]] = {}
-    for exhibit in report.exhibits:
-        groups.setdefault(f"{exhibit['task']}: {exhibit['title']}", []).append(dict(exhibit))
-    return groups

@@ -1,34 +1,80 @@
-"""The report on a terminal."""
+"""Reports, comparisons and verdicts on a terminal."""
 
 import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from llmq.harmless import cell
-from llmq.report import Report
-from llmq.report.table import LEGEND, alarms, notes, rows
+from llmq.judge.comparisons import Comparisons
+from llmq.report.facts import sentence
+from llmq.report.rows import (
+    COMPARISON_LEGEND,
+    LEGEND,
+    Row,
+    alarms,
+    compared_rows,
+    comparison_notes,
+    notes,
+    rows,
+)
 
-COLOURS = {"better": "green", "worse": "red"}
+if TYPE_CHECKING:
+    from llmq.report import Report
+
+COLOURS = {"better": "green", "pass": "green", "worse": "red", "fail": "red", "base-unhealthy": "red"}
 
 
-def show(report: Report, console: Console | None = None) -> None:
+def console(width: int) -> Console:
+    """A console as wide as the terminal, or of `width` columns without one, as 80 columns would cut the table."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def show(report: "Report", out: Console | None = None) -> None:
     """Print the table of stages."""
-    # Where nobody watches there is no width to fit, and a table cut to 80 columns would serve nobody.
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "metric"):
-        table.add_column(name, style="dim" if name == "task" else "")
-    for name in report.measured:
-        table.add_column(cell(name), justify="right")
-    last = ""
-    for row in rows(report):
-        cells = (cell(c, COLOURS.get(c.verdict, "")) for c in row.cells)
-        table.add_row(cell("" if row.task == last else row.task), cell(row.label), *cells)
-        last = row.task
-    console.print(table)
-    console.print(LEGEND, style="dim")
+    out = out or console(160)
+    out.print(_table(report.columns, rows(report)))
+    out.print(LEGEND, style="dim")
     for line in notes(report):
-        console.print(cell(line), style="dim", soft_wrap=True)
+        out.print(cell(line), style="dim", soft_wrap=True)
     for line in alarms(report):
-        console.print(cell(line), style="red", soft_wrap=True)
+        out.print(cell(line), style="red", soft_wrap=True)
+
+
+def show_comparison(compared: Comparisons, out: Console | None = None) -> None:
+    """Print the table of results beside the first of them."""
+    out = out or console(200)
+    out.print(_table([r.name for r in compared.results], compared_rows(compared), "sees"))
+    out.print(COMPARISON_LEGEND, style="dim", soft_wrap=True)
+    for line in comparison_notes(compared):
+        out.print(cell(line), soft_wrap=True)
+
+
+def show_gate(told: Mapping[str, Any], out: Console | None = None) -> None:
+    """Print one line a rule, and the verdict on all; `told` comes from `gate.as_data`."""
+    out = out or console(200)
+    for v in told["rules"]:
+        verdict = cell(f"{v['verdict']:<15}", COLOURS.get(v["verdict"], "yellow"))
+        out.print(verdict.append_text(cell(sentence(v))), soft_wrap=True)
+    if len(told["rules"]) > 1:
+        out.print(cell(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", "bold"), soft_wrap=True)
+
+
+def _table(names: Sequence[str], rows: Iterable[Row], last: str = "") -> Table:
+    """A row a metric, a column a name; a task is named once."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("task", style="dim")
+    table.add_column("metric")
+    for name in names:
+        table.add_column(cell(name), justify="right")
+    if last:
+        table.add_column(last, justify="right", style="dim")
+    task = ""
+    for row in rows:
+        shown = [cell("" if row.task == task else row.task), cell(row.label)]
+        shown += (cell(c, COLOURS.get(c.verdict, "")) for c in row.cells)
+        table.add_row(*shown, *([row.sees] if last else ()))
+        task = row.task
+    return table

@@ -1,61 +1,77 @@
-"""How well objects are found."""
+"""COCO's mean average precision: over overlaps of 0.50 to 0.95, at 0.50, at 0.75, and of small to large objects.
+
+Computed by torchmetrics over faster-coco-eval. Where labels of the model have names that the data knows, they are
+matched by name, else by number. The standard error is a jackknife over images, and its influence values let two
+stages be compared in pairs.
+"""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.models.vision import the_shape
-from llmq.plugin import DataWord
+from llmq.plugin import DataWord, data_of_run
 from llmq.types import Exhibit, Loaded, Measurement, Samples, Split, Task
+from llmq.vision.detector import Detector
+from llmq.vision.family import the_shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy import ndarray
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
+    from llmq.vision.average_precision import Match
+    from llmq.vision.detector import Detections
+    from llmq.vision.images import Example
 
 METRICS = {"map": "all", "map_small": "small", "map_medium": "medium", "map_large": "large"}
 SINGLE = {"map50": (0, "map_50"), "map75": (5, "map_75")}
-"""Of one threshold: which of the ten, and what torchmetrics calls it."""
+"""Metrics of one threshold: the place among the ten, and the name in torchmetrics."""
 GROUPS = 256
+TRUTH, FOUND = "#2fbf71", "#ff8c1a"
+COLUMNS = 3
 
 
-class Detection(Task):
-    """COCO's mean average precision: over overlaps of 0.50 to 0.95, at 0.50, at 0.75, and of small to large objects.
-
-    Computed by torchmetrics over faster-coco-eval. Where labels of the model have names that the data knows, they are
-    matched by name, else by number. The standard error is a jackknife over images, and its influence values let two
-    stages be compared in pairs.
-    """
-
+class Detection(Task[Detector]):
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
     shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
 
-    data: DataWord = Field(
-        "scenes",
-        validate_default=True,
-        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
-    )
+    data: DataWord = data_of_run("scenes")
     limit: PositiveInt | None = Field(None, description="held-out images at most")
     batch_size: PositiveInt = 16
     examples: int = Field(6, ge=0, description="images shown with what was found")
     shown_from: float = Field(0.4, ge=0, le=1, description="score from which a detection is drawn")
 
-    def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for data without boxes, or with other classes than the network's."""
+    def check_base(self, base: Artifact[Detector]) -> None:
         self._examples(base)
 
-    def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
-        """Detect in every held-out image, measure, and show some."""
-        split, examples = self._examples(loaded.artifact)
-        model: Any = loaded.artifact.model
-        places = model.places(split)
-        found = model.detect(loaded, [example.image for example in examples], self.batch_size)
-        if places is not None:
-            found = [_renumbered(one, {place: number for number, place in enumerate(places)}) for one in found]
-        how = "classes by number" if places is None else "classes by name"
-        yield from self._measurements(examples, found, self._protocol(split, model, how))
-        if self.examples:
-            from llmq.tasks.detection_picture import picture
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Passes over the held-out images, a batch at a time."""
+        from llmq.vision.sizing import asked
 
-            shown = list(zip(examples, found, strict=True))[: self.examples]
+        return asked(stage, self.data.expected(), self.limit, self.batch_size)
+
+    def score(self, loaded: Loaded[Detector]) -> Iterable[Measurement | Exhibit]:
+        split, examples = self._examples(loaded.artifact)
+        model = loaded.artifact.model
+        places = model.places(split)
+        detections = model.detect(loaded, [example.image for example in examples], self.batch_size)
+        if places is not None:
+            numbers = {place: number for number, place in enumerate(places)}
+            detections = [_renumbered(each, numbers) for each in detections]
+        protocol = (
+            "COCO: 101 levels of recall, 100 detections of a class an image, classes of equal weight; crowds ignored, "
+            "annotated areas, small below 32^2 pixels, large above 96^2; "
+            f"scores from {model.score_threshold:g}; classes by {'number' if places is None else 'name'}; "
+            f"{self.data.word} held_out, sha256 {split.sha256[:12]}"
+        )
+        yield from self._measurements(examples, detections, protocol)
+        if self.examples:
+            shown = list(zip(examples, detections, strict=True))[: self.examples]
             yield Exhibit(
                 self.name,
                 "Detections",
@@ -65,29 +81,22 @@ class Detection(Task):
                 picture=picture(shown, split.classes, self.shown_from),
             )
 
-    def _examples(self, artifact: Artifact) -> tuple[Split, list[Any]]:
+    def _examples(self, artifact: Artifact[Detector]) -> "tuple[Split, list[Example]]":
         split = the_shape(self.data.read(), "image/boxes", self.data.word)
-        model: Any = artifact.model
-        model.check_split(split)
+        artifact.model.check_split(split)
         examples = list(split.held_out[: self.limit])
         if not any(len(example.boxes) for example in examples):
             raise UserError(f"the held-out part of {self.data.word} has no box to be found")
         return split, examples
 
-    def _protocol(self, split: Split, model: Any, how: str) -> str:
-        return (
-            "COCO: 101 levels of recall, 100 detections of a class an image, classes of equal weight; crowds ignored, "
-            "annotated areas, small below 32^2 pixels, large above 96^2; "
-            f"scores from {model.score_threshold:g}; {how}; {self.data.word} held_out, sha256 "
-            f"{split.sha256[:12]}"
-        )
+    def _measurements(
+        self, examples: "Sequence[Example]", detections: "Sequence[Detections]", protocol: str
+    ) -> Iterable[Measurement]:
+        from llmq.vision.average_precision import AREAS, Match
 
-    def _measurements(self, examples: Sequence[Any], found: Sequence[Any], protocol: str) -> Iterable[Measurement]:
-        from llmq.tasks.average_precision import AREAS, Match
-
-        values = _torchmetrics(examples, found)
+        values = _torchmetrics(examples, detections)
         for metric, area in METRICS.items():
-            matches = [Match.in_example(e, f, area=AREAS[area]) for e, f in zip(examples, found, strict=True)]
+            matches = [Match.of(e, d, area=AREAS[area]) for e, d in zip(examples, detections, strict=True)]
             if any(len(match.wanted) for match in matches):
                 yield self._measurement(metric, values[metric], matches, f"overlap 0.50:0.05:0.95; {protocol}")
             if area == "all":
@@ -95,8 +104,8 @@ class Detection(Task):
                     of_one = [match.at(row) for match in matches]
                     yield self._measurement(single, values[name], of_one, f"overlap 0.{single[3:]}; {protocol}")
 
-    def _measurement(self, metric: str, value: float, matches: Sequence[Any], protocol: str) -> Measurement:
-        from llmq.tasks.average_precision import influences
+    def _measurement(self, metric: str, value: float, matches: "Sequence[Match]", protocol: str) -> Measurement:
+        from llmq.vision.average_precision import influences
 
         groups = min(GROUPS, len(matches))
         samples, stderr = None, None
@@ -107,39 +116,33 @@ class Detection(Task):
         return Measurement(self.name, metric, value, "", "higher", len(matches), stderr, protocol, samples)
 
 
-def _renumbered(found: Any, numbers: dict[int, int]) -> Any:
+def _renumbered(detections: "Detections", numbers: dict[int, int]) -> "Detections":
     """Detections with the labels of the data, without those of other classes."""
     import numpy as np
 
-    kept = np.flatnonzero(np.isin(found.labels, list(numbers)))
-    labels = np.array([numbers[int(label)] for label in found.labels[kept]], np.int64)
-    return type(found)(found.boxes[kept], found.scores[kept], labels)
+    kept = np.flatnonzero(np.isin(detections.labels, list(numbers)))
+    labels = np.array([numbers[int(label)] for label in detections.labels[kept]], np.int64)
+    return replace(detections, boxes=detections.boxes[kept], scores=detections.scores[kept], labels=labels)
 
 
-def _truth(example: Any) -> dict[str, Any]:
-    """The objects and crowds of an example, with their areas, as torchmetrics takes them."""
+def _truth(example: "Example") -> "dict[str, Tensor]":
+    """The objects and crowds of an example as torchmetrics takes them."""
     import numpy as np
     import torch
 
-    from llmq.tasks.average_precision import sizes_of
+    from llmq.vision.average_precision import Truth
 
-    areas = sizes_of(example.boxes) if example.areas is None else example.areas
-    boxes, labels = example.boxes, example.labels
-    crowded: Any = np.zeros(len(boxes), np.int64)
-    if example.crowds is not None:
-        boxes, labels = np.concatenate([boxes, example.crowds]), np.concatenate([labels, example.crowd_labels])
-        areas = np.concatenate([areas, sizes_of(example.crowds)])
-        crowded = np.concatenate([crowded, np.ones(len(example.crowds), np.int64)])
-    # An area of 0 would be taken for one that nobody has said.
-    plain = {"boxes": boxes, "labels": labels, "iscrowd": crowded, "area": np.maximum(areas, 1e-6)}
-    return {name: torch.from_numpy(np.asarray(its)) for name, its in plain.items()}
+    truth = Truth.of(example)
+    # torchmetrics takes an area of 0 for a missing one.
+    plain = {"boxes": truth.boxes, "labels": truth.labels, "iscrowd": truth.crowded.astype(np.int64)}
+    return {name: torch.from_numpy(each) for name, each in {**plain, "area": np.maximum(truth.areas, 1e-6)}.items()}
 
 
-def _torchmetrics(examples: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
+def _torchmetrics(examples: "Sequence[Example]", detections: "Sequence[Detections]") -> dict[str, float]:
     import torch
     from torchmetrics.detection import MeanAveragePrecision
 
-    from llmq.tasks.average_precision import LEVELS, THRESHOLDS
+    from llmq.vision.average_precision import LEVELS, THRESHOLDS
 
     # Left to itself torchmetrics counts its thresholds in float32, and a recall of 0.7 is then above "0.7".
     metric = MeanAveragePrecision(
@@ -147,7 +150,37 @@ def _torchmetrics(examples: Sequence[Any], found: Sequence[Any]) -> dict[str, fl
     )
     metric.warn_on_many_detections = False
     metric.update(
-        [{k: torch.from_numpy(getattr(f, k)) for k in ("boxes", "scores", "labels")} for f in found],
+        [{name: torch.from_numpy(value) for name, value in vars(each).items()} for each in detections],
         [_truth(example) for example in examples],
     )
     return {name: float(value) for name, value in metric.compute().items() if value.numel() == 1}
+
+
+def picture(shown: "Sequence[tuple[Example, Detections]]", classes: Sequence[str], shown_from: float) -> bytes:
+    """Examples as PNG: the truth in green, detections with a score of `shown_from` and more in orange."""
+    from llmq.vision.pictures import panels, png, show
+
+    rows = -(-len(shown) // COLUMNS)
+    figure, axes = panels(rows, min(COLUMNS, len(shown)), 3.2, 3.3)
+    for panel, (example, detections) in zip(axes.ravel(), shown, strict=False):
+        drawn = detections.scores >= shown_from
+        show(panel, example.image, f"{example.name}: {len(example.boxes)} there, {int(drawn.sum())} found")
+        for box, label in zip(example.boxes, example.labels, strict=True):
+            _draw(panel, box, _name(classes, label), TRUTH, "bottom")
+        columns = (column[drawn] for column in (detections.boxes, detections.labels, detections.scores))
+        for box, label, score in zip(*columns, strict=True):
+            _draw(panel, box, f"{_name(classes, label)} {score:.2f}", FOUND, "top")
+    return png(figure)
+
+
+def _name(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else str(label)
+
+
+def _draw(panel: "Axes", box: "ndarray", text: str, colour: str, side: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    # matplotlib centres pixels on whole numbers; the edges of boxes lie between pixels.
+    x0, y0, x1, y1 = (float(v) - 0.5 for v in box)
+    panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
+    panel.text(x0, y0 if side == "bottom" else y1, text, color=colour, fontsize=6.5, va=side, clip_on=True)

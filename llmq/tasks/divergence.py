@@ -1,33 +1,33 @@
-"""How far a model has moved from the base, where accuracy may not show it yet."""
+"""Mean KL divergence to the base and top-1 agreement on held-out text; answers to questions that flipped.
+
+Two models of one accuracy may answer different questions right: flips count the changed answers, in both directions
+(Dutta et al. 2024, Accuracy is Not All You Need). The questions are those of multiple-choice tasks of lm-eval.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import sha256_files
-from llmq.needs import Needs
+from llmq.harness.names import Asked
 from llmq.plugin import DataWord
-from llmq.tasks.harness import Asked
-from llmq.types import Answer, Loaded, Measurement, Samples, Task
+from llmq.types import Answer, Better, Loaded, Measurement, Needs, Task
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
 
 
 class Divergence(Task):
-    """Mean KL divergence to the base and top-1 agreement on held-out text; answers to questions that flipped.
-
-    Two models of one accuracy may answer different questions right: flips count what changed, in both directions
-    (Dutta et al. 2024, Accuracy is Not All You Need). The questions are those of multiple-choice tasks of lm-eval.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     text: DataWord = Field(
         "pydoc",
         validate_default=True,
-        description="its held-out part is read; what the run trains on, else calibrates on, if unset",
+        description="its held-out part is read; the run's training data, else its calibration data, if unset",
     )
     window: PositiveInt = Field(256, ge=2, description="tokens")
     windows: PositiveInt = Field(32, description="windows at most")
@@ -39,20 +39,15 @@ class Divergence(Task):
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="texts at once; changes no score")
 
     def check(self) -> None:
-        """Raise `UserError` for data that cannot be had, and for tasks that are unknown or offer no choice."""
         super().check()
-        from llmq.tasks import harness
-
-        harness.check_names(self.tasks, self.include_path)
-        harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
-        for task in harness.leaves(self.tasks, self.include_path):
+        self._asked().check()
+        for task in self._asked().leaves():
             kind = task.says.get("output_type")
             if kind not in (None, "multiple_choice"):
                 raise UserError(f"tasks: flips are counted on multiple choice, and {task.name!r} is {kind}")
 
-    def depends(self) -> Mapping[str, Any]:
-        """Hashes of every task's settings and data."""
-        from llmq.tasks.harness_data import depends
+    def depends(self) -> Mapping[str, object]:
+        from llmq.harness.data import depends
 
         return depends(self._asked(), self.limit) if self.tasks else {}
 
@@ -60,49 +55,61 @@ class Divergence(Task):
         return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
 
     def needs(self) -> Needs:
-        """Positions for a window."""
         return Needs("window", self.window)
 
     def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for text with nothing to read."""
-        from llmq.tasks.windows import check_rows
+        from llmq.text.windows import check_rows
 
         check_rows(base, self.text, "held_out", self.window)
 
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Passes of the stage and of the base over the same windows, and float64 softmax of both."""
+        from dataclasses import replace
+
+        from llmq.sketch import times
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.work import forward
+
+        model = as_text(stage)
+        once = forward(model, 1, self.window)
+        floats = model.parameters * 2  # of the base, at 16 bits
+        work = times(once, 2.0 * self.windows)
+        return replace(work, memory=once.memory + floats + 4 * 8 * self.window * model.vocabulary)
+
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
-        """Divergence from the base on text, then the flips on each task."""
-        its_hash = sha256_files(base.artifact.weight_files())[:12]
-        yield from self._on_text(loaded, base, its_hash)
+        """The divergence from the base on text, then the flips on each task."""
+        sha256 = sha256_files(base.artifact.weight_files())[:12]
+        yield from self._on_text(loaded, base, sha256)
         if self.tasks:
             before, after = (list(self._right(model)) for model in (base, loaded))
             for (task, was, asked), (_, now, _) in zip(before, after, strict=True):
-                yield from self._flips(task, was, now, asked, its_hash)
+                yield from self._flips(task, was, now, asked, sha256)
 
-    def _on_text(self, loaded: Loaded, base: Loaded, its_hash: str) -> Iterable[Measurement]:
-        from llmq.tasks.kl import apart, figures
-        from llmq.tasks.windows import held_out_windows
+    def _on_text(self, loaded: Loaded, base: Loaded, sha256: str) -> Iterable[Measurement]:
+        from llmq.text.losses import divergence
+        from llmq.text.windows import held_out_windows
 
         split = self.text.read()
         windows, told = held_out_windows(split, loaded.processor, self.window, self.windows)
         if not windows:
             raise UserError(f"the held-out part of {self.text.word} has nothing to read")
-        found = apart(base.module, loaded.module, windows, loaded.device)
         protocol = (
             f"KL(base || stage), float64 softmax, {told}; "
-            f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {its_hash}"
+            f"{self.text.word} held_out, sha256 {split.sha256[:12]}; base {sha256}"
         )
-        return figures(found, self.name, "kl_to_base", protocol)
+        tokens = [window.tokens for window in windows]
+        return divergence(base.module, loaded.module, tokens, loaded.device, self.name, "kl_to_base", protocol)
 
     def _right(self, model: Loaded) -> Iterator[tuple[str, dict[str, float], int]]:
-        """For each task whether each scored question was answered right, by the plain `acc`, and how many it has."""
-        from llmq.tasks.harness_results import answers, identity
-        from llmq.tasks.harness_run import evaluated
+        """(task, 1 or 0 for each question with a score: right or wrong by the plain `acc`, number of questions)."""
+        from llmq.harness.results import answers, identity
+        from llmq.harness.run import evaluated
 
         size = None if self.batch_size == "auto" else self.batch_size
-        found = evaluated(model, self._asked(), size, limit=self.limit)
-        found.end()
-        for task in found.results["samples"]:
-            asked = answers(found.results, task)
+        evaluation = evaluated(model, self._asked(), size, limit=self.limit)
+        evaluation.end()
+        for task in evaluation.results["samples"]:
+            asked = answers(evaluation.results, task)
             right = {identity(s): float(s["acc"]) for s in asked if s.get("acc") is not None}
             if not right:
                 raise UserError(f"tasks: flips are counted on right and wrong answers, and {task!r} has no 'acc'")
@@ -111,6 +118,8 @@ class Divergence(Task):
     def _flips(
         self, task: str, before: Mapping[str, float], after: Mapping[str, float], asked: int, base: str
     ) -> Iterator[Measurement]:
+        from llmq.statistics.figures import mean
+
         ids = tuple(i for i in before if i in after)  # a task may leave a question unscored for one of the models
         pairs = [(before[i], after[i]) for i in ids]
         if not pairs:
@@ -120,17 +129,11 @@ class Divergence(Task):
         both = tuple(x + y for x, y in zip(lost, gained, strict=True))
         left = f", {asked - len(ids)} of {asked} questions left unscored" if len(ids) < asked else ""
         how = f"the first {asked} questions of {task}, by acc; base {base}{left}"
-        for metric, values, better, what in (
+        figures: tuple[tuple[str, tuple[float, ...], Better, str], ...] = (
             ("flips", both, "lower", "answers right in one model and wrong in the other"),
             ("flips_to_wrong", lost, "lower", "right in the base and wrong in the stage"),
             ("flips_to_right", gained, "higher", "wrong in the base and right in the stage"),
-        ):
-            yield self._share(task, metric, Samples(values, ids=ids), better, f"{what}; {how}")
-
-    def _share(self, task: str, metric: str, samples: Samples, better: Any, protocol: str) -> Measurement:
-        from llmq.statistics import ratio_stderr
-
-        mean, stderr = ratio_stderr(samples.values)
-        named = f"{metric} {task}" if len(self.tasks) > 1 or task not in self.tasks else metric
-        n = len(samples.values)
-        return Measurement(self.name, named, mean, "share", better, n, stderr, protocol, samples)
+        )
+        suffix = f" {task}" if len(self.tasks) > 1 or task not in self.tasks else ""  # a group stands for several tasks
+        for metric, values, better, meaning in figures:
+            yield mean(self.name, metric + suffix, values, "share", better, f"{meaning}; {how}", ids)

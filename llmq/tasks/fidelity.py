@@ -1,24 +1,27 @@
-"""What a compressed model still makes of the same input."""
+"""PSNR and SSIM of a stage's images against the base's images of the same inputs or latents.
+
+`frechet` and `super_resolution` measure the quality of either.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import isfinite
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord, build
-from llmq.types import Better, Data, Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Data, Exhibit, Loaded, Measurement, Task
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from llmq.sketch import Sketch, Work
 
 
 class Fidelity(Task):
-    """PSNR and SSIM of what a stage makes against what the base makes of the same input or latent.
-
-    Says nothing about whether either is good; that is the part of `frechet` and `super_resolution`.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"gan", "super-resolution"})
 
     data: DataWord | None = Field(
@@ -29,27 +32,35 @@ class Fidelity(Task):
     shown: int = Field(8, ge=0, description="images to look at")
 
     def unset_data(self, kind: str) -> Mapping[str, Data]:
-        """A gan draws latents; what makes images out of images reads the run's."""
+        """A gan draws latents; a super-resolution network reads the run's images."""
         asks = kind == "super-resolution" and "data" not in self.model_fields_set
         return {"data": cast(Data, build("rock", "data"))} if asks else {}
 
     def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for images that the network cannot be given."""
         model: Any = base.model
         if self.data:
             model.check_split(self.data.read())
 
     def score(self, loaded: Loaded) -> Iterable[Exhibit]:
         """The first images, to look at."""
-        images = list(self._pictures(loaded, self.shown))
-        if images:
+        if images := list(self._pictures(loaded, self.shown)):
             yield Exhibit(self.name, "Images made", "", self._inputs(), picture=_grid([images], [""]))
 
-    def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
-        """Both figures, and base, stage and their difference one above the other."""
-        from llmq.tasks.image_quality import MOST, SMALLEST, SSIM_PROTOCOL, capped_psnr, ssim
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Passes over the inputs by the stage, and by the base beside it."""
+        from dataclasses import replace
 
-        pairs: list[tuple[Any, Any]] = []
+        from llmq.vision.sizing import asked
+
+        work = asked(stage, self.data.expected() if self.data else None, self.n, 1, self.n)
+        return replace(work, memory=2 * work.memory)
+
+    def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
+        """PSNR and SSIM, and base, stage and their difference one above the other."""
+        from llmq.statistics.figures import mean
+        from llmq.vision.image_quality import MOST, SMALLEST, SSIM_PROTOCOL, capped_psnr, ssim
+
+        pairs: list[tuple[ndarray, ndarray]] = []
         near: list[float] = []
         alike: list[float] = []
         for ours, theirs in zip(self._pictures(loaded, self.n), self._pictures(base, self.n), strict=True):
@@ -62,38 +73,28 @@ class Fidelity(Task):
             raise UserError(f"{self._inputs()}: there are none")
         between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
         range_ = "data range 255, all channels"
-        yield self._measured("psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")
-        yield self._measured("ssim", alike, "", "higher", f"SSIM, {range_}, {SSIM_PROTOCOL}; {between}")
+        yield mean(self.name, "psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")
+        yield mean(self.name, "ssim", alike, "", "higher", f"SSIM, {range_}, {SSIM_PROTOCOL}; {between}")
         if pairs:
-            rows = [[a for a, _ in pairs], [b for _, b in pairs]]
-            yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=_grid(rows, ["base", "stage"]))
+            picture = _grid(list(zip(*pairs, strict=True)), ["base", "stage"])
+            yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=picture)
 
-    def _pictures(self, loaded: Loaded, n: int) -> Iterator[Any]:
+    def _pictures(self, loaded: Loaded, n: int) -> "Iterator[ndarray]":
         model: Any = loaded.artifact.model
         for image in islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n):
-            if not isfinite(float(image.sum())):  # a PSNR of no number would pass for the largest
+            if not isfinite(float(image.sum())):  # NaN would pass for the largest PSNR
                 raise LlmqError("the stage makes values that are not finite numbers")
             yield image
 
     def _inputs(self) -> str:
         return f"held-out images of {self.data.word}" if self.data else f"the same latents, seed {self.seed}"
 
-    def _measured(
-        self, metric: str, values: Sequence[float], unit: str, better: Better, convention: str
-    ) -> Measurement:
-        from llmq.statistics import ratio_stderr
 
-        mean, stderr = ratio_stderr(values)
-        return Measurement(
-            self.name, metric, mean, unit, better, len(values), stderr, convention, Samples(tuple(values))
-        )
-
-
-def _grid(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> bytes:
-    """Rows of images of grey levels; of two rows also how far they are apart, on one scale."""
+def _grid(rows: "Sequence[Sequence[ndarray]]", names: Sequence[str]) -> bytes:
+    """Rows of images as PNG; below two rows their absolute differences, on one scale."""
     import numpy as np
 
-    from llmq.tasks.pictures import panels, png, show, show_differences
+    from llmq.vision.pictures import panels, png, show, show_differences
 
     two = len(rows) == 2
     figure, axes = panels(len(rows) + two, len(rows[0]), 1.0, 1.05)
@@ -102,7 +103,7 @@ def _grid(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> bytes:
             show(panel, np.clip(image, 0, 255).round().astype(np.uint8))
         line[0].set_ylabel(name, fontsize=8.5)
     if two:
-        differences = [np.abs(a - b).mean(2) for a, b in zip(*rows, strict=True)]
+        differences = [np.abs(a - b).mean(2) for a, b in zip(*rows, strict=True)]  # (height, width) each
         show_differences(figure, axes[-1], differences, [""] * len(differences))
         axes[-1][0].set_ylabel("difference", fontsize=8.5)
     return png(figure)

@@ -1,71 +1,76 @@
-"""What a model writes."""
+"""Greedy answers to held-out prompts, to be read side by side, and the share of answers that come to an end."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
-from llmq.data.rows import Row
-from llmq.needs import Needs
+from llmq.errors import UserError
 from llmq.plugin import DataWord
-from llmq.types import Exhibit, Loaded, Measurement, Samples, Task
+from llmq.types import Exhibit, Loaded, Measurement, Needs, Samples, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmq.sketch import Sketch, Work
+    from llmq.text.rows import Row
 
 
 class Generate(Task):
-    """Greedy answers to held-out prompts, to be read side by side, and how many of them come to an end."""
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     data: DataWord = Field(
         "docstrings",
         validate_default=True,
-        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+        description="the run's training data, else its calibration data, if unset; without either, this",
     )
     examples: PositiveInt = 3
     max_new_tokens: PositiveInt = Field(48, description="an answer is cut here")
     prompt_tokens: PositiveInt = Field(256, description="longer prompts are passed over")
 
     def needs(self) -> Needs:
-        """Positions for the longest prompt and its answer, and an end of answers."""
         return Needs("prompt_tokens + max_new_tokens", self.prompt_tokens + self.max_new_tokens, end_mark=True)
 
     def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for data without a prompt that is short enough."""
-        from llmq.models.hugging_face import load_tokenizer
+        from llmq.text.tokenizer import load_tokenizer
 
         self._rows(load_tokenizer(base.weights), base.weights)
 
+    def foresee(self, stage: "Sketch") -> "Work":
+        """A prompt and an answer for each example."""
+        from llmq.sketch import times
+
+        return times(stage.timed(self.prompt_tokens, self.max_new_tokens, 1), self.examples)
+
     def score(self, loaded: Loaded) -> Iterable[Measurement | Exhibit]:
-        """The first held-out prompts that are short enough, answered."""
-        from llmq.data.tokens import shown_prompt
+        """The answers to the first held-out prompts that are short enough, and the share that ended."""
+        from llmq.text.tokens import shown_prompt
 
         ended = []
         for row, prompt, reference in self._rows(loaded.processor, loaded.artifact.weights):
             answer, is_ended = self._answer(loaded, prompt)
             ended.append(float(is_ended))
             yield Exhibit(self.name, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
-        share = sum(ended) / len(ended)
         convention = f"share of answers with an end-of-text mark within {self.max_new_tokens} tokens, greedy"
-        yield Measurement(
-            self.name, "answers_ended", share, "share", "higher", len(ended), None, convention, Samples(tuple(ended))
-        )
+        share, samples = sum(ended) / len(ended), Samples(tuple(ended))
+        # So few answers, the first ones and not drawn, have no known spread.
+        yield Measurement(self.name, "answers_ended", share, "share", "higher", len(ended), None, convention, samples)
 
-    def _rows(self, tokenizer: Any, folder: Path) -> list[tuple[Row, tuple[int, ...], str]]:
-        """Rows whose prompts are short enough, each with its prompt and the right answer."""
-        from llmq.data.tokens import prompt_and_reference
-        from llmq.errors import UserError
-        from llmq.models.hugging_face import end_marks
+    def _rows(self, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "list[tuple[Row, tuple[int, ...], str]]":
+        """The rows with prompts short enough, each with the tokens of the prompt and the right answer."""
+        from llmq.text.tokenizer import end_marks
+        from llmq.text.tokens import prompt_and_reference
 
-        fitting: list[tuple[Row, tuple[int, ...], str]] = []
+        fitting = []
         ends = end_marks(folder)
         for row in self.data.read().held_out:
             prompt, reference = prompt_and_reference(row, tokenizer, ends)
             if 0 < len(prompt) <= self.prompt_tokens:
                 fitting.append((row, prompt, reference))
             if len(fitting) == self.examples:
-                return fitting
+                break
         if not fitting:
             raise UserError(f"{self.data.word} has no held-out prompt of at most {self.prompt_tokens} tokens")
         return fitting
@@ -73,10 +78,12 @@ class Generate(Task):
     def _answer(self, loaded: Loaded, prompt: tuple[int, ...]) -> tuple[str, bool]:
         import torch
 
-        ends = {loaded.processor.eos_token_id, *_as_list(loaded.module.generation_config.eos_token_id)} - {None}
-        ids = torch.tensor([prompt], device=loaded.device)
+        from llmq.text.decoding import end_marks
+
+        ends = end_marks(loaded.module, loaded.processor)
+        ids = torch.tensor([prompt], device=loaded.device)  # (1, tokens)
         with torch.inference_mode():
-            made = loaded.module.generate(
+            written = loaded.module.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
@@ -84,10 +91,6 @@ class Generate(Task):
                 pad_token_id=loaded.processor.pad_token_id,
                 eos_token_id=sorted(ends) or None,
             )
-        new = made[0, len(prompt) :]
+        new = written[0, len(prompt) :]  # `generate` returns the prompt, too
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()
         return text, not ends.isdisjoint(new.tolist())
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,28 +1,26 @@
-"""Any task of EleutherAI's lm-evaluation-harness."""
+"""Tasks of lm-eval by name, on the opened model; metrics keep lm-eval's names and standard errors.
+
+Questions, prompts and metrics are lm-eval's. A scorer of llmq's own asks the model: a shared beginning of prompts is
+computed once, and no score depends on the batch size. lm-eval's own files are left in the stage's folder.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq import trust
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.needs import Needs
-from llmq.tasks import harness
-from llmq.tasks.harness import Asked
-from llmq.trust import WRITTEN
-from llmq.types import Answer, Loaded, Task
+from llmq.harness.names import Asked, defined
+from llmq.types import Answer, Loaded, Needs, Task
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
 
 
 class LmEval(Task):
-    """Tasks of lm-eval by name, on the opened model; metrics keep lm-eval's names and standard errors.
-
-    Questions, prompts and metrics are lm-eval's. A scorer of llmq's own asks the model: what prompts share is computed
-    once, and no score depends on the batch size. lm-eval's own files are left in the stage's folder.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -39,30 +37,34 @@ class LmEval(Task):
         False, description="let tasks such as humaneval run what the model writes; the command needs --allow-code, too"
     )
 
+    def _asked(self) -> Asked:
+        return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
+
     @property
     def figures_of(self) -> tuple[str, ...]:
-        """Its name, for what it says itself, and those of the tasks and groups that it asks."""
-        return (self.name, *dict.fromkeys(harness.names_within(self.tasks, self.include_path)))
+        return tuple(dict.fromkeys((self.name, *self.tasks, *(d.name for d in self._asked().definitions()))))
 
     def check(self) -> None:
-        """Raise `UserError` for a task, a version or a folder that is not there, and for code that is not allowed."""
         self._check_trust()
         for name in ("include_path", "data_dir"):
             if getattr(self, name) and not getattr(self, name).is_dir():
                 raise UserError(f"{name} {str(getattr(self, name))!r} is no folder")
-        harness.check_names(self.tasks, self.include_path)
-        self._asked()
-        harness.check_leaves(self.tasks, self.include_path, self.num_fewshot)
+        self._asked().check()
         for name, pinned in self.versions.items():
             if name not in self.tasks:
                 raise UserError(f"versions: {name!r} is none of the tasks: {', '.join(self.tasks)}")
-            found = harness.defined(name, self.include_path)[0].version
-            if str(found) != str(pinned) and not _equal(found, pinned):
-                raise UserError(f"task {name!r} is pinned at version {pinned}, and the installed lm-eval has {found}")
-        for task in () if self.allow_code else harness.leaves(self.tasks, self.include_path):
+            installed = defined(name, self.include_path)[0].version
+            # Versions are numbers or texts: 1 and "1.0" are one version.
+            if str(installed) != str(pinned) and not _equal(installed, pinned):
+                raise UserError(
+                    f"task {name!r} is pinned at version {pinned}, and the installed lm-eval has {installed}"
+                )
+        # Groups are resolved: a task within one may run code, too.
+        for task in () if self.allow_code else self._asked().leaves():
             if task.says.get("unsafe_code"):
                 raise UserError(
-                    f"task {task.name!r} runs code that the model writes; allow it with allow_code: true and {WRITTEN}"
+                    f"task {task.name!r} runs code that the model writes; "
+                    f"allow it with allow_code: true and {trust.WRITTEN}"
                 )
 
     def _check_trust(self) -> None:
@@ -70,9 +72,8 @@ class LmEval(Task):
             trust.need_written_code(f"allow_code: true lets {', '.join(self.tasks)} run code that the model writes")
 
     def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` where the tokenizer has no chat template, or one that refuses a question."""
-        from llmq.data.conversation import rendered
-        from llmq.models.hugging_face import load_tokenizer
+        from llmq.text.conversation import rendered
+        from llmq.text.tokenizer import load_tokenizer
 
         if self.apply_chat_template:
             tokenizer = load_tokenizer(base.weights)
@@ -80,44 +81,44 @@ class LmEval(Task):
                 raise UserError(f"apply_chat_template: the tokenizer of {str(base.weights)!r} has none; leave it out")
             rendered(tokenizer, [{"role": "user", "content": "Hello!"}], add_generation_prompt=True)
 
-    def depends(self) -> Mapping[str, Any]:
-        """Hashes of every task's settings and data, which are read for it."""
-        from llmq.tasks.harness_data import depends
+    def depends(self) -> Mapping[str, str]:
+        from llmq.harness.data import depends
 
         return depends(self._asked(), self.limit)
 
-    def _asked(self) -> Asked:
-        if not trust.remote_code():
-            harness.check_plain(self.tasks, self.include_path)
-        return Asked(self.tasks, self.include_path, self.data_dir, self.num_fewshot)
-
     def needs(self) -> Needs:
-        """An end of answers; of a text that is too long it cuts the beginning."""
+        """A token that ends answers, and no positions: a text that is too long loses the beginning."""
         return Needs(end_mark=True)
 
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Questions in rows of at most 2,048 tokens, of which every fourth has logits; their lengths are assumed."""
+        from llmq.sketch import Work, times
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.work import LM_EVAL_ROW, QUESTION, forward
+
+        model = as_text(stage)
+        questions = (self.limit or 0) * len(self.tasks)
+        tokens = min(LM_EVAL_ROW, max(1, questions) * QUESTION) if self.limit else LM_EVAL_ROW
+        once = forward(model, 1, tokens, tokens // 4)
+        unknown = "" if self.limit else "lm_eval counts its questions when it reads them; set limit"
+        return times(once, questions * QUESTION / tokens).plus(Work(0, {}, 2.0, unknown=unknown))
+
     def score(self, loaded: Loaded) -> Iterable[Answer]:
-        """What `lm_eval.simple_evaluate` says of the opened module."""
         self._check_trust()
-        from llmq.tasks.harness_files import files
-        from llmq.tasks.harness_results import measurements
-        from llmq.tasks.harness_run import evaluated
+        from llmq.harness.results import files, measurements
+        from llmq.harness.run import evaluated
 
-        found = evaluated(
-            loaded,
-            self._asked(),
-            None if self.batch_size == "auto" else self.batch_size,
-            limit=self.limit,
-            apply_chat_template=self.apply_chat_template,
-            confirm_run_unsafe_code=self.allow_code,
-        )
-        if found.results:
-            yield from files(found.results, self.name, str(loaded.artifact.weights))
-            yield from measurements(found.results, self.limit, found.cut)
-        found.end()
+        size = None if self.batch_size == "auto" else self.batch_size
+        chat = self.apply_chat_template
+        run = evaluated(loaded, self._asked(), size, self.allow_code, limit=self.limit, apply_chat_template=chat)
+        if run.results:
+            yield from files(run.results, self.name, str(loaded.artifact.weights))
+            yield from measurements(run.results, self.limit, run.cut)
+        run.end()
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     try:
-        return float(one) == float(other)
-    except (TypeError, ValueError):
+        return float(str(one)) == float(str(other))
+    except ValueError:
         return False

@@ -1,32 +1,34 @@
-"""How surprised a model is by text."""
+"""Perplexity a token, a word and a byte, on text in windows, or on completions after their prompts.
 
-from collections.abc import Iterable, Mapping, Sequence
+`exp(total loss / count)`, the loss in nats from float32 logits. Texts are joined and cut into windows; of data with
+prompts only completions and turns of the assistant are scored, one example at a time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import sha256_text
-from llmq.needs import Needs
 from llmq.plugin import DataWord
-from llmq.types import Loaded, Measurement, Samples, Task
+from llmq.types import Loaded, Measurement, Needs, Task
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
+    from llmq.text.rows import Row
+    from llmq.text.windows import Window
 
 
 class Perplexity(Task):
-    """Perplexity a token, a word and a byte, on text in windows, or on completions after their prompts.
-
-    `exp(total loss / count)`, the loss in nats from float32 logits. Texts are joined and cut into windows; of data with
-    prompts only what the model should say is scored, one example at a time.
-    """
-
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
     data: DataWord = Field(
         "pydoc",
         validate_default=True,
-        description="what the run trains on, else calibrates on, if unset; where it does neither, this",
+        description="the run's training data, else its calibration data, if unset; without either, this",
     )
     part: Literal["held_out", "all"] = "held_out"
     window: PositiveInt = Field(512, ge=2, description="tokens")
@@ -38,36 +40,63 @@ class Perplexity(Task):
     batch_size: PositiveInt = 4
 
     def check(self) -> None:
-        """Raise `UserError` for data that cannot be had, or a stride that would leave tokens out."""
         super().check()
         if self.stride and self.stride > self.window:
             raise UserError(f"stride {self.stride} is longer than the window {self.window}; tokens would be left out")
 
-    def depends(self) -> Mapping[str, Any]:
-        """Nothing besides."""
+    def depends(self) -> Mapping[str, object]:
         return {}
 
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Passes over windows, with all logits, and those of one window in float32 with their softmax."""
+        from dataclasses import replace
+
+        from llmq.sketch import Work, times
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.work import forward, widens
+
+        known = self.data.expected()
+        expected = known.windows(self.part, self.window, self.stride or self.window) if known else None
+        windows = min(filter(None, (self.limit, expected)), default=0)
+        rows = min(self.batch_size, windows or self.batch_size)
+        model = as_text(stage)
+        once = forward(model, rows, self.window)
+        copies = 1 if model.dtype == "float32" else 2
+        softmax = copies * 4 * self.window * model.vocabulary
+        # Where logits are made in float32 first, they are gone before the softmax, and were more.
+        memory = once.memory + (0 if widens(model) else softmax)
+        passes = replace(times(once, windows / rows), memory=memory)
+        operations = {"copy": 12.0 * windows * self.window * model.vocabulary}
+        unknown = "" if windows else f"{self.data.word} is not read before the run; set limit"
+        return passes.plus(Work(0, operations, 1.0, unknown=unknown))
+
+    def smaller(self) -> "Iterator[Mapping[str, object]]":
+        """Fewer windows at once, then shorter ones."""
+        from llmq.sketch import changes
+
+        fewer = [{"batch_size": n} for n in (2, 1) if n < self.batch_size]
+        return changes(*fewer, *({"window": n} for n in (256, 128) if n < self.window))
+
     def needs(self) -> Needs:
-        """Positions for a window."""
         return Needs("window", self.window)
 
     def check_base(self, base: Artifact) -> None:
-        """Raise `UserError` for data with nothing to score."""
-        from llmq.tasks.windows import check_rows
+        from llmq.text.windows import check_rows
 
         check_rows(base, self.data, self.part, self.window)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
-        """Loss of every window or example, and the three perplexities that follow."""
-        from llmq.tasks.windows import losses
+        """The three perplexities, from the loss of every window or example."""
+        from llmq.text.losses import losses
 
         split = self.data.read()
         rows = split.held_out if self.part == "held_out" else [*split.train, *split.held_out]
         windows, protocol = self._text(rows, loaded) if split.shape == "text" else self._completions(rows, loaded)
         if not windows:
             raise UserError(f"the {self.part.replace('_', '-')} part of {self.data.word} has nothing to score")
+        # Nats of each window, added up.
         sums = losses(loaded.module, [w.tokens for w in windows], loaded.device, self.batch_size)
-        ids = sha256_text(*(" ".join(map(str, w.tokens.ids)) for w in windows))  # tokenizers cut otherwise
+        ids = sha256_text(*(" ".join(map(str, w.tokens.ids)) for w in windows))  # another tokenizer makes other tokens
         protocol += f"; {self.data.word} {self.part}, sha256 {split.sha256[:12]}, tokens {ids[:12]}"
         if split.unused:
             protocol += f"; columns not used: {', '.join(split.unused)}"
@@ -76,13 +105,14 @@ class Perplexity(Task):
             "word": [w.words for w in windows],
             "byte": [w.bytes for w in windows],
         }
+        # A blind guess among all tokens has the size of the vocabulary as its perplexity.
         vocabulary = float(loaded.module.config.get_text_config().vocab_size)
-        found = [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
-        return [replace(m, chance=vocabulary) if m.metric == "token_perplexity" else m for m in found]
+        measured = [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
+        return [replace(m, chance=vocabulary) if m.metric == "token_perplexity" else m for m in measured]
 
-    def _text(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
-        from llmq.data.tokens import beginning
-        from llmq.tasks.windows import joined, windows_of
+    def _text(self, rows: "Sequence[Row]", loaded: Loaded) -> "tuple[list[Window], str]":
+        from llmq.text.tokenizer import beginning
+        from llmq.text.windows import joined, windows_of
 
         bos = bool(beginning(loaded.processor)) if self.bos is None else self.bos
         windows = windows_of(joined(rows), loaded.processor, self.window, self.limit, self.stride, bos)
@@ -91,33 +121,18 @@ class Perplexity(Task):
         first = f", the first {self.limit} windows" if self.limit and len(windows) == self.limit else ""
         return windows, f"texts joined, {self.window}-token windows from the left{first}, {overlap}, {mark}"
 
-    def _completions(self, rows: Sequence[Any], loaded: Loaded) -> tuple[list[Any], str]:
-        from llmq.models.hugging_face import end_marks
-        from llmq.tasks.windows import completions
+    def _completions(self, rows: "Sequence[Row]", loaded: Loaded) -> "tuple[list[Window], str]":
+        from llmq.text.tokenizer import end_marks
+        from llmq.text.windows import completions
 
         ends = end_marks(loaded.artifact.weights)
         windows, counts = completions(rows[: self.limit], loaded.processor, self.window, ends)
         lost = f"{counts['truncated']} lost their end, {counts['prompt_too_long']} left out"
-        return (
-            windows,
-            f"completions after their prompts with the end-of-text mark, at most {self.window} tokens ({lost})",
-        )
+        told = f"completions after their prompts with the end-of-text mark, at most {self.window} tokens ({lost})"
+        return windows, told
 
     def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
-        from llmq.estimates import figure
-        from llmq.statistics import ratio_stderr
+        from llmq.statistics.figures import ratio
 
-        samples = Samples(tuple(sums), tuple(float(c) for c in counts), "exp")
-        value = float(figure(samples)[0])
-        stderr = ratio_stderr(sums, samples.weights)[1]
-        return Measurement(
-            self.name,
-            f"{unit}_perplexity",
-            value,
-            f"per {unit}",
-            "lower",
-            len(sums),
-            None if stderr is None else value * stderr,
-            protocol,
-            samples,
-        )
+        metric = f"{unit}_perplexity"
+        return ratio(self.name, metric, sums, counts, f"per {unit}", "lower", protocol, exponential=True)

@@ -1,76 +1,73 @@
-"""How large a model is."""
+"""Bytes on disk and in memory, parameters, and non-zero parameters. Exact figures."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from llmq.files import bytes_of
-from llmq.models.vision import KINDS
-from llmq.types import Better, Loaded, Measurement, Task
+from llmq.plugin import KindsOf
+from llmq.types import Loaded, Measurement, Model, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from llmq.sketch import Sketch, Work
 
 
 class Size(Task):
-    """Bytes on disk and in memory, parameters, and how many of them are not zero. Exact figures."""
+    suits = KindsOf(Model)
 
-    suits: ClassVar[frozenset[str]] = KINDS | {"causal-lm"}
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Every parameter is read, packed ones unpacked one at a time."""
+        from llmq.sketch import BYTES, Work
+
+        largest = max((part.weights for part in stage.parts), default=0) * BYTES[stage.dtype]
+        return Work(stage.in_memory + largest, {"copy": 12.0 * stage.parameters * BYTES[stage.dtype]})
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
-        """Counted on the files and on the opened module."""
-        parameters = nonzeros = saved = 0
-        for values, bits in dense_weights(loaded.module):
-            left = int(values.count_nonzero())
-            parameters += values.numel()
-            nonzeros += left
-            saved += max(0, (values.numel() * bits - values.numel() - left * bits) // 8)
-        on_disk = bytes_of(loaded.artifact.weight_files())
+        """Count on the files and on the opened module."""
+        from llmq.statistics.figures import exact
 
-        def exact(metric: str, value: int, unit: str, better: Better, convention: str) -> Measurement:
-            return Measurement(self.name, metric, value, unit, better, 1, 0.0, convention, exact=True)
-
-        return (
-            exact(
-                "bytes_on_disk",
-                on_disk,
-                "bytes",
-                "lower",
-                "safetensors files of the weights and of the adapter, if there is one; graph and constants if exported",
-            ),
-            exact(
-                "bytes_in_memory",
-                bytes_in_memory(loaded.module),
-                "bytes",
-                "lower",
-                "parameters, buffers and scales of packed weights as opened, or a graph's constants; tied ones once",
-            ),
-            exact("parameters", parameters, "parameters", "lower", "as they multiply: a packed weight counts unpacked"),
-            exact("nonzeros", nonzeros, "parameters", "lower", "parameters whose value, unpacked, is not zero"),
-            exact(
-                "sparse_bytes",
-                on_disk - saved,
-                "bytes",
-                "lower",
-                "no file: the files' size if each tensor kept a bitmap and its non-zeros where that is less",
-            ),
-        )
+        # Of each tensor: the weights, those that are not zero, the bits of each.
+        counts = [(values.numel(), int(values.count_nonzero()), bits) for values, bits in dense_weights(loaded.module)]
+        on_disk = loaded.artifact.bytes_on_disk
+        parameters, nonzeros = sum(count for count, _, _ in counts), sum(left for _, left, _ in counts)
+        # A GGUF file has fewer bits a weight than the module that it was opened as.
+        share = on_disk * 8 / sum(count * bits for count, _, bits in counts) if loaded.artifact.is_gguf else 1.0
+        saved = sum(max(0, int((count - left) * bits * share - count) // 8) for count, left, bits in counts)
+        for metric, value, unit, convention in (
+            ("bytes_on_disk", on_disk, "bytes", "files of the weights and of the adapter, if there is one; "
+             "GGUF, or graph and constants, if exported"),
+            ("bytes_in_memory", bytes_in_memory(loaded.module), "bytes", "parameters, buffers and scales of packed "
+             "weights as opened, or a graph's constants; tied ones once"),
+            ("parameters", parameters, "parameters", "as they multiply: a packed weight counts unpacked"),
+            ("nonzeros", nonzeros, "parameters", "parameters whose value, unpacked, is not zero"),
+            ("sparse_bytes", on_disk - saved, "bytes", "no file: the files' size if each tensor kept a bitmap and its "
+             "non-zeros where that is less"),
+        ):  # fmt: skip
+            yield exact(self.name, metric, value, unit, "lower", convention)
 
 
-def bytes_in_memory(module: Any) -> int:
-    """What a module holds, each piece once; packed weights as they were opened, whatever was asked of them since."""
-    from llmq.quantize.bnb_layers import bytes_in, tensors_of
+def bytes_in_memory(module: "Module") -> int:
+    """The bytes of the tensors of a module, each once; packed weights count as they were when opened."""
+    from llmq.text.bnb_layers import bytes_in, tensors_of
 
     others = (t for layer in module.modules() if not hasattr(layer, "bytes_as_opened") for t in tensors_of(layer))
     return bytes_in(others) + sum(getattr(layer, "bytes_as_opened", 0) for layer in module.modules())
 
 
-def dense_weights(module: Any) -> Iterator[tuple[Any, int]]:
-    """Every parameter with its values, packed ones unpacked one at a time, and the bits that a value is stored in."""
-    from llmq.quantize.bnb_layers import is_packed, weight_of
-    from llmq.quantize.gptq_linear import PackedLinear
+def dense_weights(module: "Module") -> "Iterator[tuple[Tensor, int]]":
+    """The values of every parameter, packed ones unpacked one at a time, and the bits that a value is stored in."""
+    from llmq.matrix.packed_linear import PackedLinear
+    from llmq.text.bnb_layers import is_packed, weight_of
 
     seen: set[int] = set()
+    layer: Any  # a packed layer keeps its own attributes
     for layer in module.modules():
         packed = None
         if isinstance(layer, PackedLinear):
             yield layer.weight, layer.bits
+        elif hasattr(layer, "stored"):  # a weight in a graph
+            yield layer.stored(), layer.bits
         elif is_packed(layer):
             packed = layer.weight
             yield weight_of(layer), 4 if hasattr(packed, "quant_state") else 8

@@ -1,22 +1,26 @@
-"""How fast a model answers."""
+"""Time of one unit of work, and peak memory. All stages take turns.
+
+Of a language model: time to first token, prefill and greedy decode rate. Of an image model: latency of a batch at
+the median and the 95 % quantile, and images a second.
+"""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
-from llmq.needs import Needs
-from llmq.types import Clock, Loaded, Measurement, Samples, Task
+from llmq.plugin import KindsOf
+from llmq.types import Clock, Loaded, Measurement, Model, Needs, Samples, Task, Workload
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
+
+UNTIMED = 4
+"""The times that a unit of work is done besides the rounds: twice to warm up, twice for the memory."""
 
 
 class Speed(Task):
-    """Time of one unit of work, and peak memory. All stages take turns.
-
-    Of a language model: time to first token, prefill and greedy decode rate. Of an image model: latency of a batch at
-    the median and the 95 % quantile, and images a second.
-    """
-
-    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm", "classifier", "detector", "gan", "super-resolution"})
+    suits = KindsOf(Model)
 
     prompt_tokens: PositiveInt = Field(128, description="of a language model's prompt")
     new_tokens: PositiveInt = Field(16, description="that a language model writes after it")
@@ -24,21 +28,38 @@ class Speed(Task):
     rounds: PositiveInt = 12
 
     def needs(self) -> Needs:
-        """Positions for a prompt and what is written after it."""
         return Needs("prompt_tokens + new_tokens", self.prompt_tokens + self.new_tokens)
 
-    def score(self, loaded: Loaded) -> Iterable[Measurement]:
-        """Peak memory with this stage alone open."""
-        from llmq.measure import peak_memory
+    def foresee(self, stage: "Sketch") -> "Work":
+        """The units of work of each round, and those before that nobody times."""
+        from llmq.sketch import times
 
+        done = self.rounds + UNTIMED
+        return times(stage.timed(self.prompt_tokens, self.new_tokens, self.batch_size), done)
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement]:
+        """Peak memory with this stage alone open: above the process without a model, and of the whole process."""
+        from llmq.measure import memory_now, peak_memory
+
+        self._work(loaded)  # so that every library is loaded, and its memory is not taken for the model's
+        with loaded.artifact.closed(loaded):
+            without = memory_now(loaded.device)
         with peak_memory(loaded.device) as peak:
-            clocks = list(self.clocks(loaded))
-            for clock in clocks:
-                clock.run()
-        convention = f"{peak['convention']}; this stage alone open; {clocks[-1].convention}"
-        value = float(peak["bytes"])
-        return [Measurement(self.name, "peak_memory", value, "bytes", "lower", 1, None, convention, Samples((value,)))]
+            work = self._work(loaded)
+        for metric, value, convention in (
+            ("peak_memory", float(max(0, peak.bytes - without)), peak.alone),
+            ("peak_memory_of_process", float(peak.bytes), peak.convention),
+        ):
+            told = f"{convention}; this stage alone open; {work}"
+            yield Measurement(self.name, metric, value, "bytes", "lower", 1, None, told, Samples((value,)))
+
+    def _work(self, loaded: Loaded) -> str:
+        """Do each unit of work once; the convention of the last."""
+        convention = ""
+        for clock in self.clocks(loaded):
+            clock.run()
+            convention = clock.convention
+        return convention
 
     def clocks(self, loaded: Loaded) -> Iterable[Clock]:
-        """What the model's family gives to be timed."""
-        return loaded.artifact.model.clocks(loaded, self)
+        return loaded.artifact.model.clocks(loaded, Workload(task=self.name, **self.model_dump()))

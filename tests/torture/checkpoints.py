@@ -129,8 +129,8 @@ def _gguf(kind: str, file: Path) -> None:
 
 def _srcnn(kind: str, folder: Path) -> None:
     from llmq import plugin
-    from llmq.models.state import save_network
     from llmq.types import Context
+    from llmq.vision.state import save_network
 
     folder.mkdir()
     model: Any = plugin.build("srcnn", "models")

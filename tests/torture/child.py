@@ -1,6 +1,7 @@
 """The command as a child of one warmed process: with limits of memory and time, and what it printed."""
 
 import gc
+import importlib
 import os
 import resource
 import signal
@@ -8,7 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 SECONDS = 10
@@ -16,6 +19,9 @@ MEMORY = 3 * 2**29
 """Bytes that a child may take beside what its parent has mapped."""
 CRASH = 99
 """The exit code of a child whose exception went past the command."""
+learns = True
+"""Whether this process imports what a child imported, so that the next one need not."""
+_LEARNT: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def warm_words() -> None:
     import scipy.stats  # noqa: F401
 
     import llmq.cli  # noqa: F401
-    from llmq import compare, gate, pipeline, plugin, recipe, replay, targets  # noqa: F401
+    from llmq import pipeline, plugin, recipe, targets  # noqa: F401
 
     for word in plugin.words():
         plugin.load(word)
@@ -65,7 +71,7 @@ def warm() -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
-    from llmq import answers, pipeline, plugin, replay, targets  # noqa: F401
+    from llmq import answers, pipeline, plugin, targets  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -87,14 +93,17 @@ def command(
     if pid == 0:
         _be_child(argv, folder, out, err, before, memory, seconds)
     _, status = os.waitpid(pid, 0)
+    took = time.perf_counter() - began
+    if learns:
+        _learn(folder / ".imported")
     texts = [file.read_bytes()[-20_000:].decode(errors="replace") if file.exists() else "" for file in (out, err)]
-    return Ended(argv, os.waitstatus_to_exitcode(status), *texts, time.perf_counter() - began)
+    return Ended(argv, os.waitstatus_to_exitcode(status), *texts, took)
 
 
 def _be_child(
     argv: Sequence[str], folder: Path, out: Path, err: Path, before: Callable[[], None], memory: int, seconds: int
 ) -> None:
-    code = CRASH
+    code, known = CRASH, len(sys.modules)
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -120,8 +129,21 @@ def _be_child(
         try:
             sys.stdout.flush()
             sys.stderr.flush()
+            with suppress(Exception):  # what the machine does not let it write
+                if (new := len(sys.modules) - known) > 0:  # the last ones: to touch the others would copy them
+                    (folder / ".imported").write_text("\n".join(islice(reversed(sys.modules), new)))
         finally:
             os._exit(code)
+
+
+def _learn(imported: Path) -> None:
+    names = set(imported.read_text().split()) - _LEARNT if imported.is_file() else ()
+    for name in names:
+        _LEARNT.add(name)
+        with suppress(Exception):
+            importlib.import_module(name)
+    if names:
+        freeze()
 
 
 def _limit(kind: int, value: int) -> None:

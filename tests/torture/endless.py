@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("recipes", "checkpoints", "data_files", "run_folders", "faults", "kills")
-SHARES = {"recipes": 20, "checkpoints": 5, "data_files": 20, "run_folders": 5, "faults": 1, "kills": 1}
+KINDS = ("recipes", "checkpoints", "data_files", "run_folders", "faults", "starved", "kills")
+SHARES = {
+    "recipes": 20, "checkpoints": 5, "data_files": 20, "run_folders": 5, "faults": 2, "starved": 1, "kills": 1
+}  # fmt: skip
 """Cases of each kind in a round."""
 LONGEST = 20
 """Letters of an end that is counted by its own word."""

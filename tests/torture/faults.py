@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torture import child
 from torture.checkpoints import copy_of
-from torture.child import Ended, command, judge, mapped, warm
+from torture.child import Ended, command, judge, mapped
 
-__all__ = ["once", "warm"]
 RECIPE = (
     "model: {causal_lm: {weights: m}}\nsteps:\n- quantize.rtn: {group_size: 32}\n"
     "- adapt.lora: {data: d.jsonl, r: 2, max_steps: 2, max_length: 32, save_steps: 1, held_out_rows: 0}\n"
@@ -24,8 +24,6 @@ RECIPE = (
 )
 RUN = ("run", "r.yaml", "--out", "o", "--no-cache")
 SECONDS = 60
-PATIENCE = 3.0
-"""Seconds within which a folder vanishes."""
 CLONE_NEWNS, CLONE_NEWUSER, MS_BIND, MS_REMOUNT, MS_RDONLY, MS_PRIVATE = 0x20000, 0x10000000, 4096, 32, 1, 0x44000
 Fault = Callable[[random.Random, Path], None]
 
@@ -104,7 +102,7 @@ def _not_allowed(dice: random.Random, folder: Path) -> None:
 
 def _vanishing(dice: random.Random, folder: Path) -> None:
     """A folder that somebody removes while it is written or read."""
-    target, wait = dice.choice(["o", "o", "o", "m", "cache"]), dice.uniform(0, PATIENCE)
+    target, wait = dice.choice(["o", "o", "o", "m", "cache"]), dice.uniform(0, _straight()[1])
 
     def remove() -> None:
         time.sleep(wait)
@@ -151,18 +149,27 @@ def _library(dice: random.Random, folder: Path) -> None:
 
 
 FAULTS: tuple[Fault, ...] = (
-    _file_size, _memory, _open_files, _full_disk, _read_only, _not_allowed, _vanishing, _stream, _cache, _library,
+    _file_size, _full_disk, _read_only, _not_allowed, _vanishing, _stream, _cache, _library
 )  # fmt: skip
+STARVING: tuple[Fault, ...] = (_memory, _open_files)
+"""Faults under which an import may fail as well."""
+
+
+def warm() -> None:
+    """Import what the job needs."""
+    child.warm()
+    _straight()
+    _straight.cache_clear()  # its first run imported more than those that follow
 
 
 @functools.cache
-def _straight() -> dict[str, bytes]:
-    """What the job leaves where nothing fails."""
+def _straight() -> tuple[dict[str, bytes], float]:
+    """What the job leaves where nothing fails, and its seconds."""
     folder = _job(Path(tempfile.mkdtemp(prefix="llmq-torture-")))
     ended = command(RUN, folder, seconds=SECONDS)
     assert ended.code == 0, ended.told()
     try:
-        return _weights(folder / "o")
+        return _weights(folder / "o"), ended.seconds
     finally:
         shutil.rmtree(folder)
 
@@ -179,10 +186,14 @@ def _weights(run: Path) -> dict[str, bytes]:
 
 
 def once(seed: int, folder: Path) -> str:
-    """One fault in one run; then the same run again, with nothing wrong, to the same bytes."""
+    """One fault in one run."""
+    return bear(FAULTS[seed % len(FAULTS)], seed, folder)
+
+
+def bear(fault: Fault, seed: int, folder: Path) -> str:
+    """A run with a fault; then the same run again, with nothing wrong, to the same bytes."""
     dice = random.Random(f"faults {seed}")
-    fault = FAULTS[seed % len(FAULTS)]
-    straight = _straight()
+    straight, _ = _straight()
     _job(folder)
     ended = command(RUN, folder, lambda: fault(dice, folder), seconds=SECONDS)
     word = _judge(fault, ended, seed)

@@ -30,7 +30,7 @@ FOREVER = 180.0
 
 SEEN = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open", "shutil.rmtree", "os.listdir", "os.scandir"}
 """The audit events at which a run can be killed: each touch of its folder."""
-TIMES = {"seconds", "tokens_per_second", "examples_per_second", "reused"}
+TIMES = {"seconds", "tokens_per_second", "examples_per_second", "peak_memory", "asked", "reused"}
 UNEQUAL = {"log.txt", "report.json", "report.md", "report.html", "hashes.json", "clocks.json"}
 """Files that hold times, or the hashes of such."""
 
@@ -267,11 +267,13 @@ def compare(left_alone: Path, killed: Path) -> Iterator[str]:
 
 
 def timeless(data: bytes, run: Path) -> Any:
-    """Text without what no two runs share: in JSON its times, and where the run lies."""
+    """Text without what no two runs share: in JSON its times, where the run lies, and the way from it to its base."""
 
     def without(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: without(v) for k, v in value.items() if k not in TIMES}
+            # Weights outside of a run are a pair of paths: the absolute one, and the way from the stage.
+            told = {k: v[:1] if k == "weights" and isinstance(v, list) else v for k, v in value.items()}
+            return {k: without(v) for k, v in told.items() if k not in TIMES}
         return [without(v) for v in value] if isinstance(value, list) else value
 
     text = data.decode("utf-8", "surrogateescape").replace(str(run), "RUN")
@@ -376,7 +378,8 @@ def warmed(folder: Path) -> Path:
     import torchvision
     import transformers
 
-    from llmq.adapt import loop, training
+    from llmq.text import training
+    from llmq.vision import loop
 
     assert all((bitsandbytes, openvino, peft, sklearn.datasets, timm, torchvision, transformers, loop, training))
     return models

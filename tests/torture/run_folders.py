@@ -35,7 +35,7 @@ RULES = ["perplexity <= 1.03x base", "acc >= base - 1.0pt", "bytes_on_disk <= 0.
 def warm() -> None:
     """Nothing here opens a model."""
     from llmq import answers  # noqa: F401
-    from llmq.report import html, markdown, screen, verdicts  # noqa: F401
+    from llmq.report import html, markdown, screen  # noqa: F401
 
     warm_words()
 
@@ -45,7 +45,7 @@ def _whole() -> Path:
     """A run of two stages with its recipe and hashes, and a result file with its samples."""
     import run_folders as runs
 
-    from llmq import replay
+    from llmq import hashes
 
     home = Path(tempfile.mkdtemp(prefix="llmq-torture-"))
     answers = [1, 0, 1, 1, 0, 1, 0, 1] * 4
@@ -65,7 +65,7 @@ def _whole() -> Path:
             "packed": False, "history": [], "notes": {}, "measurements": [],
         }  # fmt: skip
         (run / name / "artifact.json").write_text(json.dumps(told))
-    replay.record(run)
+    hashes.record(run)
     (home / "h").mkdir()
     (home / "h" / "results_2026-01-02T03-04-05.json").write_text(json.dumps(RESULTS))
     rows = "".join(json.dumps(row) + "\n" for row in SAMPLES)

@@ -1,0 +1,107 @@
+"""The commands that look: list, show, runs and doctor."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmq.errors import UserError, did_you_mean, visible
+from llmq.files import to_json
+
+Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
+
+
+def names_to_show(incomplete: str) -> list[str]:
+    """The words, recipes and suites that begin so, for the completion of a shell."""
+    from llmq import listing
+
+    return [name for names in listing.everything().values() for name in names if name.startswith(incomplete)]
+
+
+def run_folders(incomplete: str) -> list[str]:
+    """The folders under runs/ that begin so, for the completion of a shell."""
+    return [str(f) for f in sorted(Path("runs").glob("*")) if str(f).startswith(incomplete)]
+
+
+def list_words(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="models, data, quantize, …, recipes or evals; all if unset.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every word, recipe and suite, or those of one kind."""
+    from llmq import listing
+
+    found = listing.everything()
+    if kind is not None:
+        kinds = listing.by_kind(found)
+        if kind not in kinds:
+            raise UserError(f"{kind!r} is no kind of words{did_you_mean(kind, kinds)}")
+        found = {kind: kinds[kind]}
+    typer.echo(to_json(found) if as_json else listing.as_text(found))
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SUITE|RUN", autocompletion=names_to_show)],
+    as_json: Json = False,
+) -> None:
+    """Show the settings of a word (quantize.bnb), a recipe (text/quickstart), a suite, or the table of a run."""
+    from llmq import listing, plugin
+    from llmq.source import find, names
+
+    if name in names("evals") or ("/" in name and not Path(name).is_dir()):
+        file = find("evals" if name in names("evals") else "recipes", name)
+        typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
+        return
+    folder = Path(name)
+    if (folder / "report.json").is_file():
+        from llmq.guarded.files import library
+        from llmq.report import Report, screen
+        from llmq.runs import paths
+
+        paths.check(folder)
+        with library(folder, "run"):
+            read = Report.read(folder)
+            typer.echo(to_json(asdict(read))) if as_json else screen.show(read)
+        return
+    if folder.is_dir():
+        raise UserError(f"{name!r} holds no report.json: it is no run of llmq, or it did not end")
+    cls = plugin.load(name)
+    typer.echo(to_json(cls.model_json_schema()) if as_json else listing.settings_of(name, cls))
+
+
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder, the latest first: recipe, model, stages, gate and headline."""
+    from llmq.report import shelf
+
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}; llmq run makes runs/")
+    found = list(shelf.runs(folder))
+    if as_json:
+        typer.echo(to_json([asdict(run) for run in found]))
+        return
+    for run in found:
+        gate = f"  gate {run.gate}" if run.gate else ""
+        told = f"{run.folder}  {run.ended}  {run.done} of {len(run.steps) + 1} stages{gate}"
+        for line in (told, f"    {' → '.join((run.model, *run.steps))}", f"    {run.headline}"):
+            typer.echo(visible(line))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine is, and which words can run here; a block to copy into a bug report."""
+    from llmq import doctor as machine
+
+    facts, lacks = machine.facts(), list(machine.lacks())
+    if as_json:
+        typer.echo(to_json({"machine": facts, "lacks": [asdict(lack) for lack in lacks]}))
+        return
+    for name, text in facts.items():
+        typer.echo(visible(f"{name:<12} {text}"))
+    for lack in lacks:
+        typer.echo(f"\n{', '.join(lack.words)}\n    need {', '.join(lack.missing)}: {lack.cure}")
+    if not lacks:
+        typer.echo("\nevery word can run here")

@@ -1,0 +1,79 @@
+"""The command that foretells a run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmq import trust
+from llmq.errors import in_bytes, visible
+from llmq.files import to_json
+
+if TYPE_CHECKING:
+    from llmq.planning import Foretold, Plan
+
+Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
+ROW = "{:<28} {:>11} {:>9} {:>10} {:>11} {:>11} {:>9}"
+TITLES = ("stage", "parameters", "on disk", "in memory", "peak making", "peak asking", "time")
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """The bundled recipes that begin so, for the completion of a shell."""
+    from llmq.source import names
+
+    return [name for name in names("recipes") if name.startswith(incomplete)]
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(autocompletion=recipe_names)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder that the run would write; its disk is looked at.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that the folder of a model brings.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Foretell sizes, memory, time, disk and downloads of a recipe; no weights and no data are needed.
+
+    Two seconds measure this machine. Ends with 2 if something will not fit, and names the nearest setting that does.
+    """
+    from llmq import planning
+    from llmq import recipe as recipes
+
+    trust.given(trust_remote_code)
+    made = planning.plan(recipes.load(recipe, overrides or (), checked=False), out)
+    typer.echo(to_json(made.plain()) if as_json else as_text(made))
+    if made.misfits:
+        raise typer.Exit(2)
+
+
+def as_text(plan: "Plan") -> str:
+    """The plan as a terminal shows it."""
+    from llmq.planning import LIBRARIES, duration
+
+    lines = [ROW.format(*TITLES), *(_row(stage) for stage in plan.stages)]
+    reasons = [f"{stage.name}: {reason}" for stage in plan.stages for reason in stage.unknown]
+    lines += ["", *reasons] if reasons else []
+    whole = in_bytes(plan.peak_memory + LIBRARIES)
+    lines += [
+        "",
+        f"time     {duration(plan.seconds)}",
+        f"memory   about {whole}, of which {in_bytes(LIBRARIES)} are libraries; "
+        f"{in_bytes(plan.machine['memory'])} are there",
+        f"disk     {in_bytes(plan.disk)}; {in_bytes(plan.machine['disk'])} are free",
+        f"download {f'{plan.download}, {in_bytes(plan.download_bytes)}' if plan.download else 'nothing'}",
+        *(f"WILL NOT FIT: {misfit}" for misfit in plan.misfits),
+    ]
+    return visible("\n".join(lines))
+
+
+def _row(stage: "Foretold") -> str:
+    from llmq.planning import duration
+
+    sizes = (stage.bytes_on_disk, stage.bytes_in_memory, stage.peak_of_step, stage.peak_of_tasks)
+    spent = (stage.seconds_of_step, stage.seconds_of_tasks)
+    time = None if None in spent else sum(s or 0.0 for s in spent)
+    count = "?" if stage.parameters is None else f"{stage.parameters / 1e6:,.1f}M"
+    return ROW.format(stage.name, count, *("—" if s is None else in_bytes(s) for s in sizes), duration(time))

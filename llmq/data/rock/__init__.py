@@ -1,0 +1,230 @@
+"""Slices of rock, low and high: the DRSRD1 data set, a scanned volume, or (no path) seeded synthetic micro-CT.
+
+Low-resolution images that are not given are made: by bicubic with antialiasing (`default`), or by one of five kernels
+at random (`unknown`). A volume is parted along x, with a gap between.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from llmq.errors import UserError
+from llmq.files import at_home, sha256_files, sha256_text
+from llmq.types import Data, Expected, Split
+from llmq.vision.images import Example, Lazily, facts, make_split, read_image
+from llmq.vision.pixels import Window, check_window
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+VOLUMES = "an .npz, .tif, .nc or .raw, or a folder of slices"
+
+
+class Rock(Data):
+    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
+
+    path: Path | None = Field(
+        None, description="the folder of DRSRD1, or a volume (z, y, x): .npz, .tif, .nc, .raw, a folder of slices"
+    )
+    scale: Literal[2, 3, 4] = 4
+    kernel: Literal["default", "unknown"] = "default"
+    noise: NonNegativeFloat = Field(0.0, description="on low images to learn from: sigma in grey levels, at most")
+    blur: NonNegativeFloat = Field(0.0, description="of low images to learn from: sigma in their pixels, at most")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    subset: Literal["sandstone2D", "carbonate2D", "shuffled2D"] = Field("shuffled2D", description="of DRSRD1")
+    held_out: Literal["valid", "test"] = Field("test", description="the part of DRSRD1 that is set aside")
+
+    partner: Path | None = Field(None, description="the registered low-resolution volume, if not `lr` in the .npz")
+    window: tuple[float, float] | None = Field(
+        None, description="numbers that become grey levels 0 and 255; needed where a volume is not 8-bit"
+    )
+    partner_window: tuple[float, float] | None = Field(None, description="the partner's, if not the same")
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, description="of a .raw volume: z, y, x")
+    partner_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, description="of a .raw partner")
+    dtype: str | None = Field(None, description="of .raw volumes, as numpy writes it: uint8, <u2, >f4, …")
+    voxel_size: PositiveFloat | None = Field(
+        None, description="micrometres that a high-resolution voxel is wide, for scale bars"
+    )
+    across: Literal["z", "y", "both"] = Field("z", description="the axis that the slices of a volume lie across")
+    train_until: PositiveInt | None = Field(None, description="x of a volume where training ends; 75 % if unset")
+    held_out_from: PositiveInt | None = Field(None, description="x where the part set aside begins; 80 % if unset")
+
+    size: PositiveInt = Field(192, ge=48, description="side of a synthetic slice, pixels")
+    train_slices: PositiveInt = Field(32, description="synthetic slices to learn from")
+    held_out_slices: PositiveInt = 12
+    porosity: float = Field(0.2, gt=0, lt=1, description="share of pores in a synthetic slice")
+    grain: PositiveFloat = Field(8.0, description="correlation length of synthetic rock, pixels")
+    residual: NonNegativeFloat = Field(2.0, description="noise that denoising left in a synthetic slice, grey levels")
+
+    @classmethod
+    def takes(cls, path: str) -> bool:  # the only data of this kind with a path
+        return True
+
+    def check(self) -> None:
+        if self.path is None and self.size % self.scale:
+            raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
+        if self.partner is not None and not self._is_volume:
+            raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {VOLUMES}")
+        check_window(self.window)
+        check_window(self.partner_window, "partner_window")
+        if self.dtype is not None:
+            import numpy as np
+
+            try:
+                numbers = np.dtype(self.dtype).kind in "iuf"
+            except TypeError:
+                numbers = False
+            if not numbers:
+                raise UserError(f"dtype {self.dtype!r} is no kind of numbers; write uint8, <u2, >i2, <f4, …")
+        if self.path is not None and not self._is_volume and self.scale == 3:
+            raise UserError("scale 3 is not among the low-resolution images of DRSRD1: 2 or 4")
+        if self.train_until and self.held_out_from and self.train_until > self.held_out_from:
+            raise UserError(f"train_until {self.train_until} is past held_out_from {self.held_out_from}")
+        if self.path is not None and not at_home(self.path).exists():
+            cure = "" if self._is_volume else "; unpack DRSRD1 there, or set path to where it is"
+            raise UserError(f"there is no {'file' if self._is_volume else 'folder'} {str(self.path)!r}{cure}")
+
+    def expected(self) -> Expected | None:
+        if self.path is not None:
+            return None
+        return Expected(self.train_slices, self.held_out_slices, (self.size // self.scale) ** 2)
+
+    def read(self) -> Split:
+        self.check()
+        if self.path is None:
+            return _synthetic(self)
+        if self._is_volume:
+            return _volume(self, *(_last_change(file) for file in (self.path, self.partner)))
+        return self._drsrd1(at_home(self.path))
+
+    @property
+    def _is_volume(self) -> bool:
+        from llmq.data.rock.volumes import is_volume
+
+        return self.path is not None and is_volume(self.path)
+
+    def _drsrd1(self, root: Path) -> Split:
+        parts = [find_pairs(root, p, self.subset, self.kernel, self.scale) for p in ("train", self.held_out)]
+        digest = sorted(f"{file.name} {facts(file)[-1]}" for part in parts for pair in part for file in pair)
+        train, held_out = (Lazily(part, partial(open_pair, window=self.window)) for part in parts)
+        return self.split(train, held_out, sha256_text(*digest))
+
+    def lower(self, side: int, image: "ndarray", number: int) -> "ndarray":
+        """The low-resolution image of one slice, the `number`th of training (`side` 0) or held out (1)."""
+        import numpy as np
+
+        from llmq.vision.degrade import KERNELS, downsample
+
+        chosen = np.random.default_rng([self.seed, side, number, 1]).choice(sorted(KERNELS))
+        return downsample(image, self.scale, "cubic" if self.kernel == "default" else str(chosen))
+
+    def split(self, train: Sequence[Example], held_out: Sequence[Example], digest: str) -> Split:
+        """The split, with noise and blur on training images if they are set; `digest` identifies the images."""
+        if self.noise or self.blur:
+            train = Lazily(range(len(train)), partial(self._disturbed, train))
+        settings = self.model_dump_json(exclude={"path", "partner", "voxel_size"})
+        split = make_split(train, held_out, "low/high", [digest, settings])
+        return replace(split, pixel_size=self.voxel_size)
+
+    def _disturbed(self, train: Sequence[Example], number: int) -> Example:
+        import numpy as np
+
+        from llmq.vision.degrade import disturb
+
+        rng = np.random.default_rng([self.seed, 0, number, 2])
+        return replace(train[number], image=disturb(train[number].image, rng, self.noise, self.blur))
+
+    def synthetic(self, side: int, number: int) -> Example:
+        """One synthetic slice of training (`side` 0) or held out (1); each has random numbers of its own."""
+        import numpy as np
+
+        from llmq.data.rock.synthetic import rock_slice
+
+        rng = np.random.default_rng([self.seed, side, number, 0])
+        high = rock_slice(rng, self.size, self.porosity, self.grain, self.residual)
+        name = f"synthetic {'held out' if side else 'train'} {number}"
+        return Example(name, self.lower(side, high, number), high=high)
+
+
+def open_pair(pair: tuple[Path, Path], window: Window | None) -> Example:
+    """A pair of files, low and high, as an example."""
+    low, high = pair
+    return Example(f"{high.parent.name}/{high.name}", read_grey(low, window), high=read_grey(high, window))
+
+
+def read_grey(path: Path, window: Window | None = None) -> "ndarray":
+    """A slice as uint8 `(height, width, 1)`. Raises `UserError` for colour channels that differ."""
+    image = read_image(path, 3, window)
+    if (image != image[..., :1]).any():
+        raise UserError(f"{path}: its colour channels are unlike, and rock is grey; save it in grey")
+    return image[..., :1].copy()
+
+
+def find_pairs(root: Path, part: str, subset: str, kernel: str, scale: int) -> list[tuple[Path, Path]]:
+    """The (low, high) pairs of files of one part, checked for sizes that fit.
+
+    `sandstone2D_train_HR/0001.png` goes with `sandstone2D_train_LR_default_X4/0001x4.png`. Raises `UserError` for the
+    first file that is missing, unreadable, or of another size.
+    """
+    folder = root / f"{subset}_{part}_HR"
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}; unpack DRSRD1 there, or set path to where it is")
+    lows = root / f"{subset}_{part}_LR_{kernel}_X{scale}"
+    pairs = [(lows / f"{high.stem}x{scale}.png", high) for high in sorted(folder.glob("*.png"))]
+    if not pairs:
+        raise UserError(f"{folder}: there is no *.png in it")
+    for low, high in pairs:
+        if not low.is_file():
+            raise UserError(f"{high}: its partner {str(low)!r} is missing; unpack that folder whole, too")
+        (narrow, short), (wide, tall) = facts(low)[:2], facts(high)[:2]
+        if (wide, tall) != (narrow * scale, short * scale):
+            should = f"{narrow * scale} x {short * scale}"
+            raise UserError(f"{low}: {narrow} x {short}, and {high} is {wide} x {tall}; at scale {scale} {should}")
+    return pairs
+
+
+def _last_change(path: Path | None) -> int:
+    """The time of the last change to a file, or in a folder, in ns; 0 for a missing path."""
+    path = path and at_home(path)
+    if path is None or not path.exists():
+        return 0
+    times: list[int] = [file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ()))]
+    return max(times)
+
+
+@lru_cache(maxsize=4)
+def _synthetic(rock: Rock) -> Split:
+    counts = (rock.train_slices, rock.held_out_slices)
+    train, held_out = ([rock.synthetic(side, number) for number in range(n)] for side, n in enumerate(counts))
+    return rock.split(train, held_out, "synthetic")
+
+
+@lru_cache(maxsize=2)  # every stage reads the data again; a changed file has another time
+def _volume(rock: Rock, *last_changes: int) -> Split:
+    from llmq.data.rock import volumes
+
+    path, partner = (at_home(file) if file else None for file in (rock.path, rock.partner))
+    assert path
+    how = volumes.Reading(rock.window, rock.shape, rock.dtype)
+    of_partner = volumes.Reading(rock.partner_window or rock.window, rock.partner_shape, rock.dtype)
+    high, low = volumes.read_volumes(path, partner, how, of_partner)
+    if low is not None:
+        volumes.check_partner(str(path), high, low, rock.scale, across_z=rock.across == "z")
+    width = high.shape[2]
+    ends = (rock.train_until or width * 3 // 4, rock.held_out_from or width * 4 // 5)
+    if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:
+        raise UserError(f"{path}: training until {ends[0]}, held out from {ends[1]}: it has {width} columns")
+    sides: list[list[Example]] = [[], []]
+    for side, (begin, end) in enumerate(((0, ends[0]), (ends[1], width))):
+        parts = volumes.cut(high, low, begin, end, rock.scale)
+        for across in ("z", "y") if rock.across == "both" else (rock.across,):
+            lower = partial(rock.lower, side)
+            sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
+    files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
+    return rock.split(sides[0], sides[1], sha256_files(files))

@@ -1,0 +1,205 @@
+"""Volumes of micro-CT, their registered partners, and the slices of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from llmq.errors import UserError
+from llmq.files import at_home
+from llmq.guarded.files import check_plain
+from llmq.vision.images import Example, read_image
+from llmq.vision.pixels import Window, as_bytes, range_of, read_tiff, readable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy import ndarray
+
+SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw")
+SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm")
+HDF5 = b"\x89HDF"
+MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
+"""Pillow's names for images of these numbers."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The window that makes bytes of a volume's numbers, and shape and dtype of a file of bare numbers."""
+
+    window: Window | None = None
+    shape: tuple[int, int, int] | None = None
+    dtype: str | None = None
+
+
+def is_volume(path: Path) -> bool:
+    """True for a file with the suffix of a volume, in any case, or a folder with slices."""
+    folder = at_home(path)
+    if folder.is_dir():
+        return not any(folder.glob("*_HR")) and bool(files_of(folder))
+    return path.suffix.lower() in SUFFIXES
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the slices directly in a folder in the order of their numbers: slice_2 before slice_10."""
+    if not path.is_dir():
+        return [path]
+    files = [p for p in path.iterdir() if p.suffix.lower() in SLICES and not p.name.startswith(".") and p.is_file()]
+    return sorted(files, key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
+
+
+def read_volumes(path: Path, partner: Path | None, how: Reading, of_partner: Reading) -> tuple[ndarray, ndarray | None]:
+    """The high-resolution volume, and the registered low-resolution partner if there is one: uint8 `(z, y, x)`.
+
+    In an .npz or NetCDF file the arrays are named `hr` and `lr`; a single array may have any name.
+    """
+    high, low = _read(path, ("hr", "lr"), how)
+    if partner is not None:
+        if not partner.exists():
+            raise UserError(f"{path}: its partner {str(partner)!r} is missing")
+        low, _ = _read(partner, ("lr", "hr"), of_partner)
+    return high, low
+
+
+def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[ndarray, ndarray | None]:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _folder(path, how), None
+    check_plain(path)
+    if suffix == ".raw":
+        return _raw(path, how), None
+    if suffix in (".npz", ".nc"):
+        return _named(path, _npz(path) if suffix == ".npz" else _netcdf(path), names, how)
+    return _tif(path, how), None
+
+
+def _npz(path: Path) -> dict[str, ndarray]:
+    import numpy as np
+
+    with readable(path, ".npz of arrays"), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _netcdf(path: Path) -> dict[str, ndarray]:
+    """The arrays of three axes in a NetCDF file; of version 4, which is HDF5, where h5py is installed."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        is_hdf5 = file.read(4) == HDF5
+    with readable(path, "NetCDF file"):
+        if is_hdf5:
+            if find_spec("h5py") is None:
+                raise UserError(f"{path}: is NetCDF-4 (HDF5); pip install h5py, or convert it with nccopy -k classic")
+            import h5py
+
+            with h5py.File(path, "r") as file:
+                return {name: np.asarray(v) for name, v in file.items() if getattr(v, "ndim", 0) == 3}
+        from scipy.io import netcdf_file
+
+        with netcdf_file(str(path), "r", mmap=False) as file:
+            return {name: np.asarray(v.data) for name, v in file.variables.items() if len(v.shape) == 3}
+
+
+def _named(
+    path: Path, arrays: dict[str, ndarray], names: Sequence[str], how: Reading
+) -> tuple[ndarray, ndarray | None]:
+    first, second = names
+    if len(arrays) == 1:
+        arrays = {first: next(iter(arrays.values()))}
+    if first not in arrays:
+        raise UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; call the volume {first!r}")
+    volumes = {name: arrays[name] for name in names if name in arrays}
+    for name, array in volumes.items():
+        if array.ndim != 3:
+            raise UserError(f"{path}: {name!r} is {array.dtype}{array.shape}; scale it to uint8 (z, y, x)")
+    made = {name: _bytes(array, how, f"{path}: {name!r}") for name, array in volumes.items()}
+    return made[first], made.get(second)
+
+
+def _bytes(array: ndarray, how: Reading, where: str) -> ndarray:
+    kind, about = array.dtype.kind, f"{array.dtype}{array.shape}"
+    if kind not in "biuf":
+        raise UserError(f"{where} is {about}, and numbers are needed")
+    if not how.window and str(array.dtype) != "uint8":
+        holds = f" (it holds {range_of(array)})" if kind in "iuf" and array.size else ""
+        raise UserError(f"{where} is {about}; scale it to uint8 (z, y, x), or set window: [low, high]{holds}")
+    return as_bytes(array, how.window, where, "")
+
+
+def _tif(path: Path, how: Reading) -> ndarray:
+    pixels, in_colour = read_tiff(path)
+    mode = "RGB" if in_colour else MODES.get(str(pixels.dtype), str(pixels.dtype))
+    cure = "save all in 8-bit grey (L) of one size"
+    if in_colour:
+        if (pixels != pixels[..., :1]).any():
+            raise UserError(f"{path}: slice 0 is {mode}, its channels unlike, and rock is grey; {cure}")
+        pixels = pixels[..., 0]
+    deep = f"slice 0 is {mode} ({pixels.dtype}, {range_of(pixels)}); set window: [low, high], or {cure}"
+    return as_bytes(pixels, how.window, str(path), deep)
+
+
+def _folder(path: Path, how: Reading) -> ndarray:
+    import numpy as np
+
+    files = files_of(path)
+    first = read_image(files[0], 1, how.window)
+    volume: ndarray = np.empty((len(files), *first.shape[:2]), np.uint8)
+    for number, file in enumerate(files):
+        image = read_image(file, 1, how.window)
+        if image.shape != first.shape:
+            raise UserError(
+                f"{file}: is {image.shape[:2]}, and {files[0].name} {first.shape[:2]}; save all of one size"
+            )
+        volume[number] = image[..., 0]
+    return volume
+
+
+def _raw(path: Path, how: Reading) -> ndarray:
+    import numpy as np
+
+    if how.shape is None or how.dtype is None:
+        raise UserError(f"{path}: bare numbers; say shape: [z, y, x] and dtype, such as uint8, <u2 or >f4")
+    dtype = np.dtype(how.dtype)
+    wanted, size = int(np.prod(how.shape)) * dtype.itemsize, path.stat().st_size
+    if wanted != size:
+        raise UserError(f"{path}: {size} bytes, and {how.dtype} of shape {list(how.shape)} is {wanted}; correct them")
+    return _bytes(np.fromfile(path, dtype).reshape(how.shape), how, f"{path}: it")
+
+
+def check_partner(where: str, high: ndarray, low: ndarray, scale: int, across_z: bool = True) -> None:
+    """Raise `UserError` unless `low` is `scale` times smaller in z, y and x; with `across_z` depths may be equal."""
+    fits = [(low.shape[0] * z, low.shape[1] * scale, low.shape[2] * scale) for z in (scale, *([1] if across_z else []))]
+    if high.shape not in fits:
+        raise UserError(
+            f"{where}: low is {low.shape} and high {high.shape} (z, y, x); at scale {scale} high should be {fits[0]}"
+        )
+
+
+def cut(high: ndarray, low: ndarray | None, begin: int, end: int, scale: int) -> tuple[ndarray, ndarray | None]:
+    """Both volumes from `begin` to `end` along x (high-resolution pixels), shrunk to whole low-resolution pixels."""
+    begin, end = -(-begin // scale), end // scale
+    return high[..., begin * scale : end * scale], None if low is None else low[..., begin:end]
+
+
+def slices(
+    high: ndarray, low: ndarray | None, scale: int, across: str, name: str, lower: Callable[[ndarray, int], ndarray]
+) -> list[Example]:
+    """Every slice across z or y with its low-resolution partner, or with the image that `lower(slice, number)` makes.
+
+    A thick low-resolution slice is paired with the high-resolution slice at the middle of the same depth.
+    """
+    if across == "y":
+        high, low = high.swapaxes(0, 1), None if low is None else low.swapaxes(0, 1)
+    height, width = (side // scale * scale for side in high.shape[1:])
+    if not (height and width):
+        raise UserError(f"{name}: slices across {across} are {high.shape[1:]}, smaller than scale {scale}; cut others")
+    thickness = 1 if low is None else len(high) // len(low)
+    examples = []
+    for number in range(len(high) // thickness):
+        image = high[number * thickness + thickness // 2, :height, :width, None]  # (height, width, 1)
+        small = lower(image, number) if low is None else low[number, ..., None]
+        examples.append(Example(f"{name} {across} {number}", small, high=image))
+    return examples

@@ -1,0 +1,256 @@
+"""A model's folder before a library opens it: files of weights, their headers, the configuration."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmq.errors import UserError
+from llmq.guarded import gguf_files
+from llmq.guarded.files import (
+    check_plain,
+    check_plain_folder,
+    library,
+    parse_json,
+    read_json,
+    read_json_object,
+    unreadable,
+)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The weights of a model in one file, or the list of the files that hold them."""
+FILE_BYTES = "file_bytes"
+"""The note of a base that is a GGUF file: its bytes, where the weights are the floats that it was dequantized to."""
+OTHER_NAME = "transformers_weights"
+"""The key of `config.json` under which a folder names another file or index than those two."""
+LONGEST = 100_000_000
+"""The most bytes of a header, which is the limit of safetensors itself."""
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits of a number of each dtype that safetensors 0.8 knows."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PACKED = {
+    "U8": "uint8",
+    "I8": "int8",
+    "U4": "uint4",
+    "I4": "int4",
+    "I32": "int32",
+    "F8_E4M3": "float8_e4m3",
+    "F8_E5M2": "float8_e5m2",
+}
+"""safetensors' names of dtypes; OpenVINO's are the same in lower case. `FLOATS` are weights as they stand; all others
+(integers, complex, floats of 8 bits and fewer) are none without scales beside them."""
+GRAPHS = ("model.xml", "openvino_model.xml")
+"""The names of OpenVINO's graph of an image model, and of a language model."""
+CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*\bsize="(\d+)"')
+"""A constant of an OpenVINO graph."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+SHARED = 200
+"""Layers that a network may have with fewer tensors in the files: a few families use one block again and again."""
+WIDEST = 2**26
+"""The largest count in a configuration: vocabularies have up to 2^19 tokens, positions up to 2^24."""
+COUNTS = ("size", "dim", "heads", "experts", "layers", "layer", "head", "embd", "inner", "positions", "groups", "rank")
+"""Endings of the names of such counts."""
+
+
+class Entry(NamedTuple):
+    """A tensor by the header of its file; it lies from `begin` to `end` after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def check_folder(place: Path) -> None:
+    """Raise `UserError` for pipes, broken headers, broken configurations and absurd sizes of networks."""
+    if not place.is_dir():
+        return
+    check_plain_folder(place)
+    for file in safetensors_of(place):
+        header(file)
+    if (place / "config.json").exists():
+        read_configuration(place)
+    if (place / "adapter_config.json").exists():
+        read_json_object(place / "adapter_config.json")
+
+
+@contextmanager
+def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
+    """Check the header of a safetensors file, and open the file."""
+    from safetensors import safe_open
+
+    header(file)
+    with library(file, "safetensors file"), safe_open(file, framework) as tensors:
+        yield tensors
+
+
+def header(file: Path) -> dict[str, Entry]:
+    """The entries of all tensors of a file, by name. Raises `UserError` for a file that is not whole."""
+    size = check_plain(file)
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(LONGEST, size - 8):
+                raise _broken(file, "it has no header")
+            text = stream.read(length)
+    except OSError as error:
+        raise unreadable(file, error) from None
+    try:
+        told = parse_json(text.decode(), str(file))
+    except (UserError, UnicodeDecodeError):
+        raise _broken(file, "its header is not JSON") from None
+    if not isinstance(told, dict):
+        raise _broken(file, "its header is no JSON object")
+    entries = {name: _entry(file, name, about) for name, about in told.items() if name != "__metadata__"}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise _broken(file, f"{name[:80]!r} begins at byte {entry.begin}, and the tensor before it ends at {end}")
+        end = entry.end
+    if 8 + length + end != size:
+        raise _broken(file, f"its header promises {8 + length + end} bytes, and it has {size}")
+    return entries
+
+
+def _entry(file: Path, name: str, about: Any) -> Entry:
+    try:
+        dtype, shape, (begin, end) = about["dtype"], about["shape"], about["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (KeyError, TypeError, ValueError):
+        raise _broken(file, f"of {name[:80]!r} it tells no dtype, shape and place") from None
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise _broken(file, f"{name[:80]!r} has no shape and place in whole numbers")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _broken(file, f"{name[:80]!r} is of dtype {str(dtype)[:40]!r}, which is not known")
+    if prod(shape) * BITS[dtype] != 8 * (end - begin):
+        raise _broken(file, f"{name[:80]!r} {shape} of {dtype} does not have {end - begin} bytes")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _broken(file: Path, why: str) -> UserError:
+    return UserError(f"{str(file)!r} is not a whole safetensors file ({why}); copy or download it again")
+
+
+def entry_of(folder: Path) -> Path | None:
+    """The file where transformers begins: the one that `config.json` names, the single file, or the index; or None.
+
+    Raises `UserError` for a `transformers_weights` that transformers does not take, or that is not there.
+    """
+    config = folder / "config.json"
+    name = read_json_object(config).get(OTHER_NAME) if config.is_file() else None
+    if name is None:
+        return next((folder / known for known in (SINGLE, INDEX) if (folder / known).exists()), None)
+    where = f"{str(config)!r}: {OTHER_NAME} {name!r}"
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"{where} is no *.safetensors and no *.safetensors.index.json")
+    if not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
+        raise UserError(f"{where} lies outside the folder; name a file in it")
+    if not (folder / name).is_file():
+        raise UserError(f"{where} is not there; take the key away, and {SINGLE} or {INDEX} is opened")
+    return folder / name
+
+
+def safetensors_of(folder: Path) -> list[Path]:
+    """The files of a model's weights that transformers opens (`entry_of`), or all where it would open none.
+
+    A repository may hold the same weights twice, as `consolidated.safetensors` too; only opened files count.
+    """
+    entry = entry_of(folder)
+    if entry is None:
+        return sorted(folder.glob("*.safetensors"))
+    if entry.suffix == ".safetensors":
+        return [entry]
+    try:
+        shards = sorted(set(read_json(entry)["weight_map"].values()))
+        files = [folder / name for name in shards]
+    except (UserError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{str(entry)!r} is no index of weights; copy it again, or remove it") from None
+    if odd := [name for name in shards if Path(name).name != name]:
+        raise UserError(f"{str(entry)!r} names {odd[0]!r}; the files of weights lie beside it")
+    return files or sorted(folder.glob("*.safetensors"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights: a graph (ONNX, or OpenVINO with constants), safetensors, or else GGUF."""
+    graph = next((folder / name for name in GRAPHS if (folder / name).exists()), None)
+    whole, gguf = (folder / name for name in ("model.onnx", "model.gguf"))
+    if whole.exists():
+        return [whole]
+    if graph:
+        return [graph, graph.with_suffix(".bin")]
+    return safetensors_of(folder) or ([gguf] if gguf.exists() else [])
+
+
+def stored_as(files: Iterable[Path]) -> str:
+    """The dtype of most stored weights in files or a graph; for packed weights also that of the others.
+
+    Such as `float32`, `uint8 and bfloat16`, or `q4_0 and float16` of a GGUF file. Empty where no file tells.
+    """
+    sizes: Counter[str] = Counter()
+    for file in files:
+        if file.suffix == ".xml" and file.is_file():
+            for dtype, size in CONSTANT.findall(file.read_text(encoding="utf-8")):
+                sizes[dtype.upper()] += int(size)
+        if file.suffix == ".onnx" and file.is_file():
+            for dtype, size in _of_onnx(file):
+                sizes[dtype] += size
+        if file.suffix == ".safetensors" and file.is_file():
+            for tensor in header(file).values():
+                sizes[tensor.dtype] += tensor.end - tensor.begin
+        if file.suffix == ".gguf" and file.is_file():
+            for kind, size in gguf_files.stored(file).items():
+                sizes[kind.upper() if kind.upper() in FLOATS else kind] += size
+    dtypes = [dtype for dtype, _ in sizes.most_common()]
+    packed = [PACKED.get(dtypes[0], dtypes[0])] if dtypes and dtypes[0] not in FLOATS else []
+    return " and ".join(packed + [FLOATS[dtype] for dtype in dtypes if dtype in FLOATS][:1])
+
+
+def _of_onnx(file: Path) -> Iterator[tuple[str, int]]:
+    """The dtype, by safetensors' names, and the bytes of each constant of an ONNX file."""
+    with library(file, "ONNX file"):
+        import onnx
+
+        names = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "INT8": "I8", "UINT8": "U8"}
+        for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+            kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+            if kind in names:  # others are shapes and indices
+                yield names[kind], prod(tensor.dims) * BITS[names[kind]] // 8
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder. Raises `UserError` for more layers than its files can hold, or absurd sizes."""
+    file = folder / "config.json"
+    data = read_json_object(file)
+    numbers = list(_numbers(data))
+    for name, value in numbers:
+        if name.rpartition("_")[2] in COUNTS and abs(value) > WIDEST:
+            raise UserError(f"{str(file)!r}: {name} is {_short(value)}, and no network is so large ({WIDEST} at most)")
+    layers = [(value, name) for name, value in numbers if name in LAYERS and value > SHARED]
+    if layers:
+        value, name = max(layers)
+        tensors = sum(len(header(part)) for part in safetensors_of(folder))
+        if value > tensors:
+            raise UserError(f"{str(file)!r}: {name} is {_short(value)}, and the files beside it hold {tensors} tensors")
+    return data
+
+
+def _short(value: float) -> str:
+    text = str(value)
+    return text if len(text) <= 30 else f"a number of {len(text)} digits"
+
+
+def _numbers(data: object) -> Iterator[tuple[str, float]]:
+    """Every number of nested data with its key."""
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield str(name), value
+        else:
+            yield from _numbers(value)

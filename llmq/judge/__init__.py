@@ -1,0 +1,1 @@
+"""Conclusions from figures: comparisons, gates, and proof that a run is real."""

@@ -1,0 +1,48 @@
+"""What every picture of the page shares: its ink, its size, its text as text."""
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmq.report import Report
+
+INK, BASE, STAGES = "#1f2933", "#7b8a97", ("#3b78e7", "#d9822b", "#0f9960", "#8f398f", "#c23030", "#00998c")
+
+
+def plain_text() -> Any:
+    """A context of matplotlib in which `$` in a name begins no formula."""
+    import matplotlib
+
+    keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return matplotlib.rc_context({"text.parse_math": False, **dict.fromkeys(keys, INK)})
+
+
+def colours_of(report: "Report") -> dict[str, str]:
+    """The colour of each stage; the first, untouched, is grey."""
+    names = [s["name"] for s in report.stages]
+    return {name: BASE if i == 0 else STAGES[(i - 1) % len(STAGES)] for i, name in enumerate(names)}
+
+
+def blank(height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, or an array of axes side by side; all as wide as one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=8.5)
+    return figure, axes
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as text for the page, whose ink follows the theme."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmq"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    # Text stays text, in the font of the page; the XML head and the metadata have no place inside HTML.
+    inner = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    return inner.replace(INK, "currentColor")  # light or dark, as the page is

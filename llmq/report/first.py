@@ -1,0 +1,102 @@
+"""The first screen of the page: the job, what it cost and gained, and how sure that is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmq.judge.protocols import SIZE, SPEED
+from llmq.report.facts import sentence
+from llmq.report.numbers import number, scaled, set_beside
+
+if TYPE_CHECKING:
+    from llmq.report import Report
+
+QUALITY = ("psnr_gain", "psnr", "map", "top1", "top1_agreement", "frechet_distance", "token_perplexity", "acc")
+"""The figure of quality that a kind of model lives by; the first that was measured counts."""
+CARDS: Mapping[str, Sequence[str]] = {"Size": (SIZE,), "Quality": QUALITY, "Speed": SPEED}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One question and the answer for one stage: the figure, the same beside the base, a word, and the certainty."""
+
+    title: str
+    metric: str
+    value: str
+    beside: str
+    word: str
+    certainty: str
+
+
+def model_of(report: "Report") -> str:
+    """The name of the model, or of the target that was evaluated."""
+    model = report.recipe.get("model") or report.recipe.get("target", "")
+    if isinstance(model, Mapping):
+        ((word, settings),) = model.items()
+        return str((settings or {}).get("weights") or word)
+    return str(model)
+
+
+def steps_of(report: "Report") -> list[tuple[str, str]]:
+    """Each step with the settings that the recipe gives, such as `("quantize.bnb", "bits 4")`."""
+    told = []
+    for entry in report.recipe.get("steps", ()):
+        ((word, settings),) = ((entry, {}),) if isinstance(entry, str) else entry.items()
+        told.append((word, ", ".join(f"{key} {_short(value)}" for key, value in (settings or {}).items())))
+    return told
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{k} {_short(v)}" if not isinstance(v, Mapping) or v else str(k) for k, v in value.items())
+    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
+
+
+def origin(report: "Report") -> str:
+    """The run, the data, the date, the machine and the time that the steps took, in one line."""
+    about = report.environment
+    seconds = sum(s["seconds"] for s in report.stages)
+    took = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    parts = (
+        str(about.get("run", "")).rpartition("/")[2],
+        ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"])),
+        str(about.get("ended", ""))[:16].replace("T", " "),
+        f"{about.get('processor', 'processor unknown')}, {about.get('threads', '?')} threads",
+        f"the steps took {took}" if len(report.stages) > 1 else "",
+    )
+    return " · ".join(filter(None, parts))
+
+
+def cards(report: "Report", stage: str) -> Iterator[Card]:
+    """The cards of one stage: size, quality, speed; and the gate."""
+    found = {m["metric"]: m for m in reversed(report.measurements) if m["stage"] == stage}
+    compared = {c["metric"]: c for c in reversed(report.comparisons) if c["stage"] == stage}
+    for title, metrics in CARDS.items():
+        metric = next((name for name in metrics if name in found), "")
+        if metric:
+            m, c = found[metric], compared.get(metric)
+            scale, unit = scaled(m["unit"])
+            value = f"{number(m['value'] * scale)} {unit}".strip()
+            beside = set_beside(c, m["unit"]) if c else ""
+            yield Card(title, metric.replace("_", " "), value, beside, c["verdict"] if c else "", _certainty(m, c))
+    if report.gate:
+        told = "; ".join(sentence(v) for v in report.gate["rules"])
+        yield Card(
+            "Gate", f"{len(report.gate['rules'])} rules", report.gate["verdict"], "", report.gate["verdict"], told
+        )
+
+
+def _certainty(m: Mapping[str, Any], c: Mapping[str, Any] | None) -> str:
+    """The samples behind a figure, and the number that would settle an undecided one."""
+    if m["exact"]:
+        return "counted, not sampled"
+    n = f"n = {m['n']:,}"
+    if not c:
+        return n
+    if c["reason"]:
+        return f"{n}; {c['reason']}"
+    if c["verdict"] == "undecided" and c["ci95"] and not c["ci95"][0] <= 0 <= c["ci95"][1]:
+        return f"{n}; the interval leaves out 0, and would not if all comparisons of the table were to hold at once"
+    if c["verdict"] == "undecided" and c.get("needed"):
+        return f"{n}; about {c['needed']:,} would settle it, if the difference stays"
+    return f"{n}; the interval of the paired difference leaves out 0" if c["verdict"] in ("better", "worse") else n

@@ -1,0 +1,76 @@
+"""Figures with standard errors, built out of samples. Pure: numbers in, numbers out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmq.statistics.resampling import quantile_spread
+from llmq.types import Better, Measurement, Samples
+
+
+def exact(task: str, metric: str, value: float, unit: str, better: Better, convention: str) -> Measurement:
+    """A figure that was counted, not sampled."""
+    return Measurement(task, metric, value, unit, better, 1, 0.0, convention, exact=True)
+
+
+def mean(
+    task: str,
+    metric: str,
+    values: Sequence[float],
+    unit: str,
+    better: Better,
+    convention: str,
+    ids: tuple[str, ...] | None = None,
+) -> Measurement:
+    """The mean of one value a sample."""
+    value, stderr = ratio_stderr(values)
+    samples = Samples(tuple(values), ids=ids)
+    return Measurement(task, metric, value, unit, better, len(values), stderr, convention, samples)
+
+
+def share(task: str, metric: str, values: Sequence[float], unit: str, better: Better, convention: str) -> Measurement:
+    """The mean of answers that are 0 or 1; where all are alike the standard error is not 0 (Agresti & Min 2005)."""
+    n = len(values)
+    shrunk = (sum(values) + 0.5) / (n + 1)  # half an answer added to each side
+    stderr = float(np.sqrt(shrunk * (1 - shrunk) / n))
+    return Measurement(task, metric, sum(values) / n, unit, better, n, stderr, convention, Samples(tuple(values)))
+
+
+def ratio(
+    task: str,
+    metric: str,
+    values: Sequence[float],
+    weights: Sequence[float],
+    unit: str,
+    better: Better,
+    convention: str,
+    exponential: bool = False,
+) -> Measurement:
+    """The sum of `values` over the sum of `weights`, or the exponential of that ratio, such as a perplexity."""
+    value, stderr = ratio_stderr(values, weights)
+    samples = Samples(tuple(values), tuple(map(float, weights)), "exp" if exponential else "mean")
+    if exponential:
+        value = float(np.exp(value))
+        stderr = None if stderr is None else value * stderr  # to first order
+    return Measurement(task, metric, value, unit, better, len(values), stderr, convention, samples)
+
+
+def ratio_stderr(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float | None]:
+    """The sum of values over the sum of weights, and the standard error (ratio estimator, linearised)."""
+    v = np.asarray(values, dtype=np.float64)
+    w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
+    mean = float(v.sum() / w.sum())
+    if len(v) < 2:
+        return mean, None
+    n = len(v)
+    return mean, float(np.sqrt(n / (n - 1) * np.sum((v - mean * w) ** 2)) / w.sum())
+
+
+def quantile_stderr(values: Sequence[float], quantile: float = 0.5) -> tuple[float, float | None]:
+    """A quantile and its bootstrap standard error."""
+    v = np.asarray(values, dtype=np.float64)
+    if len(v) < 2:
+        return float(v[0]), None
+    return float(np.quantile(v, quantile)), quantile_spread(
+        lambda rows: np.quantile(v[rows], quantile, axis=1), len(v), 0
+    )

@@ -1,0 +1,201 @@
+"""Fréchet distance of a generator's images from real ones if `data` is set, else from those of the base.
+
+The Gaussians are fitted to the features of Inception (FID, if `inception` names its weights), or of EfficientNet-Lite0
+(no FID). The figure is biased upwards by about c/n: `frechet_floor` is the distance of two sets of one origin at this
+n. The distance from the base is taken first with the same latents, where the noise of sampling is the same on both
+sides and an unchanged model has 0; then with other latents, where only the excess over the floor tells.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.artifact import Artifact
+from llmq.errors import UserError
+from llmq.files import cache, make_whole, sha256_files, sha256_text
+from llmq.plugin import DataWord
+from llmq.types import Loaded, Measurement, Split, Task
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
+
+FEWEST = 20
+LITE0_SIZE = 224
+BATCH = 8  # fits into a processor's cache; batches of 50 take twice as long
+
+
+class Frechet(Task):
+    suits: ClassVar[frozenset[str]] = frozenset({"gan"})
+
+    data: DataWord | None = Field(None, description="real images; the base's samples if unset")
+    part: Literal["held_out", "train", "all"] = Field("all", description="the real images to be set against")
+    n: PositiveInt = Field(500, ge=FEWEST, description="images on each side")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the latents")
+    inception: Path | None = Field(None, description="weights of FID's Inception (pytorch-fid's or torch-fidelity's)")
+
+    def check(self) -> None:
+        super().check()
+        if self.inception:
+            from llmq.vision.state import check_weights
+
+            check_weights(str(self.inception))
+        else:
+            from llmq.vision.efficientnet_lite0 import lite0_file
+
+            lite0_file()
+
+    def check_base(self, base: Artifact) -> None:
+        if self.data:
+            self._images(base.model)
+
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Images are made, and looked at by a network that is not of the run: 0.4 GFLOP each at EfficientNet-Lite0."""
+        from llmq.sketch import Work
+        from llmq.vision.sizing import asked
+
+        seen = Work(60_000_000, {"conv-float32": 0.8e9 * self.n}, 1.0)
+        return asked(stage, None, self.n, BATCH, self.n).plus(seen)
+
+    def score(self, loaded: Loaded) -> Iterable[Measurement]:
+        """With `data`, the distance from real images, and of real images from others of their kind."""
+        if not self.data:
+            return
+        model: Any = loaded.artifact.model
+        extract = self._extractor(loaded.device)
+        images, split = self._images(model)
+        real = extract(model.framed(images))  # (n, features)
+        about = f"real images, {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
+        rows = extract(model.generate(loaded, model.latents(self.n, self.seed)))  # (n, features)
+        yield self._measured("frechet_distance", rows, real, extract.name, f"samples from {about}")
+        half = len(real) // 2
+        if half >= FEWEST:
+            halves = real[:half], real[half : 2 * half]
+            yield self._measured("frechet_floor", *halves, extract.name, f"halves of {about}")
+
+    def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement]:
+        """Without `data`, the distance from samples of the base, and that between two sets of samples of the base."""
+        if self.data:
+            return
+        extract = self._extractor(base.device)
+        model: Any = loaded.artifact.model
+        made = extract(model.generate(loaded, model.latents(self.n, self.seed)))
+        own, others = (kept(extract, base, self.n, self.seed, purpose) for purpose in ("samples", "others"))
+        same = "stage from base, the same latents: the noise of sampling cancels, an unchanged stage has 0"
+        yield self._measured("frechet_distance", made, own, extract.name, same)
+        new = "stage from base, other latents: compare with frechet_floor"
+        yield self._measured("frechet_distance_other_latents", made, others, extract.name, new)
+        yield self._measured("frechet_floor", own, others, extract.name, "base from base, other latents")
+
+    def _extractor(self, device: str) -> "Extractor":
+        return of_inception(self.inception, device) if self.inception else of_lite0(device)
+
+    def _images(self, model: Any) -> "tuple[list[ndarray], Split]":
+        """At most `n` real images, drawn evenly. Raises `UserError` for too few, or what does not fit the generator."""
+        assert self.data
+        split = self.data.read()
+        model.check_split(split)
+        examples = {"held_out": split.held_out, "train": split.train, "all": [*split.train, *split.held_out]}[self.part]
+        if len(examples) < FEWEST:
+            raise UserError(f"{self.data.word} {self.part} has {len(examples)} images; {FEWEST} are needed")
+        step = max(1, len(examples) // self.n)
+        return [examples[i * step].image for i in range(min(self.n, len(examples)))], split
+
+    def _measured(self, metric: str, first: "ndarray", second: "ndarray", features: str, between: str) -> Measurement:
+        from llmq.matrix.gaussians import frechet_with_stderr
+
+        value, stderr = frechet_with_stderr(first, second)
+        counts = f"{len(first)} and {len(second)} images" if len(first) != len(second) else f"{len(first)} images each"
+        convention = (
+            f"{features}; {between}; {counts}, covariance over n - 1, biased upwards by about c/n; seed {self.seed}; "
+            "standard error by leaving out tenths"
+        )
+        return Measurement(
+            self.name, metric, value, "squared feature distance", "lower", len(first), stderr, convention
+        )
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network without classifier, the name of the features, and the hash of the weights."""
+
+    name: str
+    identity: str
+    of_batch: "Callable[[Tensor], Tensor]"
+    """Images float `(n, 3, height, width)` on [0, 255] to features `(n, d)`."""
+
+    def __call__(self, images: "Sequence[ndarray]") -> "ndarray":
+        """The features float64 `(n, d)` of images uint8 `(height, width, 1 or 3)` of one size."""
+        import numpy as np
+        import torch
+
+        parts = []
+        for i in range(0, len(images), BATCH):
+            # (n, channels, height, width); grey is repeated below, as both networks take three channels.
+            pixels = torch.from_numpy(np.stack(images[i : i + BATCH])).permute(0, 3, 1, 2).float()
+            with torch.inference_mode():
+                parts.append(self.of_batch(pixels.expand(-1, 3, -1, -1)).double().cpu())
+        rows: ndarray = torch.cat(parts).numpy()  # (n, features), float64
+        return rows
+
+
+def of_inception(path: Path, device: str) -> Extractor:
+    """The 2048 pooled features of FID's Inception. Raises `UserError` for a file of other weights."""
+    from torch import nn
+
+    from llmq.tasks.frechet.inception import fid_inception, resized
+    from llmq.vision.state import load_strictly, read_state
+
+    network = fid_inception()
+    load_strictly(network, read_state(str(path)), str(path))
+    network.fc = nn.Identity()
+    network.eval().to(device)
+    name = "FID's Inception, 2048 features"
+    return Extractor(name, sha256_files([path]), lambda x: network((resized(x.to(device)) - 128) / 128))
+
+
+def of_lite0(device: str) -> Extractor:
+    """The 1280 pooled features of EfficientNet-Lite0 trained on ImageNet."""
+    import timm
+    import torch
+    from torch.nn.functional import interpolate
+
+    from llmq.vision.efficientnet_lite0 import ARCHITECTURE, MEAN, STD, WORD, lite0_file, state_of_lite0
+    from llmq.vision.state import load_strictly
+
+    network = timm.create_model(ARCHITECTURE)
+    load_strictly(network, state_of_lite0(network), WORD)
+    network.reset_classifier(0)
+    network.eval().to(device, memory_format=torch.channels_last)
+
+    def of_batch(pixels: "Tensor") -> "Tensor":
+        scaled = interpolate(pixels.to(device), (LITE0_SIZE, LITE0_SIZE), mode="bilinear", antialias=True)
+        features: Tensor = network(((scaled / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last))
+        return features
+
+    name = f"EfficientNet-Lite0, 1280 features, images scaled to {LITE0_SIZE} pixels; not FID"
+    return Extractor(name, sha256_files([lite0_file()]), of_batch)
+
+
+def kept(extract: Extractor, loaded: Loaded, n: int, seed: int, purpose: str) -> "ndarray":
+    """The features of a generator's samples; the cache keeps those of the base for every other stage."""
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    artifact = loaded.artifact
+    model: Any = artifact.model
+    about = [model.word, model.model_dump_json(), sha256_files(artifact.weight_files()), loaded.device]
+    about += [extract.name, extract.identity, str(n), str(seed), purpose, torch.__version__]
+
+    def fill(folder: Path) -> None:
+        rows = extract(model.generate(loaded, model.latents(n, seed, purpose)))
+        save_file({"rows": rows}, folder / "features.safetensors")
+
+    folder = make_whole(cache("features", sha256_text(*about)[:24]), fill, shared=True)
+    rows: ndarray = load_file(folder / "features.safetensors")["rows"]
+    return rows

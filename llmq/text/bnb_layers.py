@@ -1,0 +1,168 @@
+"""bitsandbytes layers on a processor: repacked only where that is safe, with weights that can be read.
+
+With AVX-512 BF16, `Linear4bit` repacks its weight in the first forward pass in evaluation mode. A repacked layer
+passes no gradient to its input, has its scales rounded to bfloat16, and fails for shapes that the kernel does not
+divide. Nothing else can read the repacked bytes: `weight_of` reads any linear layer, and code that reads weights by
+other means (DoRA, to take norms) gets layers that are kept unpacked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+    from peft import PeftModel
+    from torch import Tensor
+    from torch.nn import Linear, Module
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+KERNEL_ROWS = 32
+"""Output features that the packed kernel takes at a time: `block_n` of bitsandbytes' packing."""
+
+
+def layers_4bit(module: Module) -> Iterator[Linear4bit]:
+    """The 4-bit layers of a module."""
+    from bitsandbytes.nn import Linear4bit
+
+    return (layer for layer in module.modules() if isinstance(layer, Linear4bit))
+
+
+def is_packed_for_cpu(layer: Linear4bit) -> bool:
+    """True if a 4-bit layer has been repacked for inference."""
+    return bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
+
+
+def as_opened(module: Module) -> None:
+    """Prepare a loaded module: note the bytes of its packed weights, and forbid repacking where that would fail.
+
+    The kernel takes 32 rows at a time, and whole blocks along a row.
+    """
+    for layer in module.modules():
+        if is_packed(layer):
+            layer.bytes_as_opened = bytes_in(tensors_of(layer))  # type: ignore[assignment]
+            layer.register_forward_pre_hook(_scales_stay)
+    for layer in layers_4bit(module):
+        state = layer.weight.quant_state
+        rows, columns = state.shape  # (outputs, inputs)
+        if rows % KERNEL_ROWS or columns % state.blocksize:
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _scales_stay(layer: Linear8bitLt, args: object) -> None:
+    # To read an 8-bit weight on a processor, PEFT's DoRA replaces the weight by one without the scales of the layer.
+    if getattr(layer.weight, "CB", None) is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
+
+
+def keep_unpacked(module: Module) -> None:
+    """Make a module fit for training: unpack every 4-bit layer, and forbid repacking during evaluations."""
+    for layer in layers_4bit(module):
+        layer.weight.data, layer.weight.quant_state = _unpacked(layer)
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _unpacked(layer: Linear4bit) -> tuple[Tensor, QuantState]:
+    """Bytes and scales of a 4-bit layer as they were before it was repacked, but for scales rounded to bfloat16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+    if not is_packed_for_cpu(layer):
+        return layer.weight.data, layer.weight.quant_state
+    state = copy.copy(layer.weight.quant_state)  # `unpack` writes into the state
+    scales = state.absmax  # (blocks of a row, rows)
+    data, state = unpack(layer.weight.data, state)
+    if not state.nested:  # `unpack` transposes only scales that are quantized themselves
+        state.absmax = scales.t().reshape(-1).float()
+    return data, state
+
+
+def is_packed(layer: Module) -> bool:
+    """True if bitsandbytes holds the weight of a layer; tells so without an import of bitsandbytes."""
+    return any(c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__)
+
+
+def weight_of(layer: Linear) -> Tensor:
+    """The dense weight `[outputs, inputs]` of a linear layer, whether packed for a kernel or not."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    weight: Params4bit = layer.weight
+    dense: Tensor = weight.data
+    if isinstance(layer, Linear4bit) and weight.quant_state is not None:
+        dense = functional.dequantize_4bit(*_unpacked(layer))
+    elif isinstance(layer, Linear8bitLt):
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # (outputs,), float32
+        dense = dense if scales is None else functional.int8_vectorwise_dequant(dense, scales)
+    return dense
+
+
+def tensors_of(layer: Module) -> Iterator[Tensor]:
+    """Every tensor that a layer itself holds, and those that bitsandbytes keeps beside its weight."""
+    yield from layer.parameters(recurse=False)
+    yield from layer.buffers(recurse=False)
+    # Not `layer.weight`: PEFT's layer around another layer answers with the weight of the inner layer.
+    weight = layer._parameters.get("weight")
+    yield from _held_by(getattr(weight, "quant_state", None))
+    yield from _held_by(vars(layer).get("state"))
+    yield from _held_by(weight, ("CB", "SCB"))
+
+
+def _held_by(holder: object, names: Iterable[str] = ("absmax", "code", "offset", "CB", "SCB")) -> Iterator[Tensor]:
+    import torch
+
+    for name in names:
+        value = getattr(holder, name, None)
+        if isinstance(value, torch.Tensor):
+            yield value
+    if (nested := getattr(holder, "state2", None)) is not None:
+        yield from _held_by(nested)
+
+
+def bytes_in(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind tensors; memory that several tensors share counts once."""
+    storages = (t.untyped_storage() for t in tensors if t.numel())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def reads_weights(module: PeftModel) -> bool:
+    """True if an adapter reads the weights of the layers under it in the forward pass, as DoRA does for norms."""
+    adapters = module.peft_config.values()
+    return any(a.peft_type.value != "LORA" or bool(getattr(a, "use_dora", False)) for a in adapters)
+
+
+def dequantized(module: PreTrainedModel) -> PreTrainedModel:
+    """The module with every quantized layer turned into a float32 layer, ready to be saved."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    keep_unpacked(module)
+    # A quantized layer took the place of a `Conv1D`, whose files hold [inputs, outputs].
+    turned = [n for n, layer in module.named_modules() if issubclass(getattr(layer, "source_cls", object), Conv1D)]
+    module = module.dequantize(dtype=torch.float32).float()
+    for name in turned:
+        module.set_submodule(name, _conv1d(module.get_submodule(name)))
+    # On saving, transformers undoes the conversions of loading; those that read packed weights cannot be undone.
+    conversions = getattr(module, "_weight_conversions", None) or []
+    module._weight_conversions = [c for c in conversions if not _reads_packed(c)]
+    return module
+
+
+def _conv1d(layer: Linear) -> Module:
+    """The `Conv1D` that computes the same product as a linear layer."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):  # or random weights would be drawn first
+        turned: Module = Conv1D(layer.out_features, layer.in_features)
+    turned.weight = torch.nn.Parameter(layer.weight.data.t().contiguous(), requires_grad=False)  # (inputs, outputs)
+    turned.bias = layer.bias
+    return turned
+
+
+def _reads_packed(conversion: WeightConverter) -> bool:
+    operations = getattr(conversion, "operations", None) or []
+    return any(type(operation).__module__.endswith("bitsandbytes") for operation in operations)

@@ -1,0 +1,1 @@
+"""Language models as GGUF files: opened, and written tensor by tensor."""

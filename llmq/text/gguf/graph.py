@@ -1,0 +1,153 @@
+"""A GGUF file as it is in OpenVINO: GenAI's own reader makes a graph of its codes, which a cache keeps.
+
+The reader rounds the zero points of asymmetric blocks to whole numbers. Weights of most foreign files of such types
+are then others than in the file: perplexity 34.98 instead of 28.25 for the Q4_1 file of SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmq.errors import UserError
+from llmq.files import at_home, cache, check_space, make_whole, sha256_files, write_json
+from llmq.guarded import gguf_files
+from llmq.guarded.files import library, read_json_object
+from llmq.guarded.weights import FILE_BYTES
+from llmq.openvino_runtime import EXACT, LANGUAGE_GRAPH, core, openvino, quietly, write_graph
+from llmq.text.weights import BUILT_IN, built_in, parts_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+READ = ("llama", "qwen2", "qwen3")
+"""The architectures that GenAI's reader knows."""
+CONVERSION = 1
+"""The version of the conversion; the cache keeps the files of each version apart."""
+ROUNDED = 1e-3
+"""The share of the weights' norm by which rounded zero points may move them, unsaid."""
+LOOKED_AT = 2**16
+"""Blocks of a tensor whose zero points are looked at."""
+
+
+def bring(weights: str) -> tuple[Path, dict[str, str | int]]:
+    """The folder that OpenVINO runs for a GGUF file, a built-in word or a folder with a graph, and notes on it."""
+    path = built_in(weights) if weights in BUILT_IN else at_home(weights)
+    if path.is_dir():
+        return path.resolve(), {"source": weights}
+    return from_gguf(path)
+
+
+def from_gguf(file: Path) -> tuple[Path, dict[str, str | int]]:
+    """A folder in the cache with the graph of a GGUF file, and notes, with a finding where its weights are others."""
+    if len(parts_of(file)) > 1:
+        raise UserError(f"{str(file)!r} is one part of several, which OpenVINO GenAI does not read; join them first")
+    gguf_files.check(file)
+    digest = sha256_files([file])
+    size = file.stat().st_size
+    kept = cache("models", f"{file.stem}-openvino-{digest[:16]}-{CONVERSION}")
+    if not kept.exists():
+        check_space(kept, 2 * size, f"the graph of {file.name}")
+    with library(file, "GGUF model"):
+        folder = make_whole(kept, lambda partial: _convert(file.resolve(), partial), shared=True)
+    about = read_json_object(folder / "gguf.json")
+    notes: dict[str, str | int] = {
+        "source": f"GGUF file {file.name}, stored as {about['stored_as']}, as OpenVINO GenAI reads it",
+        "sha256": digest,
+        FILE_BYTES: size,
+    }
+    return folder, {**notes, **({"finding": str(about["finding"])} if about.get("finding") else {})}
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the graph, the tokenizers, and the files of transformers."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    openvino()  # first: it keeps the libraries from reporting home
+    import openvino_genai
+
+    reader = GGUFReader(file)
+    architecture = str(reader.fields["general.architecture"].contents())
+    if architecture not in READ:
+        raise UserError(
+            f"{str(file)!r} is a {architecture!r}, and OpenVINO GenAI reads GGUF files of {', '.join(READ)}; leave "
+            "runtime out to open it in torch"
+        )
+    link = folder / file.name
+    link.symlink_to(file)  # the reader writes beside the file that it is given
+    with quietly():
+        openvino_genai.LLMPipeline(str(link), "CPU", enable_save_ov_model=True)
+    _with_exact_options(folder / LANGUAGE_GRAPH)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
+    link.unlink()
+    kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
+    stored = max(sorted(set(kinds)), key=kinds.count)
+    write_json(folder / "gguf.json", {"file": file.name, "stored_as": stored, "finding": rounded_zeros(reader)})
+
+
+def _with_exact_options(file: Path) -> None:
+    graph = core().read_model(file)
+    for name, value in EXACT.items():
+        graph.set_rt_info(value, ["runtime_options", name])
+    whole = file.with_name("whole.xml")
+    write_graph(graph, whole)
+    del graph  # it maps the file that is replaced
+    for end in (".bin", ".xml"):
+        whole.with_suffix(end).replace(file.with_suffix(end))
+
+
+def rounded_zeros(reader: GGUFReader) -> str:
+    """What the rounding of zero points does to the weights of a file, in words; empty where all are whole."""
+    moved = norm = 0.0
+    names = []
+    for tensor in reader.tensors:
+        part = [*_moved(tensor)]
+        if part and part[0] > ROUNDED**2 * part[1]:
+            names.append(tensor.name)
+        if part:
+            moved, norm = moved + part[0], norm + part[1]
+    if not names:
+        return ""
+    kinds = sorted({t.tensor_type.name for t in reader.tensors if t.name in names})
+    return (
+        f"OpenVINO GenAI rounds the zero points of {len(names)} tensors ({', '.join(kinds)}) to whole numbers: it runs "
+        f"weights that lie {(moved / norm) ** 0.5:.1%} of their norm beside those of the file; open it in torch, or "
+        "take a type without zero points (Q4_0, Q8_0)"
+    )
+
+
+def _moved(tensor: ReaderTensor) -> Iterator[float]:
+    """The squared change of a tensor's weights by rounded zero points, and their square; nothing without such points.
+
+    A weight is `scale * code + least`, and its zero point `-least / scale`.
+    """
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    kind = tensor.tensor_type
+    if kind.name not in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+        return
+    blocks = tensor.data.reshape(-1, GGML_QUANT_SIZES[kind][1])
+    blocks = blocks[:: max(1, len(blocks) // LOOKED_AT)]
+    scales, least = _grid(blocks, kind.name)
+    zeros = np.divide(-least, scales, out=np.zeros_like(scales), where=scales != 0)
+    off = (zeros - zeros.round()) * scales
+    yield float((off**2).sum()) * 32  # weights that share a scale
+    yield float((dequantize(np.ascontiguousarray(blocks), kind).astype(np.float64) ** 2).sum())
+
+
+def _grid(blocks: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scales and the least values of every 32 weights, from the bytes of blocks (blocks, bytes)."""
+    from gguf.quants import Q4_K
+
+    two = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float64)  # (blocks, 2)
+    if kind.endswith("_1"):
+        return two[:, 0], two[:, 1]
+    scales, least = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+    return (two[:, :1] * scales).ravel(), (-two[:, 1:] * least).ravel()

@@ -1,0 +1,173 @@
+"""What a GGUF file says of its network beside the tensors: shapes, rotary positions, windows, experts.
+
+An engine computes some settings of a network from its name alone. A network with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmq.errors import UserError
+from llmq.text.gguf.layout import Architecture
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from torch import Tensor
+
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+"""The layers by which engines know the Gemma that scales queries by its width."""
+WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
+"""Every second or sixth layer of a Gemma sees all tokens, and the others a window."""
+
+
+def check(config: Any, architecture: Architecture) -> None:
+    """Raise `UserError` for a network that an engine would compute otherwise."""
+    if fault := next(_faults(config, architecture), ""):
+        raise UserError(f"this {config.model_type} cannot be written as GGUF: {fault}")
+
+
+def _faults(config: Any, architecture: Architecture) -> Iterator[str]:
+    name = architecture.name
+    activation = next((getattr(config, k, None) for k in ("hidden_activation", "hidden_act", "activation_function")
+                       if getattr(config, k, None)), None)  # fmt: skip
+    if activation not in architecture.activations:
+        yield f"its activation is {activation!r}, and engines compute {architecture.activations[0]!r}"
+    if getattr(config, "qk_layernorm", False):
+        yield "its queries and keys are normalized (qk_layernorm)"
+    if name == "gpt2" and not (config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx):
+        yield "its attention is not scaled by the width of a head"
+    if name in ("qwen2moe", "qwen3moe"):
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            yield "some of its layers have no experts (mlp_only_layers, decoder_sparse_step)"
+        if config.norm_topk_prob != (name == "qwen3moe"):
+            yield f"norm_topk_prob is {config.norm_topk_prob}, and engines know this network otherwise"
+    if name in WINDOW_EVERY:
+        yield from _gemma_faults(config, name)
+    kind, allowed = rope_of(config).get("rope_type", "default"), {"default", "linear", "yarn"}
+    allowed |= {"llama3"} if name == "llama" else {"longrope"} if name == "phi3" else set()
+    if kind not in allowed:
+        yield f"its rotary positions are of type {kind!r}, and {', '.join(sorted(allowed))} are written"
+
+
+def _gemma_faults(config: Any, name: str) -> Iterator[str]:
+    every = WINDOW_EVERY[name]
+    expected = [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(config.layer_types))
+    ]
+    if config.layer_types != expected:
+        yield f"its layers with a window are not all but every {every}th (layer_types)"
+    of_width = config.num_hidden_layers == GEMMA_27B[name]
+    scaled = config.hidden_size / config.num_attention_heads if of_width else config.head_dim
+    if config.query_pre_attn_scalar != scaled:
+        yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and engines take {scaled:g}"
+    if name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+        yield "its logits have no soft cap"
+
+
+def rope_of(config: Any) -> Mapping[str, Any]:
+    """The settings of rotary positions; those of layers that see all tokens where a network has two sorts."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    chosen: Mapping[str, Any] = settings.get("full_attention", settings)
+    return chosen
+
+
+def window_left_out(config: Any, architecture: Architecture) -> int | None:
+    """The window of a network whose window has no place in the format; None without one."""
+    if architecture.name in WINDOW_EVERY or architecture.name == "phi3":
+        return None
+    width = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    positions = config.max_position_embeddings
+    return width if width and width < positions else None
+
+
+def describe(writer: GGUFWriter, config: Any, architecture: Architecture, rows: int) -> None:
+    """Write the settings of a network with `rows` embeddings."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(width)
+    inner = config.n_inner or 4 * width if architecture.name == "gpt2" else config.intermediate_size
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    shared = None if architecture.name == "gpt2" else getattr(config, "num_key_value_heads", None)
+    writer.add_head_count_kv(shared or heads)
+    writer.add_vocab_size(rows)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+        writer.add_layer_norm_eps(next(getattr(config, n) for n in names if hasattr(config, n)))
+    if architecture.name == "stablelm":
+        writer.add_parallel_residual(config.use_parallel_residual)
+    if architecture.name != "gpt2":
+        head = head_dim(config)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        _describe_rope(writer, config, head)
+    if architecture.name in WINDOW_EVERY:
+        writer.add_sliding_window(config.sliding_window)
+        for cap, add in (("attn", writer.add_attn_logit_softcapping), ("final", writer.add_final_logit_softcapping)):
+            if value := getattr(config, f"{cap}_logit_softcapping", None):
+                add(value)
+    if architecture.name == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if shared := getattr(config, "shared_expert_intermediate_size", None):
+            writer.add_expert_shared_feed_forward_length(shared)
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _describe_rope(writer: GGUFWriter, config: Any, head: int) -> None:
+    from gguf import RopeScalingType
+
+    rope = rope_of(config)
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    writer.add_rope_dimension_count(int(head * share))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    if "rope_theta" in local:
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn", "longrope"):
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        for name, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(name) is not None:
+                add(rope[name])
+    if kind in ("yarn", "longrope"):
+        whole = config.max_position_embeddings
+        trained = int(rope.get("original_max_position_embeddings") or whole)
+        writer.add_rope_scaling_orig_ctx_len(trained)
+        if kind == "longrope":
+            grown = math.sqrt(1 + math.log(whole / trained) / math.log(trained)) if whole > trained else 1.0
+            writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or grown)
+
+
+def rope_tensors(config: Any) -> dict[str, Tensor]:
+    """The tensors by which engines divide rotary frequencies, for positions scaled frequency by frequency."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = rope_of(config)
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{w}.weight": torch.tensor(rope[f"{w}_factor"]).float() for w in ("long", "short")}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    head = head_dim(config)
+    plain = 1.0 / (rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head))
+    return {"rope_freqs.weight": plain / scaled}

@@ -1,0 +1,112 @@
+"""A stage in GGUF is opened in torch, with every tensor dequantized, and compared with transformers' own reading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.errors import LlmqError, UserError
+from llmq.guarded import gguf_files
+from llmq.text.gguf.layout import FILE, HEAD, architecture_of, places
+from llmq.text.opening import causal_lm, without_weights
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""A tensor of all experts in transformers -> the tensors of one expert in files."""
+APART = 1e-3
+"""The largest difference of logits, as a share of their norm, between two readings of one file."""
+
+
+def load_gguf(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    """The network of a stage in GGUF, dequantized, in evaluation mode.
+
+    The configuration beside the file makes the network: transformers rebuilds not all settings from a file.
+    """
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from transformers import AutoConfig
+
+    gguf_files.check(folder / FILE)
+    network = without_weights(folder)
+    config = network.config.get_text_config()
+    tensors = GGUFReader(folder / FILE).tensors
+    names = list(_names(network, has_head=any(tensor.name == HEAD for tensor in tensors)))
+    found = {place.name: place for place in places(config, architecture_of(config, folder), names)}
+    state: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        if place := found.get(tensor.name):
+            parts = place.back(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
+            state |= {name: part.to(getattr(torch, dtype)) for name, part in parts.items()}
+    module, info = type(network).from_pretrained(
+        None,
+        config=AutoConfig.from_pretrained(folder),
+        state_dict=state,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+    )
+    if faults := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise UserError(f"{str(folder / FILE)!r} does not hold what {type(module).__name__} needs: {faults[0]}")
+    return module.to(device).eval()
+
+
+def _names(network: PreTrainedModel, has_head: bool) -> Iterator[str]:
+    """The tensors of a network as files name them: each expert apart, and no tied head where the file has none."""
+    held = network.state_dict()
+    tied = () if has_head else network.get_expanded_tied_weights_keys(all_submodels=True)
+    for name in held.keys() - tied:
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(".experts") and leaf in EXPERTS:
+            for expert in range(len(held[name])):
+                yield from (f"{owner}.{expert}.{each}.weight" for each in EXPERTS[leaf])
+        elif not re.search(r"inv_freq$|\.attn\.(masked_)?bias$", name):
+            yield name
+
+
+def check_logits(folder: Path, dtype: str, device: str, probe: Any) -> float:
+    """The distance of the logits of two readings of a file, as a share of their norm: this one, and transformers'.
+
+    Raises `LlmqError` for readings that are further apart than `APART`, and for settings that transformers reads
+    otherwise.
+    """
+    ours = probe(load_gguf(folder, dtype, device))[0].double()
+    theirs = probe(_read_by_transformers(folder, dtype, device))[0].double()
+    apart = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
+    if not apart <= APART:  # not >: NaN
+        raise LlmqError(f"{str(folder / FILE)!r}: transformers reads other logits from the file, apart by {apart:.1e}")
+    return apart
+
+
+def _read_by_transformers(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, GgufConfig, LlamaConfig
+
+    config: Any = AutoConfig.from_pretrained(folder)
+    said: Any = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    _check_settings(folder, config, said)
+    if config.model_type == "mistral":  # which the file calls a Llama
+        config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    options = {"dtype": getattr(torch, dtype), "quantization_config": GgufConfig(dequantize=True)}
+    return causal_lm(folder, gguf_file=FILE, config=config, **options).to(device).eval()
+
+
+def _check_settings(folder: Path, config: Any, said: Any) -> None:
+    """Raise `LlmqError` unless transformers reads the settings of the network from the file."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    config = config.get_text_config()
+    read = GGUF_CONFIG_MAPPING["llama" if config.model_type == "mistral" else said.model_type.removesuffix("_text")]
+    for name in {n for n in read.values() if n and hasattr(config, n)}:
+        is_, meant = getattr(said, name, None), getattr(config, name)
+        same = (
+            abs(is_ - meant) <= 1e-6 * abs(meant)
+            if isinstance(meant, int | float) and is_ is not None
+            else is_ == meant
+        )
+        if not same:
+            raise LlmqError(f"{str(folder / FILE)!r}: transformers reads {name} {is_} from the file, meant is {meant}")

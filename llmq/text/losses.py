@@ -1,0 +1,77 @@
+"""The loss of a language model on windows of tokens, and the divergence of two models on them."""
+
+from collections.abc import Iterator, Sequence
+from math import isfinite
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.errors import LlmqError
+from llmq.statistics.figures import ratio
+from llmq.terminal import track
+from llmq.text.examples import IGNORED, Tokens
+from llmq.types import Measurement
+
+
+def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
+    """Indices of windows to be run together: sorted by length, longest first, so that a batch has little padding."""
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded(batch: Sequence[Tokens], device: str) -> tuple[Tensor, Tensor]:
+    """(ids, labels), each (windows, tokens), padded on the right, which a causal model cannot see."""
+    width = max(map(len, batch))
+    # Any token can pad, since padding comes last and is not scored.
+    ids = torch.tensor([[*t.ids, *[0] * (width - len(t))] for t in batch])
+    labels = torch.tensor([[*t.labels(), *[IGNORED] * (width - len(t))] for t in batch])
+    return ids.to(device), labels.to(device)
+
+
+def losses(module: PreTrainedModel, windows: Sequence[Tokens], device: str, batch_size: int) -> list[float]:
+    """The summed loss of the scored tokens of each window, in nats; float32 softmax over the logits."""
+    sums = [0.0] * len(windows)
+    with torch.inference_mode():
+        for rows in track(list(batches(windows, batch_size)), "perplexity"):
+            ids, labels = padded([windows[i] for i in rows], device)
+            logits = module(input_ids=ids, use_cache=False).logits  # (windows, tokens, vocabulary)
+            for i, of_window, wanted in zip(rows, logits, labels, strict=True):
+                loss = torch.nn.functional.cross_entropy(
+                    of_window.float(), wanted, ignore_index=IGNORED, reduction="sum"
+                )
+                sums[i] = float(loss)
+    if not all(map(isfinite, sums)):
+        raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
+    return sums
+
+
+def divergence(
+    reference: PreTrainedModel,
+    other: PreTrainedModel,
+    windows: Sequence[Tokens],
+    device: str,
+    task: str,
+    metric: str,
+    protocol: str,
+) -> tuple[Measurement, Measurement]:
+    """Mean KL(reference || other) in nats a token, named `metric`, and the share of tokens with the same top token.
+
+    Both come from float64 softmax over the logits; the sums of each window are kept.
+    """
+    sums: list[tuple[float, float, float]] = []  # of each window: divergence, agreements, tokens
+    with torch.inference_mode():
+        for window in track(windows, "divergence"):
+            ids, labels = padded([window], device)
+            scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
+            # A model that another runtime runs may lie elsewhere.
+            both = (m(input_ids=ids.to(m.device), use_cache=False).logits.to(device) for m in (reference, other))
+            p, q = (logits[0, scored].double().log_softmax(-1) for logits in both)
+            agreed = (p.argmax(-1) == q.argmax(-1)).sum()  # p, q: (scored tokens, vocabulary), log probabilities
+            sums.append((float(torch.sum(p.exp() * (p - q))), float(agreed), float(len(p))))
+    divergences, agreements, tokens = zip(*sums, strict=True)
+    return (
+        ratio(task, metric, divergences, tokens, "nats/token", "lower", protocol),
+        ratio(task, "top1_agreement", agreements, tokens, "share of tokens", "higher", protocol),
+    )

@@ -1,0 +1,111 @@
+"""The steps that round weights to a grid: their settings, their checks, and the GPTQ checkpoint that they write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from llmq import __version__
+from llmq.artifact import Artifact
+from llmq.errors import UserError
+from llmq.files import write_json
+from llmq.layers import Pattern, settings_of, skip_or
+from llmq.text.family import LanguageModel
+from llmq.text.grids import Grid, RoundToNearest, check_shape
+from llmq.text.skeleton import Skeleton
+from llmq.types import Context, Step
+
+if TYPE_CHECKING:
+    from llmq.sketch import Sketch, Work
+
+
+class GridStep(Grid, Step[LanguageModel]):
+    suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
+    leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True}
+
+    modules: dict[Pattern, Annotated[Literal["skip"] | Grid, skip_or(Grid)]] = Field(
+        {}, description="by regular expression: {down_proj: {bits: 8}, lm_head: {bits: 4}, 'layers.0.': skip}"
+    )
+
+    def check_base(self, base: Artifact[LanguageModel]) -> None:
+        """Raise `UserError` for settings that the shapes of the layers do not allow."""
+        self.grids(base.model.skeleton(base, "cpu"))
+
+    def grids(self, source: Skeleton) -> dict[str, Grid]:
+        """The grid of each layer to be quantized. Raises `UserError` for a layer whose shape forbids the grid."""
+        source.check_layers()
+        linears = (name for block in source.blocks for name in source.linears(block))
+        grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
+        grids = settings_of(linears, source.head, grid, self.modules)
+        if not grids:
+            raise UserError("modules: skips every layer; leave one to quantize")
+        for name, its in grids.items():
+            check_shape(name, source.linear(name), its)
+        return grids
+
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The layers on their grids; one block is in memory at a time, and the calibration of a step that has one."""
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.packing import gptq
+
+        source = as_text(before)
+        names = {part.name.removesuffix(".weight"): part for part in source.parts}
+        head = source.head.removesuffix(".weight")
+        linears = [part.name.removesuffix(".weight") for part in source.linears]
+        grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
+        grids = settings_of(linears, head, grid, self.modules)
+        packed = {names[name].name: gptq(names[name], its.bits, its.group_size) for name, its in grids.items()}
+        made = source.with_parts(packed)
+        if head in grids and source.head not in {part.name for part in source.parts if part.role == "head"}:
+            # A tied head that is packed leaves the embeddings as they are.
+            made = replace(made, parts=(*made.parts, names[head]))
+        windows, length = self.calibration_windows
+        return made, source.rewritten(made, packed, windows, length, gathers=True)
+
+    def write(
+        self,
+        artifact: Artifact[LanguageModel],
+        folder: Path,
+        context: Context,
+        change_to: Callable[[Mapping[str, Grid]], RoundToNearest],
+        windows: Sequence[Sequence[int]] = (),
+        settings: Mapping[str, object] = {},
+        **notes: object,
+    ) -> Artifact:
+        """Write the quantized model to `folder`, with `settings` in the configuration and `notes` in the artifact."""
+        from llmq.text.blockwise import rewrite
+
+        source = artifact.model.skeleton(artifact, context.device)
+        grids = self.grids(source)
+        change = change_to(grids)
+        config = {
+            **{name: getattr(self, name) for name in ("bits", "group_size", "sym")},
+            **settings,
+            "lm_head": source.head in grids,
+            "quant_method": "gptq",
+            "checkpoint_format": change.format,
+            "pack_dtype": "int32",
+            "dynamic": self._dynamic(source, grids) or None,
+            "meta": {"quantizer": [f"llmq:{__version__}"]},
+        }
+        sequential = bool(settings.get("true_sequential", True))  # of no effect without calibration
+        unseen = rewrite(source, folder, change, windows, sequential, quantization_config=config)
+        write_json(folder / "quantize_config.json", config)  # where AutoGPTQ looks
+        told = {"quantized_layers": len(grids), "changed_share": round(source.share(grids), 4)}
+        more = {**change.notes(), "layers_without_calibration": len(unseen) or None} if windows else {}
+        return artifact.then(self, weights=folder, packed=True, notes={**told, **notes, **more})
+
+    def _dynamic(self, source: Skeleton, grids: Mapping[str, Grid]) -> dict[str, dict[str, object]]:
+        """The entries of layers unlike the rest, as GPTQModel and vLLM read them: `+:` overrides, `-:` skips."""
+        different: dict[str, dict[str, object]] = {}
+        for name in (*(name for block in source.blocks for name in source.linears(block)), source.head):
+            its = grids.get(name)
+            pattern = source.file_name(name).replace(".", r"\.")  # readers match names in the files
+            if its is None and name != source.head:  # `lm_head` speaks for the head
+                different[f"-:{pattern}$"] = {}
+            elif its and (its.bits, its.group_size, its.sym) != (self.bits, self.group_size, self.sym):
+                different[f"+:{pattern}$"] = {key: getattr(its, key) for key in ("bits", "group_size", "sym")}
+        return different

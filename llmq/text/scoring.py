@@ -1,0 +1,127 @@
+"""The log-probabilities that a model gives to continuations of contexts: the scores of multiple choice."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.terminal import Bar
+from llmq.text import prefix_attention, prefix_tree
+
+TOKENS = 2048
+"""Tokens in a forward pass: enough to keep the cores busy. A longer sequence has one to itself."""
+LEAST = 128
+"""Tokens in a forward pass at least: packed layers compute few rows by another kernel than many."""
+LOGITS = 128
+"""Rows of logits that are turned into float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence whose last `scored` tokens are scored, each from all tokens before."""
+
+    tokens: tuple[int, ...]
+    scored: int
+
+
+Score = tuple[float, bool]
+"""The sum of the log-probabilities in nats, and True if every token was the likeliest."""
+Forward = tuple[Tensor, dict[int, Sequence[int]]]
+"""Logits (rows, vocabulary), and for each sequence the rows of the scored positions, up to the end."""
+
+
+def score(
+    module: PreTrainedModel, requests: Sequence[Request], device: str, batch_size: int | None = None
+) -> list[Score]:
+    """The score of each request, at most `batch_size` sequences in a forward pass.
+
+    A shared beginning of sequences is computed once where the model allows it. Log-probabilities are float32, from
+    logits in the dtype of the model. All continuations of one token after one context need one sequence.
+    """
+    asked: dict[tuple[int, ...], list[int]] = {}  # what the model is shown: the last token is only predicted
+    for i, request in enumerate(requests):
+        asked.setdefault(request.tokens[:-1], []).append(i)
+    sequences = list(asked)
+    scored = [max(requests[i].scored for i in asked[s]) for s in sequences]  # the most of any request
+    scores: list[Score] = [(0.0, False)] * len(requests)
+    bar = Bar("scoring", len(sequences))
+    with torch.inference_mode():
+        for logits, rows_of in _forwards(module, sequences, scored, device, batch_size):
+            members = [i for s in rows_of for i in asked[sequences[s]]]
+            targets = [requests[i].tokens[len(requests[i].tokens) - requests[i].scored :] for i in members]
+            rows = [rows_of[s][-requests[i].scored :] for s in rows_of for i in asked[sequences[s]]]
+            for i, score_of_one in zip(members, _read(logits, targets, rows), strict=True):
+                scores[i] = score_of_one
+            for _ in rows_of:
+                bar.advance()
+    bar.close()
+    return scores
+
+
+def _forwards(
+    module: PreTrainedModel,
+    sequences: Sequence[tuple[int, ...]],
+    scored: Sequence[int],
+    device: str,
+    batch_size: int | None,
+) -> Iterator[Forward]:
+    alone = of_the_batch(module)
+    if alone or prefix_attention.why_not(module, device):
+        yield from _padded(module, sequences, scored, device, 1 if alone else batch_size)
+        return
+    for row in prefix_tree.rows(sequences, TOKENS, batch_size):
+        # The places whose logits predict the scored tokens.
+        ends = {i: p[-scored[i] :] for i, p in zip(row.members, row.places, strict=True)}
+        kept = sorted({place for places in ends.values() for place in places})
+        where = {place: k for k, place in enumerate(kept)}  # place in the row -> row of the logits
+        logits = prefix_attention.forward(module, row, kept, device, LEAST)
+        yield logits, {i: [where[p] for p in places] for i, places in ends.items()}
+
+
+def _padded(
+    module: PreTrainedModel,
+    sequences: Sequence[tuple[int, ...]],
+    scored: Sequence[int],
+    device: str,
+    batch_size: int | None,
+) -> Iterator[Forward]:
+    """Logits of sequences in batches of like length, padded on the right, where a causal model cannot look."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i]))
+    while order:
+        width = len(sequences[order[0]])
+        count = min(batch_size or len(order), max(1, TOKENS // width))
+        batch, order = order[:count], order[count:]
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # (sequences, tokens)
+        for row, i in enumerate(batch):
+            ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
+        logits = module(input_ids=ids.to(device), use_cache=False).logits  # (sequences, tokens, vocabulary)
+        ends = [logits[row, len(sequences[i]) - scored[i] : len(sequences[i])] for row, i in enumerate(batch)]
+        starts = [0, *accumulate(map(len, ends))]
+        yield torch.cat(ends), {i: range(*span) for i, span in zip(batch, pairwise(starts), strict=True)}
+
+
+def _read(logits: Tensor, targets: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> Iterator[Score]:
+    """The score of each request, from the targets and the rows of the logits (rows, vocabulary) that predict them."""
+    totals, best = [], []
+    for part in torch.split(logits, LOGITS):
+        totals.append(part.float().logsumexp(-1))  # (rows of the part,)
+        best.append(part.argmax(-1))
+    total, likeliest = torch.cat(totals), torch.cat(best).tolist()  # (rows,)
+    all_rows = torch.tensor([r for places in rows for r in places], device=logits.device)
+    all_targets = torch.tensor([t for wanted in targets for t in wanted], device=logits.device)
+    values = iter((logits[all_rows, all_targets].float() - total[all_rows]).tolist())  # (scored,)
+    for wanted, places in zip(targets, rows, strict=True):
+        likely = all(likeliest[r] == t for r, t in zip(places, wanted, strict=True))
+        yield sum(next(values) for _ in wanted), likely
+
+
+def of_the_batch(module: PreTrainedModel) -> bool:
+    """True for a model that treats a token by the rest of the batch: LLM.int8 finds outliers in all tokens at once.
+
+    Such a model is asked one sequence at a time, or scores would depend on the batch size.
+    """
+    return any(isinstance(layer, Linear8bitLt) for layer in module.modules())

@@ -1,0 +1,191 @@
+"""The cost of each layer at each grid: the divergence that its rounding adds, foretold from the gradient of the loss.
+
+For outputs off by `e` at one token the divergence rises by about half the sum of `(g e)²`, where `g` is the gradient of
+the loss: Fisher's information in place of the curvature. One walk through the calibration rounds each layer on every
+grid by GPTQ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llmq.errors import UserError
+from llmq.files import cache, sha256_files, sha256_texts, write_json
+from llmq.guarded.files import read_json_object
+from llmq.layers import LayerChange
+from llmq.matrix import gptq_format
+from llmq.matrix.gram import Kind
+from llmq.terminal import say, track
+from llmq.text.blockwise import WEIGHTS, Calibration, kept_weights, write
+from llmq.text.end_check import corrections
+from llmq.text.grids import Gptq, Grid, check_shape
+from llmq.text.stage_bytes import bytes_dense, bytes_of_rest, bytes_packed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmq.artifact import Artifact
+    from llmq.text.family import LanguageModel
+    from llmq.text.skeleton import Skeleton
+
+Costs = dict[str, list[float]]
+"""By layer: the cost in nats a token on each of its grids."""
+
+
+VERSION = 2
+"""The version of the foretold costs; the cache keeps the tables of each apart."""
+CHECKED = 2
+"""Windows that costs are checked on at the end of the model."""
+MIDDLE = "rounded.partial"
+"""The ending of the file of a block on the grids that are checked, 4 bits in groups of 64 or the nearest to that."""
+GRIDS = ((2, 32), (2, 64), (3, 32), (3, 64), (4, 32), (4, 64), (4, 128), (8, 64))
+"""Bits and group sizes that each layer may have, or as many of them as its shape allows, or its float weights."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Of each layer: the grids that it may have (None: none), the cost of each in nats a token, the bytes of each."""
+
+    grids: Mapping[str, Sequence[Grid | None]]
+    costs: Mapping[str, Sequence[float]]
+    sizes: Mapping[str, Sequence[int]]
+    rest: int
+    weights: int
+
+    @property
+    def least(self) -> int:
+        """The bytes of the smallest stage."""
+        return self.rest + sum(map(min, self.sizes.values()))
+
+
+class Calibrating(Protocol):
+    """A `quantize.gptq`, as far as its calibration goes."""
+
+    @property
+    def damp_percent(self) -> float: ...
+
+    def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, object]]: ...
+
+
+class Trials(LayerChange[Grid]):
+    """Rounds each layer on all of its grids, notes the costs, and leaves the layer as it was."""
+
+    gathers: Kind | None = "hessian"
+
+    def __init__(self, grids: Mapping[str, Sequence[Grid]], damp_percent: float):
+        super().__init__({name: its[0] for name, its in grids.items()}, by_loss=True)
+        self.grids, self.damp_percent = grids, damp_percent
+        self.means: Mapping[str, float] = {}  # the mean weight of a token in each layer
+        self.tokens = 0
+        self.costs: dict[str, dict[Grid, float]] = {name: {} for name in grids}
+        self.middle = {name: min(its, key=_from_the_middle) for name, its in grids.items()}
+        self.kept: dict[str, Tensor] = {}  # each layer on its middle grid, packed
+
+    def change(self, layers: Mapping[str, Tensor], total: Tensor | None) -> dict[str, dict[str, Tensor]]:
+        assert total is not None
+        for grid in dict.fromkeys(grid for name in layers for grid in self.grids[name]):
+            those = {name: weight for name, weight in layers.items() if grid in self.grids[name]}
+            rounded = Gptq(dict.fromkeys(those, grid), self.damp_percent).rounded(those, total)
+            for name, weight in those.items():
+                if grid == self.middle[name]:
+                    packed = gptq_format.to_tensors(rounded[name])
+                    self.kept |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
+                off = rounded[name].weight() - weight.float()  # (outputs, inputs)
+                # total is the sum over tokens of w x xᵀ, the weights w of mean 1.
+                harm = float(((off @ total) * off).sum())
+                self.costs[name][grid] = self.means[name] * harm / self.tokens / 2
+        return {name: {"weight": weight} for name, weight in layers.items()}
+
+
+def sensitivities(
+    source: Skeleton,
+    grids: Mapping[str, Sequence[Grid]],
+    windows: Sequence[Sequence[int]],
+    damp_percent: float,
+    folder: Path,
+) -> Costs:
+    """The cost of each layer on each of its grids, in their order; the tokens' weights are kept in `folder`."""
+    import torch
+    from safetensors import safe_open
+
+    trials = Trials(grids, damp_percent)
+    weights = kept_weights(source, folder, trials, windows)
+    trials.means = {name: float(its.double().mean()) for name, its in weights.items()}
+    trials.tokens = sum(map(len, windows))
+    calibration = Calibration(source, trials, windows, True, weights)
+    with torch.no_grad(), calibration.started():
+        for block in track(source.blocks, "sensitivity"):
+            source.load(block)
+            calibration.change_block(block)
+            source.free(block)
+            write(trials.kept, folder / f"{block}.{MIDDLE}")
+            trials.kept = {}
+    middle = {name: trials.costs[name][grid] for name, grid in trials.middle.items()}
+
+    def rounded(layer: str) -> Tensor:
+        block = next(block for block in source.blocks if layer.startswith(f"{block}."))
+        with safe_open(folder / f"{block}.{MIDDLE}", "pt") as opened:
+            tensors = {part: opened.get_tensor(f"{layer}.{part}") for part in gptq_format.TENSORS}
+        return gptq_format.from_tensors(tensors, trials.middle[layer].bits).weight()
+
+    apart = type(source)(source.folder, source.dtype_name, source.device)
+    factors = corrections(apart, rounded, middle, windows[:: -(-len(windows) // CHECKED)])
+    return {name: [factors[name] * trials.costs[name][grid] for grid in its] for name, its in grids.items()}
+
+
+def _from_the_middle(grid: Grid) -> tuple[int, int]:
+    return abs(grid.bits - 4), abs(grid.group_size - 64)
+
+
+def table_of(base: Artifact[LanguageModel], step: Calibrating, seed: int, device: str) -> Table:
+    """The foretold costs of all grids for a model and the calibration of a `quantize.gptq`; kept in the cache."""
+    source = base.model.skeleton(base, device)
+    source.check_layers()
+    layers = [name for block in source.blocks for name in source.linears(block)]
+    all_grids = [Grid(bits=bits, group_size=size) for bits, size in GRIDS]
+    grids = {name: [grid for grid in all_grids if _fits(source, name, grid)] for name in layers}
+    grids = {name: its for name, its in grids.items() if its}
+    if not grids:
+        raise UserError(f"{base.model.weights!r}: no layer has a shape that a grid fits")
+    costs = _costs(base, source, grids, step, seed)
+    sizes = {name: [bytes_packed(source, name, grid) for grid in its] for name, its in grids.items()}
+    return Table(
+        {name: [*its, None] for name, its in grids.items()},
+        {name: [*costs[name], 0.0] for name in grids},
+        {name: [*its, bytes_dense(source, name)] for name, its in sizes.items()},
+        bytes_of_rest(source, list(grids)),
+        sum(source.linear(name).weight.numel() for name in grids),
+    )
+
+
+def _fits(source: Skeleton, name: str, grid: Grid) -> bool:
+    try:
+        check_shape(name, source.linear(name), grid)
+    except UserError:
+        return False
+    return True
+
+
+def _costs(
+    base: Artifact[LanguageModel], source: Skeleton, grids: Mapping[str, Sequence[Grid]], step: Calibrating, seed: int
+) -> dict[str, list[float]]:
+    """The table in the cache, or one that is made now; its key is all that it depends on."""
+    windows, _ = step.windows(base, seed)
+    asked = {name: [(grid.bits, grid.group_size) for grid in its] for name, its in grids.items()}
+    told = json.dumps([VERSION, source.dtype_name, step.damp_percent, asked, windows])
+    key = sha256_texts([sha256_files(base.weight_files()), told])[:16]
+    folder = cache("search", key)
+    file = folder / "costs.json"
+    if file.is_file():
+        say(f"  the costs of {len(grids)} layers are known: {file}")
+        return {name: [float(cost) for cost in costs] for name, costs in read_json_object(file).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    costs = sensitivities(source, grids, windows, step.damp_percent, folder)
+    write_json(file, costs)
+    for used in (folder / WEIGHTS, *folder.glob(f"*.{MIDDLE}")):
+        used.unlink()
+    return costs

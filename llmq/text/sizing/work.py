@@ -1,0 +1,258 @@
+"""The memory and the operations of passes through a language model. Pure arithmetic.
+
+Of the bytes of activations each term is a tensor that PyTorch holds at the peak; the constants besides were measured
+(`NOTES.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from llmq.matrix import products
+from llmq.sketch import BYTES, Sketch, Work, times
+
+if TYPE_CHECKING:
+    from llmq.text.sizing.network import TextSketch
+
+CHUNK = 256
+"""Rows of logits that the fused loss holds at a time (`fused_loss`)."""
+TILE = 128
+"""Queries of a tile of attention (`attention`)."""
+GRAMS = 5
+"""Float32 matrices of the size of the largest Gram matrix that a solver has at once, its weights among them."""
+SORTED = 18
+"""Float32 numbers a weight while the weights of a layer are sorted and pruned."""
+GRAM_ROWS = 1024
+"""Inputs that a Gram matrix gathers before it multiplies (`gram`)."""
+KEPT, KEPT_PACKED, KEPT_TRAINING = 1.15, 1.3, 1.65
+"""Bytes that the allocator holds for each byte of activations: freed blocks are kept, and do not fit the next ones."""
+OPENED = 1.0
+"""Seconds that opening a stage takes besides reading the files."""
+TOUCHED = 3
+"""The times that elementwise work reads or writes the activations of a pass."""
+UNPACKED = 6
+"""The times that unpacking a matrix reads or writes its float values."""
+
+
+def forward(sketch: TextSketch, rows: int, length: int, logits: int | None = None) -> Work:
+    """One pass over `rows` sequences of `length` tokens; `logits` counts the tokens whose logits are computed."""
+    tokens = rows * length
+    said = tokens if logits is None else logits
+    width = BYTES[sketch.dtype]
+    live = tokens * (4 * sketch.hidden + 3 * sketch.inner + sketch.queries + sketch.keys) * width
+    passing = live + _largest_unpacked(sketch) + said * sketch.vocabulary * width + _widened(sketch, tokens, said)
+    memory = sketch.in_memory + int(passing * (KEPT_PACKED if sketch.packed else KEPT))
+    return Work(memory, _products(sketch, tokens, length, said))
+
+
+def _products(sketch: TextSketch, tokens: int, length: int, said: int) -> dict[str, float]:
+    within: dict[str, float] = {}
+
+    def add(kind: str, operations: float) -> None:
+        within[kind] = within.get(kind, 0.0) + operations
+
+    for part in (*sketch.linears, *(p for p in sketch.parts if p.role == "adapter" and len(p.shape) > 1)):
+        add(part.dtype if part.role == "linear" else sketch.dtype, 2.0 * part.weights * tokens)
+        if part.packed:
+            add("copy", UNPACKED * part.weights * BYTES[part.dtype])
+    add(sketch.dtype, 2.0 * sketch.hidden * sketch.vocabulary * said)
+    # Each query sees half of the tokens on average.
+    add(sketch.dtype, 2.0 * tokens * length * sketch.queries * len(sketch.blocks))
+    per_token = (12 * sketch.hidden + 4 * sketch.inner + 2 * sketch.queries) * BYTES[sketch.dtype]
+    add("copy", TOUCHED * tokens * per_token * len(sketch.blocks))
+    return within
+
+
+def widens(sketch: TextSketch) -> bool:
+    """True where products of bfloat16 are made in float32, as this processor lacks them (`matrix.products`)."""
+    import torch
+
+    return sketch.dtype == "bfloat16" and not torch.cuda.is_available() and products.lacks_bfloat16()
+
+
+def _widened(sketch: TextSketch, tokens: int, said: int) -> int:
+    """The bytes of the largest product that is widened: the head and the logits, or a layer."""
+    if not widens(sketch) or tokens < products.ROWS:
+        return 0
+    head = sketch.hidden * sketch.vocabulary + said * sketch.vocabulary if said >= products.ROWS else 0
+    layer = max((part.weights for part in sketch.linears), default=0) + tokens * sketch.inner
+    return 4 * max(head, layer)
+
+
+def _largest_unpacked(sketch: TextSketch) -> int:
+    """The bytes of the largest packed matrix as floats, of which one is there at a time."""
+    return max((2 * part.weights * BYTES[part.dtype] for part in sketch.linears if part.packed), default=0)
+
+
+def decode(sketch: TextSketch, tokens: int) -> Work:
+    """Greedy decoding of `tokens` tokens, one at a time: every weight is read for each."""
+    read: dict[str, float] = {}
+    for part in sketch.parts:
+        if part.role in ("linear", "head", "adapter") or part.name == sketch.head:
+            # A packed matrix is unpacked first, but where a kernel multiplies its codes.
+            floats = part.weights * BYTES[part.dtype]
+            moved = float(part.opened if not part.packed else UNPACKED * floats)
+            kind = "copy" if part.packed else f"{part.dtype}-vector"
+            read[kind] = read.get(kind, 0.0) + moved * tokens
+    return Work(sketch.in_memory, read)
+
+
+def cache_bytes(sketch: TextSketch, tokens: int) -> int:
+    """The bytes of keys and values of one sequence."""
+    return tokens * sketch.keys * len(sketch.blocks) * BYTES[sketch.dtype]
+
+
+def opening(sketch: TextSketch) -> Work:
+    """Opening a stage: its files are read."""
+    return Work(sketch.in_memory, {"copy": 2.0 * sketch.in_memory}, OPENED)
+
+
+def saved(sketch: TextSketch, rows: int, length: int, ranks: int, checkpointed: bool) -> int:
+    """The bytes of activations that a training step keeps for its backward pass, all blocks together."""
+    half = sketch.dtype != "float32"  # products in 16 bits, the adapter's in float32 that are rounded to 16
+    width, tokens = BYTES[sketch.dtype], rows * length
+    d, inner, q, k = sketch.hidden, sketch.inner, sketch.queries, sketch.keys
+    norms = 2 * d * 4
+    # Inputs of the adapters; in 16 bits each layer rounds a copy of its own.
+    inputs = (3 * d + q + 2 * d + inner) * 2 if half else (d + q + d + inner) * 4
+    mixing = (q + k + 3 * inner) * width + 7 * ranks * width
+    scores = sketch.heads * (length + TILE) // 2 * (6 if half else 4)
+    block = tokens * (norms + inputs + mixing + scores)
+    if checkpointed:
+        return block + tokens * d * width * len(sketch.blocks)
+    return block * len(sketch.blocks)
+
+
+def training(sketch: TextSketch, rows: int, length: int, ranks: int, states: float, checkpointed: bool) -> Work:
+    """One step of a training of the adapter alone: forward, backward, and an optimizer with `states` numbers each."""
+    tokens = rows * length
+    adapter = [part for part in sketch.parts if part.role == "adapter"]
+    learned = sum(part.weights for part in adapter)
+    logits = min(CHUNK, tokens) * sketch.vocabulary * (4 + 4 + (0 if sketch.dtype == "float32" else 2))
+    gradients = 4 * tokens * (sketch.inner + sketch.hidden) * BYTES[sketch.dtype]
+    chunk = min(CHUNK, tokens)
+    passing = max(logits + _widened(sketch, chunk, chunk), gradients + _largest_unpacked(sketch))
+    memory = (
+        sketch.in_memory
+        + int(learned * 4 * (1 + states))
+        + int(KEPT_TRAINING * (saved(sketch, rows, length, ranks, checkpointed) + passing))
+    )
+    once = _products(sketch, tokens, length, 0)
+    passes = 3 if checkpointed else 2  # the gradient of a frozen matrix takes as many products as the pass itself
+    operations = {kind: passes * ops for kind, ops in once.items()}
+    # A trained matrix takes a third product, the gradient of the head is made with the loss.
+    operations[sketch.dtype] += 2.0 * learned * tokens + 4.0 * sketch.hidden * sketch.vocabulary * tokens
+    operations["copy"] += 2.0 * TOUCHED * saved(sketch, rows, length, ranks, False)
+    return Work(memory, operations)
+
+
+def training_scales(sketch: TextSketch, rows: int, length: int) -> Work:
+    """One step in which the scales of packed layers learn: every packed matrix is unpacked for its gradient."""
+    tokens, width = rows * length, BYTES[sketch.dtype]
+    floats = sum(part.weights for part in sketch.linears if part.packed) * width
+    scales = sum(part.weights for part in sketch.linears if part.packed) // 32  # more than any group size gives
+    kept = saved(sketch, rows, length, 0, False) + floats + 4 * tokens * sketch.vocabulary * 3
+    once = _products(sketch, tokens, length, tokens)
+    operations = {kind: 3 * count for kind, count in once.items()}
+    return Work(sketch.in_memory + 16 * scales + int(KEPT_TRAINING * kept), operations)
+
+
+def calibrated(sketch: TextSketch, windows: int, length: int, batch: int, grams: bool) -> Work:
+    """Block by block: all windows wait in memory, one block is there, and Gram matrices where wanted."""
+    tokens, width = windows * length, BYTES[sketch.dtype]
+    waiting = tokens * (2 * sketch.hidden + sketch.inner) * width
+    pass_ = forward(sketch, max(1, batch // length), length, 0)
+    widths = widths_of_groups(sketch)
+    widest, largest = max(widths, default=0), max((part.weights for part in sketch.linears), default=0)
+    solving = GRAMS * 4 * (widest**2 + GRAM_ROWS * widest) if grams else SORTED * 4 * largest
+    within = 2 * sketch.block_bytes + waiting + solving + (pass_.memory - sketch.in_memory)
+    memory = sketch.outside_bytes + int(KEPT_PACKED * within)
+    operations = {kind: ops * windows / max(1, batch // length) for kind, ops in pass_.operations.items()}
+    if grams:
+        products = float(sum(w * w for w in widths)) * tokens * len(sketch.blocks)  # up to the diagonal alone
+        operations["float32"] = operations.get("float32", 0.0) + products
+    return Work(memory, operations)
+
+
+def loss_gradients(sketch: TextSketch, windows: int, length: int, batch: int) -> Work:
+    """The gradients of the loss at all layers, block by block: a block is computed twice, and its inputs' gradients."""
+    rows = max(1, batch // length)
+    tokens, once = rows * length, forward(sketch, rows, length)
+    passing = saved(sketch, rows, length, 0, True) + 3 * 4 * tokens * sketch.vocabulary  # logits, softmax, gradient
+    memory = sketch.outside_bytes + 2 * sketch.block_bytes + int(KEPT_TRAINING * passing)
+    return Work(memory, {kind: 3 * ops * windows / rows for kind, ops in once.operations.items()})
+
+
+def widths_of_groups(sketch: TextSketch) -> list[int]:
+    """The inputs of each group of layers of a block that share an input, as in most networks four."""
+    return [sketch.hidden, sketch.queries, sketch.hidden, sketch.inner]
+
+
+def rounding(sketch: TextSketch, names: Iterable[str]) -> Work:
+    """Rounding matrices to a grid whose ranges are searched for."""
+    wanted = set(names)
+    weights = sum(part.weights for part in sketch.parts if part.name in wanted)
+    return Work(0, {"copy": 400.0 * weights})
+
+
+PROBES = 3.0
+"""Seconds in which a step opens its stage again and compares answers, besides the passes themselves."""
+PROBED = 16
+"""Tokens of the probe of two models."""
+
+
+def packing(source: TextSketch, made: TextSketch, bits: int) -> Work:
+    """Packing without calibration: the weights are read, packed one by one, saved, and the stage is opened again."""
+    largest = max((part.opened for part in source.linears), default=0)
+    # The files of the source are mapped while the packed model grows; its head and embeddings are copied.
+    memory = source.in_memory + made.in_memory + source.outside_bytes + 4 * largest
+    if (
+        widened := _widened(made, PROBED, PROBED)
+    ) and bits == 4:  # when the stage is opened again, blocks of the first are still held
+        memory += 2 * widened + made.in_memory
+    written = Work(memory, {"copy": 20.0 * source.in_memory}, 2 * PROBES, passing=source.in_memory)
+    return written.plus(times(forward(made, 1, PROBED), 2)).plus(opening(made))
+
+
+def by_blocks(
+    source: TextSketch, made: Sketch, changed: Iterable[str], windows: int, length: int, gathers: bool
+) -> Work:
+    """A change block by block; then the written stage is opened without memory for its weights."""
+    work = rounding(source, changed) if made.packed else Work(0, {"copy": 8.0 * source.in_memory})
+    work = work.plus(_copied(source))
+    if windows:
+        work = work.plus(calibrated(source, windows, length, BATCH_TOKENS, gathers))
+    return work
+
+
+BATCH_TOKENS = 512
+"""Tokens of a calibration batch (`blockwise`)."""
+
+
+LM_EVAL_ROW, QUESTION = 2048, 160
+"""Tokens of a row of questions (`scoring`), and those assumed of a question, its answers included."""
+
+
+def timed(sketch: TextSketch, prompt_tokens: int, new_tokens: int) -> Work:
+    """A prefill whose last logits alone are computed, and a decode from the cache of keys and values.
+
+    Both caches are there at once, and the first prefill computes all logits.
+    """
+    prefill = forward(sketch, 1, prompt_tokens, 1)
+    first = forward(sketch, 1, prompt_tokens).memory
+    held = first + 2 * cache_bytes(sketch, prompt_tokens + new_tokens)
+    return Work(held).plus(prefill).plus(decode(sketch, new_tokens))
+
+
+TOKEN_IN_GGUF = 40
+"""Bytes of a GGUF file for each token of the vocabulary: its text, its kind, and its merge."""
+GRAPH_OF_BLOCK = 60_000
+"""Bytes of text that describe one block in an OpenVINO graph."""
+
+
+def _copied(source: TextSketch) -> Work:
+    """Writing a folder block by block; what lies outside the blocks is one file, which is read back to be compared."""
+    outside = source.outside_bytes
+    memory = max(2 * outside, outside + 4 * source.block_bytes)
+    return Work(memory, {"copy": 6.0 * source.in_memory}, PROBES, passing=outside if memory == 2 * outside else 0)

@@ -1,0 +1,87 @@
+"""Low-resolution images made of high-resolution ones by stated kernels.
+
+`resize` is MATLAB's `imresize`: a kernel stretched by the factor when the image shrinks (antialiasing), its weights
+normalised, the image mirrored at its edges. `KERNELS` are the kernels of DRSRD1's "unknown" downsampling.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy import ndarray
+
+
+def _cubic(x: ndarray) -> ndarray:
+    x = np.abs(x)  # Keys 1981, a = -0.5
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    values: ndarray = np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+    return values
+
+
+def _lanczos(lobes: int) -> Callable[[ndarray], ndarray]:
+    return lambda x: np.where(np.abs(x) < lobes, np.sinc(x) * np.sinc(x / lobes), 0.0)
+
+
+KERNELS: dict[str, tuple[Callable[[ndarray], ndarray], int]] = {
+    "box": (lambda x: ((x >= -0.5) & (x < 0.5)).astype(float), 1),
+    "triangle": (lambda x: np.maximum(0.0, 1 - np.abs(x)), 2),
+    "cubic": (_cubic, 4),
+    "lanczos2": (_lanczos(2), 4),
+    "lanczos3": (_lanczos(3), 6),
+}
+"""Each kernel with the width of the support, in pixels of the smaller image."""
+
+
+def weights(size: int, target: int, kernel: str = "cubic") -> ndarray:
+    """The matrix `(target, size)` that resizes a line of `size` pixels; each row sums to 1."""
+    function, support = KERNELS[kernel]
+    stretch = max(1.0, size / target)
+    centres = (np.arange(target) + 0.5) * size / target - 0.5  # of the new pixels, among the old ones
+    first = np.floor(centres - support * stretch / 2).astype(int)
+    places = first[:, None] + np.arange(int(np.ceil(support * stretch)) + 2)  # (target, neighbours)
+    values = function((centres[:, None] - places) / stretch)
+    values /= values.sum(1, keepdims=True)
+    around = places % (2 * size)  # the line and its mirror image, in turn
+    mirrored = np.where(around < size, around, 2 * size - 1 - around)
+    matrix = np.zeros((target, size))
+    np.add.at(matrix, (np.arange(target)[:, None], mirrored), values)
+    return matrix
+
+
+def resize(image: ndarray, height: int, width: int, kernel: str = "cubic") -> ndarray:
+    """Resize an image `(height, width, channels)`; the result is float64 and not clipped."""
+    image = np.asarray(image, dtype=np.float64)
+    rows, columns = weights(image.shape[0], height, kernel), weights(image.shape[1], width, kernel)
+    resized: ndarray = np.einsum("ya,abc,xb->yxc", rows, image, columns, optimize=True)
+    return resized
+
+
+def to_uint8(image: ndarray) -> ndarray:
+    """Round grey levels to the bytes of an image file: clipped to [0, 255], halves rounded up."""
+    levels: ndarray = np.floor(np.clip(image, 0, 255) + 0.5).astype(np.uint8)
+    return levels
+
+
+def downsample(image: ndarray, scale: int, kernel: str = "cubic") -> ndarray:
+    """Shrink an image by `scale`, a divisor of both sides, and round the result to uint8."""
+    return to_uint8(resize(image, image.shape[0] // scale, image.shape[1] // scale, kernel))
+
+
+def disturb(low: ndarray, rng: np.random.Generator, noise: float, blur: float) -> ndarray:
+    """Blur a uint8 image and add Gaussian noise; sigmas go up to `blur` pixels and `noise` grey levels."""
+    from scipy.ndimage import gaussian_filter
+
+    spread, level = blur * rng.random(), noise * rng.random()
+    blurred = gaussian_filter(low.astype(np.float64), (spread, spread, 0))
+    return to_uint8(blurred + level * rng.standard_normal(low.shape))
+
+
+def bicubic(low: ndarray, scale: int) -> ndarray:
+    """Enlarge an image by cubic interpolation; the result is float64 and not clipped."""
+    return resize(low, low.shape[0] * scale, low.shape[1] * scale)
+
+
+def phases(scale: int) -> ndarray:
+    """Cubic interpolation as `scale`² kernels of 5 x 5, in the order of the pixels that one pixel becomes."""
+    middle = weights(9, 9 * scale)[4 * scale : 5 * scale, 2:7]  # (scale, 5): far from every edge
+    kernels: ndarray = np.einsum("ia,jb->ijab", middle, middle).reshape(scale**2, 5, 5)
+    return kernels

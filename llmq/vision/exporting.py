@@ -1,0 +1,198 @@
+"""The way from a torch module to a graph that OpenVINO runs: export, quantize, write, check, judge."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmq.artifact import Artifact
+from llmq.environment import library_version
+from llmq.errors import LlmqError, UserError
+from llmq.files import bytes_of
+from llmq.guarded.weights import weight_files
+from llmq.openvino_runtime import DEVICE, GRAPH, PRECISION, core, openvino, quietly, write_graph
+from llmq.types import Step
+from llmq.vision import apart
+from llmq.vision.exported import ExportedModule, constants
+from llmq.vision.graph_layers import restore_names
+from llmq.vision.likeness import Likeness, in_order_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from openvino import Model as Graph
+    from torch import Tensor
+    from torch.nn import Module
+
+    from llmq.vision.family import ImageModel
+
+Answers = tuple["Tensor", ...]
+"""The outputs of a module, one or several."""
+
+PARITY = 1e-3
+"""The largest error of an exported graph that passes, as a share of its module's largest output."""
+
+
+def nncf() -> ModuleType:
+    """Import NNCF and turn off its log. Raises `UserError` if NNCF is not installed."""
+    openvino()  # first: it keeps the libraries from reporting home
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a warning that there is no CUDA
+    try:
+        import nncf
+    except ModuleNotFoundError:
+        raise UserError("this needs NNCF; install llmq-suite[openvino]") from None
+    nncf.set_log_level(logging.ERROR)
+    return nncf  # type: ignore[no-any-return]
+
+
+def quantized_stage(
+    step: Step[ImageModel],
+    artifact: Artifact[ImageModel],
+    folder: Path,
+    change: Callable[[Graph], Graph],
+    inputs: Sequence[Tensor] = (),
+    compute_dtype: str = "float32",
+    float16: bool = False,
+    notes: Mapping[str, object] = MappingProxyType({}),
+) -> Artifact:
+    """Export `artifact`, `change` the graph, write the new graph to `folder`, and judge it on `inputs` or one example.
+
+    Raises `LlmqError` and leaves no file if nothing shrank, nothing changed, or the outputs are spoilt.
+    """
+    model = artifact.model
+    with artifact.open("cpu") as loaded:
+        graph = export(loaded.module, model)
+    changed = change(graph.clone())
+    if compute_dtype == "bfloat16":
+        changed.set_rt_info("bf16", PRECISION)
+    write_graph(changed, folder / GRAPH, float16)
+    try:
+        apart.check_opens(folder, model.title, model.example(1))
+        check_written(changed, folder / GRAPH)
+        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)])
+    except LlmqError:
+        for file in weight_files(folder):  # a refused graph is no stage
+            file.unlink()
+        raise
+    about = {"format": "OpenVINO IR", "openvino": library_version("openvino"), "device": DEVICE}
+    notes = {**about, "compute_dtype": compute_dtype, **notes, **facts}
+    return artifact.then(step, weights=folder, runtime="openvino", packed=True, notes=notes)
+
+
+def export(module: Module, model: ImageModel) -> Graph:
+    """Export a module of the family `model` to a graph for any batch size. Raises `LlmqError` if their outputs differ.
+
+    The graph is made in this process, where the module lies in memory, and runs here only after it ran in another one.
+    """
+    library = openvino()
+    example = model.example(1)
+    deployed = model.deployed(module)
+    try:
+        with quietly():
+            graph = library.convert_model(deployed, example_input=example)
+            graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
+    except (RuntimeError, library.frontend.OpConversionFailure) as error:
+        if isinstance(error.__cause__, LlmqError):
+            raise error.__cause__ from None
+        raise LlmqError(f"{model.title} cannot be exported: {' '.join(str(error).split())}") from None
+    restore_names(graph, deployed)
+    rows, columns = example.shape[-2:]
+    inputs = [example, model.example(2)]
+    # A smaller image, of other proportions, finds sizes that were fixed by the trace.
+    inputs += [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
+    apart.check_runs(graph, model.title, inputs)  # a crash there does no harm
+    exported = ExportedModule(graph)
+    for x in inputs:
+        with torch.inference_mode():
+            pairs = enumerate(zip(*outputs(model, module, exported, x), strict=True))
+        for i, (truth, made) in pairs:
+            largest = truth.abs().max().clamp_min(1e-12)
+            off = float((made - truth).abs().max() / largest) if made.shape == truth.shape else float("inf")
+            if not off <= PARITY:  # so that NaN fails, too
+                raise LlmqError(
+                    f"{model.title} was exported wrongly: for an input {list(x.shape)} the graph's output {i} is "
+                    f"off by {off:.1e} of its largest value, more than {PARITY:g}"
+                )
+    return graph
+
+
+def as_tuple(outputs: Tensor | Answers) -> Answers:
+    """The outputs of a module as a tuple, be it one or several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def outputs(model: ImageModel, one: Module, other: Module, x: Tensor) -> tuple[Answers, Answers]:
+    """The outputs of two modules of one family for an input, with rows in the same order."""
+    truth, changed = as_tuple(one(x)), as_tuple(other(x))
+    same = [t.shape for t in truth] == [c.shape for c in changed]
+    return truth, in_order_of(truth, changed) if model.unordered and same else changed
+
+
+def check_written(graph: Graph, path: Path) -> None:
+    """Raise `LlmqError` unless a file holds each constant of a graph bit by bit, or rounded to float16."""
+    import numpy as np
+
+    kept = {
+        constant.get_friendly_name().removesuffix("_compressed"): constant.data  # as OpenVINO calls those in float16
+        for constant, _ in constants(core().read_model(path))
+    }
+    for constant, _ in constants(graph):
+        name, meant = constant.get_friendly_name(), constant.data
+        written = kept.get(name)
+        if written is not None and written.shape == meant.shape:
+            if written.dtype == np.float16:
+                with np.errstate(over="ignore"):
+                    rounded = meant.astype(np.float16)
+                # OpenVINO writes the largest float16 for larger numbers; `judged` sees the error.
+                meant = np.where(np.isfinite(rounded), rounded, written)
+            if written.tobytes() == meant.tobytes():
+                continue
+        raise LlmqError(f"{str(path)!r}: {name} differs from the tensor to be written; is the disk sound?")
+
+
+def judged(
+    word: str, artifact: Artifact[ImageModel], graph: Graph, folder: Path, inputs: Sequence[Tensor]
+) -> dict[str, object]:
+    """The effect of a quantization on file and outputs. Raises `LlmqError` if there is none, or outputs are spoilt."""
+    model, name = artifact.model, artifact.model.title
+    before, after = bytes_of(artifact.weight_files()), bytes_of(weight_files(folder))
+    if after >= before:
+        raise LlmqError(
+            f"{word} shrank nothing: {after:,} bytes, and {before:,} before; {name} is too small for it, leave it out"
+        )
+    exact, changed = ExportedModule(graph), ExportedModule(folder)
+    likenesses: list[Likeness] = []
+    for x in inputs:
+        pairs = list(zip(*outputs(model, exact, changed, x), strict=True))  # one pair for each output
+        likenesses = likenesses or [Likeness() for _ in pairs]
+        for likeness, pair in zip(likenesses, pairs, strict=True):
+            likeness.add(*pair)
+    worst = max(likenesses, key=lambda likeness: likeness.relative_error)
+    facts = f"{before / after:.2f}x smaller, relative error {worst.relative_error:.3g} on {len(inputs)} inputs"
+    if all(likeness.error == 0 for likeness in likenesses):
+        raise LlmqError(f"{word} changed no output: {facts}; leave it out for {name}")
+    for i, likeness in enumerate(likenesses):
+        if likeness.is_garbage:
+            raise LlmqError(
+                f"{word} spoilt the model: output {i} keeps {likeness.kept:.0%} of the variance of its float32 values "
+                f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); "
+                f"keep some layers of {name} in float (ignored of quantize.int8), or take quantize.float16"
+            )
+    return {
+        "size_ratio": round(before / after, 4),
+        "relative_error": [round(likeness.relative_error, 6) for likeness in likenesses],
+        "variance_kept": [round(likeness.kept, 6) for likeness in likenesses],
+        "changed_share": round(_changed_share(changed.graph), 4),
+        "judged_on": len(inputs),
+    }
+
+
+def _changed_share(graph: Graph) -> float:
+    """The share of a graph's weights that is stored in fewer bits than float32 has."""
+    sizes = [(c.get_element_type().get_type_name(), c.data.size) for c, is_weight in constants(graph) if is_weight]
+    return float(sum(size for kind, size in sizes if kind != "f32") / sum(size for _, size in sizes))

@@ -1,0 +1,85 @@
+"""The layers of a network in the exported graph: their names, and the layers that the input does not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmq.vision.exported import users
+
+if TYPE_CHECKING:
+    from openvino import Model
+
+MODULE = "__module."
+"""The prefix of the names of operations that come from a module's layers."""
+TOLERANCE = 1e-3  # as a share of the norm
+WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+
+
+def restore_names(graph: Model, module: Module) -> None:
+    """Name convolutions after the layer whose weights they hold, where folding a normalization has lost the name.
+
+    Folding scales each output by a number of its own. No name is given twice, although weights that folding has scaled
+    to zero fit any layer.
+    """
+    operations = graph.get_ordered_ops()
+    taken = {layer for _, layer in operations_of(operation.get_friendly_name() for operation in operations)}
+    layers = {
+        name: _rows(layer.weight.detach(), "ConvolutionBackpropData" if layer.transposed else "Convolution")
+        for name, layer in module.named_modules()
+        if name not in taken and isinstance(layer, torch.nn.modules.conv._ConvNd)
+    }
+    for operation in operations:
+        kind, named = operation.get_type_name(), operation.get_friendly_name().startswith(MODULE)
+        constant = operation.input_value(1).get_node() if "Convolution" in kind and not named else None
+        if constant is not None and constant.get_type_name() == "Constant":
+            rows = _rows(torch.from_numpy(constant.data.astype(np.float32)), kind)  # (outputs, numbers)
+            layer = next((name for name, weight in layers.items() if are_proportional(rows, weight)), None)
+            if layer is not None:
+                del layers[layer]
+                operation.set_friendly_name(f"{MODULE}{layer}/{kind}")
+
+
+def _rows(weight: Tensor, kind: str) -> Tensor:
+    """A weight as `(outputs, numbers)`."""
+    if kind == "ConvolutionBackpropData":  # (inputs, outputs, …)
+        weight = weight.transpose(0, 1)
+    if kind == "GroupConvolution" and weight.dim() == 5:  # (groups, outputs of one, …)
+        weight = weight.flatten(0, 1)
+    return weight.flatten(1)
+
+
+def are_proportional(rows: Tensor, others: Tensor) -> bool:
+    """True if each row is a multiple of its partner; both tensors are `(rows, numbers)`."""
+    if rows.shape != others.shape:
+        return False
+    factors = (rows * others).sum(1) / others.square().sum(1).clamp_min(1e-30)  # least squares, one a row
+    return bool((rows - factors[:, None] * others).norm() <= TOLERANCE * rows.norm())
+
+
+def operations_of(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The names of operations that come from layers, each with its layer."""
+    return ((name, name.removeprefix(MODULE).partition("/")[0]) for name in names if name.startswith(MODULE))
+
+
+def unfed_layers(graph: Model) -> list[str]:
+    """The layers that compute the same for every input of one shape, such as those of learned queries or positions.
+
+    OpenVINO computes them once, while compiling the graph for that shape. With int8 weights version 2026.4 fails there:
+    `Check 'm_element_type.is_static()' failed`. These layers must stay in float, which costs no time.
+    """
+    fed: set[str] = set()  # operations that the numbers of the input reach
+    waiting = list(graph.get_parameters())
+    while waiting:
+        operation = waiting.pop()
+        # The shape of the input is known before any of its numbers.
+        if operation.get_name() not in fed and operation.get_type_name() != "ShapeOf":
+            fed.add(operation.get_name())
+            waiting += users(operation)
+    layers = (o for o in graph.get_ordered_ops() if o.get_type_name() in WEIGHTED)
+    return [layer.get_friendly_name() for layer in layers if layer.get_name() not in fed]

@@ -1,0 +1,166 @@
+"""An ONNX file made of an image model's stage, and the proof that ONNX Runtime says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llmq.artifact import Artifact
+from llmq.environment import library_version
+from llmq.errors import LlmqError
+from llmq.openvino_runtime import DEVICE, PRECISION
+from llmq.vision.exported import ExportedModule
+from llmq.vision.exporting import export, outputs
+from llmq.vision.onnx.library import FILE, OPSET
+from llmq.vision.onnx.module import OnnxModule
+from llmq.vision.onnx.operations import to_onnx
+
+if TYPE_CHECKING:
+    from openvino import Model as Graph
+    from torch import Tensor
+    from torch.nn import Module
+
+    from llmq.types import Step
+    from llmq.vision.family import ImageModel
+
+FLOAT = 1e-3
+"""The largest error of a float model that passes, as a share of the range of an output."""
+STEP = 1 / 255
+"""The same of a model with int8 activations: one step of 8 bits over that range, or the noise of rounding if larger."""
+NOISE = 2
+"""An error that passes, in units of what a change of the input by next to nothing changes."""
+NUDGE, NUDGES = 1e-4, 4  # a fortieth of a step of 8 bits: less would vanish where the input itself is rounded
+ROUNDING = "FakeQuantize"
+LARGEST = 2**31 - 1
+"""The most bytes of one ONNX file."""
+
+
+def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: Path) -> Artifact:
+    """Write `model.onnx` to `folder` and compare its outputs. Raises `LlmqError` and leaves no file if they differ."""
+    try:
+        with artifact.open("cpu") as loaded:
+            is_graph = isinstance(loaded.module, ExportedModule)
+            graph = loaded.module.graph if is_graph else export(loaded.module, artifact.model)
+            rounded = is_graph and any(op.get_type_name() == ROUNDING for op in graph.get_ops())
+            if rounded:
+                facts = _compared_rounded(artifact.model, loaded.module, folder)
+            else:
+                truth = exact(graph) if is_graph else loaded.module
+                facts = {"largest_error": compared(artifact.model, truth, written(graph, folder), FLOAT)}
+    except BaseException:
+        (folder / FILE).unlink(missing_ok=True)  # what does not say the same is no stage
+        raise
+    notes = {
+        "format": f"ONNX, opset {OPSET}",
+        "onnx": library_version("onnx"),
+        "onnxruntime": library_version("onnxruntime"),
+        "device": DEVICE,
+        "compute_dtype": "float32",
+        "activations": "int8 (QDQ)" if rounded else "float32",
+        **{name: float(f"{error:.2g}") for name, error in facts.items()},
+    }
+    return artifact.then(step, weights=folder, runtime="onnx", notes=notes)
+
+
+def written(graph: Graph, folder: Path) -> OnnxModule:
+    """The graph in `model.onnx`, opened again."""
+    data = to_onnx(graph).SerializeToString(deterministic=True)
+    if len(data) > LARGEST:
+        raise LlmqError(f"the graph makes an ONNX file of {len(data):,} bytes, and one holds {LARGEST:,}")
+    (folder / FILE).write_bytes(data)
+    return OnnxModule(folder)
+
+
+def _compared_rounded(model: ImageModel, module: ExportedModule, folder: Path) -> dict[str, float]:
+    """Write a graph with int8 activations, after its float part alone was found the same.
+
+    Engines sum in unlike orders. Where a sum lies at the edge of two integers either comes out, and a deep network
+    amplifies that. Inputs nudged by next to nothing, and OpenVINO's other way to run the graph, tell by how much.
+    """
+    floats = _clipping(module.graph)
+    unrounded = compared(model, exact(floats), written(floats, folder), FLOAT)
+    truth = exact(module.graph)
+    others = [module, *(_Nudged(truth, seed) for seed in range(NUDGES))]
+    noise = max(off for other in others for *_, off in errors(model, truth, other))
+    error = compared(model, truth, written(module.graph, folder), max(STEP, NOISE * noise))
+    return {"largest_error": error, "largest_error_unrounded": unrounded, "rounding_noise": noise}
+
+
+def _clipping(graph: Graph) -> Graph:
+    """The graph with activations held in their ranges and not rounded."""
+    from openvino import opset13
+
+    floats = graph.clone()
+    for op in floats.get_ordered_ops():
+        if op.get_type_name() == ROUNDING:
+            x, low, high = op.input_values()[:3]
+            op.output(0).replace(opset13.minimum(opset13.maximum(x, low), high).output(0))
+    return floats
+
+
+class _Nudged(nn.Module):
+    """A module whose input is first changed by a ten-thousandth."""
+
+    def __init__(self, module: Module, seed: int):
+        super().__init__()
+        self.module, self.seed = module, seed
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed))
+        made: Tensor | tuple[Tensor, ...] = self.module(x * (1 + NUDGE * noise))
+        return made
+
+
+def exact(graph: Graph) -> ExportedModule:
+    """The graph run as it is written: in float32, weights as floats, activations rounded to the points of their ranges.
+
+    OpenVINO by itself takes bfloat16 where asked to, rounds activations that meet int8 weights, and moves the ranges of
+    int8 graphs: a random MobileNetV3 then is off by an eighth of the range of its outputs.
+    """
+    from openvino.passes import ConstantFolding, Manager
+
+    floats, manager = graph.clone(), Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(floats)
+    floats.set_rt_info("f32", PRECISION)
+    return ExportedModule(floats)
+
+
+def probes(model: ImageModel) -> list[Tensor]:
+    """Inputs of one image and of two; where any size is taken, one of other proportions too."""
+    example = model.example(1)
+    rows, columns = example.shape[-2:]
+    more = [example[..., : rows - rows // 4, : columns - columns // 8]] if model.any_size else []
+    return [example, model.example(2), *more]
+
+
+def compared(model: ImageModel, truth: Module, made: Module, tolerance: float) -> float:
+    """The largest of all errors. Raises `LlmqError` for one beyond the tolerance."""
+    worst = 0.0
+    for x, i, off in errors(model, truth, made):
+        if off != off:
+            raise LlmqError(
+                f"{model.title}: output {i} of the ONNX file is no number, as where rounding has made a divisor zero; "
+                "keep such layers in float (ignored of quantize.int8)"
+            )
+        if off > tolerance:
+            raise LlmqError(
+                f"{model.title}: for an input {list(x.shape)} output {i} of the ONNX file is off by {off:.1e} of "
+                f"the range of its values, more than {tolerance:.2g}"
+            )
+        worst = max(worst, off)
+    return worst
+
+
+def errors(model: ImageModel, truth: Module, made: Module) -> Iterator[tuple[Tensor, int, float]]:
+    """Each probe, the number of an output, and the largest error of `made` there, as a share of the output's range."""
+    for x in probes(model):
+        with torch.inference_mode():
+            pairs = enumerate(zip(*outputs(model, truth, made, x), strict=True))
+        for i, (meant, found) in pairs:
+            width = (meant.max() - meant.min()).clamp_min(1e-12)
+            yield x, i, float((found - meant).abs().max() / width) if found.shape == meant.shape else float("inf")

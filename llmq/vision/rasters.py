@@ -1,0 +1,178 @@
+"""Pictures and volumes in the numbers of their files, read and written again in the same format.
+
+A TIFF stays a TIFF, with its slices and the size of its voxels; `.npz` and `.npy` stay what they are; every other
+picture becomes a PNG, which loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.errors import UserError
+from llmq.guarded.files import check_plain
+from llmq.vision.images import deep_mode
+from llmq.vision.pixels import ORIENTATION, is_tiff, range_of, read_tiff, readable
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from tifffile import TiffFile
+
+VOLUMES = (".npz", ".npy")
+LOW = "lr"
+"""The low-resolution array among several in an .npz, as in data sets of pairs."""
+OF_IMAGEJ = ("uint8", "uint16", "float32")
+RESOLUTIONS = (282, 283)
+UNIT = 296  # the tag of the unit of both
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Pixels in the numbers of a file, and what the file says besides."""
+
+    pixels: ndarray  # (slices, height, width[, 3])
+    suffix: str
+    key: str = ""
+    """The name of the array in an .npz."""
+    flat: bool = False
+    """True for an array of two axes in an .npz or .npy."""
+    voxels: Mapping[str, Any] = field(default_factory=dict)
+    """The size of pixels and slices, as tifffile writes it."""
+    of_ome: bool = False
+    """True for a TIFF with a description of OME, whose sizes are not written again."""
+
+
+def read_raster(path: Path) -> Raster:
+    """Read a picture, a TIFF with one or more slices, or the array of an `.npz` or `.npy`.
+
+    Raises `UserError` for a file that cannot be read, and for numbers other than integers and floats.
+    """
+    check_plain(path)
+    suffix = path.suffix.lower()
+    if suffix in VOLUMES:
+        raster = _of_numpy(path, suffix)
+    elif is_tiff(path):
+        voxels, of_ome = _voxels(path)
+        raster = Raster(read_tiff(path)[0], ".tif", voxels=voxels, of_ome=of_ome)
+    else:
+        raster = Raster(_by_pillow(path)[None], ".png")
+    if raster.pixels.dtype.kind not in "uif" or raster.pixels.dtype.itemsize > 8:
+        raise UserError(f"{path}: holds {raster.pixels.dtype} numbers; save it as integers or floats, such as uint8")
+    if 0 in raster.pixels.shape:
+        raise UserError(f"{path}: is empty: {raster.pixels.shape}")
+    return raster
+
+
+def _of_numpy(path: Path, suffix: str) -> Raster:
+    import numpy as np
+
+    with readable(path, f"{suffix} of arrays"):
+        held = np.load(path, allow_pickle=False, mmap_mode="r" if suffix == ".npy" else None)
+        if suffix == ".npy":
+            key, array = "", held
+        else:
+            with held as archive:
+                names = list(archive.files)
+                if len(names) != 1 and LOW not in names:
+                    raise UserError(f"{path}: holds {', '.join(names) or 'nothing'}; call the one to enlarge {LOW!r}")
+                key = LOW if LOW in names else names[0]
+                array = archive[key]
+    if array.ndim not in (2, 3):
+        raise UserError(f"{path}: is {array.dtype}{array.shape}; a volume (z, y, x) or an image (y, x) is needed")
+    return Raster(array if array.ndim == 3 else array[None], suffix, key, array.ndim == 2)
+
+
+def _by_pillow(path: Path) -> ndarray:
+    """The first picture of a file, turned by EXIF: uint8 `(height, width[, 3])`, or uint16 `(height, width)`."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with readable(path, "image"), Image.open(path) as opened:
+        if (frames := getattr(opened, "n_frames", 1)) > 1:
+            raise UserError(f"{path}: holds {frames} pictures, and one is needed; save them as a TIFF stack")
+        deep = deep_mode(path, opened)
+        shown = ImageOps.exif_transpose(opened)
+        grey = opened.mode in ("1", "L", "LA")
+        pixels: ndarray = np.asarray(shown if deep else shown.convert("L" if grey else "RGB"))
+    if not deep:
+        return pixels
+    if pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 65535:
+        raise UserError(f"{path}: {deep} of {range_of(pixels)} fits into no PNG; save it as TIFF")
+    return pixels.astype(np.uint16)
+
+
+def _voxels(path: Path) -> tuple[dict[str, Any], bool]:
+    """The resolution of a TIFF, and the distance of slices that ImageJ keeps; and True for a description of OME."""
+    import tifffile
+
+    with readable(path, "image"), tifffile.TiffFile(path) as file:
+        tags = file.pages[0].tags
+        told: dict[str, Any] = {}
+        if all(tag in tags for tag in RESOLUTIONS):
+            across, down = (_ratio(tags[tag].value) for tag in RESOLUTIONS)
+            if ORIENTATION in tags and int(tags[ORIENTATION].value) >= 5:  # these exchange the sides
+                across, down = down, across
+            if across and down:
+                told = {"resolution": (across, down), "resolutionunit": int(tags[UNIT].value) if UNIT in tags else 1}
+        return told | _of_imagej(file), bool(file.is_ome)
+
+
+def _of_imagej(file: TiffFile) -> dict[str, Any]:
+    said = {k: v for k, v in (file.imagej_metadata or {}).items() if k in ("spacing", "unit")}
+    return {"imagej": True, "metadata": said} if said and file.series[0].dtype.name in OF_IMAGEJ else {}
+
+
+def _ratio(value: Any) -> float:
+    above, below = value if isinstance(value, tuple) else (value, 1)
+    return float(above) / float(below) if below else 0.0
+
+
+class Enlarged:
+    """The pixels of an enlarged raster, on disk beside the file that they become."""
+
+    def __init__(self, of: Raster, target: Path, scale: int):
+        import numpy as np
+
+        slices, height, width, *colours = of.pixels.shape
+        self.of, self.target, self.scale = of, target, scale
+        self.held = target.with_name(f".{target.name}.npy")
+        shape = (slices, height * scale, width * scale, *colours)
+        self.pixels: ndarray = np.lib.format.open_memmap(self.held, "w+", of.pixels.dtype, shape[of.flat :])
+        self.slices = self.pixels[None] if of.flat else self.pixels  # (slices, height, width[, 3])
+
+    def save(self) -> Path:
+        """Write the file, and return its path; the pixels on disk are gone then."""
+        self.pixels.flush()  # type: ignore[attr-defined]  # of a memmap
+        if self.of.suffix == ".npy":
+            self.held.rename(self.target)
+            return self.target
+        if self.of.suffix == ".npz":
+            with zipfile.ZipFile(self.target, "w") as archive:  # a fixed time: equal arrays are equal files
+                about = zipfile.ZipInfo(f"{self.of.key}.npy")
+                about.file_size = os.path.getsize(self.held)
+                with archive.open(about, "w", force_zip64=True) as inside, self.held.open("rb") as source:
+                    while part := source.read(2**24):
+                        inside.write(part)
+        elif self.of.suffix == ".png":
+            from PIL import Image
+
+            Image.fromarray(self.slices[0]).save(self.target)
+        else:
+            self._save_tiff()
+        self.held.unlink()
+        return self.target
+
+    def _save_tiff(self) -> None:
+        import tifffile
+
+        voxels = {"metadata": None, **self.of.voxels}
+        if "resolution" in voxels:  # pixels in a unit of length
+            voxels["resolution"] = tuple(self.scale * each for each in voxels["resolution"])
+        colours = self.slices.ndim == 4
+        if voxels.get("imagej"):
+            voxels["metadata"] = {**voxels["metadata"], "axes": "ZYXS" if colours else "ZYX"}
+        tifffile.imwrite(self.target, self.slices, photometric="rgb" if colours else "minisblack", **voxels)

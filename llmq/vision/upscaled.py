@@ -1,0 +1,57 @@
+"""Held-out pairs of images, with the low-resolution image enlarged by a network and by bicubic interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmq.errors import LlmqError, UserError
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from llmq.artifact import Artifact
+    from llmq.types import Loaded, Split
+    from llmq.vision.images import Example
+    from llmq.vision.super_resolution import SuperResolution
+
+PROTOCOL = "images clipped to [0, 255] and rounded to 8 bits as a file holds them"
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """One scene as uint8 images: `low`, and `truth`, `bicubic` and `model`, which are larger by the scale."""
+
+    name: str
+    low: ndarray  # (height, width, channels)
+    truth: ndarray  # (height * scale, width * scale, channels), as the next two
+    bicubic: ndarray
+    model: ndarray
+    pixel_size: float | None = None
+    """Micrometres that a pixel of the larger images is wide; None if unknown."""
+
+
+def held_out_pairs(artifact: Artifact[SuperResolution], split: Split, limit: int | None) -> Sequence[Example]:
+    """The first `limit` held-out pairs. Raises `UserError` for data that does not fit the network."""
+    artifact.model.check_split(split)
+    pairs = split.held_out[:limit]
+    if not len(pairs):
+        raise UserError("its data has nothing held out to measure on")
+    return pairs
+
+
+def upscaled(loaded: Loaded[SuperResolution], split: Split, limit: int | None) -> list[Upscaled]:
+    """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
+    import numpy as np
+
+    from llmq.vision.degrade import bicubic, to_uint8
+
+    model, scenes = loaded.artifact.model, []
+    for pair in held_out_pairs(loaded.artifact, split, limit):
+        made, simple = model.upscale(loaded, pair.image), bicubic(pair.image, model.scale)
+        if not np.isfinite(made).all():  # bytes would hide a NaN
+            raise LlmqError(f"{pair.name}: the network makes an image of numbers that are not finite")
+        images = pair.image, pair.high, to_uint8(simple), to_uint8(made)
+        scenes.append(Upscaled(pair.name, *images, pixel_size=split.pixel_size))
+    return scenes

@@ -1,0 +1,46 @@
+"""The model card of a stage: parsed by the hub's own library, without a path of the machine, outside of every hash."""
+
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+import llmq
+from llmq.judge.replay import verify
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, tiny_jsonl, tmp_path_factory):
+    home = tmp_path_factory.mktemp("cards")
+    base = shutil.copytree(tiny_llama, home / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# A base\n")
+    recipe = {
+        "model": {"causal_lm": {"weights": str(base)}},
+        "steps": [{"quantize.rtn": {"group_size": 32}}, {"adapt.lora": {"data": str(tiny_jsonl), "max_steps": 1}}],
+        "evaluate": ["size"],
+    }
+    return llmq.run(recipe, out=home / "run").folder
+
+
+def test_every_stage_that_holds_a_model_has_a_card_that_the_hub_reads(run):
+    card = ModelCard.load(run / "1-quantize.rtn/README.md")
+    assert (card.data.license, card.data.pipeline_tag, card.data.base_model) == ("mit", "text-generation", None)
+    figures = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    files = (run / "1-quantize.rtn").glob("*.safetensors")
+    assert figures["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+    assert "quantize.rtn" in card.text
+    assert (run / "2-adapt.lora/README.md").is_file()
+    assert not (run / "0-base/README.md").exists()
+
+
+def test_no_path_of_the_machine_is_in_it(run):
+    for card in run.glob("*/README.md"):
+        assert str(run.parent) not in card.read_text()
+        assert "/tmp" not in card.read_text()
+
+
+def test_a_card_is_edited_freely(run):
+    card = run / "1-quantize.rtn/README.md"
+    card.write_text(card.read_text() + "More.\n")
+    assert verify(run).whole
+    assert not verify(run).added

@@ -1,0 +1,130 @@
+"""The commands that look: list, show, runs, doctor, help, version; and the completion of a shell."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import size, write_run
+from typer.testing import CliRunner
+
+from llmq import api, cli, cli_looking, cli_planning, doctor, listing, plugin
+from llmq.errors import UserError
+from llmq.report import shelf
+
+
+def told(*words: str) -> str:
+    result = CliRunner().invoke(cli.app, list(words))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/first", {"0-base": [size(100.0)], "1-quantize.rtn": [size(40.0)]})
+    unfinished = tmp_path / "runs/second"
+    (unfinished / "0-base").mkdir(parents=True)
+    (unfinished / "0-base/artifact.json").write_text("{}")
+    (unfinished / "recipe.yaml").write_text("model: {causal_lm: {weights: org/name}}\nsteps: [adapt.lora]\n")
+    damaged = tmp_path / "runs/third"
+    damaged.mkdir()
+    (damaged / "report.json").write_text("[")
+    for age, name in enumerate(("third", "second", "first")):
+        os.utime(tmp_path / "runs" / name, (10**9 - age, 10**9 - age))
+    return tmp_path / "runs"
+
+
+def test_help_has_a_short_form_and_the_version_is_told():
+    assert told("-h") == told("--help")
+    assert told("--version").split()[0] == "llmq"
+    assert told("help", "quantize.rtn") == told("show", "quantize.rtn")
+
+
+def test_the_words_of_one_kind():
+    names = [line.split()[0] for line in told("list", "data").splitlines()]
+    assert names == ["data", *(word for word in plugin.words() if word.startswith("data."))]
+    assert json.loads(told("list", "evals", "--json"))["evals"].keys() >= {"text-quick"}
+    with pytest.raises(UserError, match="'date' is no kind of words; did you mean 'data'"):
+        cli_looking.list_words("date")
+
+
+def test_a_suite_and_a_run_are_shown(runs):
+    assert "- perplexity" in told("show", "text-quick")
+    assert "bytes_on_disk" in told("show", "runs/first")
+    assert json.loads(told("show", "runs/first", "--json"))["measurements"]
+    with pytest.raises(UserError, match="it is no run of llmq"):
+        cli_looking.show("runs/second")
+
+
+def test_runs_are_listed_the_latest_first_whole_or_not(runs):
+    third, second, first = shelf.runs(runs)
+    assert third.headline.startswith("damaged: ")
+    assert (second.model, second.steps, second.done) == ("org/name", ("adapt.lora",), 1)
+    assert second.headline == "not ended: 1 of 2 stages"
+    assert first.done == 2
+    assert "bytes on disk 0.40×" in first.headline
+    lines = told("runs").splitlines()
+    assert len(lines) == 9
+    assert [run["folder"] for run in json.loads(told("runs", "--json"))] == ["runs/third", "runs/second", "runs/first"]
+    with pytest.raises(UserError, match="there is no folder 'gone'"):
+        cli_looking.list_runs(Path("gone"))
+
+
+def test_lines_are_wrapped_by_words_on_a_terminal_alone(monkeypatch):
+    assert listing.wrapped("head ", "word " * 40) == "head " + "word " * 39 + "word"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = listing.wrapped("head ", "word " * 40).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert all(line.startswith("     word") for line in lines[1:])
+
+
+def test_names_are_completed(runs):
+    assert {"text/gptq4", "text/gptq4-lora"} <= set(cli_planning.recipe_names("text/gptq4"))
+    assert "quantize.gptq" in cli_looking.names_to_show("quantize.")
+    assert cli_looking.run_folders("runs/f") == ["runs/first"]
+
+
+def test_the_doctor_names_what_is_missing_and_the_cure(monkeypatch):
+    facts = doctor.facts()
+    assert {"llmq", "processor", "features", "threads", "memory", "disk", "accelerator"} <= facts.keys()
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "nncf" else find(name))
+    (lack,) = doctor.lacks()
+    assert lack.missing == ("nncf",)
+    assert "quantize.int8" in lack.words
+    assert lack.cure == "pip install 'llmq-suite[openvino]'"
+
+
+def test_an_error_is_data_too_where_data_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llmq", "show", "quantize.bnbb", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, json.loads(out)["exit_code"]) == (2, 2)
+    assert json.loads(out)["error"] in err
+
+
+def test_an_error_about_an_override_cites_the_command_line():
+    with pytest.raises(UserError, match=r"^command line: there is no file 'nope\.jsonl'"):
+        api.load("text/quickstart", {"perplexity.data": "nope.jsonl"})
+
+
+def test_finetune_and_quantize_measure_by_what_they_are_told():
+    plain = api.finetuning("smollm2-135m", "pydoc", 4, False, None, None, api.asked_of(None, ["a", "b"], 5), 3)
+    assert plain["evaluate"] == [{"lm_eval": {"tasks": ["a", "b"], "limit": 5}}]
+    assert plain["seed"] == 3
+    assert (
+        api.quantizing("m", "rtn", None, "causal_lm", api.asked_of("text-full", None, None))["evaluate"] == "text-full"
+    )
+    with pytest.raises(UserError, match="either --suite NAME or --tasks"):
+        api.asked_of("text-full", "a", None)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"schema_version": 2, "stages": 7}'])
+def test_a_report_that_is_none_is_one_line(text, tmp_path):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError):
+        cli_looking.show(str(tmp_path))

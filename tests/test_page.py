@@ -1,0 +1,266 @@
+"""The page: its first screen, its forest plot, what it folds; and in a browser its width, contrast and requests."""
+
+import html as markup
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
+
+from llmq import cli_judging
+from llmq.errors import UserError
+from llmq.report import Report, distributions, first, forest, html, rows, samples
+from llmq.report.numbers import set_beside
+from llmq.statistics.compare import compare
+from llmq.statistics.figures import mean
+from llmq.types import Measurement
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def gain(decibels: float) -> Measurement:
+    return Measurement("super_resolution", "psnr_gain", decibels, "dB", "higher", 40, 0.1, "PSNR less bicubic's")
+
+
+def agreement(share: float) -> Measurement:
+    return Measurement("accuracy", "top1_agreement", share, "share", "higher", 96, 0.05, "against the base")
+
+
+def write_answers(stage, right):
+    """The answers to questions of two choices as lm-eval writes them; the first choice is right."""
+    (stage / "lm_eval").mkdir(parents=True)
+    rows = [
+        {
+            "doc_id": str(i),
+            "arguments": {f"gen_args_{k}": {"arg_0": f"Question <{i}>?", "arg_1": f" choice {k}"} for k in (0, 1)},
+            "filtered_resps": [["-1.0", "False"], ["-2.0" if answer else "-0.5", "False"]],
+            "filter": "none",
+            "acc": str(float(answer)),
+        }
+        for i, answer in enumerate(right)
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    (stage / "lm_eval/samples_arc_easy_2026-11-27T09-37-43.705910.jsonl").write_text(lines)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    random = np.random.default_rng(0)
+    losses, right = random.normal(2.4, 0.3, 64), random.random(96) < 0.6
+    worse = losses + random.normal(0.1, 0.05, 64)
+    folder = tmp_path_factory.mktemp("page") / "a <b>run</b> of words"
+    write_run(
+        folder,
+        {
+            "0-base": [size(269.1), perplexity(losses), accuracy(right), speed([14.0 + x / 10 for x in range(10)])],
+            "1-quantize.bnb": [size(111.9), perplexity(worse), accuracy(~right), speed([18.0] * 10)],
+        },
+    )
+    write_answers(folder / "0-base", right)
+    write_answers(folder / "1-quantize.bnb", ~right)
+    told = json.loads((folder / "report.json").read_text())
+    steps = [{"quantize.bnb": {"bits": 4, "modules": {"lm_head": "skip"}}}]
+    told["recipe"] = {"model": {"causal_lm": {"weights": "org/" + "long-name-" * 12}}, "steps": steps, "evaluate": []}
+    about = {"run": str(folder), "ended": "2026-11-27T03:10:00+0000", "processor": "A processor", "threads": 2}
+    told["environment"] = {**FACTS, **about, "dtype": None, "data_sha256": {"data.pydoc": "ab" * 32}}
+    told["stages"][1]["notes"]["training"] = {"loss": [[i, 2.5 - 0.02 * i] for i in range(20)]}
+    told["exhibits"] = [
+        {"stage": stage, "task": "rock", "title": f"scene {views}", "input": "a scan", "output": "", "reference": "",
+         "file": f"{stage}.png", **({"panels": list(views)} if views else {})}
+        for views in ("", "ab")
+        for stage in ("0-base", "1-quantize.bnb")
+    ]  # fmt: skip
+    for stage in ("0-base", "1-quantize.bnb"):
+        Image.new("L", (32, 16)).save(folder / f"{stage}.png")
+    (folder / "report.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_the_first_screen_names_the_job_and_answers_for_size_quality_and_speed(run):
+    report = Report.read(run)
+    page = html.draw(report, run)
+    assert first.steps_of(report) == [("quantize.bnb", "bits 4, modules lm_head skip")]
+    assert first.origin(report).endswith("· pydoc · 2026-11-27 03:10 · A processor, 2 threads · the steps took 0 s")
+    made = list(first.cards(report, "1-quantize.bnb"))
+    assert [(card.title, card.word) for card in made[:2]] == [("Size", "better"), ("Quality", "worse")]
+    assert re.fullmatch(r"1\.\d\d× \[1\.\d\d, 1\.\d\d\]", made[1].beside)
+    assert made[0].certainty == "counted, not sampled"
+    assert made[1].certainty.startswith("n = 64; the interval")
+    assert "None" not in page
+    assert "<b>run</b>" not in page
+
+
+def test_a_useless_result_is_said_first(tmp_path):
+    write_run(tmp_path / "run", {"0-base": [gain(1.2)], "1-quantize.int8": [gain(-1.84), agreement(0.53)]})
+    assert rows.summary(Report.read(tmp_path / "run"))[:2] == [
+        "BAD: 1-quantize.int8: its images are 1.84 dB below plain bicubic interpolation",
+        "BAD: 1-quantize.int8: it gives another class than the base to 47% of 96 images",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unit", "told"), [("dB", "+0.500 dB"), ("share", "+50.00 pt"), ("", "+0.500"), ("tokens/s", "1.50×")]
+)
+def test_a_ratio_only_where_it_means_something(unit, told):
+    base = Measurement("task", "metric", 1.0, unit, "higher", 1, None, "")
+    assert set_beside(asdict(compare(replace(base, value=1.5), base)), unit) == told
+
+
+def test_sizes_within_a_header_are_the_same():
+    assert compare(size(100.00005), size(100.0)).verdict == "same"
+    assert compare(size(100.2), size(100.0)).verdict == "worse"
+    assert compare(size(99.8), size(100.0)).verdict == "better"
+
+
+def test_rows_that_say_the_same_or_matter_to_few_are_folded(run):
+    folded = {row.metric: row.folded for row in rows.rows(Report.read(run))}
+    assert not folded["bytes_on_disk"]
+    assert not folded["token_perplexity"]
+    assert "nonzeros" in rows.FOLDED
+
+
+def test_the_forest_has_a_line_for_every_interval_and_words_for_those_who_do_not_see_it(run):
+    report = Report.read(run)
+    pictures = forest.draw(report.measurements, report.comparisons)
+    assert list(pictures) == ["Ratio to the base", "Difference from the base, pt"]
+    for svg in pictures.values():
+        assert svg.count("<circle") >= 1
+        assert "1-quantize.bnb" in re.search("<title>(.*?)</title>", svg)[1]
+
+
+def test_answers_that_flipped_are_counted_and_shown(run):
+    report = Report.read(run)
+    (flips,) = samples.flips(report, run, samples.scored(report, run))
+    right = np.array(samples.scored(report, run)["0-base"]["arc_easy", "acc"].samples.values) == 1
+    assert (flips.both, flips.lost, flips.gained, flips.neither) == (0, right.sum(), (~right).sum(), 0)
+    assert [example.lost for example in flips.examples].count(True) == samples.EXAMPLES
+    lost = next(example for example in flips.examples if example.lost)
+    assert (lost.question, lost.base, lost.stage) == (f"Question <{right.argmax()}>?", "choice 0", "choice 1")
+    page = html.draw(report, run)
+    assert "Question &lt;" in page
+    assert "Question <" not in page
+
+
+def test_damaged_answers_are_one_line(tmp_path):
+    random = np.random.default_rng(0)
+    folder = write_run(tmp_path / "run", {"0-base": [accuracy(random.random(20) < 0.5)], "1-x": [accuracy([1] * 20)]})
+    for stage in ("0-base", "1-x"):
+        (folder / stage / "lm_eval").mkdir()
+        (folder / stage / "lm_eval/samples_arc_easy_2026.jsonl").write_text('{"doc_id": 1}\n[]\n')
+    report = Report.read(folder)
+    with pytest.raises(UserError, match="is no whole"):
+        list(samples.flips(report, folder, samples.scored(report, folder)))
+
+
+def test_the_samples_of_a_figure_are_drawn_as_the_figure_counts_them(run):
+    report = Report.read(run)
+    known = samples.scored(report, run)
+    pictures = distributions.draw(report, known)
+    assert list(pictures) == ["token_perplexity, each sample of perplexity"]  # right and wrong answers are flips
+    assert "less 0-base, in pairs" in pictures["token_perplexity, each sample of perplexity"]
+    without_base = distributions.draw(report, {**known, "0-base": {}})
+    assert "in pairs" not in without_base["token_perplexity, each sample of perplexity"]
+    drawn = distributions.values(known["0-base"]["perplexity", "token_perplexity"].samples)
+    assert np.exp(np.log(drawn).mean()) == pytest.approx(next(
+        m["value"] for m in report.measurements if m["metric"] == "token_perplexity"
+    ))  # fmt: skip
+
+
+def slices(metric, values, convention="x4"):
+    return mean("rock", metric, values, "share", "unknown" if "porosity" in metric else "higher", convention)
+
+
+def test_bicubic_is_a_column_with_a_verdict(tmp_path):
+    random = np.random.default_rng(0)
+    truth, high = random.uniform(0.1, 0.3, 20), random.uniform(0.8, 0.9, 20)
+
+    def stage(better):
+        return [
+            slices("pore_iou", high + better), slices("bicubic_pore_iou", high, "x4; a = -0.5"),
+            slices("porosity", truth + 0.01), slices("bicubic_porosity", truth + 0.05), slices("true_porosity", truth),
+        ]  # fmt: skip
+
+    folder = write_run(tmp_path / "run", {"1-adapt.train": stage(0.09), "2-quantize.int8": stage(0.08)})
+    report = Report.read(folder)
+    assert report.columns == ["1-adapt.train", "2-quantize.int8", "bicubic"]
+    found = {row.metric: row for row in rows.rows(report)}
+    assert list(found) == ["pore_iou", "porosity", "true_porosity"]
+    assert found["pore_iou"].cells[2].beside.startswith("-9.00 pt")
+    assert found["pore_iou"].cells[2].verdict in ("worse", "undecided")
+    assert not any(c["metric"].startswith(("bicubic", "true")) for c in report.comparisons)
+    pictures = distributions.draw(report, samples.scored(report, folder))
+    assert "Porosity of each slice beside the true one" in pictures
+    assert "bicubic" in html.draw(report, folder)
+
+
+def test_one_file_with_no_request_and_little_script(run):
+    page = html.draw(Report.read(run), run)
+    assert len(page) < 2e6
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//|@import|url\((?!['\"]?(data:|#))", page)
+    assert page[page.index("<script>") :].count("\n") <= 80
+    assert "llmq replay '" in markup.unescape(page)
+
+
+def test_runs_side_by_side_make_a_page(run, tmp_path):
+    file = tmp_path / "compared.html"
+    cli_judging.compare([str(run)], html=file)
+    page = file.read_text()
+    assert "2 results, beside 0-base" in page
+    assert page.count("<circle") == 3
+    assert "token_perplexity" in page
+
+
+PROBE = """
+const told = []
+document.querySelectorAll("iframe").forEach(frame => {
+  const page = frame.contentDocument, inside = frame.contentWindow
+  const sliders = page.querySelectorAll(".slider").length
+  page.querySelectorAll("thead button").forEach(button => button.click())
+  page.querySelectorAll("details").forEach(more => { more.open = true })
+  if (sliders !== 3) told.push(`${frame.id}: ${sliders} sliders`)
+  const over = page.documentElement.scrollWidth - page.documentElement.clientWidth
+  if (over > 0) told.push(`${frame.id}: ${over} pixels too wide`)
+  inside.performance.getEntriesByType("resource").forEach(e => told.push(`${frame.id}: asked for ${e.name}`))
+  const light = text => {
+    const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4
+    const [r, g, b] = text.match(/[\\d.]+/g).map(c => linear(Number(c) / 255))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  page.querySelectorAll("main *").forEach(element => {
+    if (element.closest("svg") || ![...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) return
+    const clear = part => inside.getComputedStyle(part).backgroundColor === "rgba(0, 0, 0, 0)"
+    let ground = element
+    while (ground && clear(ground)) ground = ground.parentElement
+    const paper = inside.getComputedStyle(ground || page.body).backgroundColor
+    const [a, b] = [light(inside.getComputedStyle(element).color), light(paper)].sort((x, y) => y - x)
+    const contrast = (a + 0.05) / (b + 0.05)
+    if (contrast < 4.5) told.push(`${frame.id}: contrast ${contrast.toFixed(2)} of ${element.textContent.slice(0, 30)}`)
+  })
+})
+document.getElementById("told").textContent = JSON.stringify(told.concat(errors))
+"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_in_a_browser_nothing_overflows_errs_or_is_too_faint(run, tmp_path):
+    page = html.draw(Report.read(run), run)
+    frames = ""
+    for theme in ("light", "dark"):
+        themed = page.replace('<html lang="en">', f'<html lang="en" data-theme="{theme}">')
+        watched = themed.replace("<script>", "<script>onerror = e => parent.errors.push(e);", 1)
+        for width in (390, 768, 1440, 1920):
+            frames += (
+                f'<iframe id="{theme} {width}" width="{width}" height="900" srcdoc="{markup.escape(watched)}"></iframe>'
+            )
+    file = tmp_path / "frames.html"
+    probe = f'<pre id="told"></pre><script>onload = () => {{ {PROBE} }}</script>'
+    file.write_text(f"<!doctype html><meta charset=utf-8><script>const errors = []</script>{frames}{probe}")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command = [BROWSER, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert json.loads(markup.unescape(re.search('<pre id="told">(.*?)</pre>', dom)[1])) == []

@@ -1,0 +1,261 @@
+"""Sizes, memory and time are foretold from configuration alone; sizes are those that the steps then write."""
+
+import json
+import shutil
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import llmq
+from llmq import api, cli, pipeline, planning, plugin, rates, recipe
+from llmq.artifact import Artifact
+from llmq.errors import UserError
+from llmq.report import Report, foretold
+from llmq.sketch import Part, Work, of_file
+from llmq.text.sizing import packing
+from llmq.text.sizing.network import sketch_of
+from llmq.types import Context
+
+MEASURE = rates.measure  # as it is outside of tests
+HERE = Context("cpu", 0)
+
+
+def job_of(model: Any, *steps: Any, tasks: Any = ("size",), **more: Any) -> recipe.Recipe:
+    plain = {"model": model, "steps": list(steps), "evaluate": list(tasks), **more}
+    return api.load(plain, checked=False)
+
+
+def configuration_alone(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(model / "config.json", folder)
+    return folder
+
+
+STEPS = [
+    [{"quantize.rtn": {"bits": 4, "group_size": 32}}],
+    [{"quantize.rtn": {"bits": 3, "group_size": -1}}],
+    [{"quantize.rtn": {"bits": 8, "group_size": 32, "modules": {"down_proj": "skip", "lm_head": {"bits": 4}}}}],
+    [{"quantize.bnb": {}}],
+    [{"quantize.bnb": {"double_quant": False, "skip_modules": ["v_proj"]}}],
+    [{"quantize.bnb": {"bits": 8}}],
+    [{"prune.magnitude": {"sparsity": 0.5}}],
+    [{"prune.layers": {"drop": 1, "samples": 2, "length": 16}}],
+    [{"quantize.bnb": {}}, {"adapt.lora": {"r": 4, "max_steps": 1, "max_length": 32}}],
+    [{"adapt.lora": {"r": 4, "use_dora": True, "target_modules": ["q_proj"], "max_steps": 1}}, "adapt.merge"],
+    [{"quantize.rtn": {"group_size": 32}}, "export.compressed_tensors"],
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [*(("bfloat16", steps) for steps in STEPS), *(("float32", steps) for steps in STEPS[:4])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(next(iter(plugin_of(step))) for step in value),
+)
+def test_sizes_are_those_that_the_steps_write(steps, dtype, tiny_llama, tiny_jsonl, tmp_path):
+    steps = json.loads(json.dumps(steps))
+    for word, settings in (item for step in steps if isinstance(step, dict) for item in step.items()):
+        if word in ("adapt.lora", "prune.layers"):
+            settings["data"] = {"file": {"path": str(tiny_jsonl)}} if word == "adapt.lora" else "pydoc"
+    bare = configuration_alone(tiny_llama, tmp_path / "bare")
+    foretold = job_of({"causal_lm": {"weights": str(bare), "dtype": dtype}}, *steps)
+    sketch, artifact = (
+        foretold.model.sketch(),
+        foretold.model.model_copy(update={"weights": str(tiny_llama)}).base(HERE),
+    )
+    for number, step in enumerate(foretold.steps):
+        made, _ = step.foresee(sketch)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        artifact = step.apply(artifact, folder, HERE)
+        sketch = made
+    found = sizes_of(artifact)
+    assert isclose(sketch.on_disk, found["bytes_on_disk"], rel_tol=0.005), (sketch.on_disk, found)
+    assert sketch.parameters == found["parameters"]
+    assert isclose(sketch.in_memory, found["bytes_in_memory"], rel_tol=0.01), (sketch.in_memory, found)
+
+
+def plugin_of(step: Any) -> dict[str, Any]:
+    return step if isinstance(step, dict) else {step: {}}
+
+
+def sizes_of(artifact: Artifact) -> dict[str, float]:
+    with artifact.open("cpu") as loaded:
+        size: Any = plugin.build("size", "tasks")
+        return {m.metric: m.value for m in size.score(loaded)}
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [
+        ({"edsr": {"scale": 2, "n_resblocks": 2, "n_feats": 16}}, []),
+        ({"timm_classifier": {"architecture": "resnet10t", "model_args": {"channels": [8, 16, 16, 32]}, "classes": 10,
+                              "channels": 1, "input_size": 32}}, [{"prune.channels": {"ratio": 0.5}}]),
+    ],
+)  # fmt: skip
+def test_image_models_are_cut_as_they_will_be(model, steps, tmp_path):
+    job = job_of(model, *steps)
+    sketch, artifact = job.model.sketch(), job.model.base(HERE)
+    for step in job.steps:
+        sketch, _ = step.foresee(sketch)
+        artifact = step.apply(artifact, tmp_path, HERE)
+    found = sizes_of(artifact)
+    assert isclose(sketch.on_disk, found["bytes_on_disk"], rel_tol=0.02)
+    assert sketch.parameters == found["parameters"]
+
+
+def test_the_header_of_a_file_is_counted_to_the_byte(tmp_path):
+    from safetensors.torch import save_file
+
+    shapes = {"a.weight": (3, 5), "b": (7,), "a_long_name.of_a.tensor": (2, 2, 2)}
+    save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, tmp_path / "f", {"format": "pt"})
+    parts = [Part.plain(name, shape, "bfloat16") for name, shape in shapes.items()]
+    assert of_file(parts) == (tmp_path / "f").stat().st_size
+
+
+def test_nothing_but_a_configuration_is_needed(tiny_llama, tmp_path):
+    folder = configuration_alone(tiny_llama, tmp_path / "bare")
+    job = job_of(
+        {"causal_lm": {"weights": str(folder)}},
+        {"quantize.gptq": {"samples": 4, "length": 32, "group_size": 32}},
+        {"adapt.lora": {"data": "no_such_file.jsonl", "max_steps": 3}},
+        tasks=[
+            "size",
+            {"perplexity": {"limit": 8}},
+            {"lm_eval": {"tasks": ["pydoc_continuation"], "limit": 4}},
+            "speed",
+        ],
+    )
+    made = planning.plan(job)
+    assert [stage.name for stage in made.stages] == job.stage_names
+    assert made.seconds
+    assert all(stage.bytes_on_disk and stage.peak_of_tasks for stage in made.stages)
+    assert not made.misfits
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("meta-llama/Llama-3.2-1B", 1.24), ("meta-llama/Llama-3.1-8B", 8.03), ("meta-llama/Llama-3.1-70B", 70.6)],
+)
+def test_models_of_the_hub_are_foretold_from_configurations_kept_here(name, billions):
+    assert sketch_of(name, "bfloat16").parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize("word", ["quantize.gptq", "quantize.awq", "prune.wanda", "prune.sparsegpt"])
+def test_gradients_of_the_loss_are_foretold_as_more_work_and_the_same_files(word):
+    sketch = sketch_of("meta-llama/Llama-3.2-1B", "bfloat16")
+    plain, weighed = (plugin.build({word: {"hessian": h}}).foresee(sketch) for h in ("inputs", "loss"))
+    assert plain[0] == weighed[0]
+    assert sum(plain[1].operations.values()) < sum(weighed[1].operations.values())
+
+
+def test_a_model_that_nobody_knows_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no built-in word"):
+        sketch_of("nothing", "bfloat16")
+    with pytest.raises(UserError, match="the hub does not give it"):
+        sketch_of("owner/name", "bfloat16")
+
+
+def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_path, monkeypatch):
+    folder = configuration_alone(tiny_llama, tmp_path / "bare")
+    lora = {"adapt.lora": {"data": "pydoc", "max_steps": 3, "per_device_train_batch_size": 8, "max_length": 512}}
+    job = job_of({"causal_lm": {"weights": str(folder)}}, lora)
+    needed = [d.peak_of_step or 0 for d in planning.plan(job).stages][1] + planning.LIBRARIES
+    halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert next(job.steps[0].smaller()) == halved
+    monkeypatch.setattr(planning, "_memory", lambda device: needed - 1)
+    (misfit,) = planning.plan(job).misfits
+    assert "adapt.lora.per_device_train_batch_size=4 adapt.lora.gradient_accumulation_steps=2" in misfit.cure
+    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES // 2)
+    assert "no setting of it fits" in planning.plan(job).misfits[0].cure
+
+
+def test_a_plan_reads_on_a_terminal_and_as_data(tiny_llama, tmp_path, monkeypatch):
+    folder = configuration_alone(tiny_llama, tmp_path / "bare")
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        f"model: {{causal_lm: {{weights: {folder}}}}}\nsteps: [quantize.bnb]\nevaluate: [size, perplexity]\n"
+    )
+    shown = CliRunner().invoke(cli.app, ["plan", str(file)])
+    assert shown.exit_code == 0, shown.output
+    assert "1-quantize.bnb" in shown.output
+    data = json.loads(CliRunner().invoke(cli.app, ["plan", str(file), "--json"]).output)
+    assert data["stages"][1]["bytes_on_disk"] < data["stages"][0]["bytes_on_disk"]
+    monkeypatch.setattr(planning, "_memory", lambda device: 1)
+    refused = CliRunner().invoke(cli.app, ["plan", str(file)])
+    assert refused.exit_code == 2
+    assert "WILL NOT FIT" in refused.output
+    assert json.loads(json.dumps(llmq.plan(str(file)).plain()))["stages"] == data["stages"]
+
+
+def test_work_of_several_parts_adds_time_and_takes_the_highest_memory():
+    both = Work(3, {"copy": 2.0}, 1.0).plus(Work(5, {"copy": 1.0, "float32": 4.0}, 0.5, unknown="why"))
+    assert (both.memory, both.operations, both.seconds, both.unknown) == (5, {"copy": 3.0, "float32": 4.0}, 1.5, "why")
+    assert rates.seconds_of(both, {"copy": 1.0}) is None
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured_in_two_seconds():
+    found = MEASURE(["float32", "bfloat16", "float32-vector", "conv-float32"], "cpu")
+    assert set(found) == {"float32", "bfloat16", "float32-vector", "conv-float32", "copy"}
+    assert all(rate > 0 for rate in found.values())
+
+
+def test_durations():
+    assert [planning.duration(s) for s in (None, 3.2, 600, 9000)] == ["unknown", "3 s", "10 min", "2.5 h"]
+
+
+def test_nf4_of_a_matrix_is_half_a_byte_a_weight_and_its_scales():
+    part = packing.nf4(Part.plain("w.weight", (1024, 1024), "bfloat16", "linear"), "nf4", True, "bfloat16")
+    assert part.opened == 2**20 // 2 + 2**20 // 64 + 4 * (2**20 // 64 // 256) + 4 * (256 + 16 + 1)
+
+
+@pytest.mark.parametrize("name", recipe.names("recipes"))
+def test_every_bundled_recipe_is_foretold(name):
+    if name == "vision/rock-drsrd1":
+        pytest.skip("its data is not bundled; its steps are known when that is read")
+    made = planning.plan(recipe.load(name, checked=False))
+    assert made.seconds, [stage.unknown for stage in made.stages]
+    assert all(stage.bytes_on_disk for stage in made.stages)
+
+
+def test_a_run_is_refused_with_a_cure_before_anything_is_loaded(tiny_llama, tiny_jsonl, tmp_path, monkeypatch, capsys):
+    job = {
+        "model": {"causal_lm": {"weights": str(tiny_llama)}},
+        "steps": [{"adapt.lora": {"data": str(tiny_jsonl), "max_steps": 1, "max_length": 64}}],
+        "evaluate": ["size"],
+    }
+    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES)
+    monkeypatch.setattr(pipeline, "bring", lambda *_: pytest.fail("the base was brought"))
+    with pytest.raises(UserError, match=r"1-adapt.lora: .* no setting of it fits: .*; --force goes on"):
+        api.run(job, out=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_report_sets_what_was_foretold_beside_what_was_measured(tiny_llama, tmp_path, monkeypatch, capsys):
+    job = {
+        "model": {"causal_lm": {"weights": str(tiny_llama)}},
+        "steps": [{"quantize.rtn": {"group_size": 32}}],
+        "evaluate": ["size", {"speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3}}],
+    }
+    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES)
+    report = api.run(job, out=tmp_path / "run", force=True, cache=False)
+    assert report.foretold
+    told = dict(foretold.lines(report))
+    assert "(1.00x)" in told["1-quantize.rtn"].split(";")[0]
+    assert set(told) == {"0-base", "1-quantize.rtn", "all stages"}
+    assert "Foretold and measured" in (tmp_path / "run" / "report.md").read_text()
+    assert Report.read(tmp_path / "run").foretold
+    assert "will not fit" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_foretold_goes_on(monkeypatch, capsys, tmp_path):
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such network")
+
+    monkeypatch.setattr(planning, "plan", fails)
+    assert planning.before_run(job_of({"edsr": {}}), tmp_path, force=False) is None
+    assert "not foretold: " in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""llmq search: the allotment is exact, no budget is exceeded, the recipe is an ordinary one."""
+
+import ctypes
+import itertools
+import json
+import random
+import re
+
+import pytest
+import torch
+import yaml
+from helpers import CPU, base_of, logits_of, reshaped, some_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import llmq
+from llmq import plugin, searching
+from llmq.cli import app
+from llmq.errors import UserError
+from llmq.matrix import allotment
+from llmq.matrix.allotment import allot
+from llmq.matrix.grid import round_to_nearest
+from llmq.searching import Budget, Found, budget_bytes, modules_of, within_bytes, within_kl
+from llmq.text import end_check, sensitivity
+from llmq.text.grids import Grid
+from llmq.text.sensitivity import table_of
+
+CALIBRATION = {"samples": 4, "length": 64, "hessian": "loss"}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+parts = st.lists(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 1000)), min_size=1, max_size=4), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(parts, st.integers(0, 4000))
+def test_the_allotment_is_the_best_of_all_that_fit(parts, budget):
+    costs, sizes = ([[choice[i] for choice in part] for part in parts] for i in (0, 1))
+    taken = allot(costs, sizes, budget)
+    every = itertools.product(*(range(len(part)) for part in parts))
+    fitting = [c for c in every if sum(sizes[i][j] for i, j in enumerate(c)) <= budget]
+    if not fitting:
+        assert taken is None
+        return
+    assert tuple(taken) in fitting
+    best = min(sum(costs[i][j] for i, j in enumerate(c)) for c in fitting)
+    assert sum(costs[i][j] for i, j in enumerate(taken)) <= best + 1e-5 * (best + max(map(max, costs)))
+
+
+def test_what_the_solver_prints_is_no_answer(capfd):
+    with allotment._printing_to_stderr():
+        ctypes.CDLL(None).puts(b"of the library")
+    print("an answer")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("an answer\n", "of the library\n")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tmp_path_factory):
+    """A model of 3 blocks with head and embeddings in one."""
+    folder = tmp_path_factory.mktemp("search") / "model"
+    return base_of(reshaped(tiny_llama, folder, num_hidden_layers=3, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="module")
+def table(base):
+    return table_of(base, plugin.build({"quantize.gptq": CALIBRATION}), 0, "cpu")
+
+
+def built(found, base, folder, **settings):
+    """The stage of a choice, by the recipe that a person would read; rounded to nearest, which has the same bytes."""
+    plain = searching.recipe_of(found, {"causal_lm": {}}, {}, [], 0)["steps"][0]["quantize.gptq"]
+    folder.mkdir()
+    return plugin.build({"quantize.rtn": {"mse": False, **plain, **settings}}).apply(base, folder, CPU)
+
+
+def test_fifty_random_budgets_are_never_exceeded(base, table, tmp_path):
+    most = table.rest + sum(map(max, table.sizes.values()))
+    draw, closest = random.Random(0), 0.0
+    for i in range(50):
+        budget = draw.randint(table.least, most - most // 50)
+        found = within_bytes(table, budget)
+        stage = built(found, base, tmp_path / str(i))
+        assert stage.bytes_on_disk <= found.bytes <= budget
+        closest = max(closest, stage.bytes_on_disk / budget)
+    assert closest > 0.97
+
+
+def test_a_budget_below_the_least_is_refused_with_the_least(table):
+    with pytest.raises(UserError, match="smallest stage has"):
+        within_bytes(table, table.least - 1)
+    assert within_bytes(table, table.least).bytes == table.least
+
+
+def test_more_bytes_never_cost_more_and_a_divergence_is_met_by_as_few_as_needed(table):
+    budgets = [int(table.least * (1 + i / 8)) for i in range(6)]
+    costs = [within_bytes(table, budget).kl for budget in budgets]
+    assert costs == sorted(costs, reverse=True)
+    found = within_kl(table, costs[2])
+    assert found.kl <= costs[2] * (1 + 1e-6)
+    assert found.bytes <= budgets[2]
+
+
+def test_costs_fall_with_bits_and_the_kept_table_is_reused(base, table, monkeypatch):
+    for name, costs in table.costs.items():
+        assert all(cost >= 0 for cost in costs)
+        by_bits = {(g.bits, g.group_size): cost for g, cost in zip(table.grids[name], costs, strict=True) if g}
+        assert by_bits[2, 32] > by_bits[3, 32] > by_bits[4, 32] > by_bits[8, 64] > costs[-1] == 0
+    monkeypatch.setattr(sensitivity, "sensitivities", None)
+    again = table_of(base, plugin.build({"quantize.gptq": CALIBRATION}), 0, "cpu")
+    assert again.costs == table.costs
+    with pytest.raises(TypeError):  # another seed, other windows, another table
+        table_of(base, plugin.build({"quantize.gptq": CALIBRATION}), 1, "cpu")
+
+
+def test_a_cost_that_is_foretold_too_high_is_corrected_by_what_is_measured(base, monkeypatch):
+    monkeypatch.setattr(end_check, "ALONE", 2)
+    source = base.model.skeleton(base, "cpu")
+    layers = [name for block in source.blocks for name in source.linears(block)]
+    rounded = {name: round_to_nearest(source.tensor(f"{name}.weight").float(), 2, 32, True).weight() for name in layers}
+    costs = {name: 1e-3 * (1 + i) for i, name in enumerate(layers)}
+    costs[layers[3]] = 5.0
+    windows = some_ids(2, 40).tolist()
+    factors = end_check.corrections(source, rounded.__getitem__, costs, windows)
+    assert set(factors) == set(layers)
+    own = base.model.open(base, "cpu").module
+    ids = torch.tensor(windows)
+    p = logits_of(own, ids).float().log_softmax(-1)
+    for group in [[layers[3]], [name for name in layers if name.endswith("q_proj")]]:
+        before = {name: own.get_submodule(name).weight.data for name in group}
+        for name in group:
+            own.get_submodule(name).weight.data = rounded[name].to(own.dtype)
+        q = logits_of(own, ids).float().log_softmax(-1)
+        for name, weight in before.items():
+            own.get_submodule(name).weight.data = weight
+        measured = float((p.exp() * (p - q)).sum(-1).mean())
+        expected = min(30, max(1 / 30, measured / sum(costs[name] for name in group)))
+        assert factors[group[0]] == pytest.approx(expected, rel=0.05)
+    assert factors[layers[3]] == pytest.approx(1 / 30)
+
+
+def test_patterns_name_each_layer_and_its_grid():
+    grids = {f"model.layers.{i}.mlp.down_proj": Grid(bits=8 if i in (1, 11) else 4) for i in range(12)}
+    grids |= {f"model.layers.{i}.mlp.up_proj": None if i == 1 else Grid(bits=3, group_size=32) for i in range(12)}
+    modules = modules_of(Found(grids, 0, 0.0), Grid())
+    assert len(modules) == 3
+    for name, grid in grids.items():
+        settings = next((its for pattern, its in modules.items() if re.search(pattern, name)), {})
+        assert settings == ("skip" if grid is None else {k: v for k, v in grid.model_dump().items() if k in settings})
+        assert settings or grid == Grid()
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        ({}, "no budget: name one of"),
+        ({"size": "0.4x", "bits": 4.0}, "--size and --bits: name one of"),
+        ({"bits": -1.0}, "--bits -1.0: a number above 0"),
+        ({"kl": 0.0}, "--kl 0.0: a number above 0"),
+    ],
+)
+def test_a_budget_is_one_number(asked, wrong):
+    with pytest.raises(UserError, match=re.escape(wrong)):
+        Budget(**asked)
+
+
+def test_sizes_are_shares_and_bytes(base):
+    assert budget_bytes("0.5x", base) == base.bytes_on_disk // 2
+    assert budget_bytes("100MB", base) == 10**8
+    assert budget_bytes("1.5 GiB", base) == 3 * 2**29
+    for wrong in "x", "many", "0x", "-3MB", "5 parsecs":
+        with pytest.raises(UserError, match="share of the base"):
+            budget_bytes(wrong, base)
+
+
+def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(base, tmp_path):
+    asked = [
+        "search",
+        str(base.weights),
+        "--size",
+        "0.6x",
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    asked += ["--json", "perplexity.limit=2", "divergence.windows=2"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["bytes_on_disk"] <= told["foretold_bytes"] <= told["budget_bytes"] == int(0.6 * base.bytes_on_disk)
+    assert told["foretold_kl"] > 0
+    recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text())
+    assert recipe["steps"][0]["quantize.gptq"]["modules"]
+    again = llmq.run(tmp_path / "r" / "recipe.yaml", out=tmp_path / "again")
+    name = again.stages[-1]["folder"]
+    for file in (tmp_path / "r" / name).glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / name / file.name).read_bytes()
+
+
+def test_a_divergence_that_was_foretold_too_low_is_tried_again(base, tmp_path, monkeypatch):
+    aims = []
+
+    def aimed(table, aim):
+        aims.append(aim)
+        return within_kl(table, aim)
+
+    monkeypatch.setattr(searching, "within_kl", aimed)
+    monkeypatch.setattr(searching.Searched, "told", {"bytes_on_disk": 1, "kl_upper": 2e-3})
+    asked = {"samples": 2, "length": 32, "out": tmp_path / "r"}
+    llmq.search(base.weights, {"perplexity.limit": 1, "divergence.windows": 1}, kl=1e-3, **asked)
+    assert aims == pytest.approx([1e-3, 0.475e-3, 0.225625e-3])
+    assert (tmp_path / "r-3" / "recipe.yaml").is_file()
