@@ -71,7 +71,7 @@ class Distill(Step[ImageModel]):
         training = training.set_by(self, artifact, context).lasting(self.max_steps, WARMUP)
         noted = {
             "teacher": "0-base",
-            "loss": self.loss,
+            "distance": self.loss,
             "loss_unit": unit,
             "learning_rate": self.learning_rate,
             "batch_size": self.batch_size,

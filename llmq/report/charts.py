@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
-from llmq.report.drawing import INK, as_svg, blank, colours_of, plain_text
+from llmq.report.drawing import INK, as_svg, blank, colours_of, legend, plain_text
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -33,20 +33,27 @@ def _trade_off(report: "Report", metrics: Sequence[str], factor: float, axis: st
     """Quality against another figure, a point a stage, and the front of the stages that no other one beats in both."""
     others, _ = _of(report, metrics)
     quality, metric = _of(report, QUALITY)
-    both = [s for s in others if s in quality]
+    both = [s for s in report.measured if s in others and s in quality]
     if len(both) < 2:
         return ""
     figure, axes = blank(3.2)
     colours, better = colours_of(report), next(iter(quality.values()))["better"]
     points = {s: (others[s]["value"] * factor, quality[s]["value"]) for s in both}
-    for i, (name, (x, y)) in enumerate(points.items()):
-        axes.errorbar(x, y, yerr=quality[name]["stderr"], fmt="o", color=colours[name], markersize=7, capsize=3)
-        place = (8, -12 if i % 2 else 5)  # in turn, or the names of similar stages would overlap
-        axes.annotate(name, (x, y), xytext=place, textcoords="offset points", color=colours[name], fontsize=8.5)
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", color=colours[name], markersize=8, label=name)
+        number, dash, _ = name.partition("-")
+        if dash and number.isdigit():  # the legend alone would tell stages apart by colour only
+            axes.annotate(number, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8.5)
     if better != "unknown" and (front := _front(list(points.values()), less, better == "lower")):
         axes.plot(*zip(*front, strict=True), "--", color=INK, lw=1, alpha=0.5, zorder=0)
-    axes.set_xlim(0, 1.3 * max(x for x, _ in points.values()))
+    axes.set_xlim(0, 1.15 * max(x for x, _ in points.values()))
+    errors = [quality[s]["stderr"] or 0.0 for s in both]  # no scale on which noise looks like a difference
+    axes.update_datalim(
+        [(0, y + e) for (_, y), error in zip(points.values(), errors, strict=True) for e in (-error, error)]
+    )
     axes.margins(y=0.2)
+    axes.autoscale_view(scalex=False)
+    legend(figure, axes)
     axes.set_xlabel(axis)
     told = {"higher": "  (↑ higher is better)", "lower": "  (↓ lower is better)"}.get(better, "")
     axes.set_ylabel(f"{metric.replace('_', ' ')}{told}")
@@ -78,7 +85,7 @@ def _training(report: "Report") -> str:
     beside = axes.twinx() if metrics else None
     for stage in trained:
         curves, style = stage["notes"]["training"], {"color": colours[stage["name"]]}
-        axes.plot(*zip(*curves["loss"], strict=True), **style, alpha=0.45, lw=1.2, label=f"{stage['name']}, training")
+        axes.plot(*zip(*curves["loss"], strict=True), **style, alpha=0.7, lw=1.2, label=f"{stage['name']}, training")
         if curves.get("held_out_loss"):
             held_out = zip(*curves["held_out_loss"], strict=True)
             axes.plot(*held_out, "o-", **style, lw=2, label=f"{stage['name']}, held-out")
@@ -91,7 +98,7 @@ def _training(report: "Report") -> str:
     axes.set_ylabel(f"loss, {', '.join(units)}")
     if beside:
         beside.spines["top"].set_visible(False)
+        beside.tick_params(labelsize=8.5)
         beside.set_ylabel(f"held-out {', '.join(metrics)}")
-    # Curves on two scales cross in the middle of the picture, and leave only the right free.
-    axes.legend(frameon=False, fontsize=8.5, loc="center right" if beside else "best")
+    legend(figure, axes)
     return as_svg(figure)

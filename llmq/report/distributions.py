@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmq.judge.protocols import refused
-from llmq.report.drawing import INK, as_svg, blank, colours_of, plain_text
+from llmq.report.drawing import INK, as_svg, blank, colours_of, legend, plain_text
 from llmq.statistics.estimates import FEWEST
 from llmq.statistics.pairing import pairs
 from llmq.types import Measurement, Samples
@@ -73,16 +73,15 @@ def _samples(stages: "Scored", colours: Mapping[str, str], key: "Key") -> str:
         first if others else "",
         base.samples is not None and base.samples.statistic == "exp",
     )
-    panels[0].set_xlabel(f"{key[1].replace('_', ' ')} of a sample{f', {base.unit}' if base.unit else ''}")
+    named = f"{key[1].replace('_', ' ')} of a sample"
+    panels[0].set_xlabel(",\n".join(filter(None, (named, base.unit))))
     panels[0].set_ylabel(f"samples (n = {base.n:,})")
     if differences:
         _histogram(panels[1], differences, colours)
         panels[1].axvline(0, color=INK, lw=1, ls=":")
-        panels[1].set_xlabel(f"less {first}, in pairs")
+        panels[1].set_xlabel(f"less {first},\nin pairs")
     if len(having) > 1:
-        figure.legend(
-            *panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper left", ncols=3
-        )
+        legend(figure, panels[0])
     return as_svg(figure)
 
 
@@ -129,10 +128,10 @@ def _porosity(stages: "Scored", colours: Mapping[str, str]) -> str:
         return ""
     figure, axes = blank(3.6)
     ends = [min(truth), max(truth)]
-    axes.plot(ends, ends, "--", color=INK, lw=1, alpha=0.5)
+    axes.plot(ends, ends, "--", color=INK, lw=1, alpha=0.7, label="the truth")
     for name, of_stage in shares.items():
         axes.plot(truth, of_stage, "o", color=colours[name], ms=5, alpha=0.8, label=name)
     axes.set_xlabel("porosity of the true slice, %")
     axes.set_ylabel("porosity after Otsu, %")
-    axes.legend(frameon=False, fontsize=8)
+    legend(figure, axes)
     return as_svg(figure)

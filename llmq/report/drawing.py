@@ -15,7 +15,7 @@ def plain_text() -> Any:
     import matplotlib
 
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    return matplotlib.rc_context({"text.parse_math": False, **dict.fromkeys(keys, INK)})
+    return matplotlib.rc_context({"text.parse_math": False, "axes.labelsize": 9, **dict.fromkeys(keys, INK)})
 
 
 def colours_of(report: "Report") -> dict[str, str]:
@@ -28,12 +28,17 @@ def blank(height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, or an array of axes side by side; all as wide as one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, height), layout="constrained")
+    figure = Figure(figsize=(4.4, height), layout="constrained")
     axes = figure.subplots(1, columns)
     for each in figure.axes:
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(labelsize=8.5)
     return figure, axes
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """Name what the axes show, above them, where no name covers a point."""
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside upper left", ncols=2)
 
 
 def as_svg(figure: Any) -> str:

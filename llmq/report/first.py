@@ -4,15 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.judge.protocols import SIZE, SPEED
-from llmq.report.facts import sentence
+from llmq.judge.protocols import QUALITY, SIZE, SPEED
 from llmq.report.numbers import number, scaled, set_beside
 
 if TYPE_CHECKING:
     from llmq.report import Report
 
-QUALITY = ("psnr_gain", "psnr", "map", "top1", "top1_agreement", "frechet_distance", "token_perplexity", "acc")
-"""The figure of quality that a kind of model lives by; the first that was measured counts."""
 CARDS: Mapping[str, Sequence[str]] = {"Size": (SIZE,), "Quality": QUALITY, "Speed": SPEED}
 
 
@@ -25,7 +22,7 @@ class Card:
     value: str
     beside: str
     word: str
-    certainty: str
+    certainty: Sequence[str]
 
 
 def model_of(report: "Report") -> str:
@@ -33,7 +30,8 @@ def model_of(report: "Report") -> str:
     model = report.recipe.get("model") or report.recipe.get("target", "")
     if isinstance(model, Mapping):
         ((word, settings),) = model.items()
-        return str((settings or {}).get("weights") or word)
+        settings = settings or {}
+        return str(settings.get("weights") or " ".join(filter(None, (word, settings.get("architecture")))))
     return str(model)
 
 
@@ -53,16 +51,18 @@ def _short(value: Any) -> str:
 
 
 def origin(report: "Report") -> str:
-    """The run, the data, the date, the machine and the time that the steps took, in one line."""
+    """The recipe, the run, the data, the date, the machine and the time, in one line."""
     about = report.environment
-    seconds = sum(s["seconds"] for s in report.stages)
+    seconds = report.seconds or sum(s["seconds"] for s in report.stages)
     took = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    recipe, threads = (report.foretold or {}).get("recipe"), about.get("threads", "?")
     parts = (
+        f"recipe {recipe}" if recipe else "",
         str(about.get("run", "")).rpartition("/")[2],
         ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"])),
         str(about.get("ended", ""))[:16].replace("T", " "),
-        f"{about.get('processor', 'processor unknown')}, {about.get('threads', '?')} threads",
-        f"the steps took {took}" if len(report.stages) > 1 else "",
+        f"{about.get('processor', 'processor unknown')}, {threads} thread{'' if threads == 1 else 's'}",
+        f"{'all' if report.seconds else 'the steps'} took {took}" if len(report.stages) > 1 or report.seconds else "",
     )
     return " · ".join(filter(None, parts))
 
@@ -78,21 +78,29 @@ def cards(report: "Report", stage: str) -> Iterator[Card]:
             scale, unit = scaled(m["unit"])
             value = f"{number(m['value'] * scale)} {unit}".strip()
             beside = set_beside(c, m["unit"]) if c else ""
-            yield Card(title, metric.replace("_", " "), value, beside, c["verdict"] if c else "", _certainty(m, c))
+            word, certainty = (c["verdict"], _certainty(m, c)) if c else ("", _alone(report, m))
+            yield Card(title, metric.replace("_", " "), value, beside, word, [certainty])
     if report.gate:
-        told = "; ".join(sentence(v) for v in report.gate["rules"])
-        yield Card(
-            "Gate", f"{len(report.gate['rules'])} rules", report.gate["verdict"], "", report.gate["verdict"], told
-        )
+        rules, verdict = report.gate["rules"], report.gate["verdict"]
+        told = [f"{v['verdict']}: {v['rule']}" for v in rules]
+        yield Card("Gate", f"{len(rules)} rule{'' if len(rules) == 1 else 's'}", verdict, "", verdict, told)
 
 
-def _certainty(m: Mapping[str, Any], c: Mapping[str, Any] | None) -> str:
+def _alone(report: "Report", m: Mapping[str, Any]) -> str:
+    """The samples behind a figure that is not compared, and the base where the figure is itself a distance from it."""
+    if m["exact"]:
+        return "counted, not sampled"
+    base = report.measured[0]
+    of_base = {other["metric"] for other in report.measurements if other["stage"] == base}
+    against = "" if m["metric"] in of_base or m["stage"] == base else f", against what {base} answers"
+    return f"n = {m['n']:,}{against}"
+
+
+def _certainty(m: Mapping[str, Any], c: Mapping[str, Any]) -> str:
     """The samples behind a figure, and the number that would settle an undecided one."""
     if m["exact"]:
         return "counted, not sampled"
     n = f"n = {m['n']:,}"
-    if not c:
-        return n
     if c["reason"]:
         return f"{n}; {c['reason']}"
     if c["verdict"] == "undecided" and c["ci95"] and not c["ci95"][0] <= 0 <= c["ci95"][1]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from llmq.judge.comparisons import Comparisons
     from llmq.report import Report
 
+UNDRAWN = FOLDED | {"psnr_gain"}
+"""Metrics that the forest leaves out; a gain over bicubic differs from the base's as the PSNR does."""
 OPENED_BY = {
     "gguf": 'cd SHELL && llama-cli -m model.gguf -p "…"    # llama.cpp',
     "onnx": 'import onnxruntime\nsession = onnxruntime.InferenceSession(PLACE + "/model.onnx")',
@@ -80,7 +82,7 @@ def draw(report: "Report", folder: Path) -> str:
         rows=list(rows(report)),
         legend=LEGEND,
         notes=notes(report),
-        forest=forest.draw(report.measurements, report.comparisons),
+        forest=forest.draw(report.measurements, report.comparisons, UNDRAWN),
         charts=charts.draw(report),
         layers=layers.draw(report, folder),
         distributions=distributions.draw(report, known, FOLDED),
@@ -102,7 +104,7 @@ def draw_comparison(compared: "Comparisons") -> str:
         rows=[_seen(row) for row in compared_rows(compared)],
         legend=COMPARISON_LEGEND,
         notes=visible_within(list(comparison_notes(compared))),
-        forest=forest.draw(told["measurements"], told["comparisons"]),
+        forest=forest.draw(told["measurements"], told["comparisons"], UNDRAWN),
     )
 
 

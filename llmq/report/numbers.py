@@ -5,16 +5,22 @@ from typing import Any
 
 SCALES = {"bytes": (1e-6, "MB"), "parameters": (1e-6, "M")}
 """The factor by which figures of a unit are shown, and the unit that they are shown in."""
-DIFFERENCES = {"dB": (1.0, " dB"), "share": (100.0, " pt"), "": (1.0, "")}
+DIFFERENCES = {"dB": (1.0, " dB"), "share": (100.0, " pt"), "probability": (100.0, " pt"), "": (1.0, "")}
 """Units of which a difference is shown and no ratio: the factor, and the name (pt: percent points)."""
 
 
 def set_beside(comparison: Mapping[str, Any], unit: str) -> str:
     """The ratio to the base, or the difference where a ratio means nothing; either with the 95 % interval."""
-    if unit in DIFFERENCES or comparison["ratio"] is None:
-        factor, name = DIFFERENCES.get(unit, (scaled(unit)[0], ""))
+    plain = difference_of(unit)
+    if plain or comparison["ratio"] is None:
+        factor, name = plain or (scaled(unit)[0], "")
         return f"{signed(comparison['difference'] * factor)}{name}{interval(comparison['ci95'], factor, signed)}"
     return f"{comparison['ratio']:.2f}×{interval(comparison['ratio_ci95'], 1.0, '{:.2f}'.format)}"
+
+
+def difference_of(unit: str) -> tuple[float, str] | None:
+    """The factor and the name of a difference of figures of a unit; None where a ratio says more."""
+    return DIFFERENCES.get("share" if unit.startswith("share ") else unit)
 
 
 def interval(ends: Sequence[float] | None, factor: float, shown: Callable[[float], str]) -> str:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
-from llmq.judge.protocols import HEADLINE, is_size, stored_otherwise
+from llmq.judge.protocols import HEADLINE, SIZE, is_size, stored_otherwise
 from llmq.report.facts import left_out
 from llmq.report.numbers import interval, number, scaled, set_beside, signed
 from llmq.statistics.estimates import FEWEST
@@ -33,10 +34,17 @@ COMPARISON_LEGEND = (
 )
 AGREEMENT = 0.9
 """The share of equal classes below which an image classifier is no longer the one that it was made from."""
+LOST: Mapping[str, tuple[float, float]] = {
+    "token_perplexity": (0, 1.5), "map": (0.9, inf), "top1": (0.9, inf), "acc": (0.9, inf)
+}  # fmt: skip
+"""The least and the greatest ratio to the base within which a worse figure is a price, and beyond it a failure."""
+FLOORS = 2
+"""The Fréchet distance from the base, in distances of two sets of the base's own images, that is a failure."""
 FOLDED = frozenset({
     "bytes_in_memory", "parameters", "nonzeros", "sparse_bytes", "word_perplexity", "byte_perplexity", "latency_p95",
     "peak_memory_of_process", "map75", "map_small", "map_medium", "map_large", "top5", "bicubic_psnr", "bicubic_ssim",
     "bicubic_porosity", "otsu_threshold", "true_otsu_threshold", "bicubic_otsu_threshold",
+    "frechet_distance_other_latents",
 })  # fmt: skip
 """Metrics that matter to few; the page shows them at a click."""
 
@@ -173,27 +181,45 @@ def alarms(report: "Report") -> list[str]:
 
 
 def _useless(report: "Report") -> Iterator[str]:
+    figures = {(m["stage"], m["metric"]): m["value"] for m in report.measurements}
     for m in report.measurements:
         if m["metric"] == "psnr_gain" and m["value"] < 0:
             yield f"BAD: {m['stage']}: its images are {-m['value']:.2f} dB below plain bicubic interpolation"
         if (m["task"], m["metric"]) == ("accuracy", "top1_agreement") and m["value"] < AGREEMENT:
             others = f"{1 - m['value']:.0%} of {m['n']:,} images"
             yield f"BAD: {m['stage']}: it gives another class than the base to {others}"
+        floor = figures.get((m["stage"], "frechet_floor"))
+        from_base = (report.measured[0], "frechet_distance") not in figures
+        if m["metric"] == "frechet_distance" and from_base and floor and m["value"] > FLOORS * floor:
+            seen = f"a Fréchet distance of {number(m['value'])} from the base's"
+            yield f"BAD: {m['stage']}: its images have {seen}, two sets of the base's own {number(floor)}"
+    for c in report.comparisons:
+        least, most = LOST.get(c["metric"], (0, inf))
+        if c["verdict"] == "worse" and c["ratio"] is not None and not least <= c["ratio"] <= most:
+            now, was = (number(figures[name, c["metric"]]) for name in (c["stage"], c["against"]))
+            yield f"BAD: {c['stage']}: {c['task']} {c['metric'].replace('_', ' ')} {now}, of the base {was}"
 
 
 def summary(report: "Report") -> list[str]:
-    """One line an alarm; one line a stage: the ratios to the base that most people look for first."""
-    lines = alarms(report)
-    for name in report.measured[1:]:
-        found: dict[str, str] = {}
-        for c in report.comparisons:
-            if c["stage"] == name and c["metric"] in HEADLINE and c["ratio"] is not None:
-                told = TOLD.get(c["verdict"], c["verdict"])
-                of_size = c["metric"] == "bytes_on_disk" and _stored_otherwise(report, name)
-                told += f"; {of_size}" if of_size else ""
-                found.setdefault(c["metric"], f"{c['metric'].replace('_', ' ')} {c['ratio']:.2f}× ({told})")
-        lines.append(f"{name}: {', '.join(found[m] for m in HEADLINE if m in found) or 'nothing to compare'}")
-    return lines
+    """One line an alarm; one line a stage: the figures beside the base that most people look for first."""
+    return alarms(report) + [f"{name}: {', '.join(_headline(report, name))}" for name in report.measured[1:]]
+
+
+def _headline(report: "Report", name: str) -> list[str]:
+    units = {(m["task"], m["metric"]): m["unit"] for m in report.measurements}
+    base = {m["metric"] for m in report.measurements if m["stage"] == report.measured[0]}
+    found: dict[str, str] = {}
+    for c in report.comparisons:
+        if c["stage"] == name:
+            told = TOLD.get(c["verdict"], c["verdict"])
+            of_size = c["metric"] == SIZE and _stored_otherwise(report, name)
+            told += f"; {of_size}" if of_size else ""
+            found.setdefault(c["metric"], f"{set_beside(c, units[c['task'], c['metric']])} ({told})")
+    for m in report.measurements:  # figures that are themselves distances from the base
+        if m["stage"] == name and m["metric"] not in base:
+            scale, unit = scaled(m["unit"])
+            found.setdefault(m["metric"], f"{number(m['value'] * scale)} {unit} against the base".replace("  ", " "))
+    return [f"{m.replace('_', ' ')} {found[m]}" for m in HEADLINE if m in found] or ["nothing to compare"]
 
 
 def notes(report: "Report") -> list[str]:

@@ -156,8 +156,15 @@ def _torchmetrics(examples: "Sequence[Example]", detections: "Sequence[Detection
     return {name: float(value) for name, value in metric.compute().items() if value.numel() == 1}
 
 
+OVER = 0.4
+"""The overlap from which two drawn boxes are of one object."""
+
+
 def picture(shown: "Sequence[tuple[Example, Detections]]", classes: Sequence[str], shown_from: float) -> bytes:
     """Examples as PNG: the truth in green, detections with a score of `shown_from` and more in orange."""
+    import numpy as np
+
+    from llmq.vision.average_precision import overlap
     from llmq.vision.pictures import panels, png, show
 
     rows = -(-len(shown) // COLUMNS)
@@ -167,9 +174,13 @@ def picture(shown: "Sequence[tuple[Example, Detections]]", classes: Sequence[str
         show(panel, example.image, f"{example.name}: {len(example.boxes)} there, {int(drawn.sum())} found")
         for box, label in zip(example.boxes, example.labels, strict=True):
             _draw(panel, box, _name(classes, label), TRUTH, "bottom")
-        columns = (column[drawn] for column in (detections.boxes, detections.labels, detections.scores))
-        for box, label, score in zip(*columns, strict=True):
-            _draw(panel, box, f"{_name(classes, label)} {score:.2f}", FOUND, "top")
+        best_first = np.argsort(-detections.scores[drawn], kind="stable")
+        columns = (detections.boxes, detections.labels, detections.scores)
+        boxes, labels, scores = (column[drawn][best_first] for column in columns)
+        for i, (box, label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
+            # Of boxes over one object only the best carries its text, or nobody could read it.
+            covered = i and float(overlap(box[None], boxes[:i]).max()) > OVER
+            _draw(panel, box, "" if covered else f"{_name(classes, label)} {score:.2f}", FOUND, "top")
     return png(figure)
 
 
@@ -183,4 +194,8 @@ def _draw(panel: "Axes", box: "ndarray", text: str, colour: str, side: str) -> N
     # matplotlib centres pixels on whole numbers; the edges of boxes lie between pixels.
     x0, y0, x1, y1 = (float(v) - 0.5 for v in box)
     panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
-    panel.text(x0, y0 if side == "bottom" else y1, text, color=colour, fontsize=6.5, va=side, clip_on=True)
+    if text:
+        ground = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 0.6}
+        panel.text(
+            x0, y0 if side == "bottom" else y1, text, color=colour, fontsize=6.5, va=side, clip_on=True, bbox=ground
+        )
