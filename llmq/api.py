@@ -223,6 +223,7 @@ def search(
     size: str | None = None,
     bits: float | None = None,
     kl: float | None = None,
+    perplexity: str | None = None,
     data: Target = "pydoc",
     samples: int = 64,
     length: int = 512,
@@ -236,16 +237,16 @@ def search(
 ) -> "Searched":
     """Find bits and groups for each layer within a budget, write the recipe, run and measure it.
 
-    The budget is one of `size` (`"0.40x"` of the base, `"100MB"`), `bits` a quantized weight, scales included, or `kl`,
-    the divergence from the base in nats a token. `data` is what is calibrated on. The foretold costs are kept in the
-    cache, and serve every budget.
+    The budget is one of `size` (`"0.40x"` of the base, `"100MB"`), `bits` a quantized weight, scales included, `kl`,
+    the divergence from the base in nats a token, or `perplexity` (`"1.05x"` of the base's). `data` is what is
+    calibrated on. The foretold costs are kept in the cache, and serve every budget.
     """
-    from llmq import searching
+    from llmq import budget, searching
     from llmq.overrides import in_order
     from llmq.runs.folder import fresh
 
     trust.given(trust_remote_code)
-    budget = searching.Budget(size, bits, kl)
+    wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
     settings = {"hessian": "loss", "data": os.fspath(data), "samples": samples, "length": length}
     tasks = suite or searching.TASKS
@@ -255,7 +256,7 @@ def search(
         return run(job, out=place, resume=resume, trust_remote_code=trust_remote_code)
 
     return searching.search(
-        run_in, {FAMILY: opened}, budget, settings, tasks, seed, folder, in_order(overrides), device
+        run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device
     )
 
 

@@ -149,6 +149,7 @@ def search(
     size: Annotated[str | None, typer.Option(help="Bytes on disk at most: 0.40x of the base, or 100MB.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits a quantized weight at most, scales included.")] = None,
     kl: Annotated[float | None, typer.Option(help="Divergence from the base at most, in nats a token.")] = None,
+    perplexity: Annotated[str | None, typer.Option(help="Perplexity at most: 1.05x of the base's.")] = None,
     data: Annotated[str, typer.Option(help="A word or path of data to calibrate on.")] = "pydoc",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
@@ -163,7 +164,8 @@ def search(
 ) -> None:
     """Find bits and groups layer by layer within a budget, write them as a recipe, run it, and measure it.
 
-    The costs are foretold once, from the gradient of the loss, and kept in the cache for every other budget.
+    The costs are foretold once, from the gradient of the loss, and kept in the cache for every other budget. A budget
+    of quality is met if the upper end of the 95 % interval is; else the command ends with 1.
     """
     found = api.search(
         model,
@@ -171,6 +173,7 @@ def search(
         size=size,
         bits=bits,
         kl=kl,
+        perplexity=perplexity,
         data=data,
         samples=samples,
         length=length,
@@ -183,11 +186,14 @@ def search(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        typer.echo(to_json({**found.told, "folder": str(found.report.folder)}))
-        return
-    _show(found.report, found.report.folder, as_json)
-    typer.echo(visible(f"recipe: {found.report.folder / 'recipe.yaml'}"))
-    typer.echo(visible(found.line))
+        typer.echo(to_json({**found.told, "met": found.met, "folder": str(found.report.folder)}))
+    else:
+        _show(found.report, found.report.folder, as_json)
+        typer.echo(visible(f"recipe: {found.report.folder / 'recipe.yaml'}"))
+        typer.echo(visible(f"picture: {found.picture}"))
+        typer.echo(visible(found.line))
+    if not found.met:
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")

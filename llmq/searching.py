@@ -7,11 +7,12 @@ An integer program takes the grids that cost least. The recipe is an ordinary on
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq import environment, plugin
-from llmq.artifact import Artifact
+from llmq.budget import Budget
 from llmq.errors import LlmqError, UserError, in_bytes
 from llmq.terminal import say
 from llmq.types import Context
@@ -19,13 +20,11 @@ from llmq.types import Context
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
     from llmq.report import Report
-    from llmq.text.family import LanguageModel
     from llmq.text.grids import Grid
     from llmq.text.sensitivity import Table
 
 TASKS = ["size", {"perplexity": {"limit": 32}}, {"divergence": {"tasks": []}}]
 """The tasks of a search: the bytes of the budget, and the divergence that was foretold, among others."""
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,6 @@ class Found:
     grids: Mapping[str, "Grid | None"]
     bytes: int
     kl: float
-
-
-def budget_bytes(size: str, base: "Artifact[LanguageModel]") -> int:
-    """The bytes that `0.40x` (of the base), `100MB` or `95MiB` stand for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[kmg]i?b)?", size.strip().lower())
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"--size {size!r}: a share of the base such as 0.40x, or bytes such as 100MB")
-    number, unit = float(match[1]), match[2] or ""
-    return int(number * (base.bytes_on_disk if unit == "x" else UNITS[unit]))
 
 
 def within_bytes(table: "Table", budget: int) -> Found:
@@ -109,66 +99,99 @@ def recipe_of(found: Found, model: Mapping[str, Any], settings: Mapping[str, Any
     return {"model": dict(model), "steps": [step], "evaluate": tasks, "seed": seed}
 
 
+PICTURE = "search.svg"
+"""The file of the picture in the folder of the run."""
 TRIES = 3
 """Runs at most for a budget of quality: each aims lower, by what the one before measured."""
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The demand of a search: bytes on disk at most, bits a quantized weight at most, or a divergence at most."""
-
-    size: str | None = None
-    bits: float | None = None
-    kl: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("size", "bits", "kl") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UserError(
-                f"{' and '.join(f'--{name}' for name in given) or 'no budget'}: name one of --size, --bits, --kl"
-            )
-        if any(value is not None and not value > 0 for value in (self.bits, self.kl)):
-            raise UserError(f"--{given[0]} {getattr(self, given[0])}: a number above 0")
-
-    def bytes(self, table: "Table", base: "Artifact[LanguageModel]") -> int | None:
-        """The bytes of the stage at most; None for a budget of quality."""
-        if self.bits is not None:
-            return table.rest + int(self.bits * table.weights / 8)
-        return budget_bytes(self.size, base) if self.size is not None else None
-
-
-@dataclass(frozen=True)
 class Searched:
-    """A search at its end: the report of the last run, the choice that was run, the budget in bytes if it was one."""
+    """A search at its end: the report of the last run, the choice that was run, the budget, and its bytes."""
 
     report: "Report"
     found: Found
-    budget: int | None
-    kl: float | None
+    budget: Budget
+    limit: int | None
 
     @property
-    def told(self) -> dict[str, float | int | None]:
-        """What was foretold, beside what was measured of the last stage."""
+    def told(self) -> dict[str, float | int | bool | None]:
+        """What was foretold, and what was measured of the last stage, with the upper ends of 95 % intervals."""
+        from llmq.statistics.resampling import t_quantile
+
         last = self.report.stages[-1]["name"]
         values = {m["metric"]: m for m in self.report.measurements if m["stage"] == last}
-        kl = values["kl_to_base"]
+        beside = {c["metric"]: c for c in self.report.comparisons if c["stage"] == last}
+        kl, perplexity = values["kl_to_base"], beside.get("token_perplexity", {})
+        spread = None if kl["stderr"] is None or kl["n"] < 2 else t_quantile(0.975, kl["n"] - 1) * kl["stderr"]
         return {
-            "budget_bytes": self.budget,
+            "budget_bytes": self.limit,
             "foretold_bytes": self.found.bytes,
             "bytes_on_disk": values["bytes_on_disk"]["value"],
             "foretold_kl": self.found.kl,
             "kl_to_base": kl["value"],
-            "kl_upper": kl["value"] + 1.96 * (kl["stderr"] or 0.0),
+            "kl_upper": None if spread is None else kl["value"] + spread,
+            "perplexity_ratio": perplexity.get("ratio"),
+            "perplexity_ratio_upper": (perplexity.get("ratio_ci95") or (None, None))[1],
         }
+
+    @property
+    def upper(self) -> float | None:
+        """The upper end of the interval of what the budget limits, in nats a token; None where nothing tells it."""
+        told = self.told
+        if self.budget.perplexity is None:
+            return told["kl_upper"]
+        ratio = told["perplexity_ratio_upper"]
+        return None if ratio is None else log(ratio)
+
+    @property
+    def met(self) -> bool:
+        """True if the bytes, or the upper end of the interval of the quality asked for, lie within the budget."""
+        nats, upper = self.budget.nats, self.upper
+        return nats is None or (upper is not None and upper <= nats)
+
+    @property
+    def picture(self) -> Path:
+        """The picture of the search, in the folder of the run."""
+        return self.report.folder / PICTURE
 
     @property
     def line(self) -> str:
         """The same in words."""
         told = self.told
-        limit = "" if self.budget is None else f", budget {self.budget}"
-        met = "" if self.kl is None else f"; upper end of the interval {told['kl_upper']:.4f}, asked for {self.kl}"
+        limit = "" if self.limit is None else f", budget {self.limit}"
         sizes = f"bytes {told['bytes_on_disk']:.0f} (foretold {told['foretold_bytes']}{limit})"
-        return f"{sizes}, KL {told['kl_to_base']:.4f} (foretold {told['foretold_kl']:.4f}){met}"
+        measured = f"KL {told['kl_to_base']:.4f} (foretold {told['foretold_kl']:.4f})"
+        return f"{sizes}, {measured}{self._asked(told)}"
+
+    def _asked(self, told: Mapping[str, float | int | None]) -> str:
+        if self.budget.nats is None:
+            return ""
+        name, unit = ("kl_upper", "") if self.budget.perplexity is None else ("perplexity_ratio_upper", "x")
+        upper = "unknown" if told[name] is None else f"{told[name]:.4f}{unit}"
+        asked = self.budget.perplexity or self.budget.kl
+        return f"; upper end of the interval {upper}, asked for {asked}: {'met' if self.met else 'MISSED'}"
+
+
+POINTS = 12
+"""Sizes of the front in the picture."""
+
+
+def front_of(table: "Table") -> list[tuple[int, float]]:
+    """Bytes and foretold divergence of the best choices, from the smallest stage to one with hardly a loss."""
+    least, most = table.least, table.rest + sum(max(its[:-1]) for its in table.sizes.values())
+    budgets = [least + (most - least) * i // (POINTS - 1) for i in range(POINTS)]
+    return [(found.bytes, found.kl) for found in (within_bytes(table, budget) for budget in budgets)]
+
+
+def _write_picture(done: Searched, table: "Table") -> None:
+    from llmq.report import searched
+
+    told, grids = done.told, done.found.grids
+    bits = {name: None if grid is None else float(grid.bits) for name, grid in grids.items()}
+    measured = told["bytes_on_disk"] or 0.0, told["kl_to_base"] or 0.0
+    picture = searched.draw(front_of(table), (done.found.bytes, done.found.kl), measured, bits)
+    done.picture.write_text(picture, encoding="utf-8")
 
 
 def search(
@@ -184,8 +207,8 @@ def search(
 ) -> Searched:
     """Find the choice within a budget, `run` its recipe in `out`, and compare.
 
-    A budget of quality is met if the upper end of the interval (95 %) of the measured divergence is; else it is tried
-    again with a lower aim, in `out-2` and `out-3`. Raises `LlmqError` for a stage larger than its budget.
+    A budget of quality is met if the upper end of the measured interval (95 %) is; else it is tried again with a lower
+    aim, in `out-2` and `out-3`. Raises `LlmqError` for a stage larger than its budget.
     """
     from llmq import recipe as recipes
 
@@ -195,7 +218,7 @@ def search(
     step: Any = plugin.build({"quantize.gptq": dict(settings)})
     step.check()
     table = step.foretold(base, context)
-    limit, aim = budget.bytes(table, base), budget.kl or 0.0
+    limit, aim = budget.bytes(table, base), budget.nats or 0.0
     for attempt in range(1, TRIES + 1):
         found = within_kl(table, aim) if limit is None else within_bytes(table, limit)
         say(f"search: {in_bytes(found.bytes)} foretold, KL {found.kl:.4f} nats a token")
@@ -204,11 +227,12 @@ def search(
         for override in overrides:
             recipes.apply_override(source, override)
         folder = out if attempt == 1 else out.with_name(f"{out.name}-{attempt}")
-        done = Searched(run(recipes.parse(source, "search"), folder), found, limit, budget.kl)
-        size, upper = done.told["bytes_on_disk"], done.told["kl_upper"]
+        done = Searched(run(recipes.parse(source, "search"), folder), found, budget, limit)
+        size, upper = done.told["bytes_on_disk"], done.upper
         if limit is not None and size is not None and size > limit:
             raise LlmqError(f"the stage has {size} bytes, and its budget was {limit}; say so to the makers of llmq")
-        if budget.kl is None or upper is None or upper <= budget.kl:
-            return done
-        aim *= 0.95 * budget.kl / upper
+        if done.met or upper is None or budget.nats is None:
+            break
+        aim *= 0.95 * budget.nats / upper
+    _write_picture(done, table)
     return done

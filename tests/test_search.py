@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 import llmq
 from llmq import plugin, searching
+from llmq.budget import Budget, budget_bytes
 from llmq.cli import app
 from llmq.errors import UserError
 from llmq.matrix import allotment
 from llmq.matrix.allotment import allot
 from llmq.matrix.grid import round_to_nearest
-from llmq.searching import Budget, Found, budget_bytes, modules_of, within_bytes, within_kl
+from llmq.report import Report
+from llmq.searching import Found, Searched, modules_of, within_bytes, within_kl
 from llmq.text import end_check, sensitivity
 from llmq.text.grids import Grid
 from llmq.text.sensitivity import table_of
@@ -160,6 +162,7 @@ def test_patterns_name_each_layer_and_its_grid():
         ({"size": "0.4x", "bits": 4.0}, "--size and --bits: name one of"),
         ({"bits": -1.0}, "--bits -1.0: a number above 0"),
         ({"kl": 0.0}, "--kl 0.0: a number above 0"),
+        ({"perplexity": "0.9x"}, "--perplexity '0.9x': a multiple of the base's, above 1"),
     ],
 )
 def test_a_budget_is_one_number(asked, wrong):
@@ -195,6 +198,10 @@ def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(
     told = json.loads(done.stdout)
     assert told["bytes_on_disk"] <= told["foretold_bytes"] <= told["budget_bytes"] == int(0.6 * base.bytes_on_disk)
     assert told["foretold_kl"] > 0
+    assert told["met"]
+    picture = (tmp_path / "r" / "search.svg").read_text()
+    assert "chosen" in picture
+    assert "down_proj" in picture
     recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text())
     assert recipe["steps"][0]["quantize.gptq"]["modules"]
     again = llmq.run(tmp_path / "r" / "recipe.yaml", out=tmp_path / "again")
@@ -203,16 +210,40 @@ def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(
         assert file.read_bytes() == (tmp_path / "again" / name / file.name).read_bytes()
 
 
-def test_a_divergence_that_was_foretold_too_low_is_tried_again(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("budget", [{"kl": 1e-3}, {"perplexity": "1.001x"}], ids=str)
+def test_quality_that_was_foretold_too_good_is_tried_again(budget, base, tmp_path, monkeypatch):
     aims = []
 
     def aimed(table, aim):
         aims.append(aim)
         return within_kl(table, aim)
 
+    told = {"bytes_on_disk": 1, "kl_to_base": 1e-3, "kl_upper": 2e-3, "perplexity_ratio_upper": 1.001**2}
     monkeypatch.setattr(searching, "within_kl", aimed)
-    monkeypatch.setattr(searching.Searched, "told", {"bytes_on_disk": 1, "kl_upper": 2e-3})
+    monkeypatch.setattr(searching.Searched, "told", told)
     asked = {"samples": 2, "length": 32, "out": tmp_path / "r"}
-    llmq.search(base.weights, {"perplexity.limit": 1, "divergence.windows": 1}, kl=1e-3, **asked)
-    assert aims == pytest.approx([1e-3, 0.475e-3, 0.225625e-3])
+    done = llmq.search(base.weights, {"perplexity.limit": 1, "divergence.windows": 1}, **budget, **asked)
+    nats = done.budget.nats
+    assert aims == pytest.approx([nats, 0.475 * nats, 0.225625 * nats])
     assert (tmp_path / "r-3" / "recipe.yaml").is_file()
+    assert not done.met
+
+
+def test_quality_is_met_by_the_upper_end_of_its_interval():
+    def searched(budget, kl_stderr=0.01, n=20, ends=(1.0, 1.04)):
+        measured = {"bytes_on_disk": (1, 0.0), "kl_to_base": (0.04, kl_stderr)}
+        figures = [
+            {"stage": "1", "metric": metric, "value": value, "stderr": stderr, "n": n}
+            for metric, (value, stderr) in measured.items()
+        ]
+        beside = {"stage": "1", "metric": "token_perplexity", "ratio": 1.02, "ratio_ci95": ends}
+        report = Report(2, {}, {}, [{"name": "1"}], figures, [beside], [])
+        return Searched(report, Found({}, 1, 0.04), budget, None)
+
+    assert searched(Budget(kl=0.07)).met
+    assert not searched(Budget(kl=0.06)).met  # 0.04 + 2.09 * 0.01
+    assert not searched(Budget(kl=0.07), n=1).met  # nothing tells how far off one window is
+    assert searched(Budget(perplexity="1.05x")).met
+    assert not searched(Budget(perplexity="1.03x")).met
+    assert not searched(Budget(perplexity="1.05x"), ends=None).met
+    assert "MISSED" in searched(Budget(perplexity="1.03x")).line
