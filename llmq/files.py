@@ -124,7 +124,7 @@ def portable_path(path: Path, folder: Path) -> str:
 CARD = "README.md"
 """The model card of a stage, which people edit."""
 LAYERS = "layers.json"
-"""The facts about each layer that a step changed: bits, error, share of zeros."""
+"""The facts about each layer that a step changed: bits, error, share of zeros, share of channels taken out."""
 BESIDE = (
     LAYERS,
     "artifact.json",

@@ -5,7 +5,6 @@ Settings may differ by layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip
 
 import re
 from collections.abc import Iterable, Mapping
-from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
@@ -144,14 +143,11 @@ class LayerChange(Generic[By]):
         return None
 
     def facts(self, layer: str, before: "Tensor", made: "Tensor", total: "Tensor | None") -> dict[str, object]:
-        """The facts about a changed layer for `layers.json`: bits, the error and what it is of, the share of zeros.
+        """The facts about a changed layer for `layers.json` (`matrix.layer_error`).
 
         `total` is the sum over the inputs of the layer; a layer that no token reached is judged by its weights.
         """
-        from llmq.matrix.layer_error import layer_error
+        from llmq.matrix.layer_error import layer_facts
 
         reached = total if total is not None and self.gathers != "magnitudes" and bool(total.any()) else None
-        error, zeros = layer_error(before, made, reached), 1 - int(made.count_nonzero()) / made.numel()
-        shown = {"error": error, "zeros": zeros} if isfinite(error) else {"zeros": zeros}
-        facts = {name: float(f"{value:.3g}") for name, value in shown.items()}
-        return {"bits": self.bits(layer), "error_of": "weights" if reached is None else "outputs", **facts}
+        return layer_facts(before, made, self.bits(layer), reached)

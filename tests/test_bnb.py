@@ -1,9 +1,13 @@
 """bitsandbytes: what is saved is what is opened, by us and by plain transformers, and gradients stay true."""
 
+import json
+
 import pytest
 import torch
 from helpers import apply, base_of, logits_of, reshaped, some_ids
 
+from llmq.files import LAYERS
+from llmq.matrix.layer_error import OUTPUTS
 from llmq.text.bnb_layers import is_packed, is_packed_for_cpu, keep_unpacked, layers_4bit, weight_of
 
 KINDS = [
@@ -26,6 +30,21 @@ def test_a_saved_stage_reopens_to_the_same_logits_here_and_in_plain_transformers
     assert torch.equal(ours, plain)
     with base_of(tiny_llama).open("cpu") as loaded:
         assert not torch.equal(ours, logits_of(loaded.module, ids)), "quantization changed nothing"
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_the_error_of_each_layer_is_that_of_the_opened_weights(tiny_llama, tmp_path, settings):
+    stage = apply("quantize.bnb", base_of(tiny_llama), tmp_path / "q", **settings)
+    facts = json.loads((stage.weights / LAYERS).read_text())
+    with stage.open("cpu") as loaded, base_of(tiny_llama).open("cpu") as before:
+        for name, its in facts.items():
+            made = weight_of(loaded.module.get_submodule(name)).float()
+            was = before.module.get_submodule(name).weight.float()
+            chosen = torch.linspace(0, len(was) - 1, min(OUTPUTS, len(was))).long()
+            error = float((made - was)[chosen].norm() / was[chosen].norm())
+            assert its["bits"] == settings["bits"]
+            assert its["error"] == pytest.approx(error, rel=0.02)
+        assert len(facts) == len(list(filter(is_packed, loaded.module.modules())))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)

@@ -1,5 +1,6 @@
 """prune.channels: what goes goes everywhere, what cannot go stays, and what is left says what it said before."""
 
+import json
 from collections.abc import Callable
 from math import lcm
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
+from llmq.files import LAYERS
 from llmq.prune.channels import nothing
 from llmq.prune.channels.cuts import figures, least_important
 from llmq.vision.family import ImageModel
@@ -230,6 +232,9 @@ def test_ratio_rounding_and_exceptions_by_name(tmp_path):
     assert widths(made) == {"first": 4, "wide": 48, "narrow": 4, "depthwise": 48, "expand": 48}
     assert made.notes["left"]["squeeze"] == "modules: skip"
     assert "network's output" in made.notes["left"]["head"]
+    removed = {name: its["removed"] for name, its in json.loads((made.weights / LAYERS).read_text()).items()}
+    assert removed == {"first": 0.75, "wide": 0.25, "narrow": 0.75, "depthwise": 0.25, "squeeze": 0, "expand": 0.25,
+                       "head": 0}  # fmt: skip
 
 
 def test_the_scale_of_a_batch_norm_can_decide(tmp_path):

@@ -1,5 +1,6 @@
 """Float16, int8 weights and full int8 of image models: what they write, what they refuse."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from llmq import plugin, recipe
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
+from llmq.files import LAYERS
 from llmq.guarded.weights import weight_files
 from llmq.openvino_runtime import core, openvino
 from llmq.quantize.int8 import ignored_names
@@ -86,6 +88,16 @@ def test_a_stage_is_smaller_and_says_nearly_the_same(heads, made, word, smaller,
         assert 0 < relative_error(found, truth) < error
     assert all(0 < e < error for e in stage.notes["relative_error"])
     assert all(k > 0.97 for k in stage.notes["variance_kept"])
+
+
+@pytest.mark.parametrize(("word", "bits"), [("quantize.float16", 16), ("quantize.dynamic", 8), ("quantize.int8", 8)])
+def test_the_error_of_each_layer_is_kept_beside_the_graph(made, word, bits):
+    facts = json.loads((made[word].weights / LAYERS).read_text())
+    layers = [n for n, m in Heads().network().named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sorted(facts) == sorted(layers)
+    for its in facts.values():
+        assert its["bits"] == bits
+        assert 0 < its["error"] < (1e-3 if bits == 16 else 0.03)
 
 
 @pytest.mark.parametrize("word", STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ def layer_error(weight: Tensor, made: Tensor, gram: Tensor | None = None) -> flo
     before = weight[chosen].float()  # (chosen, inputs)
     squares = [_square(part, gram) for part in (before - made[chosen].to(before), before)]
     return (squares[0] / squares[1]) ** 0.5 if squares[1] > 0 else float("inf") if squares[0] > 0 else 0.0
+
+
+def layer_facts(before: Tensor, made: Tensor, bits: int | None, gram: Tensor | None = None) -> dict[str, object]:
+    """The facts about a changed layer for `layers.json`: bits, the error and what it is of, the share of zeros.
+
+    Weights are `[outputs, inputs]`, `gram` is as in `layer_error`. An infinite error is left out.
+    """
+    shown = {"error": layer_error(before, made, gram), "zeros": 1 - int(made.count_nonzero()) / made.numel()}
+    facts = {name: float(f"{value:.3g}") for name, value in shown.items() if isfinite(value)}
+    return {"bits": bits, "error_of": "weights" if gram is None else "outputs", **facts}
 
 
 def _square(rows: Tensor, gram: Tensor | None) -> float:

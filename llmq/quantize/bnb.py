@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError, first_line
+from llmq.files import LAYERS, write_json
 from llmq.text.bnb_layers import is_packed
 from llmq.text.family import LanguageModel
 from llmq.types import Context, Step
@@ -77,6 +78,7 @@ class Bnb(Step[LanguageModel]):
         module = load_causal_lm(artifact.weights, artifact.model.dtype, context.device, quantization_config=config)
         notes = self._checked(module, artifact.weights, is_packed)
         save(module, folder)
+        write_json(folder / LAYERS, _facts(module, artifact.weights, self.bits))
         copy_tokenizer(artifact.weights, folder)
         return artifact.then(self, weights=folder, packed=True, notes=notes), _meant(artifact.model, module)
 
@@ -113,6 +115,32 @@ class Bnb(Step[LanguageModel]):
             )
         layers = sum(packs(layer) for _, layer in inside)
         return {"quantized_layers": layers, "changed_share": round(packed / total, 4)}
+
+
+def _facts(module: "PreTrainedModel", weights: Path, bits: int) -> dict[str, dict[str, object]]:
+    """The facts about each packed layer beside the float weights in the files; to be taken before any answer.
+
+    An answer packs 4-bit weights anew.
+    """
+    from safetensors import safe_open
+    from transformers.pytorch_utils import Conv1D
+
+    from llmq.matrix.layer_error import layer_facts
+    from llmq.text.bnb_layers import weight_of
+    from llmq.text.names import stored
+
+    files = stored(weights, module)
+    facts = {}
+    for name, layer in module.named_modules():
+        if is_packed(layer) and f"{name}.weight" in files:
+            file, key = files[f"{name}.weight"]
+            with safe_open(file, "pt") as opened:
+                before = opened.get_tensor(key)
+            if issubclass(getattr(layer, "source_cls", object), Conv1D):
+                before = before.t()  # [inputs, outputs] in files
+            made = weight_of(layer)
+            facts[name] = layer_facts(before.to(made.device), made, bits)
+    return facts
 
 
 def _meant(model: LanguageModel, module: "PreTrainedModel") -> "Meant":

@@ -1,4 +1,4 @@
-"""The layers of a stage as maps, a column a block: bits, error, and the share of zeros."""
+"""The layers of a stage as maps, a column a block: bits, error, the shares of zeros and of channels taken out."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def draw(report: "Report", folder: Path) -> dict[str, str]:
 def _maps(facts: Facts, pruned: bool) -> Iterator[tuple[str, str]]:
     bits = {its["bits"] for its in facts.values()}
     same = f", {next(iter(bits))} bits each" if len(bits) == 1 and None not in bits else ""
-    of = " and ".join(sorted({str(its["error_of"]) for its in facts.values()}))
+    of = " and ".join(sorted({str(its["error_of"]) for its in facts.values() if "error_of" in its}))
     for key, title in (
         (
             "error",
@@ -47,6 +47,7 @@ def _maps(facts: Facts, pruned: bool) -> Iterator[tuple[str, str]]:
         ),
         *((("bits", "bits of a weight"),) if len(bits) > 1 else ()),
         *((("zeros", "share of weights that are zero"),) if pruned else ()),
+        ("removed", "share of the output channels of each layer that were taken out"),
     ):
         values = {name: float(its[key]) for name, its in facts.items() if its.get(key) is not None}
         if values:

@@ -13,13 +13,13 @@ import torch
 from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
-from llmq.files import bytes_of
+from llmq.files import LAYERS, bytes_of, write_json
 from llmq.guarded.weights import weight_files
 from llmq.openvino_runtime import DEVICE, GRAPH, PRECISION, core, openvino, quietly, write_graph
 from llmq.types import Step
 from llmq.vision import apart
 from llmq.vision.exported import ExportedModule, constants
-from llmq.vision.graph_layers import restore_names
+from llmq.vision.graph_layers import facts_of, restore_names
 from llmq.vision.likeness import Likeness, in_order_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def quantized_stage(
         for file in weight_files(folder):  # a refused graph is no stage
             file.unlink()
         raise
+    write_json(folder / LAYERS, facts_of(graph, core().read_model(folder / GRAPH)))  # float16 is made on writing
     about = {"format": "OpenVINO IR", "openvino": library_version("openvino"), "device": DEVICE}
     notes = {**about, "compute_dtype": compute_dtype, **notes, **facts}
     return artifact.then(step, weights=folder, runtime="openvino", packed=True, notes=notes)

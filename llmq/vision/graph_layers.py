@@ -1,4 +1,4 @@
-"""The layers of a network in the exported graph: their names, and the layers that the input does not reach."""
+"""The layers of a network in the exported graph: their names, their weights, and the layers that no input reaches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from llmq.matrix.layer_error import layer_facts
 from llmq.vision.exported import users
 
 if TYPE_CHECKING:
-    from openvino import Model
+    from openvino import Model, Node
 
 MODULE = "__module."
 """The prefix of the names of operations that come from a module's layers."""
@@ -43,6 +44,46 @@ def restore_names(graph: Model, module: Module) -> None:
             if layer is not None:
                 del layers[layer]
                 operation.set_friendly_name(f"{MODULE}{layer}/{kind}")
+
+
+def facts_of(before: Model, made: Model) -> dict[str, dict[str, object]]:
+    """The facts about each layer of a graph beside the same layer of the graph that it was made of.
+
+    Layers whose weights are computed in the graph are left out.
+    """
+    known = _weights(before)
+    facts = {}
+    for name, (weight, bits) in _weights(made).items():
+        if name in known and known[name][0].shape == weight.shape:
+            facts[name] = layer_facts(known[name][0], weight, bits)
+    return facts
+
+
+def _weights(graph: Model) -> dict[str, tuple[Tensor, int]]:
+    """The weight `(outputs, numbers)` of each layer, and the bits of a stored number."""
+    found = {}
+    for operation in graph.get_ordered_ops():
+        kind, name = operation.get_type_name(), operation.get_friendly_name()
+        decoded = _decoded(operation.input_value(1).get_node()) if kind in WEIGHTED else None
+        if decoded is not None and decoded[0].ndim > 1:
+            layer = next((layer for _, layer in operations_of([name])), name)
+            found[layer] = _rows(torch.from_numpy(decoded[0]), kind), decoded[1]
+    return found
+
+
+def _decoded(node: Node) -> tuple[np.ndarray, int] | None:
+    """The numbers that a constant stands for, once its scales and zero points are applied, and the bits of one."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return node.data.astype(np.float32), 8 * node.data.itemsize
+    if kind == "Convert":
+        return _decoded(node.input_value(0).get_node())
+    if kind not in ("Multiply", "Subtract"):
+        return None
+    first, second = (_decoded(value.get_node()) for value in (node.input_value(0), node.input_value(1)))
+    if first is None or second is None:
+        return None
+    return (first[0] * second[0] if kind == "Multiply" else first[0] - second[0]), first[1]
 
 
 def _rows(weight: Tensor, kind: str) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
+from llmq.files import LAYERS, write_json
 from llmq.layers import Pattern, settings_of, skip_or
 from llmq.types import Context, Step
 from llmq.vision.family import IMAGE_MODELS, ImageModel
@@ -102,6 +103,8 @@ class Channels(Ratio, Step[ImageModel]):
             after, now = figures(network, example), widths(network)
             save_network(network, folder)
             what = meant(model, network)
+        shares = {name: float(f"{1 - now[name] / width:.3g}") for name, width in was.items()}
+        write_json(folder / LAYERS, {name: {"bits": None, "removed": share} for name, share in shares.items()})
         notes = {
             "input": list(example.shape),
             **{name: [value, after[name]] for name, value in before.items()},
