@@ -8,7 +8,7 @@ at the next look-up, so that no answer to another question is taken.
 import base64
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -21,7 +21,7 @@ from llmq import environment, files, plugin, trust
 from llmq.artifact import Artifact
 from llmq.files import sha256
 from llmq.terminal import say
-from llmq.types import Answer, Attachment, Data, Exhibit, Loaded, Measurement, Task
+from llmq.types import Answer, Attachment, Data, Exhibit, JsonObject, Loaded, Measurement, Task
 
 
 class AnswerCache:
@@ -57,11 +57,11 @@ class AnswerCache:
             raise
 
     @cached_property
-    def _model(self) -> Mapping[str, Any]:
+    def _model(self) -> JsonObject:
         return describe(self.artifact)
 
     @cached_property
-    def _base_model(self) -> Mapping[str, Any]:
+    def _base_model(self) -> JsonObject:
         return describe(self.base)
 
     def score(self, name: str, task: Task) -> Iterator[Answer]:
@@ -113,12 +113,12 @@ class AnswerCache:
             write(facts, answers)
 
 
-def settings(part: Any) -> dict[str, Any]:
+def settings(part: Any) -> JsonObject:
     """A word with all settings, words within the settings included."""
     return {part.word: {"set": plugin.to_plain(part), "all": part.model_dump(mode="json")}}
 
 
-def describe(artifact: Artifact) -> dict[str, Any]:
+def describe(artifact: Artifact) -> JsonObject:
     """The facts that identify a model: the hash of every file, and the settings that open the model."""
     # Notes are left out: they hold times, and no task reads them.
     return {
@@ -139,7 +139,7 @@ def contents(place: Path) -> dict[str, str]:
     return {str(f.relative_to(place)): sha256(f) for f in found}
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> JsonObject:
     """The facts besides the model and the task that decide a figure: machine, libraries, seed, code, trust."""
     import torch
 
@@ -162,16 +162,16 @@ def own_code() -> str:
     return files.sha256_text(*(f"{f.relative_to(root)} {sha256(f)}" for f in sorted(root.rglob("*.py"))))
 
 
-def place(facts: Mapping[str, Any]) -> Path:
+def place(facts: JsonObject) -> Path:
     """The file in the cache for an answer with these facts."""
     return files.cache("answers", f"{files.sha256_text(_text(facts))}.json")
 
 
-def _text(facts: Mapping[str, Any]) -> str:
+def _text(facts: JsonObject) -> str:
     return json.dumps(facts, sort_keys=True, default=str)
 
 
-def read(facts: Mapping[str, Any]) -> list[Answer] | None:
+def read(facts: JsonObject) -> list[Answer] | None:
     """The answers that are kept for these facts, or None."""
     file = place(facts)
     try:
@@ -183,7 +183,7 @@ def read(facts: Mapping[str, Any]) -> list[Answer] | None:
         return None
 
 
-def write(facts: Mapping[str, Any], answers: list[Answer]) -> None:
+def write(facts: JsonObject, answers: list[Answer]) -> None:
     """Write answers to the cache under their facts; a cache that cannot be written is reported once."""
     file = place(facts)
     entries = [{"is": type(a).__name__, **_plain(a)} for a in answers]
@@ -199,14 +199,14 @@ def _say_unkept(folder: Path, why: str) -> None:
     say(f"  answers are not kept for other runs: {folder}: {why}")
 
 
-def _plain(answer: Answer) -> dict[str, Any]:
+def _plain(answer: Answer) -> JsonObject:
     data = asdict(answer)
     if isinstance(answer, Exhibit):
         data["picture"] = base64.b64encode(answer.picture).decode()
     return data
 
 
-def _answer(entry: Mapping[str, Any]) -> Answer:
+def _answer(entry: JsonObject) -> Answer:
     data = {k: v for k, v in entry.items() if k != "is"}
     if entry["is"] == Exhibit.__name__:
         return Exhibit(**{**data, "picture": base64.b64decode(data["picture"])})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmq import trust
 from llmq.errors import UserError
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.artifact import Artifact
@@ -37,7 +38,7 @@ FAMILY = "causal_lm"
 
 
 def run(
-    recipe: "Target | Mapping[str, Any] | Recipe",
+    recipe: "Target | JsonObject | Recipe",
     overrides: Overrides = (),
     *,
     out: Target | None = None,
@@ -67,7 +68,7 @@ def run(
 
 
 def load(
-    recipe: "Target | Mapping[str, Any] | Recipe",
+    recipe: "Target | JsonObject | Recipe",
     overrides: Overrides = (),
     *,
     name: str = "recipe",
@@ -96,7 +97,7 @@ def load(
 
 
 def plan(
-    recipe: "Target | Mapping[str, Any] | Recipe",
+    recipe: "Target | JsonObject | Recipe",
     overrides: Overrides = (),
     *,
     out: Target | None = None,
@@ -149,7 +150,7 @@ def finetuning(
     columns: str | None,
     asked: Any = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The recipe of `finetune`."""
     if bits not in (4, 8, 16):
         raise UserError(f"bits {bits}: 4, 8 or 16")
@@ -203,7 +204,7 @@ def quantize(
 
 def quantizing(
     model: Target, method: str, bits: int | None, family: str, asked: Any = None, seed: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """The recipe of `quantize`."""
     from llmq import plugin
 
@@ -297,7 +298,7 @@ def evaluate(
     trust.given(trust_remote_code, allow_code)
     named = tasks if tasks is None or isinstance(tasks, str) else ",".join(tasks)
     folders = {"data": data, "data_dir": data_dir, "include_path": include_path}
-    settings: dict[str, Any] = {key: os.fspath(value) for key, value in folders.items() if value is not None}
+    settings: JsonObject = {key: os.fspath(value) for key, value in folders.items() if value is not None}
     settings |= {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template, "allow_code": allow_code}
     asked = asked_for(suite, named, limit, str(batch_size), **settings)
     place = os.fspath(target)

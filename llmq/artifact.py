@@ -9,7 +9,7 @@ from typing import Any, Generic
 
 from llmq.errors import UserError
 from llmq.guarded.weights import FILE_BYTES
-from llmq.types import Exhibit, Loaded, M_co, Measurement, Step
+from llmq.types import Exhibit, JsonObject, Loaded, M_co, Measurement, Step
 
 SCHEMA_VERSION = 2
 """Version 1 had no `exact`: a standard error of 0 meant that a figure was counted (see `Measurement.of`)."""
@@ -30,7 +30,7 @@ class Artifact(Generic[M_co]):
     runtime: str = "torch"
     packed: bool = False
     history: tuple[str, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: JsonObject = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
 
     @contextmanager
@@ -130,7 +130,7 @@ class Artifact(Generic[M_co]):
         return cls(model, weights, adapter, data["runtime"], data["packed"], history, notes, measurements)
 
 
-def _outside(folder: Path, machine: Mapping[str, Any]) -> str:
+def _outside(folder: Path, machine: JsonObject) -> str:
     """The path of weights that lie outside of the run."""
     if not machine.get("weights"):
         raise UserError(f"{str(folder)!r}: its weights lie outside, and no {MACHINE} beside it says where")
@@ -138,7 +138,7 @@ def _outside(folder: Path, machine: Mapping[str, Any]) -> str:
     return os.path.normpath(next((place for place in places if place.exists()), places[0]))
 
 
-def _without_times(notes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _without_times(notes: JsonObject) -> tuple[JsonObject, JsonObject]:
     """The notes without measured times, and the measured times alone."""
     rest, times = {}, {}
     for name, value in notes.items():
@@ -147,13 +147,13 @@ def _without_times(notes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
             continue
         rest[name] = value
         if isinstance(value, Mapping):
-            rest[name], inner = _without_times(value)
+            rest[name], inner = _without_times(dict(value))
             times |= {name: inner} if inner else {}
     return rest, times
 
 
-def _with_times(notes: Mapping[str, Any], times: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {name: _with_times(notes[name], value) for name, value in times.items() if isinstance(value, Mapping)}
+def _with_times(notes: JsonObject, times: JsonObject) -> JsonObject:
+    nested = {name: _with_times(notes[name], value) for name, value in times.items() if isinstance(value, dict)}
     return {**notes, **times, **nested}
 
 

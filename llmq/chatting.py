@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -17,7 +17,7 @@ from llmq import predictors, stopping
 from llmq.errors import UserError, visible
 from llmq.terminal import say
 from llmq.text.answering import Answering
-from llmq.types import Loaded
+from llmq.types import JsonObject, Loaded
 
 if TYPE_CHECKING:
     from llmq.text.dialogue import Dialogue
@@ -27,7 +27,7 @@ HINT = "\n(again, or Ctrl-D, to end)\n"
 DIFFERS = "bold yellow"
 
 
-def settings(options: dict[str, Any]) -> Answering:
+def settings(options: JsonObject) -> Answering:
     """The settings of answers. Raises `UserError` for a value that does not fit."""
     return predictors.settings(Answering, options)
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from typer.exceptions import TyperException
@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from llmq import __version__, api, cli_judging, cli_looking, cli_planning, cli_using, errors, stopping, trust
 from llmq.errors import UserError, in_bytes, visible
 from llmq.files import in_json, to_json
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -376,7 +377,7 @@ def copy_recipe(recipe: str, folder: Path) -> None:
 
 
 def _run_built(
-    plain: dict[str, Any],
+    plain: JsonObject,
     name: str,
     overrides: list[str] | None,
     out: Path | None,

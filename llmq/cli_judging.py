@@ -1,14 +1,14 @@
 """The commands that judge runs: compare, gate and verify."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmq.errors import Answered, visible
 from llmq.files import to_json, write_text
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -72,7 +72,7 @@ def end(report: "Report", as_json: bool) -> None:
     raise Answered(f"{len(report.failures)} failed, and the report holds the rest: {told}")
 
 
-def end_gate(told: Mapping[str, Any] | None, as_json: bool) -> None:
+def end_gate(told: JsonObject | None, as_json: bool) -> None:
     """Print the verdicts of a gate, if there is one, and end with the exit code of the gate."""
     from llmq.report import screen
 

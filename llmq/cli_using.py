@@ -1,7 +1,7 @@
 """The commands that use what was made: predict and chat."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -9,6 +9,7 @@ import llmq
 from llmq import trust
 from llmq.errors import UserError, visible
 from llmq.files import to_json
+from llmq.types import JsonObject
 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help="A stage, a run (its last stage), or any model.")]
 Opener = Annotated[str, typer.Option(help="How to open a target that is no stage: a word of models.")]
@@ -65,7 +66,7 @@ def predict(
     grid.png. A language model reads prompts: a .txt file is one prompt; each row of a .jsonl has `prompt`, `messages`,
     or a `text` to continue; it writes answers.jsonl. The first bad file ends the command before anything is written.
     """
-    asked: dict[str, Any] = {"window": window, "threshold": threshold, "count": count, "system": system}
+    asked: JsonObject = {"window": window, "threshold": threshold, "count": count, "system": system}
     asked |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     asked |= {"prompts": tuple(prompt) if prompt else None, "beside": beside or None, "raw": raw or None}
     made = llmq.predict(

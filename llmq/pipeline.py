@@ -23,7 +23,7 @@ from llmq.runs import folder as run_folder
 from llmq.runs import paths as run_paths
 from llmq.source import Source, read, to_yaml
 from llmq.terminal import logged_to, say
-from llmq.types import Context, Plugin, Step, Task
+from llmq.types import Context, JsonObject, Plugin, Step, Task
 
 if TYPE_CHECKING:
     from llmq.planning import Plan
@@ -89,7 +89,7 @@ def evaluate(
     tasks: Sequence[Task],
     out: Path,
     context: Context,
-    asked: Mapping[str, Any],
+    asked: JsonObject,
     cache: bool = True,
     steps: Sequence[Step] = (),
 ) -> Report:
@@ -207,7 +207,7 @@ def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Art
 
 
 def finish(
-    asked: Mapping[str, Any],
+    asked: JsonObject,
     parts: Sequence[Plugin],
     stages: Mapping[str, Stage],
     baseline: str,

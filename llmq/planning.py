@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmq import reading
 from llmq.errors import UserError, free_bytes, in_bytes, one_line
 from llmq.sketch import Work
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -78,7 +79,7 @@ class Plan:
     rates: Mapping[str, float]
     misfits: tuple[Misfit, ...] = field(default=())
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The plan as JSON holds it."""
         return asdict(self)
 

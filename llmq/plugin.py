@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationInfo
 
 from llmq.errors import UserError, did_you_mean
-from llmq.types import Model, Plugin
+from llmq.types import JsonObject, Model, Plugin
 from llmq.words import words as words
 
 
@@ -61,7 +61,7 @@ class KindsOf(Collection[str]):
         return len(list(iter(self)))
 
 
-def name_and_settings(value: Any) -> tuple[str, dict[str, Any]]:
+def name_and_settings(value: Any) -> tuple[str, JsonObject]:
     """Split `word`, or `{word: settings}`, into its two parts."""
     if isinstance(value, str):
         return value, {}
@@ -80,7 +80,7 @@ def build(value: Any, package: str | None = None) -> Plugin:
     return load(f"{package}.{word}" if package else word).model_validate(settings)
 
 
-def data_entry(value: str, kind: str | None = None) -> dict[str, dict[str, Any]]:
+def data_entry(value: str, kind: str | None = None) -> dict[str, JsonObject]:
     """The data set that a bare word or path stands for: `{"file": {"path": "my.jsonl"}}`.
 
     The kind of the model decides the data of a path: a folder is images with classes, or images with boxes.

@@ -13,7 +13,7 @@ from llmq.files import at_home
 from llmq.predictors import Input, Inputs, Predictor, settings
 from llmq.source import read
 from llmq.terminal import say, track
-from llmq.types import Context, Model
+from llmq.types import Context, JsonObject, Model
 from llmq.vision.folders import under
 
 
@@ -32,7 +32,7 @@ def predict(
     artifact: Artifact[Any],
     inputs: Sequence[str | Path],
     out: Path,
-    options: Mapping[str, Any],
+    options: JsonObject,
     context: Context,
     skip_bad: bool = False,
 ) -> Predictions:
@@ -56,7 +56,7 @@ def predict(
     return Predictions(out, tuple(files), len(sound), rows, kept.skipped)
 
 
-def _built(model: Model, usual: Mapping[str, Any], options: Mapping[str, Any]) -> Predictor:
+def _built(model: Model, usual: JsonObject, options: JsonObject) -> Predictor:
     """The predictor of a family with these options; of the `usual` settings it takes those that it knows."""
     kind = model.predictor()
     known = kind.model_fields
@@ -67,7 +67,7 @@ def _built(model: Model, usual: Mapping[str, Any], options: Mapping[str, Any]) -
     return settings(kind, {**{name: value for name, value in usual.items() if name in known}, **options})
 
 
-def _of_run(artifact: Artifact[Any], kind: type[Predictor]) -> dict[str, Any]:
+def _of_run(artifact: Artifact[Any], kind: type[Predictor]) -> JsonObject:
     """The settings that the run of a stage tells: the window of its training data, and the names of the classes."""
     if not (artifact.weights / "artifact.json").is_file() or not {"window", "names"} & kind.model_fields.keys():
         return {}
@@ -75,7 +75,7 @@ def _of_run(artifact: Artifact[Any], kind: type[Predictor]) -> dict[str, Any]:
     if not file.is_file():
         return {}
     window = next(_windows(read(file).data), None)
-    told: dict[str, Any] = {"window": tuple(window)} if window else {}
+    told: JsonObject = {"window": tuple(window)} if window else {}
     return told | ({"names": _classes(artifact)} if "names" in kind.model_fields else {})
 
 

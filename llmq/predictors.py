@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmq.errors import UserError, explain, one_line
 from llmq.terminal import say
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.types import Loaded
@@ -78,7 +79,7 @@ class Predictor(BaseModel):
 P = TypeVar("P", bound=Predictor)
 
 
-def settings(kind: type[P], options: Mapping[str, Any]) -> P:
+def settings(kind: type[P], options: JsonObject) -> P:
     """The predictor with these options. Raises `UserError` for a value that does not fit."""
     try:
         return kind(**options)

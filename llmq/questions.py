@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from llmq import measure
 from llmq.answers import AnswerCache
@@ -18,7 +17,7 @@ from llmq.guarded.files import library, read_json_object
 from llmq.reading import by_name
 from llmq.runs.paths import within
 from llmq.terminal import log, say
-from llmq.types import Answer, Attachment, Clock, Exhibit, Loaded, Measurement, Task
+from llmq.types import Answer, Attachment, Clock, Exhibit, JsonObject, Loaded, Measurement, Task
 
 Question = tuple[str, str, Task]
 """A method of `Task` (`score` or `against`), the task's name in the run, and the task."""
@@ -30,7 +29,7 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
     With `cache`, an earlier answer to the very same question about the very same model is used again.
     """
     kept = out / stage.name / "measurements.json"
-    before: Mapping[str, Any] = {}
+    before: JsonObject = {}
     if kept.exists():
         _with_answers(stage, out, kept)  # damaged answers are refused before a model is opened
         before = read_json_object(kept)
@@ -49,7 +48,7 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
     return _with_answers(stage, out, kept)
 
 
-def _unanswered(stage: Stage, tasks: Sequence[Task], base: Artifact, before: Mapping[str, Any]) -> Iterator[Question]:
+def _unanswered(stage: Stage, tasks: Sequence[Task], base: Artifact, before: JsonObject) -> Iterator[Question]:
     """The questions to a stage: all of them, or those that failed where answers of `before` are kept."""
     failed = {(f["asked"], f["task"]) for f in before.get("failures", ())}
     for method in ("score", "against"):
@@ -81,7 +80,7 @@ def _keep(
     answers: Sequence[Answer],
     failures: Sequence[Failure],
     reused: Sequence[str],
-    before: Mapping[str, Any],
+    before: JsonObject,
     folder: Path,
     spent: Mapping[str, float],
 ) -> None:
@@ -109,13 +108,13 @@ def _keep(
     write_json(folder / MACHINE, {**told, "asked": told.get("asked", spent)})
 
 
-def _of_machine(folder: Path) -> dict[str, Any]:
+def _of_machine(folder: Path) -> JsonObject:
     """What the machine told of a stage: times and peaks lie apart from what the same recipe gives everywhere."""
     file = folder / MACHINE
     return read_json_object(file) if file.exists() else {}
 
 
-def _keep_picture(exhibit: Exhibit, folder: Path) -> dict[str, Any]:
+def _keep_picture(exhibit: Exhibit, folder: Path) -> JsonObject:
     """The exhibit as JSON holds it; the picture becomes a file in the folder of the stage."""
     data = {k: v for k, v in asdict(exhibit).items() if k != "picture"}
     if exhibit.picture:

@@ -1,7 +1,7 @@
 """YAML -> `Recipe`, every check done before anything runs; and the recipe of a run that exists."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from llmq.files import at_home
 from llmq.guarded.files import read_json_object
 from llmq.rules import Rule, read_rule
 from llmq.source import Place, Source, find, names, read, with_suite, word_at
-from llmq.types import Data, Model, Plugin, Step, Task
+from llmq.types import Data, JsonObject, Model, Plugin, Step, Task
 
 if TYPE_CHECKING:
     from llmq.artifact import Artifact
@@ -65,7 +65,7 @@ class Recipe(BaseModel):
         """The rules of `gate`, parsed."""
         return tuple(map(read_rule, self.gate))
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The recipe as YAML can hold it: the content of `recipe.yaml` in the run folder."""
 
         plain = {
@@ -224,7 +224,7 @@ def _strip(message: str, package: str | None) -> str:
 
 
 def _validated(
-    build: Callable[[], Any], source: Source, place: Place, cls: type[Plugin] | None, settings: Mapping[str, Any]
+    build: Callable[[], Any], source: Source, place: Place, cls: type[Plugin] | None, settings: JsonObject
 ) -> Any:
     try:
         return build()

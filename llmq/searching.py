@@ -15,7 +15,7 @@ from llmq import environment, plugin
 from llmq.budget import Budget
 from llmq.errors import LlmqError, UserError, in_bytes
 from llmq.terminal import say
-from llmq.types import Context
+from llmq.types import Context, JsonObject
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -67,7 +67,7 @@ def _found(table: "Table", taken: Sequence[int]) -> Found:
     )
 
 
-def modules_of(found: Found, default: "Grid") -> dict[str, Any]:
+def modules_of(found: Found, default: "Grid") -> JsonObject:
     """The `modules` of a recipe: one pattern for each kind of layer and grid, with the numbers of its blocks."""
     numbers: dict[tuple[str, Any], list[str]] = {}
     everywhere: dict[str, int] = {}
@@ -76,7 +76,7 @@ def modules_of(found: Found, default: "Grid") -> dict[str, Any]:
         number, kind = (match[1], match[2]) if match else ("", name)
         everywhere[kind] = everywhere.get(kind, 0) + 1
         numbers.setdefault((kind, grid), []).append(number)
-    modules: dict[str, Any] = {}
+    modules: JsonObject = {}
     for (kind, grid), its in numbers.items():
         if grid != default:
             some = its[0] if len(its) == 1 else f"({'|'.join(its)})"
@@ -86,7 +86,7 @@ def modules_of(found: Found, default: "Grid") -> dict[str, Any]:
     return modules
 
 
-def recipe_of(found: Found, model: Mapping[str, Any], settings: Mapping[str, Any], tasks: Any, seed: int) -> Any:
+def recipe_of(found: Found, model: JsonObject, settings: JsonObject, tasks: Any, seed: int) -> Any:
     """The recipe of a choice, as data."""
     from collections import Counter
 
@@ -196,9 +196,9 @@ def _write_picture(done: Searched, table: "Table") -> None:
 
 def search(
     run: Callable[["Recipe", Path], "Report"],
-    model: Mapping[str, Any],
+    model: JsonObject,
     budget: Budget,
-    settings: Mapping[str, Any],
+    settings: JsonObject,
     tasks: Any,
     seed: int,
     out: Path,

@@ -1,7 +1,6 @@
 """YAML data with the file and the line of each part."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from llmq.errors import UserError, did_you_mean
 from llmq.files import bundled
 from llmq.guarded import files as guarded_files
 from llmq.guarded import yaml_files
+from llmq.types import JsonObject
 
 Place = tuple[str | int, ...]
 
@@ -78,7 +78,7 @@ def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
     where = f"{source.name}:{line}"
     if isinstance(node, yaml.MappingNode):
         yaml_files.check_collection(node, where)
-        data: dict[str, Any] = {}
+        data: JsonObject = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             key = yaml_files.key(key_node, f"{source.name}:{line}")
@@ -114,7 +114,7 @@ def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
     return {str(f.relative_to(root).with_suffix("")): f for f in files}
 
 
-def word_at(source: Source, place: Place, value: Any) -> tuple[str, dict[str, Any]]:
+def word_at(source: Source, place: Place, value: Any) -> tuple[str, JsonObject]:
     """The word at a place, and the settings of the word. Raises `UserError` with the place."""
     try:
         return plugin.name_and_settings(value)
@@ -144,7 +144,7 @@ def to_flow(value: object) -> str:
     )
 
 
-def to_yaml(plain: Mapping[str, Any]) -> str:
+def to_yaml(plain: JsonObject) -> str:
     """Block-style YAML, with keys in the given order."""
     return str(
         yaml.safe_dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True, width=110)

@@ -11,7 +11,7 @@ from llmq.overrides import fold, in_order
 from llmq.recipe import suite_tasks
 from llmq.runs import paths as run_paths
 from llmq.source import Source, find, read
-from llmq.types import Context, Step, Task
+from llmq.types import Context, JsonObject, Step, Task
 
 Bring = Callable[[Context], Artifact]
 
@@ -116,7 +116,7 @@ def asked_for(
     return [{"lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()], **said}}]
 
 
-def _with(entries: Any, said: dict[str, Any]) -> Any:
+def _with(entries: Any, said: JsonObject) -> Any:
     """The entries of a suite, with each option given to the tasks that have such a setting."""
     if not isinstance(entries, list):
         return entries

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypeVar
@@ -27,6 +27,9 @@ M = TypeVar("M", bound="Model", default="Model", covariant=True)
 """The family of models that a step or a task works on."""
 M_co = TypeVar("M_co", bound="Model", default="Model", covariant=True)
 """The family of a model at rest, or of an open one."""
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object as JSON or YAML holds it: texts, numbers, truths, nothing, lists and objects of them."""
 
 Better = Literal["higher", "lower", "unknown"]
 """The direction of a figure; of an unknown one there is no verdict and no gate."""
@@ -219,7 +222,7 @@ class Task(Plugin, Generic[M]):
         """The names that measurements of the task can have: `name`, or the names of the tasks behind this one."""
         return (self.name,)
 
-    def depends(self) -> "Mapping[str, Any] | None":
+    def depends(self) -> "Mapping[str, object] | None":
         """Facts that decide the answers besides the settings, their `Data` and the model.
 
         Called before anything is opened; raises `UserError` for missing data. Answers of a task that returns facts are
@@ -358,7 +361,7 @@ class Measurement:
                     raise LlmqError(f"{self.task}: the {what}{which} of {self.metric} is {value}, no finite number")
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> "Measurement":
+    def of(cls, data: JsonObject) -> "Measurement":
         """The figure in its JSON. Raises `KeyError` or `TypeError` for any other entry.
 
         Before schema version 2 an entry has no `exact`: a single count had a standard error of 0 and no samples.

@@ -6,9 +6,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmq.errors import REASONS, LlmqError, UserError, in_bytes, is_of_machine, one_line
+
+if TYPE_CHECKING:
+    from llmq.types import JsonObject
 
 LONGEST_TEXT = 256 * 2**20
 """Bytes of the longest text that is parsed at once, such as a report or an annotation file."""
@@ -66,7 +69,7 @@ def read_json(path: Path, at_most: int = LONGEST_TEXT) -> Any:
     return parse_json(read_text(path, at_most), str(path))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> "JsonObject":
     """The object of a JSON file. Raises `UserError` for any other value."""
     data = read_json(path)
     if not isinstance(data, dict):

@@ -20,6 +20,7 @@ from llmq.guarded.files import (
     read_json_object,
     unreadable,
 )
+from llmq.types import JsonObject
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The weights of a model in one file, or the list of the files that hold them."""
@@ -225,7 +226,7 @@ def _of_onnx(file: Path) -> Iterator[tuple[str, int]]:
                 yield names[kind], prod(tensor.dims) * BITS[names[kind]] // 8
 
 
-def read_configuration(folder: Path) -> dict[str, Any]:
+def read_configuration(folder: Path) -> JsonObject:
     """The `config.json` of a folder. Raises `UserError` for more layers than its files can hold, or absurd sizes."""
     file = folder / "config.json"
     data = read_json_object(file)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmq.errors import UserError
 from llmq.judge import protocols, results
@@ -11,7 +10,7 @@ from llmq.judge.results import Key, Result
 from llmq.statistics import compare, power
 from llmq.statistics.compare import Comparison
 from llmq.statistics.estimates import FEWEST, unpaired
-from llmq.types import Measurement
+from llmq.types import JsonObject, Measurement
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Comparisons:
     comparisons: Sequence[tuple[str, Comparison]]
     refusals: Sequence[Refusal]
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The table as JSON holds it."""
         first = self.results[0].name
         return {

@@ -19,7 +19,7 @@ from llmq.statistics import estimates, power
 from llmq.statistics.compare import too_few
 from llmq.statistics.estimates import FEWEST, Estimate
 from llmq.statistics.pairing import count, pairs
-from llmq.types import Measurement
+from llmq.types import JsonObject, Measurement
 
 Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
 EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 1, "base-unhealthy": 1, "undecided": 3}
@@ -116,12 +116,12 @@ class Gate:
         """True if every rule passed."""
         return self.verdict == "pass"
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The rulings as JSON holds them."""
         return as_data(self.rulings)
 
 
-def as_data(rulings: Sequence[Ruling]) -> dict[str, Any]:
+def as_data(rulings: Sequence[Ruling]) -> JsonObject:
     """The rulings as JSON holds them."""
     outcome = overall(rulings)
     return {"verdict": outcome, "exit_code": EXIT_CODES[outcome], "rules": [asdict(r) for r in rulings]}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmq import recipe
 from llmq.artifact import Artifact
@@ -15,6 +14,7 @@ from llmq.recipe import Recipe
 from llmq.runs import paths as run_paths
 from llmq.runs.paths import within
 from llmq.source import read
+from llmq.types import JsonObject
 
 NOISY = ("peak_memory", "peak_memory_of_process")
 """Figures that no two runs share."""
@@ -70,7 +70,7 @@ def _base(run: Path) -> str:
     return ""
 
 
-def _report(run: Path) -> dict[str, Any]:
+def _report(run: Path) -> JsonObject:
     try:
         report = read_json_object(run / "report.json")
         return {**report, "measurements": report["measurements"], "environment": report["environment"]}
@@ -105,7 +105,7 @@ class Replayed:
         """True if every file and every figure came back."""
         return not self.differences
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The comparison as JSON holds it."""
         return {**asdict(self), "same": self.same}
 
@@ -161,10 +161,10 @@ def _figures(run: Path) -> Iterator[tuple[str, str]]:
                 yield f"{file.parent.name}: {m['task']} {m['metric']}", repr(m["value"])
 
 
-def _surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+def _surroundings(then: JsonObject, now: JsonObject) -> Iterator[Difference]:
     for name in sorted((then.keys() | now.keys()) - {"called_from", "run", "ended"}):
         one, other = then.get(name), now.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if isinstance(one, dict) and isinstance(other, dict):
             yield from _surroundings(one, other)
         elif one != other:
             yield Difference(name, str(one), str(other))

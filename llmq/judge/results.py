@@ -1,7 +1,7 @@
 """Measurements read from files: those of a run, of one stage, or of lm-eval's command line."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.guarded.files import library, parse_json, read_json, read_text
 from llmq.runs import paths as run_paths
 from llmq.runs.paths import within
-from llmq.types import Measurement
+from llmq.types import JsonObject, Measurement
 
 Key = tuple[str, str]
 
@@ -85,7 +85,7 @@ def _near(path: Path) -> list[str]:
     return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
-def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
+def _stage(folder: Path, report: JsonObject) -> Result:
     kept, clocks = folder / "measurements.json", folder / "clocks.json"
     timed = list(_kept(clocks)) if clocks.is_file() else []
     found = [*(_kept(kept) if kept.is_file() else ()), *timed]
@@ -103,7 +103,7 @@ def _stage(folder: Path, report: Mapping[str, Any]) -> Result:
     return Result(folder.name, folder.resolve().parent, (*found, *rest), of_clocks, stored)
 
 
-def _without_stage(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _without_stage(entry: JsonObject) -> JsonObject:
     return {k: v for k, v in entry.items() if k != "stage"}
 
 
@@ -140,7 +140,7 @@ def _harness(file: Path) -> Result:
         raise UserError(f"{str(file)!r}, or samples beside it, lack an entry of today's lm-eval: {error}") from None
 
 
-def _check_shape(file: Path, results: Mapping[str, Any]) -> None:
+def _check_shape(file: Path, results: JsonObject) -> None:
     """Raise `UserError` for the first part of a result file that is not of the kind that lm-eval writes."""
     told = ("n-shot", "n-samples", "higher_is_better", "configs", "group_subtasks", "config")
     parts = {key: results[key] for key in ("results", "versions", *(k for k in told if results.get(k) is not None))}
@@ -162,7 +162,7 @@ def _check_shape(file: Path, results: Mapping[str, Any]) -> None:
                 )
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[JsonObject]:
     if not file.is_file():
         return []
     lines = enumerate(read_text(file).split("\n"), 1)

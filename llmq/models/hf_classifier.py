@@ -6,10 +6,11 @@ stage needs neither the hub nor the folder of the weights.
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from llmq.types import JsonObject
 from llmq.vision.classifier import Classifier, with_channels, with_new_head
 from llmq.vision.family import noise
 from llmq.vision.hugging_face import HuggingFaceModel, image_processor
@@ -25,7 +26,7 @@ class HfClassifier(HuggingFaceModel, Classifier):
     answers: ClassVar[tuple[str, ...]] = ("logits",)
     usual: ClassVar[str] = "resnet"
 
-    preprocessor: dict[str, Any] | None = Field(
+    preprocessor: JsonObject | None = Field(
         None, description="of transformers; the weights' own, or scaling to the configuration's image_size"
     )
 

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.errors import UserError, did_you_mean
 from llmq.files import at_home, sha256_files
+from llmq.types import JsonObject
 from llmq.vision import efficientnet_lite0 as lite0
 from llmq.vision import hub
 from llmq.vision.classifier import Classifier, with_channels, with_new_head
@@ -45,7 +46,7 @@ class TimmClassifier(Classifier):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     crop_pct: PositiveFloat | None = Field(None, le=1, description="share of a side that the cut middle keeps")
     crop_mode: Literal["center", "squash", "border"] | None = None
-    model_args: dict[str, Any] | None = Field(None, description="further arguments of timm's architecture")
+    model_args: JsonObject | None = Field(None, description="further arguments of timm's architecture")
     label_names: tuple[str, ...] | None = Field(None, description="the names of the outputs")
 
     @property
@@ -185,7 +186,7 @@ def of_architecture(name: str) -> Config:
     return {"architecture": name, **(config.to_dict() if config else {})}
 
 
-def _settings(config: Config, channels: int | None) -> dict[str, Any]:
+def _settings(config: Config, channels: int | None) -> JsonObject:
     """A configuration as fields of the model; grey input gets the mean of the statistics of colours."""
     from timm.data import infer_imagenet_subset
 

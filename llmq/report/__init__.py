@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmq.artifact import SCHEMA_VERSION, Stage
 from llmq.files import write_json
@@ -12,7 +11,7 @@ from llmq.guarded.files import read_json_object
 from llmq.guarded.weights import stored_as
 from llmq.judge.protocols import refused
 from llmq.statistics.compare import compare, corrected
-from llmq.types import Exhibit, Measurement
+from llmq.types import Exhibit, JsonObject, Measurement
 
 BICUBIC = "bicubic"
 PREFIX = f"{BICUBIC}_"
@@ -25,27 +24,25 @@ class Report:
     """Everything that a run found out, as plain data."""
 
     schema_version: int
-    recipe: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    stages: Sequence[Mapping[str, Any]]
-    measurements: Sequence[Mapping[str, Any]]
-    comparisons: Sequence[Mapping[str, Any]]
-    exhibits: Sequence[Mapping[str, Any]]
-    gate: Mapping[str, Any] | None = None
+    recipe: JsonObject
+    environment: JsonObject
+    stages: Sequence[JsonObject]
+    measurements: Sequence[JsonObject]
+    comparisons: Sequence[JsonObject]
+    exhibits: Sequence[JsonObject]
+    gate: JsonObject | None = None
     """The verdicts on the rules of the recipe, where it has some."""
     failures: Sequence[Mapping[str, str]] = ()
     """The tasks that failed, with their stages; their answers before the failure are among the measurements."""
     refused: Sequence[Mapping[str, str]] = ()
     """The figures that both a stage and the base have and that are not compared, with the reason."""
-    foretold: Mapping[str, Any] | None = None
+    foretold: JsonObject | None = None
     """The plan that was made before the run (`planning.Plan`); None without one, and in older reports."""
     seconds: float | None = None
     """The wall time of the run, from the base on; None for one that was resumed, and in older reports."""
 
     @classmethod
-    def of(
-        cls, recipe: Mapping[str, Any], environment: Mapping[str, Any], stages: Sequence[Stage], baseline: str
-    ) -> "Report":
+    def of(cls, recipe: JsonObject, environment: JsonObject, stages: Sequence[Stage], baseline: str) -> "Report":
         """The report of stages, each compared with the one called `baseline`."""
         base = next(s for s in stages if s.name == baseline)
         compared, not_compared = _comparisons([*(s for s in stages if s is not base), *_bicubic(base)], base)
@@ -105,7 +102,7 @@ class Report:
         write_json(folder / "report.json", asdict(self))
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
+def _stage(stage: Stage) -> JsonObject:
     artifact = stage.artifact
     step = artifact.history[-1] if artifact.history else None
     notes = dict(artifact.notes)
@@ -121,11 +118,11 @@ def _stage(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _without_picture(exhibit: Exhibit) -> dict[str, Any]:
+def _without_picture(exhibit: Exhibit) -> JsonObject:
     return {k: v for k, v in asdict(exhibit).items() if k != "picture"}
 
 
-def _without_samples(measurement: Measurement) -> dict[str, Any]:
+def _without_samples(measurement: Measurement) -> JsonObject:
     return {k: v for k, v in asdict(measurement).items() if k not in ("samples", "chance")}
 
 
@@ -141,7 +138,7 @@ def _bicubic(base: Stage) -> Iterator[Stage]:
         yield replace(base, name=BICUBIC, measurements=figures)
 
 
-def _comparisons(stages: Sequence[Stage], base: Stage) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _comparisons(stages: Sequence[Stage], base: Stage) -> tuple[list[JsonObject], list[dict[str, str]]]:
     """The figures of each stage beside the base's, and those that are not compared."""
     known = {(m.task, m.metric): m for m in base.measurements}
     both = [

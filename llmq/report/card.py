@@ -10,6 +10,7 @@ from llmq.harmless import markdown as inline
 from llmq.report.first import model_of, steps_of
 from llmq.report.rows import LEGEND, alarms, rows
 from llmq.source import to_yaml
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -30,7 +31,7 @@ def write(report: "Report", run: Path, base: Path, kind: str) -> None:
             write_text(folder / CARD, draw(report, stage, base, kind))
 
 
-def draw(report: "Report", stage: Mapping[str, Any], base: Path, kind: str) -> str:
+def draw(report: "Report", stage: JsonObject, base: Path, kind: str) -> str:
     """The card of one stage."""
     name, model = stage["name"], Path(model_of(report)).name if _is_path(model_of(report)) else model_of(report)
     steps = [word for word, _ in steps_of(report)]

@@ -1,10 +1,11 @@
 """The pictures of a report, as SVG text."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
 from llmq.report.drawing import INK, as_svg, blank, colours_of, legend, plain_text
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -21,7 +22,7 @@ def draw(report: "Report") -> dict[str, str]:
         return {title: svg for title, svg in pictures.items() if svg}
 
 
-def _of(report: "Report", metrics: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+def _of(report: "Report", metrics: Sequence[str]) -> tuple[JsonObject, str]:
     for metric in metrics:
         found = [m for m in report.measurements if m["metric"] == metric]
         if found:

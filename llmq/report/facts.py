@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmq.report import foretold
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -36,7 +37,7 @@ def facts(report: "Report", rows: "Iterable[Row]") -> Facts:
     return gate | what | beside | found
 
 
-def _stage(stage: Mapping[str, Any]) -> str:
+def _stage(stage: JsonObject) -> str:
     notes = {k: v for k, v in stage["notes"].items() if v not in (None, {}, [])}
     told = [f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v, k)}" for k, v in notes.items())]
     reused = stage.get("reused")
@@ -54,12 +55,12 @@ def _plain(value: Any, key: str = "") -> str:
     return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)
 
 
-def sentence(v: Mapping[str, Any]) -> str:
+def sentence(v: JsonObject) -> str:
     """A rule, the figure, and the number of samples that would decide."""
     return "; ".join(_parts(v))
 
 
-def _parts(v: Mapping[str, Any]) -> Iterator[str]:
+def _parts(v: JsonObject) -> Iterator[str]:
     seen = f"{_shown(v['value'], v)}"
     if v["ci95"] and v["ci95"][0] < v["ci95"][1]:
         seen += f" [{_shown(v['ci95'][0], v)}, {_shown(v['ci95'][1], v)}]"
@@ -80,7 +81,7 @@ def _parts(v: Mapping[str, Any]) -> Iterator[str]:
             yield f"to see {'1 pt' if v['points'] and v['kind'] != 'ratio' else '1 %'} takes {v['fine']:,}"
 
 
-def left_out(c: Mapping[str, Any]) -> str:
+def left_out(c: JsonObject) -> str:
     """The documents of a comparison or a ruling that have no pair, or nothing."""
     if not (c.get("only_stage") or c.get("only_base")):
         return ""
@@ -90,7 +91,7 @@ def left_out(c: Mapping[str, Any]) -> str:
     )
 
 
-def _shown(value: float, v: Mapping[str, Any]) -> str:
+def _shown(value: float, v: JsonObject) -> str:
     if v["kind"] == "ratio":
         return f"{value:.4g}x"
     if v["kind"] == "difference":

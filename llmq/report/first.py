@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
 from llmq.report.numbers import number, scaled, set_beside
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -86,7 +87,7 @@ def cards(report: "Report", stage: str) -> Iterator[Card]:
         yield Card("Gate", f"{len(rules)} rule{'' if len(rules) == 1 else 's'}", verdict, "", verdict, told)
 
 
-def _alone(report: "Report", m: Mapping[str, Any]) -> str:
+def _alone(report: "Report", m: JsonObject) -> str:
     """The samples behind a figure that is not compared, and the base where the figure is itself a distance from it."""
     if m["exact"]:
         return "counted, not sampled"
@@ -96,7 +97,7 @@ def _alone(report: "Report", m: Mapping[str, Any]) -> str:
     return f"n = {m['n']:,}{against}"
 
 
-def _certainty(m: Mapping[str, Any], c: Mapping[str, Any]) -> str:
+def _certainty(m: JsonObject, c: JsonObject) -> str:
     """The samples behind a figure, and the number that would settle an undecided one."""
     if m["exact"]:
         return "counted, not sampled"

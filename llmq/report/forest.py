@@ -1,11 +1,11 @@
 """The forest plot: every sampled figure of every stage beside the base, a line for each 95 % interval."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmq.report.numbers import difference_of, set_beside
+from llmq.types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Plot:
 
 
 def draw(
-    measurements: Iterable[Mapping[str, Any]], comparisons: Iterable[Mapping[str, Any]], folded: Collection[str] = ()
+    measurements: Iterable[JsonObject], comparisons: Iterable[JsonObject], folded: Collection[str] = ()
 ) -> list[Plot]:
     """One plot of the ratios, and one of the differences of each unit that has no ratio; without `folded` metrics.
 
     Each comparison names the `stage` or the `result` that was set beside the base.
     """
     units = {(m["task"], m["metric"]): m["unit"] for m in measurements}
-    groups: dict[tuple[str, bool], list[tuple[Mapping[str, Any], Sequence[float]]]] = {}
+    groups: dict[tuple[str, bool], list[tuple[JsonObject, Sequence[float]]]] = {}
     for c in comparisons:
         unit = units[c["task"], c["metric"]]
         plain = difference_of(unit) or ((1.0, f" {unit}") if c["ratio"] is None else None)
@@ -55,7 +55,7 @@ def draw(
     return [_plot(title, ratios, found) for (title, ratios), found in groups.items()]
 
 
-def _plot(title: str, ratios: bool, found: Sequence[tuple[Mapping[str, Any], Sequence[float]]]) -> Plot:
+def _plot(title: str, ratios: bool, found: Sequence[tuple[JsonObject, Sequence[float]]]) -> Plot:
     middle = 1.0 if ratios else 0.0
     least = min([middle, *(numbers[1] for _, numbers in found)])
     most = max([middle, *(numbers[2] for _, numbers in found)])

@@ -1,9 +1,10 @@
 """What was foretold of a run beside what was measured of it."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from llmq.errors import in_bytes
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -27,7 +28,7 @@ def lines(report: "Report") -> Iterator[tuple[str, str]]:
         yield "all stages", _beside("time", expected, taken)
 
 
-def _of_stage(report: "Report", stage: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
+def _of_stage(report: "Report", stage: JsonObject, told: JsonObject) -> Iterator[str]:
     figures = {(m["task"], m["metric"]): m["value"] for m in report.measurements if m["stage"] == stage["name"]}
     speed = (told.get("tasks") or {}).get("speed") or {}
     pairs = (

@@ -3,11 +3,10 @@
 import base64
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError, visible
 from llmq.guarded.files import read_json_object
@@ -28,6 +27,7 @@ from llmq.report.rows import (
 )
 from llmq.runs.paths import picture, within
 from llmq.source import to_yaml
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.judge.comparisons import Comparisons
@@ -136,7 +136,7 @@ def _commands(report: "Report", folder: Path) -> dict[str, str]:
     return found
 
 
-def _opened_by(stage: Mapping[str, Any]) -> str:
+def _opened_by(stage: JsonObject) -> str:
     text = "models.causal_lm" in stage.get("model", {})
     if stage.get("runtime") == "openvino" and text:
         return GENAI

@@ -1,7 +1,8 @@
 """Figures as text: scaled, rounded, set beside the base."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+
+from llmq.types import JsonObject
 
 SCALES = {"bytes": (1e-6, "MB"), "parameters": (1e-6, "M")}
 """The factor by which figures of a unit are shown, and the unit that they are shown in."""
@@ -9,7 +10,7 @@ DIFFERENCES = {"dB": (1.0, " dB"), "share": (100.0, " pt"), "probability": (100.
 """Units of which a difference is shown and no ratio: the factor, and the name (pt: percent points)."""
 
 
-def set_beside(comparison: Mapping[str, Any], unit: str) -> str:
+def set_beside(comparison: JsonObject, unit: str) -> str:
     """The ratio to the base, or the difference where a ratio means nothing; either with the 95 % interval."""
     plain = difference_of(unit)
     if plain or comparison["ratio"] is None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import HEADLINE, SIZE, is_size, stored_otherwise
 from llmq.report.facts import left_out
 from llmq.report.numbers import interval, number, scaled, set_beside, signed
 from llmq.statistics.estimates import FEWEST
-from llmq.types import Measurement
+from llmq.types import JsonObject, Measurement
 
 if TYPE_CHECKING:
     from llmq.judge.comparisons import Comparisons
@@ -115,7 +115,7 @@ def rows(report: "Report") -> Iterator[Row]:
         yield Row(task, metric, unit, first["better"], _conventions(filter(None, shown)), cells)
 
 
-def _conventions(measurements: Iterable[Mapping[str, Any]]) -> str:
+def _conventions(measurements: Iterable[JsonObject]) -> str:
     """The protocol of a figure; where stages differ, the protocol of each by name."""
     stages: dict[str, list[str]] = {}
     for m in measurements:
@@ -125,7 +125,7 @@ def _conventions(measurements: Iterable[Mapping[str, Any]]) -> str:
     return " | ".join(f"{', '.join(names)}: {convention}" for convention, names in stages.items())
 
 
-def _cell(measurement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> Cell:
+def _cell(measurement: JsonObject | None, comparison: JsonObject | None) -> Cell:
     if measurement is None:
         return Cell("—")
     scale = scaled(measurement["unit"])[0]
@@ -211,7 +211,7 @@ def _headline(report: "Report", name: str) -> list[str]:
     found: dict[str, str] = {}
     for c in report.comparisons:
         if c["stage"] == name:
-            told = TOLD.get(c["verdict"], c["verdict"])
+            told = TOLD.get(str(c["verdict"]), str(c["verdict"]))
             of_size = c["metric"] == SIZE and _stored_otherwise(report, name)
             told += f"; {of_size}" if of_size else ""
             found.setdefault(c["metric"], f"{set_beside(c, units[c['task'], c['metric']])} ({told})")
@@ -245,7 +245,7 @@ def exhibits(report: "Report") -> dict[str, list[dict[str, str]]]:
     return groups
 
 
-def unsaid(c: Mapping[str, Any]) -> str:
+def unsaid(c: JsonObject) -> str:
     """The documents without a pair and the reason for no verdict, as one text; a single figure needs no reason."""
     reason = c.get("reason", "") if c.get("n") != 1 else ""
     return "; ".join(filter(None, (left_out(c), reason)))

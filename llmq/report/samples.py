@@ -9,7 +9,7 @@ from llmq.guarded.files import library, parse_json, read_json_object, read_text
 from llmq.judge.protocols import refused
 from llmq.runs.paths import within
 from llmq.statistics.pairing import pairs
-from llmq.types import Measurement
+from llmq.types import JsonObject, Measurement
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -22,7 +22,7 @@ SHOWN = ("acc", "exact_match")
 Key = tuple[str, str]
 Scored = Mapping[str, Mapping[Key, Measurement]]
 """The figures with samples of each stage."""
-Answers = Mapping[str, Mapping[str, Any]]
+Answers = Mapping[str, JsonObject]
 """The lines that lm-eval wrote about a task, by document."""
 
 
@@ -125,21 +125,21 @@ def _answers(folder: Path, stage: str, task: str, filtered: str) -> Answers:
     return {str(line["doc_id"]): line for line in lines if line.get("filter", "none") == filtered}
 
 
-def _score(answer: Mapping[str, Any], metric: str) -> float:
+def _score(answer: JsonObject, metric: str) -> float:
     return float(answer.get(metric, 0.0))
 
 
-def _arguments(answer: Mapping[str, Any]) -> list[Sequence[Any]]:
+def _arguments(answer: JsonObject) -> list[Sequence[Any]]:
     """The text before each answer that was scored, and the answer itself."""
     return [list(each.values()) for each in answer["arguments"].values()]
 
 
-def _question(answer: Mapping[str, Any]) -> str:
+def _question(answer: JsonObject) -> str:
     text = str(_arguments(answer)[0][0])
     return text if len(text) <= LONGEST else f"… {text[-LONGEST:]}"
 
 
-def _said(answer: Mapping[str, Any]) -> str:
+def _said(answer: JsonObject) -> str:
     """The likeliest of the choices, or what was written."""
     replies, asked = answer["filtered_resps"], _arguments(answer)
     if len(asked) < 2:

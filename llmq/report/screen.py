@@ -1,8 +1,8 @@
 """Reports, comparisons and verdicts on a terminal."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ from llmq.report.rows import (
     notes,
     rows,
 )
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
@@ -52,7 +53,7 @@ def show_comparison(compared: Comparisons, out: Console | None = None) -> None:
         out.print(cell(line), soft_wrap=True)
 
 
-def show_gate(told: Mapping[str, Any], out: Console | None = None) -> None:
+def show_gate(told: JsonObject, out: Console | None = None) -> None:
     """Print one line a rule, and the verdict on all; `told` comes from `gate.as_data`."""
     out = out or console(200)
     for v in told["rules"]:

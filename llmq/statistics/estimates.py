@@ -5,11 +5,11 @@ No sample makes a figure certain. Where samples do not vary, at most a share `u`
 else that of two unrelated samples. Where nothing tells that distance there is no interval.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, isfinite, log
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from llmq.statistics.resampling import (
     LOG,
     PLAIN,
     ROUNDING,
+    Array,
     Contrast,
     Interval,
     Mean,
@@ -258,7 +259,7 @@ def _resampled(seed: int, *sides: Samples) -> Resampled | None:
     return Resampled(means, seed) if len(means[0].values) > 1 else None
 
 
-def _rows(samples: Samples) -> tuple[Any, Any]:
+def _rows(samples: Samples) -> tuple[Array, Array]:
     """Values and weights, summed over samples of the same document."""
     values, weights = np.asarray(samples.values, dtype=np.float64), _weights(samples)
     if samples.clusters is None:
@@ -267,18 +268,18 @@ def _rows(samples: Samples) -> tuple[Any, Any]:
     return np.bincount(which, values), np.bincount(which, weights)
 
 
-def _rates(samples: Samples) -> Any:
+def _rates(samples: Samples) -> Array:
     """The score of each document."""
     values, weights = _rows(samples)
     return values / weights
 
 
-def _weights(samples: Samples) -> Any:
+def _weights(samples: Samples) -> Array:
     given = samples.weights
     return np.ones(len(samples.values)) if given is None else np.asarray(given, dtype=np.float64)
 
 
-def _spread(a: Samples, figures: Any, value: float, seed: int, scale: float) -> Estimate | None:
+def _spread(a: Samples, figures: Callable[[Array], Array], value: float, seed: int, scale: float) -> Estimate | None:
     """A t interval about a quantile. None if no sample lies beyond the quantile: the scatter is unknown."""
     n = len(a.values)
     if n < 3 or n * min(a.quantile, 1 - a.quantile) < 1:
@@ -290,7 +291,7 @@ def _spread(a: Samples, figures: Any, value: float, seed: int, scale: float) -> 
     return Estimate(value, value - half, value + half, stderr, n, p=t_two_sided(value / stderr, n - 1))
 
 
-def figure(samples: Samples, rows: Any = None) -> Any:
+def figure(samples: Samples, rows: Array = None) -> Array:
     """The figure that samples make; with `rows` (resamples, n) of indices, one figure for each resample."""
     values = np.asarray(samples.values, dtype=np.float64)
     rows = np.arange(len(values))[None] if rows is None else rows

@@ -22,6 +22,7 @@ from llmq.guarded.files import read_text
 from llmq.predictors import Input, Inputs, Predictor
 from llmq.terminal import Bar, say
 from llmq.text import messages as chat
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.text.prompting import Prompting
@@ -37,10 +38,10 @@ class Asked:
     """One prompt: `column` is `prompt` (a question), `messages`, or `text` (to be continued)."""
 
     where: str
-    origin: dict[str, Any]
+    origin: JsonObject
     column: str
     value: Any
-    more: dict[str, Any] = field(default_factory=dict)
+    more: JsonObject = field(default_factory=dict)
     """What goes to the chat template besides: tools."""
 
     def ids(self, prompting: Prompting) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ class Answering(Predictor):
         if hasattr(loaded.module, "generation_config") and steered(loaded.module):
             say("penalties and bans in the model's own generation settings are not applied")
 
-    def _told(self, templated: bool) -> dict[str, Any]:
+    def _told(self, templated: bool) -> JsonObject:
         draws = {"top_p": self.top_p, "seed": self.seed} if self.temperature else {}
         told = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **draws}
         return {**told, "chat_template": templated, **({"system": self.system} if self.system else {})}
@@ -221,6 +222,6 @@ def _open(value: object, column: str, where: str) -> list[chat.Message]:
     return [{key: each for key, each in message.items() if key != "weight"} for message in messages]
 
 
-def _tools(row: dict[str, Any], where: str) -> dict[str, Any]:
+def _tools(row: JsonObject, where: str) -> JsonObject:
     tools = chat.tools_of(row, where)
     return {"tools": tools} if tools else {}

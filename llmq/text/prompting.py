@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.text.conversation import rendered
 from llmq.text.messages import Message
 from llmq.text.tokenizer import beginning
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ class Prompting:
         """The tokens of a prompt: a user's turn, or under no template the text itself."""
         return self.conversation([{"role": "user", "content": text}]) if self.templated else self.plain(text)
 
-    def conversation(self, messages: Sequence[Message], more: Mapping[str, Any] | None = None) -> Ids:
+    def conversation(self, messages: Sequence[Message], more: JsonObject | None = None) -> Ids:
         """The tokens of messages, up to where the answer begins. Raises `UserError` where the template fails."""
         if not self.templated:
             raise UserError("messages need a chat template, and none is used; write a 'prompt', or a 'text'")

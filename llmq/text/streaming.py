@@ -14,6 +14,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.files import sha256_text
 from llmq.text.generation import CACHES
+from llmq.types import JsonObject
 
 Pick = Callable[[Tensor], int]
 """A function from logits (vocabulary,) to the next token."""
@@ -54,13 +55,13 @@ class _Reader:
         network = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.known = inspect.signature(network.forward).parameters
         self.ids: list[int] = []
-        self.cache: dict[str, Any] = {}
+        self.cache: JsonObject = {}
 
     def logits(self, new: Sequence[int]) -> Tensor:
         """The logits (vocabulary,) after further tokens."""
         read = len(self.ids) if self.cache else 0
         self.ids += new
-        told: dict[str, Any] = dict(self.cache)
+        told: JsonObject = dict(self.cache)
         if "position_ids" in self.known:  # some hybrid models (Bamba) need to be told
             told["position_ids"] = torch.arange(read, len(self.ids), device=self.device)[None]  # (1, tokens)
         if "logits_to_keep" in self.known:

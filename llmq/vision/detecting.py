@@ -12,6 +12,7 @@ from pydantic import Field
 from llmq.files import write_json
 from llmq.predictors import PICTURES, Input, Inputs, Predictor
 from llmq.terminal import track
+from llmq.types import JsonObject
 from llmq.vision.images import read_shown
 from llmq.vision.pixels import check_window
 
@@ -45,8 +46,8 @@ class Detecting(Predictor):
         A box of an annotation is x, y, width, height in pixels; a category has the number of the network's label.
         """
         model: Any = loaded.artifact.model.model_copy(update={"score_threshold": self.threshold})
-        images: list[dict[str, Any]] = []
-        found: list[dict[str, Any]] = []
+        images: list[JsonObject] = []
+        found: list[JsonObject] = []
         names = dict(enumerate(model.class_names())) or self.names
         for begin in track(range(0, len(inputs.items), BATCH), "detecting"):
             items = inputs.items[begin : begin + BATCH]
@@ -62,8 +63,8 @@ class Detecting(Predictor):
         return len(found)
 
 
-def _annotations(objects: Detections, image: int, first: int) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = []
+def _annotations(objects: Detections, image: int, first: int) -> list[JsonObject]:
+    made: list[JsonObject] = []
     for box, score, label in zip(objects.boxes, objects.scores, objects.labels, strict=True):
         x0, y0, x1, y1 = (float(each) for each in box)
         made.append(

@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.files import at_home, sha256_files
 from llmq.guarded.weights import safetensors_of
+from llmq.types import JsonObject
 from llmq.vision import hub
 from llmq.vision.family import ImageModel
 from llmq.vision.state import check_kinds, read_state, refused
@@ -40,8 +41,8 @@ class HuggingFaceModel(ImageModel):
     weights: str | None = Field(None, description="a folder, or owner/name (or owner/name@revision) on the hub")
     classes: PositiveInt | None = Field(None, description="as the weights have if unset")
     new_head: bool = Field(False, description="begin with a new last layer, for other classes than the weights have")
-    config: dict[str, Any] | None = Field(None, description="of transformers, with its model_type; the weights' own")
-    preprocessor: dict[str, Any] | None = Field(None, description="of transformers; the weights' own")
+    config: JsonObject | None = Field(None, description="of transformers, with its model_type; the weights' own")
+    preprocessor: JsonObject | None = Field(None, description="of transformers; the weights' own")
 
     def check(self) -> None:
         if self.weights is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.files import LAYERS, write_json
+from llmq.types import JsonObject
 from llmq.vision.state import save_network
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Matrices:
         self.network = network
 
     @cached_property
-    def _layers(self) -> dict[str, Any]:
+    def _layers(self) -> JsonObject:
         from torch import nn
 
         kinds = (nn.modules.conv._ConvNd, nn.Linear)

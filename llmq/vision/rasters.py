@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
 from llmq.guarded.files import check_plain
+from llmq.types import JsonObject
 from llmq.vision.images import deep_mode
 from llmq.vision.pixels import ORIENTATION, is_tiff, range_of, read_tiff, readable
 
@@ -40,7 +40,7 @@ class Raster:
     """The name of the array in an .npz."""
     flat: bool = False
     """True for an array of two axes in an .npz or .npy."""
-    voxels: Mapping[str, Any] = field(default_factory=dict)
+    voxels: JsonObject = field(default_factory=dict)
     """The size of pixels and slices, as tifffile writes it."""
     of_ome: bool = False
     """True for a TIFF with a description of OME, whose sizes are not written again."""
@@ -105,13 +105,13 @@ def _by_pillow(path: Path) -> ndarray:
     return pixels.astype(np.uint16)
 
 
-def _voxels(path: Path) -> tuple[dict[str, Any], bool]:
+def _voxels(path: Path) -> tuple[JsonObject, bool]:
     """The resolution of a TIFF, and the distance of slices that ImageJ keeps; and True for a description of OME."""
     import tifffile
 
     with readable(path, "image"), tifffile.TiffFile(path) as file:
         tags = file.pages[0].tags
-        told: dict[str, Any] = {}
+        told: JsonObject = {}
         if all(tag in tags for tag in RESOLUTIONS):
             across, down = (_ratio(tags[tag].value) for tag in RESOLUTIONS)
             if ORIENTATION in tags and int(tags[ORIENTATION].value) >= 5:  # these exchange the sides
@@ -121,7 +121,7 @@ def _voxels(path: Path) -> tuple[dict[str, Any], bool]:
         return told | _of_imagej(file), bool(file.is_ome)
 
 
-def _of_imagej(file: TiffFile) -> dict[str, Any]:
+def _of_imagej(file: TiffFile) -> JsonObject:
     said = {k: v for k, v in (file.imagej_metadata or {}).items() if k in ("spacing", "unit")}
     return {"imagej": True, "metadata": said} if said and file.series[0].dtype.name in OF_IMAGEJ else {}
 

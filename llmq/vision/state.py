@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.guarded.files import read_json, read_json_object
 from llmq.guarded.weights import INDEX, entry_of, safetensors_of
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def read_state(weights: str) -> "dict[str, Tensor]":
     return state
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> JsonObject:
     """The dict in a pickled file of tensors and plain values. Raises `UserError` for a file with anything else."""
     import pickle
 

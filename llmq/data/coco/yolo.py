@@ -1,14 +1,14 @@
 """YOLO annotations: a `data.yaml`, and beside each image a text file with a line for each box."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmq.data.coco.boxed_images import Boxed, Item, Part, facts, within, without_copies
 from llmq.errors import UserError
 from llmq.guarded.files import read_text
 from llmq.source import read
+from llmq.types import JsonObject
 from llmq.vision.folders import under
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -39,7 +39,7 @@ def read_yolo(file: Path) -> list[Part]:
     return [_part(file, name, about) for name in ("train", "val") if about.get(name)]
 
 
-def _part(file: Path, name: str, about: Mapping[str, Any]) -> Part:
+def _part(file: Path, name: str, about: JsonObject) -> Part:
     classes = _classes(file, about["names"])
     root = (file.parent / str(about.get("path", "."))).resolve()
     images, others = _images(file, root, name, about[name])

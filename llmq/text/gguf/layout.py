@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 FILE = "model.gguf"
 """The name of the file of a stage."""
@@ -55,7 +56,7 @@ ARCHITECTURES = {
 """The `model_type` of transformers -> the network as GGUF files name it."""
 
 
-def architecture_of(config: Any, place: object) -> Architecture:
+def architecture_of(config: PretrainedConfig, place: object) -> Architecture:
     """The network of a configuration. Raises `UserError` for one that is not written, naming those that are."""
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -106,7 +107,7 @@ class Place:
         return {name: part.contiguous() for name, part in zip(self.parts, parts, strict=True)}
 
 
-def places(config: Any, architecture: Architecture, names: Iterable[str]) -> list[Place]:
+def places(config: PretrainedConfig, architecture: Architecture, names: Iterable[str]) -> list[Place]:
     """The place of each tensor of a network, in the order of the names.
 
     Raises `UserError` for a tensor that the architecture has no place for.
@@ -129,7 +130,7 @@ def _expert(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _place(config: Any, architecture: Architecture, name: str, parts: tuple[str, ...]) -> Place:
+def _place(config: PretrainedConfig, architecture: Architecture, name: str, parts: tuple[str, ...]) -> Place:
     heads: Mapping[str, int] = {}
     if architecture.interleaved:
         heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}

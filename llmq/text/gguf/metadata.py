@@ -6,15 +6,17 @@ An engine computes some settings of a network from its name alone. A network wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.text.gguf.layout import Architecture
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """The layers by which engines know the Gemma that scales queries by its width."""
@@ -22,13 +24,13 @@ WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every second or sixth layer of a Gemma sees all tokens, and the others a window."""
 
 
-def check(config: Any, architecture: Architecture) -> None:
+def check(config: PretrainedConfig, architecture: Architecture) -> None:
     """Raise `UserError` for a network that an engine would compute otherwise."""
     if fault := next(_faults(config, architecture), ""):
         raise UserError(f"this {config.model_type} cannot be written as GGUF: {fault}")
 
 
-def _faults(config: Any, architecture: Architecture) -> Iterator[str]:
+def _faults(config: PretrainedConfig, architecture: Architecture) -> Iterator[str]:
     name = architecture.name
     activation = next((getattr(config, k, None) for k in ("hidden_activation", "hidden_act", "activation_function")
                        if getattr(config, k, None)), None)  # fmt: skip
@@ -51,7 +53,7 @@ def _faults(config: Any, architecture: Architecture) -> Iterator[str]:
         yield f"its rotary positions are of type {kind!r}, and {', '.join(sorted(allowed))} are written"
 
 
-def _gemma_faults(config: Any, name: str) -> Iterator[str]:
+def _gemma_faults(config: PretrainedConfig, name: str) -> Iterator[str]:
     every = WINDOW_EVERY[name]
     expected = [
         "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(config.layer_types))
@@ -66,14 +68,14 @@ def _gemma_faults(config: Any, name: str) -> Iterator[str]:
         yield "its logits have no soft cap"
 
 
-def rope_of(config: Any) -> Mapping[str, Any]:
+def rope_of(config: PretrainedConfig) -> JsonObject:
     """The settings of rotary positions; those of layers that see all tokens where a network has two sorts."""
     settings = getattr(config, "rope_parameters", None) or {}
-    chosen: Mapping[str, Any] = settings.get("full_attention", settings)
+    chosen: JsonObject = settings.get("full_attention", settings)
     return chosen
 
 
-def window_left_out(config: Any, architecture: Architecture) -> int | None:
+def window_left_out(config: PretrainedConfig, architecture: Architecture) -> int | None:
     """The window of a network whose window has no place in the format; None without one."""
     if architecture.name in WINDOW_EVERY or architecture.name == "phi3":
         return None
@@ -82,7 +84,7 @@ def window_left_out(config: Any, architecture: Architecture) -> int | None:
     return width if width and width < positions else None
 
 
-def describe(writer: GGUFWriter, config: Any, architecture: Architecture, rows: int) -> None:
+def describe(writer: GGUFWriter, config: PretrainedConfig, architecture: Architecture, rows: int) -> None:
     """Write the settings of a network with `rows` embeddings."""
     heads, width = config.num_attention_heads, config.hidden_size
     writer.add_block_count(config.num_hidden_layers)
@@ -121,11 +123,11 @@ def describe(writer: GGUFWriter, config: Any, architecture: Architecture, rows: 
             writer.add_expert_shared_feed_forward_length(shared)
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _describe_rope(writer: GGUFWriter, config: Any, head: int) -> None:
+def _describe_rope(writer: GGUFWriter, config: PretrainedConfig, head: int) -> None:
     from gguf import RopeScalingType
 
     rope = rope_of(config)
@@ -157,7 +159,7 @@ def _describe_rope(writer: GGUFWriter, config: Any, head: int) -> None:
             writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or grown)
 
 
-def rope_tensors(config: Any) -> dict[str, Tensor]:
+def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     """The tensors by which engines divide rotary frequencies, for positions scaled frequency by frequency."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -14,7 +14,7 @@ from llmq.text.opening import causal_lm, without_weights
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """A tensor of all experts in transformers -> the tensors of one expert in files."""
@@ -86,8 +86,8 @@ def _read_by_transformers(folder: Path, dtype: str, device: str) -> PreTrainedMo
     import torch
     from transformers import AutoConfig, GgufConfig, LlamaConfig
 
-    config: Any = AutoConfig.from_pretrained(folder)
-    said: Any = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    said: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=FILE)
     _check_settings(folder, config, said)
     if config.model_type == "mistral":  # which the file calls a Llama
         config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
@@ -95,7 +95,7 @@ def _read_by_transformers(folder: Path, dtype: str, device: str) -> PreTrainedMo
     return causal_lm(folder, gguf_file=FILE, config=config, **options).to(device).eval()
 
 
-def _check_settings(folder: Path, config: Any, said: Any) -> None:
+def _check_settings(folder: Path, config: PretrainedConfig, said: PretrainedConfig) -> None:
     """Raise `LlmqError` unless transformers reads the settings of the network from the file."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 

@@ -7,11 +7,12 @@ expressions of the tokenizer tell the name, so that none is guessed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -52,20 +53,20 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pla
     _write_marks(writer, tokenizer)
 
 
-def _described(tokenizer: PreTrainedTokenizerBase, place: Path) -> Mapping[str, Any]:
+def _described(tokenizer: PreTrainedTokenizerBase, place: Path) -> JsonObject:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"the tokenizer of {str(place)!r} runs in Python; save it as tokenizer.json first")
-    described: Mapping[str, Any] = json.loads(backend.to_str())
+    described: JsonObject = json.loads(backend.to_str())
     return described
 
 
-def _never_prepends(described: Mapping[str, Any]) -> bool:
+def _never_prepends(described: JsonObject) -> bool:
     pre = described.get("pre_tokenizer") or {}
     return bool(pre.get("prepend_scheme") == "never")
 
 
-def splitting(described: Mapping[str, Any], place: Path) -> str:
+def splitting(described: JsonObject, place: Path) -> str:
     """The name that engines have for the way in which a byte-level tokenizer splits texts before it merges."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

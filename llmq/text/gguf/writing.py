@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq import __version__
 from llmq.errors import LlmqError, UserError
@@ -27,6 +27,7 @@ from llmq.text.gguf.layout import FILE, HEAD, Architecture, Place, architecture_
 from llmq.text.gguf.source import Source
 from llmq.text.gguf.types import Type
 from llmq.text.tokenizer import copy_tokenizer, load_tokenizer
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -45,7 +46,7 @@ def check(folder: Path) -> None:
     gguf_metadata.check(config, architecture_of(config, folder))
 
 
-def write(folder: Path, target: Path, wanted: str, name: str) -> dict[str, Any]:
+def write(folder: Path, target: Path, wanted: str, name: str) -> JsonObject:
     """Write the model in `folder` to `target`/model.gguf, with its configuration and its tokenizer beside the file.
 
     `wanted` is a type of tensors or AUTO. Returns notes on the types. Raises `UserError` for a network or a tokenizer
@@ -195,9 +196,9 @@ def _notes(
     types: Mapping[str, Type],
     errors: Mapping[str, float],
     window: int | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     counts = _weights_by_type(source, found, types)
-    notes: dict[str, Any] = {"types": dict(counts.most_common())}
+    notes: JsonObject = {"types": dict(counts.most_common())}
     if kept := [name for name, its in types.items() if its.kept]:
         notes["grids_kept"] = len(kept)
         notes["largest_distance_to_grid"] = max(types[name].distance for name in kept)

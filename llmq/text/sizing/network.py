@@ -14,6 +14,7 @@ from llmq.errors import UserError, did_you_mean
 from llmq.files import at_home
 from llmq.guarded.files import library
 from llmq.sketch import Part, Sketch, Work
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,9 +106,9 @@ def _of_kept(name: str, dtype: str) -> TextSketch:
 
 
 @cache
-def kept() -> dict[str, dict[str, Any]]:
+def kept() -> dict[str, JsonObject]:
     """The configurations in the repository, by built-in word or hub id."""
-    configurations: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8"))
+    configurations: dict[str, JsonObject] = json.loads(KEPT.read_text(encoding="utf-8"))
     return configurations
 
 

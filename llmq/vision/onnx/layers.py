@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmq.errors import LlmqError
 from llmq.vision.exported import users
-from llmq.vision.onnx.writer import Writer, constant_of, ints, needed, rank_of, stored
+from llmq.vision.onnx.writer import Attributes, Writer, constant_of, ints, needed, rank_of, stored
 
 if TYPE_CHECKING:
     from openvino import Node, Output
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Written = str | list[str]
 
 
-def convolution(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def convolution(w: Writer, node: Node, its: Attributes) -> Written:
     """A convolution, plain, grouped or transposed, with the bias that is added to it."""
     grouped, transposed = "Group" in node.get_type_name(), "BackpropData" in node.get_type_name()
     source = node.input_value(1)
@@ -31,7 +31,7 @@ def convolution(w: Writer, node: Node, its: dict[str, Any]) -> Written:
         weights = w.one("Reshape", w.of(source), w.constant(shape))
     else:
         weights = w.of(source)
-    settings: dict[str, Any] = {"strides": ints(its["strides"]), "dilations": ints(its["dilations"]), "group": group}
+    settings: Attributes = {"strides": ints(its["strides"]), "dilations": ints(its["dilations"]), "group": group}
     settings["pads"] = _pads(node, its)
     if transposed:
         if node.get_input_size() > 2:
@@ -47,7 +47,7 @@ def convolution(w: Writer, node: Node, its: dict[str, Any]) -> Written:
     return made
 
 
-def _pads(node: Node, its: dict[str, Any]) -> list[int]:
+def _pads(node: Node, its: Attributes) -> list[int]:
     if its.get("auto_pad", "explicit") not in ("explicit", "valid", "notset"):
         raise LlmqError(f"{node.get_friendly_name()}: padding {its['auto_pad']} has no place in ONNX")
     return [*ints(its["pads_begin"]), *ints(its["pads_end"])]
@@ -66,7 +66,7 @@ def _bias(node: Node) -> Output | None:
     return others[0] if fits else None
 
 
-def matmul(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def matmul(w: Writer, node: Node, its: Attributes) -> Written:
     sides = [_side(w, node.input_value(i), bool(its[f"transpose_{'ab'[i]}"])) for i in (0, 1)]
     return w.one("MatMul", *sides)
 
@@ -80,7 +80,7 @@ def _side(w: Writer, output: Output, turned: bool) -> str:
     return w.weight(weight.transposed(order)) if weight else w.one("Transpose", w.of(output), perm=order)
 
 
-def attention(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def attention(w: Writer, node: Node, its: Attributes) -> Written:
     """softmax(q k^T * scale + mask) v."""
     if its["causal"]:
         raise LlmqError(f"{node.get_friendly_name()}: causal attention has no place in the ONNX graph")
@@ -108,7 +108,7 @@ def _is_masked(node: Node) -> bool:
     return array is None or array.size > 1 or bool(array.any())
 
 
-def normalized(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def normalized(w: Writer, node: Node, its: Attributes) -> Written:
     """Less the mean and, if asked for, over the deviation."""
     x = w.of(node.input_value(0))
     axes = ints(needed(node.input_value(1)).reshape(-1))
@@ -122,7 +122,7 @@ def normalized(w: Writer, node: Node, its: dict[str, Any]) -> Written:
     return w.one("Div", less, w.one("Add", w.one("Sqrt", variance), least))
 
 
-def group_normalized(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def group_normalized(w: Writer, node: Node, its: Attributes) -> Written:
     x, scale, shift = (w.of(node.input_value(i)) for i in range(3))
     groups = int(its["num_groups"])
     each = w.one("Reshape", x, w.constant([0, groups, -1]))
@@ -133,7 +133,7 @@ def group_normalized(w: Writer, node: Node, its: dict[str, Any]) -> Written:
     return w.one("Add", w.one("Mul", back, w.one("Reshape", scale, shape)), w.one("Reshape", shift, shape))
 
 
-def fake_quantize(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def fake_quantize(w: Writer, node: Node, its: Attributes) -> Written:
     """Quantized to uint8 and back, on the same points."""
     low, high, *out = [needed(node.input_value(i)).astype(np.float64) for i in range(1, 5)]
     if its["levels"] != 256 or not all(np.allclose(a, b) for a, b in zip((low, high), out, strict=True)):
@@ -154,9 +154,9 @@ def fake_quantize(w: Writer, node: Node, its: dict[str, Any]) -> Written:
     return w.one("Mul", w.one("Sub", w.one("DequantizeLinear", codes, *grid), shift), factor)
 
 
-def pooled(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def pooled(w: Writer, node: Node, its: Attributes) -> Written:
     largest = node.get_type_name() == "MaxPool"
-    settings: dict[str, Any] = {"kernel_shape": ints(its["kernel"]), "strides": ints(its["strides"])}
+    settings: Attributes = {"kernel_shape": ints(its["kernel"]), "strides": ints(its["strides"])}
     settings |= {"pads": _pads(node, its), "ceil_mode": int(its["rounding_type"] != "floor")}
     if largest:
         settings["dilations"] = ints(its.get("dilations", [1] * len(its["kernel"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from llmq.vision.onnx.layers import (
     pooled,
 )
 from llmq.vision.onnx.shapes import SHAPES
-from llmq.vision.onnx.writer import Writer, ints, is_coded, needed
+from llmq.vision.onnx.writer import Attributes, Writer, ints, is_coded, needed
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -84,7 +84,7 @@ def _written(writer: Writer, node: Node) -> Written:
     return OPERATIONS[kind](writer, node, its)
 
 
-def _gelu(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _gelu(w: Writer, node: Node, its: Attributes) -> Written:
     x = w.of(node.input_value(0))
     half, one, root = (w.constant(np.array(number, np.float32)) for number in (0.5, 1, math.sqrt(2)))
     if its.get("approximation_mode", "erf") == "erf":
@@ -96,52 +96,52 @@ def _gelu(w: Writer, node: Node, its: dict[str, Any]) -> Written:
     return w.one("Mul", w.one("Mul", x, w.one("Add", inner, one)), half)
 
 
-def _clamp(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _clamp(w: Writer, node: Node, its: Attributes) -> Written:
     bounds = [w.constant(np.array(its[key], np.float32)) for key in ("min", "max")]
     return w.one("Clip", w.of(node.input_value(0)), *bounds)
 
 
-def _swish(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _swish(w: Writer, node: Node, its: Attributes) -> Written:
     x, *beta = map(w.of, node.input_values())
     return w.one("Mul", x, w.one("Sigmoid", w.one("Mul", x, beta[0]) if beta else x))
 
 
-def _mish(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _mish(w: Writer, node: Node, its: Attributes) -> Written:
     x = w.of(node.input_value(0))
     return w.one("Mul", x, w.one("Tanh", w.one("Softplus", x)))
 
 
-def _hard_sigmoid(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _hard_sigmoid(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("HardSigmoid", w.of(node.input_value(0)), alpha=1 / 6, beta=0.5)
 
 
-def _softmax(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _softmax(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one(node.get_type_name(), w.of(node.input_value(0)), axis=int(its["axis"]))
 
 
-def _elu(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _elu(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Elu", w.of(node.input_value(0)), alpha=float(its["alpha"]))
 
 
-def _sum(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _sum(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("ReduceSum", w.of(node.input_value(0)), w.int64(node.input_value(1)), keepdims=int(its["keep_dims"]))
 
 
-def _squared_difference(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _squared_difference(w: Writer, node: Node, its: Attributes) -> Written:
     less = w.one("Sub", *map(w.of, node.input_values()))
     return w.one("Mul", less, less)
 
 
-def _modulo(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _modulo(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Mod", *map(w.of, node.input_values()), fmod=1)  # the sign of the first, as in C
 
 
-def _sampled(w: Writer, node: Node, its: dict[str, Any]) -> Written:
+def _sampled(w: Writer, node: Node, its: Attributes) -> Written:
     settings = {"align_corners": int(its["align_corners"]), "mode": its["mode"], "padding_mode": its["padding_mode"]}
     return w.one("GridSample", *map(w.of, node.input_values()), **settings)
 
 
-OPERATIONS: dict[str, Callable[[Writer, Node, dict[str, Any]], Written]] = {
+OPERATIONS: dict[str, Callable[[Writer, Node, Attributes], Written]] = {
     **SHAPES,
     **dict.fromkeys(("Convolution", "GroupConvolution"), convolution),
     **dict.fromkeys(("ConvolutionBackpropData", "GroupConvolutionBackpropData"), convolution),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmq.errors import LlmqError
-from llmq.vision.onnx.writer import Writer, constant_of, ints, needed, rank_of
+from llmq.vision.onnx.writer import Attributes, Writer, constant_of, ints, needed, rank_of
 
 if TYPE_CHECKING:
     from openvino import Node
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 END = 2**31 - 1
 """An index beyond any axis."""
 Written = str | list[str]
-Attributes = dict[str, Any]
 
 
 def _reshape(w: Writer, node: Node, its: Attributes) -> Written:

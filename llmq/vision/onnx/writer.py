@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from openvino import Model, Node, Output
 
+Attributes = dict[str, Any]
+"""What OpenVINO says of an operation beside its inputs."""
 ELEMENTS = {"f32": "FLOAT", "f16": "FLOAT16", "f64": "DOUBLE", "i64": "INT64", "i32": "INT32", "boolean": "BOOL"}
 ELEMENTS |= {"i8": "INT8", "u8": "UINT8"}
 """OpenVINO's names of dtypes, and those of ONNX."""
