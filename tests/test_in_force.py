@@ -30,7 +30,7 @@ def tuned(tiny_llama, tiny_jsonl, folder, arguments, **settings):
         ({"prediction_loss_only": True}, "'prediction_loss_only' has no effect that could be checked; leave it out"),
         ({"run_name": "mine"}, "'run_name' has no effect: nothing is reported; name a tracker in report_to"),
         ({"run_name": "mine", "report_to": "none"}, "'run_name' has no effect: nothing is reported"),
-        ({"max_steps": 5}, "'max_steps' is 5, and max_steps of adapt.lora is 2; set one of them"),
+        ({"max_steps": 5}, "'max_steps' is 5, and max_steps of the step is 2; set one of them"),
         ({"max_grad_norm": -1}, "max_grad_norm: Input should be greater than 0"),
         ({"optim": "no_such"}, "optim: Input should be "),
     ],

@@ -46,6 +46,7 @@ STEPS = [
     [{"prune.layers": {"drop": 1, "samples": 2, "length": 16}}],
     [{"quantize.bnb": {}}, {"adapt.lora": {"r": 4, "max_steps": 1, "max_length": 32}}],
     [{"adapt.lora": {"r": 4, "use_dora": True, "target_modules": ["q_proj"], "max_steps": 1}}, "adapt.merge"],
+    [{"adapt.full": {"max_steps": 1, "max_length": 32, "teacher": "base"}}],
     [{"quantize.rtn": {"group_size": 32}}, "export.compressed_tensors"],
 ]
 
@@ -58,8 +59,8 @@ STEPS = [
 def test_sizes_are_those_that_the_steps_write(steps, dtype, tiny_llama, tiny_jsonl, tmp_path):
     steps = json.loads(json.dumps(steps))
     for word, settings in (item for step in steps if isinstance(step, dict) for item in step.items()):
-        if word in ("adapt.lora", "prune.layers"):
-            settings["data"] = {"file": {"path": str(tiny_jsonl)}} if word == "adapt.lora" else "pydoc"
+        if word in ("adapt.lora", "adapt.full", "prune.layers"):
+            settings["data"] = "pydoc" if word == "prune.layers" else {"file": {"path": str(tiny_jsonl)}}
     bare = configuration_alone(tiny_llama, tmp_path / "bare")
     foretold = job_of({"causal_lm": {"weights": str(bare), "dtype": dtype}}, *steps)
     sketch, artifact = (
@@ -150,6 +151,17 @@ def test_gradients_of_the_loss_are_foretold_as_more_work_and_the_same_files(word
     plain, weighed = (plugin.build({word: {"hessian": h}}).foresee(sketch) for h in ("inputs", "loss"))
     assert plain[0] == weighed[0]
     assert sum(plain[1].operations.values()) < sum(weighed[1].operations.values())
+
+
+@pytest.mark.parametrize("word", ["adapt.lora", "adapt.full"])
+def test_a_teacher_is_foretold_as_a_second_model_that_answers_every_batch(word, tiny_llama):
+    untouched = job_of({"causal_lm": {"weights": str(tiny_llama)}}).model.sketch()
+    pruned, _ = plugin.build({"prune.layers": {"drop": 1, "samples": 2, "length": 16}}).foresee(untouched)
+    settings = {"data": "pydoc", "max_steps": 10, "max_length": 32}
+    plain, taught = (plugin.build({word: {**settings, **more}}).foresee(pruned) for more in ({}, {"teacher": "base"}))
+    assert plain[0] == taught[0]
+    assert taught[1].memory >= plain[1].memory + untouched.in_memory
+    assert 1.2 * sum(plain[1].operations.values()) < sum(taught[1].operations.values())
 
 
 def test_a_model_that_nobody_knows_is_refused_in_one_line(tmp_path):

@@ -93,6 +93,7 @@ def exchanged(model: PreTrainedModel, attention: Attention, masked: bool = False
     from transformers.masking_utils import sdpa_mask
 
     stock = model.config._attn_implementation
+    around = AttentionInterface._global_mapping.get(NAME)  # of a student, while its teacher answers
     AttentionInterface.register(NAME, attention)
     if masked:
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -102,6 +103,8 @@ def exchanged(model: PreTrainedModel, attention: Attention, masked: bool = False
     finally:
         model.set_attn_implementation(stock)
         AttentionInterface._global_mapping.pop(NAME)  # or it would keep the model in memory
+        if around:
+            AttentionInterface.register(NAME, around)
         AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 

@@ -32,10 +32,13 @@ class LanguageModel(Model):
 
     def sketch(self) -> "TextSketch":
         """The tensors and widths that the configuration tells."""
+        from dataclasses import replace
+
         from llmq.text.sizing.network import sketch_of
 
         self.check_trust()
-        return sketch_of(self.weights, self.dtype)
+        untouched = sketch_of(self.weights, self.dtype)
+        return replace(untouched, base=untouched)
 
     def download(self) -> str:
         from llmq.text.sizing.network import download

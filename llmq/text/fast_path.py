@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError, UserError
 from llmq.text.attention import Segment, disagreement, distance, exchanged, segments_of, why_fixed, within_segments
 from llmq.text.examples import IGNORED
-from llmq.text.fused_loss import linear_cross_entropy
+from llmq.text.fused_loss import Taught, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DROPOUTS = ("attention_dropout", "attn_pdrop")
 TOLERANCE = 0.02
@@ -37,11 +41,13 @@ Outputs = Callable[[Tensor], Tensor]
 class FastPath:
     """Attention within examples, and a loss without logits in memory, switched onto a model for its training."""
 
-    def __init__(self, model: PeftModel):
+    def __init__(self, model: PeftModel | PreTrainedModel):
         self.model = model
-        self.inner = model.get_base_model()
+        self.inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.head = self.inner.get_output_embeddings()
         self.segments: list[Segment] = []
+        self.told: Callable[[Tensor], Taught] | None = None
+        """The tokens (rows, tokens) that are learned -> a teacher's answers to them."""
 
     def see(self, position_ids: Tensor) -> None:
         """Note the places of the examples in the next batch. `position_ids`: (rows, tokens)."""
@@ -56,8 +62,9 @@ class FastPath:
         self, logits: Tensor, *_: object, shift_labels: Tensor, num_items_in_batch: Tensor | None = None, **__: object
     ) -> Tensor:
         # `logits` are hidden states (rows, tokens, d) here: while switched on, the head returns its input.
-        total = linear_cross_entropy(logits.flatten(0, -2), self.head, shift_labels.flatten(), IGNORED)
-        return total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+        taught = self.told(shift_labels != IGNORED) if self.told else None
+        total = linear_cross_entropy(logits.flatten(0, -2), self.head, shift_labels.flatten(), IGNORED, taught)
+        return total / total_over(shift_labels, num_items_in_batch)
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
@@ -74,8 +81,8 @@ class FastPath:
 
     def why_not(self) -> str:
         """The reason why this model must train by its own attention and loss, or an empty string."""
-        if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
-            return "the output head is trained or is no plain linear layer"
+        if type(self.head) is not torch.nn.Linear:
+            return "the output head is no plain linear layer"
         if why := why_fixed(self.inner, DROPOUTS):
             return why
         if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
@@ -149,6 +156,11 @@ class FastPath:
         return disagreement(fast, stock, TOLERANCE)
 
 
+def total_over(labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    """The number of tokens that a summed loss is divided by: those of all accumulated batches, or of these labels."""
+    return (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+
+
 def _moved(outputs: Outputs, ids: Tensor, other: Tensor, tolerance: float) -> str:
     with torch.no_grad():
         one, two = outputs(ids), outputs(other)
@@ -191,7 +203,10 @@ class Way:
 
 
 def choose(
-    model: PeftModel, packing: bool, batch_size: int, autocast: AbstractContextManager[object] | None = None
+    model: PeftModel | PreTrainedModel,
+    packing: bool,
+    batch_size: int,
+    autocast: AbstractContextManager[object] | None = None,
 ) -> Way:
     """The fastest way to train in which no example depends on another, by probes of the model itself.
 

@@ -135,7 +135,7 @@ def check_names(asked: Mapping[str, object], fields: Mapping[str, object], set_f
     for name, value in asked.items():
         if name in fields:
             if name in set_fields and fields[name] != value:
-                raise _refused(f"{name!r} is {value!r}, and {name} of adapt.lora is {fields[name]!r}; set one of them")
+                raise _refused(f"{name!r} is {value!r}, and {name} of the step is {fields[name]!r}; set one of them")
         elif name not in known:
             raise _refused(f"transformers has no {name!r}{did_you_mean(name, known)}")
         elif name in ELSEWHERE:

@@ -1,17 +1,19 @@
 """transformers' `Trainer`, fed with packed rows, evaluated exactly, and watched."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
@@ -24,6 +26,12 @@ from llmq.text.examples import IGNORED, Collator, Tokens
 from llmq.text.fast_path import FastPath
 from llmq.text.in_force import check_in_force
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from llmq.text.teaching import Teacher
+
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in that of a stage, until it is whole."""
 COUNTS = "counts.json"
@@ -33,9 +41,9 @@ COUNTS = "counts.json"
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """`Trainer` whose held-out loss is a mean over tokens, and leaves no trace in the training that follows."""
 
-    def __init__(self, fast: FastPath | None, **settings: object):
+    def __init__(self, fast: FastPath | None, teacher: Teacher | None = None, **settings: object):
         super().__init__(**settings)
-        self.fast = fast
+        self.fast, self.teacher = fast, teacher
         self.done: Path | None = checkpoints.newest(Path(self.args.output_dir))
         """The checkpoint that training goes on from."""
         self.tokens_seen = 0
@@ -49,6 +57,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens = inputs.pop("tokens")  # ours: the model takes no such input
         if self.fast:
             self.fast.see(inputs["position_ids"])  # (rows, tokens)
+        if self.teacher:
+            self.teacher.see(inputs)
         if model.training:
             self.tokens_seen += int(tokens)
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
@@ -190,30 +200,40 @@ def _environment_kept() -> Iterator[None]:
 
 
 def train(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     fast: FastPath | None,
+    teacher: Teacher | None,
     rows: Sequence[Sequence[Tokens]],
     held_out: Sequence[Sequence[Tokens]],
     pad_token_id: int,
     folder: Path,
     arguments: Mapping[str, object],
     asked: Mapping[str, object],
+    save: Callable[[PackedTrainer], None],
 ) -> dict[str, object]:
-    """Train, from the last whole checkpoint in `folder` if there is one, and write the adapter there.
+    """Train, from the last whole checkpoint in `folder` if there is one, and save the model; then checkpoints go.
 
     `asked` are those `arguments` that the recipe names itself. Returns the history. Raises `LlmqError` if training sees
     other processes than were started or learns a value that is not finite, `UserError` for an asked argument that is
     not in force.
     """
     data = {"train_dataset": rows, "eval_dataset": held_out or None, "data_collator": Collator(pad_token_id)}
-    trainer, history = trained(PackedTrainer, folder, arguments, asked, fast, model=model, **data)
-    trainer.save_model(str(folder))
+    with teacher.teaching(model, fast) if teacher else nullcontext():
+        trainer, history = trained(PackedTrainer, folder, arguments, asked, fast, teacher, model=model, **data)
+    save(trainer)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # or it would answer in autocast
     if processes.is_first():
-        _settle(folder / "adapter_config.json", model.get_base_model().name_or_path)
-        (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return history
+
+
+def save_adapter(trainer: PackedTrainer) -> None:
+    """Write the adapter to the folder that holds the checkpoints."""
+    folder = Path(trainer.args.output_dir).parent
+    trainer.save_model(str(folder))
+    if processes.is_first():
+        _settle(folder / "adapter_config.json", trainer.model.get_base_model().name_or_path)
+        (folder / "training_args.bin").unlink()  # a pickle, which nobody should have to open
 
 
 @_environment_kept()
@@ -223,10 +243,11 @@ def trained(
     arguments: Mapping[str, object],
     asked: Mapping[str, object],
     fast: FastPath | None = None,
+    teacher: Teacher | None = None,
     **parts: object,
 ) -> tuple[PackedTrainer, dict[str, object]]:
     """A trainer of this kind after its training, from the last whole checkpoint in `folder` on, and the history."""
-    trainer = _trainer(kind, fast, folder / CHECKPOINTS, arguments, asked, **parts)
+    trainer = _trainer(kind, fast, teacher, folder / CHECKPOINTS, arguments, asked, **parts)
     with fast.switched_on() if fast else nullcontext():
         trainer.train(resume_from_checkpoint=str(trainer.done) if trainer.done else None)
     seconds = trainer.elapsed
@@ -270,6 +291,7 @@ def schedule(steps: int, warmup_ratio: float, eval_steps: int | None, save_steps
 def _trainer(
     kind: type[PackedTrainer],
     fast: FastPath | None,
+    teacher: Teacher | None,
     folder: Path,
     arguments: Mapping[str, object],
     asked: Mapping[str, object],
@@ -282,7 +304,7 @@ def _trainer(
         if processes.count() == 1:
             # Several cards in one process would mean DataParallel, which splits a batch behind our attention's back.
             settings._n_gpu = min(settings.n_gpu, 1)
-        trainer = kind(fast, args=settings, callbacks=[watch], **parts)
+        trainer = kind(fast, teacher, args=settings, callbacks=[watch], **parts)
         trainer.get_train_dataloader()
         # The scheduler would refuse its settings after everything was prepared.
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +36,12 @@ class TextSketch(Sketch):
     """The width of keys and values together."""
     vocabulary: int = 0
     blocks: tuple[str, ...] = ()
+    base: TextSketch | None = field(default=None, compare=False, repr=False)
+    """The untouched model that this one was made of; None for that one itself."""
+
+    @property
+    def untouched(self) -> TextSketch:
+        return self.base or self
 
     @cached_property
     def linears(self) -> tuple[Part, ...]:

@@ -147,6 +147,32 @@ def training(sketch: TextSketch, rows: int, length: int, ranks: int, states: flo
     return Work(memory, operations)
 
 
+def training_whole(sketch: TextSketch, rows: int, length: int, states: float, checkpointed: bool) -> Work:
+    """One step of a training of all weights, which are float32: forward, backward, and an optimizer."""
+    tokens = rows * length
+    learned = sketch.parameters
+    chunk = min(CHUNK, tokens)
+    # In 16 bits every weight has a rounded copy until the backward pass is done.
+    rounded = 0 if sketch.dtype == "float32" else 2 * learned
+    logits = 3 * 4 * chunk * sketch.vocabulary + 4 * sketch.hidden * sketch.vocabulary
+    gradients = 4 * tokens * (sketch.inner + sketch.hidden) * 4
+    passing = saved(sketch, rows, length, 0, checkpointed) + max(logits + _widened(sketch, chunk, chunk), gradients)
+    weights = int(learned * 4 * (2 + states)) + sketch.in_memory + rounded  # with those that it began with
+    once = _products(sketch, tokens, length, 0)
+    passes = 4 if checkpointed else 3
+    operations = {kind: passes * ops for kind, ops in once.items()}
+    operations[sketch.dtype] += 6.0 * sketch.hidden * sketch.vocabulary * tokens
+    operations["copy"] += 2.0 * TOUCHED * saved(sketch, rows, length, 0, False) + 4.0 * learned * (4 + 2 * states)
+    return Work(weights + int(KEPT_TRAINING * passing), operations)
+
+
+def answers(sketch: TextSketch, rows: int, length: int) -> Work:
+    """A teacher that answers one batch of a training: its weights, hidden states, and distributions of a few tokens."""
+    tokens = rows * length
+    kept = tokens * sketch.hidden * BYTES[sketch.dtype] + 3 * 4 * min(CHUNK, tokens) * sketch.vocabulary
+    return Work(sketch.in_memory + kept, _products(sketch, tokens, length, tokens))
+
+
 def training_scales(sketch: TextSketch, rows: int, length: int) -> Work:
     """One step in which the scales of packed layers learn: every packed matrix is unpacked for its gradient."""
     tokens, width = rows * length, BYTES[sketch.dtype]
