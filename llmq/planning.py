@@ -117,7 +117,9 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[str, float] | N
         made, work = _unknown(before) if before.unknown else step.foresee(before)
         sketches.append(made)
         steps.append(_Done(name, step.word, step, work, _again(before)))
-    asked = {name: _asked(recipe, name, sketch) for name, sketch in _measured(recipe, sketches)}
+    measured = dict(_measured(recipe, sketches))
+    base = next(iter(measured.values()))
+    asked = {name: _asked(recipe, name, sketch, base) for name, sketch in measured.items()}
     done = [*steps, *(d for of_stage in asked.values() for d in of_stage)]
     kinds = {kind for d in done for kind in d.work.operations}
     known = rates if rates is not None else measure(kinds, device)
@@ -154,10 +156,13 @@ def _measured(recipe: Recipe, sketches: list[Sketch]) -> Iterator[tuple[str, Ske
     yield from named if recipe.stages == "all" else dict([named[0], named[-1]]).items()
 
 
-def _asked(recipe: Recipe, stage: str, sketch: Sketch) -> list[_Done]:
+def _asked(recipe: Recipe, stage: str, sketch: Sketch, base: Sketch) -> list[_Done]:
+    def work(task: Any) -> Work:
+        alone: Work = task.foresee(sketch)
+        return alone if sketch is base or base.unknown else alone.plus(task.foresee_against(sketch, base))
+
     def done(name: str, task: Any) -> _Done:
-        work = Work(unknown=sketch.unknown) if sketch.unknown else task.foresee(sketch)
-        return _Done(stage, name, task, work, lambda changed: changed.foresee(sketch))
+        return _Done(stage, name, task, Work(unknown=sketch.unknown) if sketch.unknown else work(task), work)
 
     return [done(name, task) for name, task in reading.by_name(recipe.evaluate).items()]
 

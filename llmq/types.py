@@ -239,6 +239,12 @@ class Task(Plugin, Generic[M]):
 
         return Work(unknown=f"{self.word} does not foretell what it takes")
 
+    def foresee_against(self, stage: "Sketch", base: "Sketch") -> "Work":
+        """The work of `against`, of a stage beside the base; none for a task that compares nothing."""
+        from llmq.sketch import Work
+
+        return Work()
+
     def score(self, loaded: "Loaded[M]") -> "Iterable[Answer]":
         """Answer about one stage that is open alone."""
         return ()

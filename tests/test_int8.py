@@ -101,6 +101,13 @@ def test_the_error_of_each_layer_is_kept_beside_the_graph(made, word, bits):
 
 
 @pytest.mark.parametrize("word", STEPS)
+def test_the_files_are_foretold_without_a_weight(heads, made, word):
+    sketch, _ = step(word).foresee(Heads().sketch())
+    written = sum(file.stat().st_size for file in made[word].weight_files())
+    assert sketch.on_disk == pytest.approx(written, rel=0.02)
+
+
+@pytest.mark.parametrize("word", STEPS)
 def test_plain_openvino_opens_it_and_says_the_same(made, word):
     precision = {"INFERENCE_PRECISION_HINT": "bf16" if word == "quantize.dynamic" else "f32"}
     compiled = core().compile_model(str(made[word].weights / "model.xml"), "CPU", precision)

@@ -48,14 +48,15 @@ class Distill(Step[ImageModel]):
         """The same tensors, trained beside the base that teaches."""
         from dataclasses import fields, replace
 
-        from llmq.vision.sizing import as_images, forward, opening, training
+        from llmq.vision.sizing import as_images, forward, opening, training, working
 
         sketch = as_images(before)
         told = {f.name: value for f in fields(Training) if (value := getattr(self, f.name, None)) is not None}
         settings = replace(Training(self.batch_size, self.learning_rate, self.loss, optim="adam"), **told)
         taught = forward(sketch, self.batch_size * self.max_steps)
         work = training(sketch, settings, None).plus(replace(taught, memory=0)).plus(opening(sketch))
-        return before, replace(work, memory=work.memory + sketch.in_memory)
+        # The teacher is open beside, and its answers to the batch are there with those of the network.
+        return before, replace(work, memory=work.memory + working(sketch, self.batch_size))
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
         """Raise `UserError` for a base with random weights, which has nothing to teach."""

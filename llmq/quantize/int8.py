@@ -53,7 +53,7 @@ class Int8(Step[ImageModel]):
         from llmq.vision.sizing import as_graph, as_images, exporting
 
         source = as_images(before)
-        made = as_graph(source, 8)
+        made = as_graph(source, 8, activations=True)
         return made, exporting(source, made, self.samples)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:

@@ -45,6 +45,12 @@ class Accuracy(Task[Classifier]):
 
         return asked(stage, self.data.expected(), self.limit, BATCH)
 
+    def foresee_against(self, stage: "Sketch", base: "Sketch") -> "Work":
+        """The same passes by the stage and by the base."""
+        from llmq.vision.sizing import beside
+
+        return beside(stage, base, self.foresee(stage), self.foresee(base))
+
     def score(self, loaded: Loaded[Classifier]) -> Iterable[Measurement | Exhibit]:
         """Top-1, and top-5 for more than five classes; pictures of the wrongly classified images."""
         from llmq.statistics.figures import share

@@ -63,6 +63,12 @@ class Divergence(Task):
         check_rows(base, self.text, "held_out", self.window)
 
     def foresee(self, stage: "Sketch") -> "Work":
+        """Nothing: only beside the base is there a divergence."""
+        from llmq.sketch import Work
+
+        return Work()
+
+    def foresee_against(self, stage: "Sketch", base: "Sketch") -> "Work":
         """Passes of the stage and of the base over the same windows, and float64 softmax of both."""
         from dataclasses import replace
 
@@ -72,9 +78,8 @@ class Divergence(Task):
 
         model = as_text(stage)
         once = forward(model, 1, self.window)
-        floats = model.parameters * 2  # of the base, at 16 bits
         work = times(once, 2.0 * self.windows)
-        return replace(work, memory=once.memory + floats + 4 * 8 * self.window * model.vocabulary)
+        return replace(work, memory=once.memory + base.in_memory + 4 * 8 * self.window * model.vocabulary)
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
         """The divergence from the base on text, then the flips on each task."""

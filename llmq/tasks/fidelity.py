@@ -47,13 +47,19 @@ class Fidelity(Task):
             yield Exhibit(self.name, "Images made", "", self._inputs(), picture=_grid([images], [""]))
 
     def foresee(self, stage: "Sketch") -> "Work":
-        """Passes over the inputs by the stage, and by the base beside it."""
-        from dataclasses import replace
-
+        """Passes over the inputs that are shown."""
         from llmq.vision.sizing import asked
 
-        work = asked(stage, self.data.expected() if self.data else None, self.n, 1, self.n)
-        return replace(work, memory=2 * work.memory)
+        return asked(stage, self.data.expected() if self.data else None, self.shown or 1, 1, self.shown)
+
+    def foresee_against(self, stage: "Sketch", base: "Sketch") -> "Work":
+        """Passes over the inputs by the stage and by the base."""
+        from llmq.vision.sizing import asked, beside
+
+        ours, theirs = (
+            asked(one, self.data.expected() if self.data else None, self.n, 1, self.n) for one in (stage, base)
+        )
+        return beside(stage, base, ours, theirs)
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
         """PSNR and SSIM, and base, stage and their difference one above the other."""

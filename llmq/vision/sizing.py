@@ -27,6 +27,8 @@ GRAPH_RATE = 2.0
 """The rate of an exported graph's products, against convolutions of PyTorch; of int8 ones twice as much again."""
 GRAPH_NODE = 440
 """Bytes that describe one layer in a graph's XML, its ranges included."""
+MOST_LAYERS = 250
+"""Layers of a network that is exported in order to be foretold, which takes about a second for 100."""
 LOOP = 8_000_000
 """Bytes that a training takes besides: images, and a file that is written and read back."""
 STEP_SECONDS, LEARNED_SECONDS, ASKED_SECONDS = 0.01, 0.0015, 0.008
@@ -185,8 +187,11 @@ def training(sketch: ImageSketch, settings: Training, crop: int | None) -> Work:
     return replace(work, seconds=seconds * settings.max_steps)
 
 
-def as_graph(sketch: ImageSketch, bits: int) -> ImageSketch:
-    """The exported graph, with matrices of `bits`; the text that describes the graph is only estimated."""
+def as_graph(sketch: ImageSketch, bits: int, activations: bool = False) -> ImageSketch:
+    """The exported graph, with matrices of `bits`, and with ranges of `activations` if these are rounded, too.
+
+    The text that describes the graph is only estimated.
+    """
     from llmq.sketch import BYTES
 
     dtype = {8: "int8", 16: "float16", 32: "float32"}[bits]
@@ -202,8 +207,23 @@ def as_graph(sketch: ImageSketch, bits: int) -> ImageSketch:
     held = sum(part.weights * BYTES[part.stored[0].dtype] for part in parts)
     made = replace(sketch, parts=tuple(parts), runtime="openvino", bits=bits)
     described = GRAPH_NODE * sketch.counted.layers * (4 if bits == 8 else 2)
-    more = held + described - sum(t.bytes for p in parts for t in p.stored)
-    return replace(made, more_on_disk=more, not_in_order="the text that describes a graph is estimated")
+    files = _exported(sketch, bits, activations) or held + described
+    return replace(made, more_on_disk=files - made.on_disk, not_in_order="the text that describes a graph is estimated")
+
+
+def _exported(sketch: ImageSketch, bits: int, activations: bool) -> int:
+    """The bytes of the files of the exported graph; 0 for a network that is not exported, or not soon."""
+    from llmq.errors import LlmqError
+    from llmq.vision.graph_sizing import graph_bytes
+
+    assert sketch.model is not None
+    assert sketch.network is not None
+    if sketch.counted.layers > MOST_LAYERS:
+        return 0
+    try:
+        return graph_bytes(sketch.model, sketch.network, bits, activations)
+    except (LlmqError, RuntimeError):
+        return 0
 
 
 SCORING = 10_000_000
@@ -225,6 +245,12 @@ def asked(
     memory = scoring + working(sketch, share * min(batch, images or batch))
     unknown = "" if images else "the images are counted when the data is read; set limit"
     return replace(work, memory=memory, seconds=work.seconds + ASKED_SECONDS * images, unknown=unknown)
+
+
+def beside(stage: Sketch, base: Sketch, ours: Work, theirs: Work) -> Work:
+    """The work of both, one after the other, with both open."""
+    both = ours.plus(theirs)
+    return replace(both, memory=both.memory + min(stage.in_memory, base.in_memory))
 
 
 EXPORTING = 12.0

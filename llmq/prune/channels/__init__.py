@@ -76,7 +76,7 @@ class Channels(Ratio, Step[ImageModel]):
             take_out(network, proven(network, model.example(1), cuts))
             with_weight_norm(network, normed)
 
-        work = Work(2 * source.in_memory + 2 * source.counted.saved, {}, 1.0)
+        work = Work(4 * source.in_memory + 2 * source.counted.saved, {}, 1.0)
         return source.changed(cut), work.plus(opening(source))
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:

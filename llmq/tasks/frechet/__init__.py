@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FEWEST = 20
 LITE0_SIZE = 224
+LOOKING, LOOKED = 215_000_000, 0.8e9
+"""Bytes that EfficientNet-Lite0 takes for a batch, its weights among them, measured; and its operations an image."""
 BATCH = 8  # fits into a processor's cache; batches of 50 take twice as long
 
 
@@ -55,12 +57,30 @@ class Frechet(Task):
             self._images(base.model)
 
     def foresee(self, stage: "Sketch") -> "Work":
-        """Images are made, and looked at by a network that is not of the run: 0.4 GFLOP each at EfficientNet-Lite0."""
+        """With `data`, images are made, and looked at by a network that is not of the run."""
         from llmq.sketch import Work
+
+        return self._foreseen(stage) if self.data else Work()
+
+    def foresee_against(self, stage: "Sketch", base: "Sketch") -> "Work":
+        """Without `data`, the same of the stage; the cache keeps the features of the base."""
+        from dataclasses import replace
+
+        from llmq.sketch import Work
+
+        if self.data:
+            return Work()
+        work = self._foreseen(stage)
+        return replace(work, memory=work.memory + base.in_memory)
+
+    def _foreseen(self, stage: "Sketch") -> "Work":
+        from dataclasses import replace
+
         from llmq.vision.sizing import asked
 
-        seen = Work(60_000_000, {"conv-float32": 0.8e9 * self.n}, 1.0)
-        return asked(stage, None, self.n, BATCH, self.n).plus(seen)
+        made = asked(stage, None, self.n, BATCH, self.n)
+        operations = {**made.operations, "conv-float32": made.operations.get("conv-float32", 0) + LOOKED * self.n}
+        return replace(made, memory=made.memory + LOOKING, operations=operations, seconds=made.seconds + 1.0)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """With `data`, the distance from real images, and of real images from others of their kind."""
