@@ -118,30 +118,48 @@ def test_costs_fall_with_bits_and_the_kept_table_is_reused(base, table, monkeypa
         table_of(base, plugin.build({"quantize.gptq": CALIBRATION}), 1, "cpu")
 
 
-def test_a_cost_that_is_foretold_too_high_is_corrected_by_what_is_measured(base, monkeypatch):
-    monkeypatch.setattr(end_check, "ALONE", 2)
+def test_costs_are_corrected_by_what_rounding_does_to_each_token_and_to_the_end(base):
     source = base.model.skeleton(base, "cpu")
     layers = [name for block in source.blocks for name in source.linears(block)]
-    rounded = {name: round_to_nearest(source.tensor(f"{name}.weight").float(), 2, 32, True).weight() for name in layers}
-    costs = {name: 1e-3 * (1 + i) for i, name in enumerate(layers)}
-    costs[layers[3]] = 5.0
-    windows = some_ids(2, 40).tolist()
-    factors = end_check.corrections(source, rounded.__getitem__, costs, windows)
-    assert set(factors) == set(layers)
-    own = base.model.open(base, "cpu").module
-    ids = torch.tensor(windows)
-    p = logits_of(own, ids).float().log_softmax(-1)
-    for group in [[layers[3]], [name for name in layers if name.endswith("q_proj")]]:
-        before = {name: own.get_submodule(name).weight.data for name in group}
-        for name in group:
-            own.get_submodule(name).weight.data = rounded[name].to(own.dtype)
-        q = logits_of(own, ids).float().log_softmax(-1)
-        for name, weight in before.items():
-            own.get_submodule(name).weight.data = weight
-        measured = float((p.exp() * (p - q)).sum(-1).mean())
-        expected = min(30, max(1 / 30, measured / sum(costs[name] for name in group)))
-        assert factors[group[0]] == pytest.approx(expected, rel=0.05)
-    assert factors[layers[3]] == pytest.approx(1 / 30)
+    rounded = {
+        bits: {
+            name: round_to_nearest(source.tensor(f"{name}.weight").float(), bits, 32, True).weight() for name in layers
+        }
+        for bits in (2, 4)
+    }
+    windows = some_ids(3, 40).tolist()
+    own = base.model.open(base, "cpu").module.float()
+    harms = dict.fromkeys(layers, 0.0)
+    kept = {}
+
+    def keep(name, inputs, output):
+        output.retain_grad()
+        kept[name] = inputs, output
+
+    for name in layers:
+        own.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: keep(name, args[0], out))
+    for window in windows:
+        ids = torch.tensor([window])
+        torch.nn.functional.cross_entropy(own(ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+        for name, (inputs, output) in kept.items():
+            off = inputs[0] @ (rounded[4][name] - own.get_submodule(name).weight).t()
+            harms[name] += float((off * output.grad[0]).sum(-1).square().sum()) / 2 / 120
+    made = end_check.harms_of(source, rounded[4].__getitem__, layers, windows)
+    assert made == pytest.approx(harms, rel=0.02)  # it computes in bfloat16
+
+    costs = {bits: {name: scale * harms[name] for name in layers} for bits, scale in ((2, 40.0), (4, 0.5))}
+    costs[4][layers[3]] *= 10
+    ways = {bits: its.__getitem__ for bits, its in rounded.items()}
+    factors = end_check.corrections(source, ways, costs, 4, windows)
+    assert factors[4][layers[3]] / factors[4][layers[0]] == pytest.approx(0.1, rel=0.02)
+    for bits, its in rounded.items():
+        after = base.model.open(base, "cpu").module
+        before = logits_of(after, torch.tensor(windows[:2])).float().log_softmax(-1)
+        for name, weight in its.items():
+            after.get_submodule(name).weight.data = weight.to(after.dtype)
+        q = logits_of(after, torch.tensor(windows[:2])).float().log_softmax(-1)
+        foretold = sum(factors[bits][name] * cost for name, cost in costs[bits].items())
+        assert foretold == pytest.approx(float((before.exp() * (before - q)).sum(-1).mean()), rel=0.05)
 
 
 def test_patterns_name_each_layer_and_its_grid():

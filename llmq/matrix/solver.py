@@ -31,12 +31,7 @@ def elimination(hessian: Tensor, damp_percent: float, order: Tensor | None = Non
     """
     import torch
 
-    diagonal = hessian.diagonal().clone()  # (inputs,): the sum of x² of each
-    if not bool(torch.isfinite(diagonal).all()):
-        raise UserError("the calibration gives activations that are not finite; look at the model and the data")
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    diagonal[dead] = mean
+    diagonal, mean = _diagonal(hessian)
     # The Cholesky factor of the reversed matrix, reversed, is upper: H = R R^T, so that H^-1 = R^-T R^-1 and the
     # factor that GPTQ wants is R^-1: one factorization and one triangular inverse in place of three steps.
     backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
@@ -55,6 +50,27 @@ def elimination(hessian: Tensor, damp_percent: float, order: Tensor | None = Non
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
     del factor  # one matrix less while the result is copied
     return inverse.flip(0, 1), tried
+
+
+def _diagonal(hessian: Tensor) -> tuple[Tensor, float]:
+    """The sum of x² of each input `[inputs]`, the mean where an input is always 0; and the mean."""
+    import torch
+
+    diagonal = hessian.diagonal().clone()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise UserError("the calibration gives activations that are not finite; look at the model and the data")
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    diagonal[dead] = mean
+    return diagonal, mean
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """A copy of the Hessian with `damping` times its mean curvature on the diagonal."""
+    diagonal, mean = _diagonal(hessian)
+    made = hessian.clone()
+    made.diagonal().copy_(diagonal + damping * mean)
+    return made
 
 
 def compensate(rows: Tensor, upper: Tensor, choose: Callable[[int, Tensor], Tensor]) -> None:

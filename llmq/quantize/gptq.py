@@ -27,6 +27,7 @@ class Gptq(GridStep, Calibrated):
     desc_act: bool = Field(True, description="inputs of the largest activations first")
     static_groups: bool = Field(True, description="groups fixed beforehand: desc_act then costs nothing at inference")
     damp_percent: float = Field(0.05, gt=0, lt=1, description="of the mean curvature; raised where it does not suffice")
+    sweeps: int = Field(0, ge=0, le=16, description="of coordinate descent after GPTQ, each with scales fitted")
     keep_sparsity: bool | None = Field(None, description="zeros stay zero; if unset, where a prune step came before")
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
@@ -38,7 +39,8 @@ class Gptq(GridStep, Calibrated):
         keep_zeros = pruned if self.keep_sparsity is None else self.keep_sparsity
 
         def change(grids: Mapping[str, Grid]) -> Change:
-            return Change(grids, self.damp_percent, self.desc_act, self.static_groups, keep_zeros, self.by_loss)
+            order = self.desc_act, self.static_groups
+            return Change(grids, self.damp_percent, *order, keep_zeros, self.by_loss, self.sweeps)
 
         windows, calibration = self.windows(artifact, context.seed)
         settings = {

@@ -1,67 +1,117 @@
-"""Foretold costs of layers, corrected by the divergence that rounding them makes at the end of the model.
+"""Foretold costs of layers, corrected by gradients of single tokens and by divergences at the end of the model.
 
-A cost adds up squares of gradients and errors over all outputs. Where a few tokens have massive activations it is too
-large by far: the norm after the layer takes them back. So the layers with the largest costs are rounded one by one and
-measured, the others kind by kind.
+A cost adds up squares of gradients and errors over all outputs, as if outputs erred independently. Where a few tokens
+have massive activations it is too large by far: the norm after the layer takes the error back. So for a few windows the
+gradient of each token is multiplied by the error of that very token. Errors of few bits harm more than squares tell,
+so each number of bits is measured once, with all layers rounded.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmq.terminal import track
-from llmq.text.loss_weights import block_by_block
+from llmq.text.loss_weights import block_by_block, loss_of_next
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from llmq.text.skeleton import Skeleton
 
-ALONE = 10
-"""Layers that are measured one by one."""
+Rounded = Callable[[str], "Tensor"]
+"""The rounded weight `(outputs, inputs)` of a layer."""
 MOST = 30.0
 """The largest factor, and the reciprocal of the least: a divergence near 0 is noise."""
+MEASURED = 2
+"""Windows whose divergence is measured at the end of the model."""
 
 
 def corrections(
-    source: Skeleton, rounded: Callable[[str], Tensor], costs: Mapping[str, float], windows: Sequence[Sequence[int]]
-) -> dict[str, float]:
-    """By layer the measured divergence over the foretold `costs` of the weights `rounded(layer)`, on some windows.
+    source: Skeleton,
+    rounded: Mapping[int, Rounded],
+    costs: Mapping[int, Mapping[str, float]],
+    middle: int,
+    windows: Sequence[Sequence[int]],
+) -> dict[int, dict[str, float]]:
+    """By bits and layer the factor of the foretold `costs` of the weights `rounded[bits](layer)`, from some windows.
 
-    `source` is a skeleton of its own, without weights.
+    Layers are set against one another at the bits `middle`. `source` is a skeleton of its own, without weights.
     """
-    alone = sorted(costs, key=lambda name: -costs[name])[:ALONE]
-    together: dict[str, list[str]] = {}
-    for name in costs:
-        if name not in alone:
-            together.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(name)
-    groups = [*([name] for name in alone), *together.values()]
-    factors: dict[str, float] = {}
-    for group, measured in zip(groups, _divergences(source, rounded, groups, windows), strict=True):
-        foretold = sum(costs[name] for name in group)
-        factor = min(MOST, max(1 / MOST, measured / foretold)) if foretold else 1.0
-        factors |= dict.fromkeys(group, factor)
+    harms = harms_of(source, rounded[middle], list(costs[middle]), windows)
+    by_layer = {name: _factor(harm, costs[middle][name]) for name, harm in harms.items()}
+    measured = divergences(source, list(rounded.values()), windows[:MEASURED])
+    factors = {}
+    for bits, divergence in zip(rounded, measured, strict=True):
+        whole = _factor(divergence, sum(by_layer[name] * cost for name, cost in costs[bits].items()))
+        factors[bits] = {name: whole * by_layer[name] for name in costs[bits]}
     return factors
 
 
-def _divergences(
-    source: Skeleton,
-    rounded: Callable[[str], Tensor],
-    groups: Sequence[Collection[str]],
-    windows: Sequence[Sequence[int]],
-) -> list[float]:
-    """The mean divergence from the untouched model in nats a token, with each group of layers rounded alone."""
+def _factor(measured: float, foretold: float) -> float:
+    return min(MOST, max(1 / MOST, measured / foretold)) if foretold else 1.0
+
+
+def harms_of(
+    source: Skeleton, rounded: Rounded, layers: Sequence[str], windows: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """By layer half the mean over tokens of `(g e)²`: the gradient at the layer's outputs times their error."""
     import torch
 
-    chosen: Collection[str] = ()
+    sums = dict.fromkeys(layers, 0.0)
+    inputs: dict[str, Tensor] = {}  # (tokens, inputs)
+    gradients: dict[str, Tensor] = {}  # (tokens, outputs)
+    backward = False
+
+    def meet(layer: str) -> None:
+        """The last layer of a block has its gradient first: inputs are known once the block is computed again."""
+        if layer in inputs and layer in gradients:
+            weight = source.tensor(f"{layer}.weight")
+            assert weight is not None  # the block was loaded from the same files
+            errors = inputs.pop(layer).float() @ (rounded(layer).to(weight.device) - weight.float()).t()
+            sums[layer] += float((errors * gradients.pop(layer).float()).sum(-1).square().sum())
+
+    def on_gradient(layer: str, gradient: Tensor) -> None:
+        gradients[layer] = gradient.flatten(0, -2)
+        meet(layer)
+
+    def before(layer: str, module: Module, args: tuple[Tensor, ...]) -> None:
+        if backward:
+            inputs[layer] = args[0].detach().flatten(0, -2)
+            meet(layer)
+
+    def after(layer: str, module: Module, args: object, output: Tensor) -> None:
+        if not backward and output.requires_grad:
+            output.register_hook(partial(on_gradient, layer))  # type: ignore[no-untyped-call]
+
+    hooks = [source.linear(layer).register_forward_pre_hook(partial(before, layer)) for layer in layers]
+    hooks += [source.linear(layer).register_forward_hook(partial(after, layer)) for layer in layers]
+    with block_by_block(source):
+        for window in track(windows, "gradients"):
+            loss = loss_of_next(source, torch.tensor([window], device=source.device))
+            backward = True
+            torch.autograd.backward(loss)
+            backward = False
+            inputs.clear()
+            gradients.clear()
+    for hook in hooks:
+        hook.remove()
+    return {layer: total / 2 / sum(map(len, windows)) for layer, total in sums.items()}
+
+
+def divergences(source: Skeleton, rounded: Sequence[Rounded], windows: Sequence[Sequence[int]]) -> list[float]:
+    """The mean divergence from the untouched model in nats a token, with all layers rounded in each of the ways."""
+    import torch
+
+    chosen: Rounded | None = None
 
     def load(block: str) -> None:
         source.load(block)
-        for name in source.linears(block):
-            if name in chosen:
-                source.set(f"{name}.weight", rounded(name).to(source.device, source.dtype))
+        for name in source.linears(block) if chosen else ():
+            assert chosen
+            source.set(f"{name}.weight", chosen(name).to(source.device, source.dtype))
 
     def outputs() -> list[Tensor]:
         ids = (torch.tensor([window], device=source.device) for window in windows)
@@ -70,8 +120,8 @@ def _divergences(
     made = []
     with torch.no_grad(), block_by_block(source, load):
         base = outputs()  # (tokens, vocabulary) each
-        for group in track(groups, "measured"):
-            chosen = group
+        for way in track(rounded, "measured"):
+            chosen = way
             apart = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(base, outputs(), strict=True)]
             made.append(max(0.0, float(torch.stack(apart).mean())))
     return made

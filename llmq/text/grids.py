@@ -93,8 +93,10 @@ class Gptq(RoundToNearest):
         static_groups: bool = True,
         keep_zeros: bool = False,
         by_loss: bool = False,
+        sweeps: int = 0,
     ):
         super().__init__(grids, by_loss)
+        self.sweeps = sweeps
         self.damp_percent, self.desc_act, self.static_groups = damp_percent, desc_act, static_groups
         self.keep_zeros = keep_zeros
         self.dampings: dict[str, float] = {}
@@ -103,6 +105,7 @@ class Gptq(RoundToNearest):
         """Each layer on its grid; layers that share an input share one factorization of the Hessian."""
         import torch
 
+        from llmq.matrix.descent import descend
         from llmq.matrix.solver import elimination, solve
 
         assert total is not None
@@ -120,6 +123,7 @@ class Gptq(RoundToNearest):
             side_by_side = torch.cat([layers[name] for name in names]).float()  # (outputs of all, inputs)
             shape = grid.bits, grid.group_size, grid.sym, grid.mse
             made = solve(side_by_side, upper, *shape, order, self.static_groups, self.keep_zeros)
+            made = descend(side_by_side, total, made, damping, self.sweeps, self.keep_zeros)
             parts = made.split([len(layers[name]) for name in names])  # by outputs
             rounded |= dict(zip(names, parts, strict=True))
         return rounded

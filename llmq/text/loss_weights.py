@@ -70,7 +70,7 @@ def _squared_gradients(source: Skeleton, layers: Collection[str], ids: Tensor) -
             output.register_hook(partial(note, layer))  # type: ignore[no-untyped-call]
 
     hooks = [source.linear(layer).register_forward_hook(partial(watch, layer)) for layer in layers]
-    logits = source.module(input_ids=ids, use_cache=False).logits  # (windows, tokens, vocabulary)
+    loss = loss_of_next(source, ids)
     for hook in hooks:  # or blocks would be counted anew when they are computed again
         hook.remove()
     if odd := [layer for layer in layers if rows[layer] != ids.numel()]:
@@ -78,10 +78,17 @@ def _squared_gradients(source: Skeleton, layers: Collection[str], ids: Tensor) -
             f"{odd[0]} of {source.config.model_type} sees {rows[odd[0]]} rows for {ids.numel()} tokens, and the loss "
             "weighs each token once in each layer; leave such layers out by modules, or use hessian: inputs"
         )
-    # Nothing follows the last token of a window.
-    ahead, wanted = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
-    torch.autograd.backward(torch.nn.functional.cross_entropy(ahead, wanted, reduction="sum"))
+    torch.autograd.backward(loss)
     return found
+
+
+def loss_of_next(source: Skeleton, ids: Tensor) -> Tensor:
+    """The summed loss of the next tokens of windows `(windows, tokens)`; nothing follows the last one of a window."""
+    import torch
+
+    logits = source.module(input_ids=ids, use_cache=False).logits  # (windows, tokens, vocabulary)
+    ahead, wanted = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(ahead, wanted, reduction="sum")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,16 +33,20 @@ if TYPE_CHECKING:
     from llmq.text.family import LanguageModel
     from llmq.text.skeleton import Skeleton
 
+FORMAT = "gptq_v2"
+"""The format of layers that are kept for a check: any zero points."""
 Costs = dict[str, list[float]]
 """By layer: the cost in nats a token on each of its grids."""
 
 
-VERSION = 2
+VERSION = 3
 """The version of the foretold costs; the cache keeps the tables of each apart."""
-CHECKED = 2
+CHECKED = 4
 """Windows that costs are checked on at the end of the model."""
-MIDDLE = "rounded.partial"
-"""The ending of the file of a block on the grids that are checked, 4 bits in groups of 64 or the nearest to that."""
+TRIED = "rounded.partial"
+"""The ending of the file of a block on the grids that are checked."""
+MIDDLE = 4
+"""The bits at which layers are set against one another."""
 GRIDS = ((2, 32), (2, 64), (3, 32), (3, 64), (4, 32), (4, 64), (4, 128), (8, 64))
 """Bits and group sizes that each layer may have, or as many of them as its shape allows, or its float weights."""
 
@@ -68,6 +73,9 @@ class Calibrating(Protocol):
     @property
     def damp_percent(self) -> float: ...
 
+    @property
+    def sym(self) -> bool: ...
+
     def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, object]]: ...
 
 
@@ -82,8 +90,8 @@ class Trials(LayerChange[Grid]):
         self.means: Mapping[str, float] = {}  # the mean weight of a token in each layer
         self.tokens = 0
         self.costs: dict[str, dict[Grid, float]] = {name: {} for name in grids}
-        self.middle = {name: min(its, key=_from_the_middle) for name, its in grids.items()}
-        self.kept: dict[str, Tensor] = {}  # each layer on its middle grid, packed
+        self.checked = {name: _checked(its) for name, its in grids.items()}
+        self.kept: dict[str, Tensor] = {}  # each layer on its checked grids, packed
 
     def change(self, layers: Mapping[str, Tensor], total: Tensor | None) -> dict[str, dict[str, Tensor]]:
         assert total is not None
@@ -91,14 +99,19 @@ class Trials(LayerChange[Grid]):
             those = {name: weight for name, weight in layers.items() if grid in self.grids[name]}
             rounded = Gptq(dict.fromkeys(those, grid), self.damp_percent).rounded(those, total)
             for name, weight in those.items():
-                if grid == self.middle[name]:
-                    packed = gptq_format.to_tensors(rounded[name])
-                    self.kept |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
+                if grid == self.checked[name].get(grid.bits):
+                    packed = gptq_format.to_tensors(rounded[name], FORMAT)
+                    self.kept |= {f"{grid.bits}.{name}.{part}": tensor for part, tensor in packed.items()}
                 off = rounded[name].weight() - weight.float()  # (outputs, inputs)
                 # total is the sum over tokens of w x xᵀ, the weights w of mean 1.
                 harm = float(((off @ total) * off).sum())
                 self.costs[name][grid] = self.means[name] * harm / self.tokens / 2
         return {name: {"weight": weight} for name, weight in layers.items()}
+
+    def cost(self, layer: str, bits: int) -> float:
+        """The cost of a layer on the grid that is checked for these bits, or for those nearest to 4 without one."""
+        its = self.checked[layer]
+        return self.costs[layer][its[bits] if bits in its else its[min(its, key=_from_the_middle)]]
 
 
 def sensitivities(
@@ -122,23 +135,41 @@ def sensitivities(
             source.load(block)
             calibration.change_block(block)
             source.free(block)
-            write(trials.kept, folder / f"{block}.{MIDDLE}")
+            write(trials.kept, folder / f"{block}.{TRIED}")
             trials.kept = {}
-    middle = {name: trials.costs[name][grid] for name, grid in trials.middle.items()}
 
-    def rounded(layer: str) -> Tensor:
+    def rounded(bits: int, layer: str) -> Tensor:
         block = next(block for block in source.blocks if layer.startswith(f"{block}."))
-        with safe_open(folder / f"{block}.{MIDDLE}", "pt") as opened:
-            tensors = {part: opened.get_tensor(f"{layer}.{part}") for part in gptq_format.TENSORS}
-        return gptq_format.from_tensors(tensors, trials.middle[layer].bits).weight()
+        with safe_open(folder / f"{block}.{TRIED}", "pt") as opened:
+            names = opened.keys()
+            at = bits if f"{bits}.{layer}.qweight" in names else min(trials.checked[layer], key=_from_the_middle)
+            tensors = {part: opened.get_tensor(f"{at}.{layer}.{part}") for part in gptq_format.TENSORS}
+        return gptq_format.from_tensors(tensors, at, FORMAT).weight()
 
     apart = type(source)(source.folder, source.dtype_name, source.device)
-    factors = corrections(apart, rounded, middle, windows[:: -(-len(windows) // CHECKED)])
-    return {name: [factors[name] * trials.costs[name][grid] for grid in its] for name, its in grids.items()}
+    every = sorted({bits for its in trials.checked.values() for bits in its})
+    middle = min(every, key=_from_the_middle)
+    costs = {bits: {name: trials.cost(name, bits) for name in grids} for bits in every}
+    some = windows[:: -(-len(windows) // CHECKED)]
+    factors = corrections(apart, {bits: partial(rounded, bits) for bits in every}, costs, middle, some)
+    return {
+        name: [factors[min(every, key=partial(_apart, grid.bits))][name] * trials.costs[name][grid] for grid in its]
+        for name, its in grids.items()
+    }
 
 
-def _from_the_middle(grid: Grid) -> tuple[int, int]:
-    return abs(grid.bits - 4), abs(grid.group_size - 64)
+def _checked(grids: Sequence[Grid]) -> dict[int, Grid]:
+    """Of each number of bits up to 4, or of the fewest, the grid whose groups are nearest to 64 inputs."""
+    few = [grid for grid in grids if grid.bits <= MIDDLE] or [min(grids, key=lambda grid: grid.bits)]
+    nearest = sorted(few, key=lambda grid: -abs(grid.group_size - 64))
+    return {int(grid.bits): grid for grid in nearest}
+
+
+def _apart(bits: int, other: int) -> int:
+    return abs(bits - other)
+
+
+_from_the_middle = partial(_apart, MIDDLE)
 
 
 def table_of(base: Artifact[LanguageModel], step: Calibrating, seed: int, device: str) -> Table:
@@ -146,7 +177,7 @@ def table_of(base: Artifact[LanguageModel], step: Calibrating, seed: int, device
     source = base.model.skeleton(base, device)
     source.check_layers()
     layers = [name for block in source.blocks for name in source.linears(block)]
-    all_grids = [Grid(bits=bits, group_size=size) for bits, size in GRIDS]
+    all_grids = [Grid(bits=bits, group_size=size, sym=step.sym) for bits, size in GRIDS]
     grids = {name: [grid for grid in all_grids if _fits(source, name, grid)] for name in layers}
     grids = {name: its for name, its in grids.items() if its}
     if not grids:
@@ -175,7 +206,7 @@ def _costs(
 ) -> dict[str, list[float]]:
     """The table in the cache, or one that is made now; its key is all that it depends on."""
     windows, _ = step.windows(base, seed)
-    asked = {name: [(grid.bits, grid.group_size) for grid in its] for name, its in grids.items()}
+    asked = {name: [(grid.bits, grid.group_size, grid.sym) for grid in its] for name, its in grids.items()}
     told = json.dumps([VERSION, source.dtype_name, step.damp_percent, asked, windows])
     key = sha256_texts([sha256_files(base.weight_files()), told])[:16]
     folder = cache("search", key)
@@ -186,6 +217,6 @@ def _costs(
     folder.mkdir(parents=True, exist_ok=True)
     costs = sensitivities(source, grids, windows, step.damp_percent, folder)
     write_json(file, costs)
-    for used in (folder / WEIGHTS, *folder.glob(f"*.{MIDDLE}")):
+    for used in (folder / WEIGHTS, *folder.glob(f"*.{TRIED}")):
         used.unlink()
     return costs
