@@ -228,6 +228,7 @@ def search(
     data: Target = "pydoc",
     samples: int = 64,
     length: int = 512,
+    sym: bool = False,
     dtype: str | None = None,
     suite: str | None = None,
     device: str = "auto",
@@ -240,7 +241,8 @@ def search(
 
     The budget is one of `size` (`"0.40x"` of the base, `"100MB"`), `bits` a quantized weight, scales included, `kl`,
     the divergence from the base in nats a token, or `perplexity` (`"1.05x"` of the base's). `data` is what is
-    calibrated on. The foretold costs are kept in the cache, and serve every budget.
+    calibrated on; `sym` keeps the zero in the middle of the grids, for kernels that read no others. The foretold costs
+    are kept in the cache, and serve every budget.
     """
     from llmq import budget, searching
     from llmq.overrides import in_order
@@ -249,7 +251,7 @@ def search(
     trust.given(trust_remote_code)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
-    settings = {"hessian": "loss", "data": os.fspath(data), "samples": samples, "length": length}
+    settings = {**searching.SETTINGS, "sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
     tasks = suite or searching.TASKS
     folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
 

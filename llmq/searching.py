@@ -99,6 +99,8 @@ def recipe_of(found: Found, model: JsonObject, settings: JsonObject, tasks: Any,
     return {"model": dict(model), "steps": [step], "evaluate": tasks, "seed": seed}
 
 
+SETTINGS: Mapping[str, Any] = {"hessian": "loss", "sweeps": 2}
+"""The settings of GPTQ that are best by measurement at any bits."""
 PICTURE = "search.svg"
 """The file of the picture in the folder of the run."""
 TRIES = 3

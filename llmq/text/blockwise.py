@@ -9,6 +9,7 @@ which a killed job goes on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from llmq.environment import trim
 from llmq.errors import UserError
-from llmq.files import LAYERS, write_json
+from llmq.files import LAYERS, cache, sha256_files, sha256_texts, write_json
 from llmq.guarded.files import read_json_object
+from llmq.guarded.weights import safetensors_of
 from llmq.matrix.gram import Gram
 from llmq.reopened import written
 from llmq.terminal import track
@@ -282,17 +284,38 @@ class Calibration:
         self.source.set(f"{layer}.weight", weight.to(self.source.device, self.source.dtype).contiguous())
 
 
-def kept_weights(source: Skeleton, folder: Path, change: LayerChange[BaseModel], windows: Windows) -> dict[str, Tensor]:
-    """The weights of all tokens in each layer to be changed, from a file in `folder` if there is one."""
+def kept_weights(
+    source: Skeleton, folder: Path, change: LayerChange[BaseModel], windows: Windows, keep: bool = False
+) -> dict[str, Tensor]:
+    """The weights of all tokens in each layer to be changed, from a file in `folder` if there is one.
+
+    `keep` leaves a copy in the cache, for other steps on the same model and windows.
+    """
     from safetensors.torch import load_file
 
     file = folder / WEIGHTS
     if not file.exists():
-        layers = [name for block in source.blocks for name in source.linears(block)]
-        wanted = list(filter(change.wants, [*layers, source.head]))
-        apart = type(source)(source.folder, source.dtype_name, source.device)  # `source` has weights of its own to come
-        write(loss_weights(apart, wanted, in_batches(windows)), file)
+        layers = [*(name for block in source.blocks for name in source.linears(block)), source.head]
+        wanted = list(filter(change.wants, layers))
+        known = _in_cache(source, windows)
+        weights = load_file(known) if known.is_file() else {}
+        if not weights.keys() >= set(wanted):
+            # `source` has weights of its own to come.
+            apart = type(source)(source.folder, source.dtype_name, source.device)
+            weights = loss_weights(apart, wanted, in_batches(windows))
+        for place in (file, *([known] if keep else [])):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write(weights, place)
     return {layer: weights.to(source.device) for layer, weights in load_file(file).items()}
+
+
+def _in_cache(source: Skeleton, windows: Windows) -> Path:
+    """The place in the cache of the weights of the tokens of some windows."""
+    files = sha256_files(safetensors_of(source.folder))
+    return cache(
+        "loss_weights",
+        f"{sha256_texts([files, source.dtype_name, json.dumps([list(w) for w in windows])])[:16]}.safetensors",
+    )
 
 
 def _ignore(layer: str, inputs: Tensor) -> None:

@@ -126,7 +126,7 @@ def sensitivities(
     from safetensors import safe_open
 
     trials = Trials(grids, damp_percent)
-    weights = kept_weights(source, folder, trials, windows)
+    weights = kept_weights(source, folder, trials, windows, keep=True)
     trials.means = {name: float(its.double().mean()) for name, its in weights.items()}
     trials.tokens = sum(map(len, windows))
     calibration = Calibration(source, trials, windows, True, weights)
