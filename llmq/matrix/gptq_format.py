@@ -26,6 +26,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     import torch
 
     count, width = codes.shape
+    if 8 % bits == 0:  # whole codes in each byte
+        padded = torch.zeros(-(-count * bits // 32), 4, 8 // bits, width, dtype=torch.uint8, device=codes.device)
+        padded.view(-1, width)[:count] = codes
+        octets = torch.zeros_like(padded[:, :, 0])  # (words, bytes of a word, m)
+        for place in range(8 // bits):
+            octets |= padded[:, :, place] << (place * bits)
+        return octets.transpose(1, 2).reshape(-1).view(torch.int32).view(-1, width)
     padded = torch.zeros(-(-count // 32) * 32, width, dtype=torch.int32, device=codes.device)
     padded[:count] = codes
     padded = padded.view(-1, 32, width)  # 32 codes are `bits` whole words, whatever the bits
@@ -43,6 +50,12 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     import torch
 
     width = words.shape[1]
+    if 8 % bits == 0:
+        octets = words.contiguous().view(torch.uint8).view(len(words), width, 4).transpose(1, 2)
+        codes = torch.empty(len(words), 4, 8 // bits, width, dtype=torch.uint8, device=words.device)
+        for place in range(8 // bits):
+            codes[:, :, place] = (octets >> (place * bits)) & (2**bits - 1)
+        return codes.view(-1, width)[:count]
     padded = torch.zeros(-(-count // 32) * bits, width, dtype=torch.int32, device=words.device)
     padded[: len(words)] = words
     padded = padded.view(-1, bits, width)  # (blocks of 32 codes, words of a block, m)
