@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +61,7 @@ def where_it_runs(loaded: "Loaded") -> str:
     return f"{torch.get_num_threads()} threads, {loaded.device}, {runs_in}"
 
 
+@cache
 def library_version(name: str) -> str | None:
     """The installed version of a distribution, or `None`."""
     try:

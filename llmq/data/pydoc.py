@@ -61,7 +61,8 @@ def _families(topics: dict[str, str]) -> dict[str, list[str]]:
             if len(key) >= SHARED_PARAGRAPH:
                 other = family_of[first_with.setdefault(key, name)]
                 mine = family_of[name]
-                family_of.update({n: other for n, f in family_of.items() if f == mine})
+                if mine != other:
+                    family_of.update({n: other for n, f in family_of.items() if f == mine})
     families: dict[str, list[str]] = {}
     for name in sorted(topics):
         families.setdefault(family_of[name], []).append(name)
