@@ -327,6 +327,7 @@ def library(tmp_path_factory):
         yield Docstrings().read()
 
 
+@pytest.mark.slow
 def test_no_prompt_of_the_docstrings_stands_twice(library):
     prompts = [row["prompt"] for row in (*library.train, *library.held_out)]
     assert len(prompts) == len(set(prompts)) > 3000

@@ -33,7 +33,6 @@ SHORT = {
 """Settings that are added to the commands of the tutorials, so that each takes seconds."""
 FEWER = {"range(28)": "range(6)", "[:24]": "[:4]", "[24:]": "[4:]"}
 """Changes to the Python of the tutorials, to the same end."""
-SLOW = ("compare", "scan")
 
 
 def blocks(tutorial: Path) -> Iterator[tuple[str, str]]:
@@ -81,14 +80,9 @@ def run(words: list[str], said: str, model: Path) -> None:
     assert result.exit_code in fine, f"llmq {line}\n{result.output}\n{result.exception!r}"
 
 
-def tutorials() -> Iterator[object]:
-    """Each tutorial; those that take more than a few seconds are slow tests."""
-    for file in sorted(TUTORIALS.glob("*.md")):
-        yield pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW else [])
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("tutorial", tutorials())
+@pytest.mark.parametrize("tutorial", sorted(TUTORIALS.glob("*.md")), ids=lambda file: file.stem)
 def test_all_code_of_a_tutorial_runs(tutorial, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -249,6 +249,7 @@ def test_an_expert_that_no_token_comes_to_is_changed_by_its_weights_alone(word, 
         assert zeros == pytest.approx([0.5] * len(zeros), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_through_the_experts_it_wrote(family, tmp_path):
     for name in ("mixtral", "gpt_oss", "gpt2"):
         whole = apply("prune.wanda", base_of(family(name), "float32"), tmp_path / name / "whole", **FEW)

@@ -69,6 +69,7 @@ def test_packed_layers_keep_their_codes(grid: str, tiny_llama: Path, tmp_path: P
     assert graph.notes["logits_off_by"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_window_that_pages_lose_is_found_and_the_graph_keeps_its_own_state(tiny_llama: Path, tmp_path: Path):
     stages = {}
     for architecture in ("llama", "mistral", "gemma3_text"):

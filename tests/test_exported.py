@@ -216,6 +216,7 @@ def test_a_module_that_cannot_be_exported_is_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_nobody_phones_home(tmp_path):
     code = """
 import socket, sys

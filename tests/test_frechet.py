@@ -185,6 +185,7 @@ def test_a_generator_that_makes_no_numbers_has_no_distance(tmp_path):
         broken.model.generate(loaded, broken.model.latents(2, 0))
 
 
+@pytest.mark.slow
 def test_a_generator_from_real_images(tmp_path):
     task = plugin.build({"frechet": {"n": 40, "data": "digits", "part": "held_out"}}, "tasks")
     base = lively({"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}, tmp_path / "base")

@@ -62,6 +62,7 @@ def test_zeros_of_a_pruned_model_are_counted(tiny_llama, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_facts_survive_a_kill(tiny_llama, tmp_path, monkeypatch):
     base = base_of(tiny_llama)
     whole = apply("quantize.gptq", base, tmp_path / "whole", **SETTINGS).weights / LAYERS

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tiny_llama, tmp_path):
     settings = {**os.environ, "MODEL": str(tiny_llama), "PYTHONPATH": str(ROOT)}
     told = subprocess.run(

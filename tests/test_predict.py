@@ -494,7 +494,8 @@ def test_a_graph_of_openvino_answers_as_its_own_generation_does(tiny_llama, tmp_
         assert row["answer"] == loaded.processor.decode(expected, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("word", [pytest.param("quantize.float16", marks=pytest.mark.slow), "export.onnx"])
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["quantize.float16", "export.onnx"])
 def test_an_exported_network_enlarges_by_tiles_too(word, tmp_path):
     pytest.importorskip("openvino" if word == "quantize.float16" else "onnxruntime")
     edsr = base({"edsr": {"n_resblocks": 2, "n_feats": 32, "scale": 2, "tile": 16}})  # float16 is to shrink it

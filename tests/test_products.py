@@ -55,6 +55,7 @@ def test_gradients_pass_and_other_dtypes_are_left_alone():
         assert (given.float() @ weight.float().t()).dtype == BFLOAT16
 
 
+@pytest.mark.slow
 def test_a_processor_with_bfloat16_keeps_its_own_kernel():
     code = (
         "import torch; torch.cpu.get_capabilities = lambda: {'architecture': 'x86_64', 'amx_bf16': True};"

@@ -110,6 +110,7 @@ def test_only_scales_change_and_the_divergence_falls(packed, tiny_llama, tmp_pat
     assert stage.notes["scales_moved_by"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bytes(packed, tmp_path, monkeypatch):
     whole = apply("adapt.scales", packed, tmp_path / "whole", **QUICK)
 
