@@ -169,6 +169,8 @@ def test_a_model_that_nobody_knows_is_refused_in_one_line(tmp_path):
         sketch_of("nothing", "bfloat16")
     with pytest.raises(UserError, match="the hub does not give it"):
         sketch_of("owner/name", "bfloat16")
+    with pytest.raises(UserError, match="'owner/name' is no folder whose config.json names one"):
+        job_of({"timm_classifier": {"weights": "owner/name"}}).model.sketch()
 
 
 def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_path, monkeypatch):

@@ -76,6 +76,9 @@ class TimmClassifier(Classifier):
         config = self._config()
         if self.architecture:
             config = {**of_architecture(self.architecture), **config, "architecture": self.architecture}
+        if "architecture" not in config:
+            where = f", and {self.weights!r} is no folder whose config.json names one" if self.weights else ""
+            raise UserError(f"'architecture' is needed, such as resnet18{where}")
         settings = _settings(config, self.channels)
         own = {name: value for name in settings if (value := getattr(self, name)) is not None}  # set by the user
         return self.model_copy(update={**settings, **own})

@@ -188,11 +188,15 @@ def configuration(weights: str) -> PretrainedConfig:
             f"{weights!r} is no folder with config.json, no .gguf file, no hub id (owner/name) and no built-in word"
             f"{did_you_mean(weights, kept())}"
         )
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
         here = try_to_load_from_cache(weights, "config.json")
-        file = Path(here if isinstance(here, str) else hf_hub_download(weights, "config.json"))
+        if not isinstance(here, str):
+            # The download asks six times, for 25 seconds, where no hub is reached; this asks once.
+            get_hf_file_metadata(hf_hub_url(weights, "config.json"), timeout=10)
+            here = hf_hub_download(weights, "config.json")
+        file = Path(here)
     except Exception as error:  # noqa: BLE001 - of any kind: no network, no such repository, no right to it
         raise UserError(
             f"the configuration of {weights!r} is not on this machine, and the hub does not give it "
