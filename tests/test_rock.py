@@ -252,6 +252,34 @@ def test_a_bad_volume_is_named_with_its_cure(tmp_path, arrays, its, message):
         rock(path=tmp_path / "v.npz", scale=2, **its).read()
 
 
+@pytest.mark.parametrize(
+    ("how", "micrometres"),
+    [
+        ({"resolution": (4000, 4000), "resolutionunit": "CENTIMETER"}, 2.5),
+        ({"imagej": True, "resolution": (0.4, 0.4), "metadata": {"unit": "um"}}, 2.5),
+        ({"imagej": True, "resolution": (400, 400), "metadata": {"unit": "mm"}}, 2.5),
+        ({"resolution": (4000, 2000), "resolutionunit": "CENTIMETER"}, None),  # a width and another height
+        ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),  # a printer's
+        ({}, None),
+    ],
+)
+def test_the_size_of_a_voxel_is_what_the_file_says_or_unknown(tmp_path, how, micrometres):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "v.tif", volume(0, 4, 8, 80), photometric="minisblack", **how)
+    found = rock(path=tmp_path / "v.tif", scale=2).read().pixel_size
+    assert found == (micrometres and pytest.approx(micrometres, rel=1e-3))
+    assert rock(path=tmp_path / "v.tif", scale=2, voxel_size=7).read().pixel_size == 7
+
+
+def test_an_npz_says_the_size_of_a_voxel_in_micrometres(tmp_path):
+    np.savez(tmp_path / "v.npz", scan=volume(0, 4, 8, 80), voxel_size=2.5)
+    assert rock(path=tmp_path / "v.npz", scale=2).read().pixel_size == 2.5
+    np.savez(tmp_path / "w.npz", scan=volume(0, 4, 8, 80), voxel_size=[2.5, 3])
+    with pytest.raises(UserError, match=r"w.npz: 'voxel_size' is float64\(2,\); one number"):
+        rock(path=tmp_path / "w.npz", scale=2).read()
+
+
 def test_files_that_are_no_volumes(tmp_path):
     (tmp_path / "v.npz").write_bytes(b"PK nothing")
     (tmp_path / "v.tif").write_bytes(b"II nothing")

@@ -394,7 +394,7 @@ def test_a_close_up_has_a_scale_bar_where_the_size_of_a_voxel_is_known():
             shown[size] = [e for e in task.score(loaded) if isinstance(e, Exhibit) and e.panels]
     plain, known = shown[None][0], shown[2.0][0]
     assert plain.panels == ("bicubic", "model", "truth")
-    assert (plain.output, known.output) == ("", "bar: 50 µm")
+    assert (plain.output, known.output) == ("no bar: the width of a pixel is unknown", "bar: 50 µm")
     bare, stamped = (np.asarray(Image.open(io.BytesIO(e.picture))) for e in (plain, known))
     assert bare.shape == stamped.shape == (96, 3 * 96)
     changed = np.flatnonzero((bare != stamped).any(0)) % 96

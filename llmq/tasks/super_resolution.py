@@ -118,7 +118,7 @@ class SuperResolution(Task[family.SuperResolution]):
         picture = _picture(scene, window, scale)
         yield Exhibit(self.name, scene.name, f"{width} x {height} pixels, x{scale}", made, picture=picture)
         side = window[1].stop - window[1].start
-        bar = f"bar: {label(side, scene.pixel_size)}" if scene.pixel_size else ""
+        bar = f"bar: {label(side, scene.pixel_size)}" if scene.pixel_size else "no bar: the width of a pixel is unknown"
         strip, title = _strip(scene, window), f"{scene.name}, close up"
         yield Exhibit(self.name, title, "", bar, picture=strip, panels=("bicubic", "model", "truth"))
 

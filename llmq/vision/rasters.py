@@ -28,6 +28,10 @@ LOW = "lr"
 OF_IMAGEJ = ("uint8", "uint16", "float32")
 RESOLUTIONS = (282, 283)
 UNIT = 296  # the tag of the unit of both
+MICROMETRES = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "mm": 1e3, "cm": 1e4}
+"""Micrometres in each unit of length that ImageJ writes; both letters mu are in use."""
+CENTIMETRES = 3
+"""The unit of a TIFF's resolution that is a length. Inches are left out: they are a printer's, as 72 or 300 to one."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,16 @@ def _voxels(path: Path) -> tuple[JsonObject, bool]:
             if across and down:
                 told = {"resolution": (across, down), "resolutionunit": int(tags[UNIT].value) if UNIT in tags else 1}
         return told | _of_imagej(file), bool(file.is_ome)
+
+
+def voxel_size(path: Path) -> float | None:
+    """The width of a pixel of a TIFF in micrometres, if the file says it in a unit of length and height is the same."""
+    told, _ = _voxels(path)
+    across, down = told.get("resolution", (0.0, 0.0))
+    unit = str(told.get("metadata", {}).get("unit", "")).replace("\\u00B5", "µ")  # as ImageJ writes it
+    width = MICROMETRES.get(unit) or (MICROMETRES["cm"] if told.get("resolutionunit") == CENTIMETRES else None)
+    alike = across > 0 and abs(across - down) <= 0.01 * across
+    return width / across if width and alike else None
 
 
 def _of_imagej(file: TiffFile) -> JsonObject:

@@ -49,7 +49,8 @@ class Rock(Data):
     partner_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, description="of a .raw partner")
     dtype: str | None = Field(None, description="of .raw volumes, as numpy writes it: uint8, <u2, >f4, …")
     voxel_size: PositiveFloat | None = Field(
-        None, description="micrometres that a high-resolution voxel is wide, for scale bars"
+        None,
+        description="micrometres that a high-resolution voxel is wide, for scale bars; what the volume says, if unset",
     )
     across: Literal["z", "y", "both"] = Field("z", description="the axis that the slices of a volume lie across")
     train_until: PositiveInt | None = Field(None, description="x of a volume where training ends; 75 % if unset")
@@ -227,4 +228,5 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
             lower = partial(rock.lower, side)
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
     files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
-    return rock.split(sides[0], sides[1], sha256_files(files))
+    split = rock.split(sides[0], sides[1], sha256_files(files))
+    return split if split.pixel_size else replace(split, pixel_size=volumes.voxel_size(path))

@@ -12,7 +12,7 @@ from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.guarded.files import check_plain
 from llmq.vision.images import Example, read_image
-from llmq.vision.pixels import Window, as_bytes, range_of, read_tiff, readable
+from llmq.vision.pixels import Window, as_bytes, is_tiff, range_of, read_tiff, readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm")
 HDF5 = b"\x89HDF"
+VOXEL_SIZE = "voxel_size"
+"""The name in an .npz of the micrometres that a high-resolution voxel is wide."""
 MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
 """Pillow's names for images of these numbers."""
 
@@ -76,11 +78,31 @@ def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[ndarray, ndar
     return _tif(path, how), None
 
 
+def voxel_size(path: Path) -> float | None:
+    """The micrometres that a voxel is wide, if the file says: a TIFF's resolution, or the `voxel_size` of an .npz."""
+    import numpy as np
+
+    from llmq.vision import rasters
+
+    first = files_of(path)[0]
+    if is_tiff(first):
+        return rasters.voxel_size(first)
+    if first.suffix.lower() != ".npz":
+        return None
+    with readable(first, ".npz of arrays"), np.load(first, allow_pickle=False) as archive:
+        told = archive[VOXEL_SIZE] if VOXEL_SIZE in archive.files else None
+    if told is None:
+        return None
+    if told.size != 1 or told.dtype.kind not in "iuf" or not 0 < float(told.item()) < float("inf"):
+        raise UserError(f"{first}: {VOXEL_SIZE!r} is {told.dtype}{told.shape}; one number of micrometres is needed")
+    return float(told.item())
+
+
 def _npz(path: Path) -> dict[str, ndarray]:
     import numpy as np
 
     with readable(path, ".npz of arrays"), np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        return {name: archive[name] for name in archive.files if name != VOXEL_SIZE}
 
 
 def _netcdf(path: Path) -> dict[str, ndarray]:
