@@ -298,7 +298,7 @@ def check_order(kind: str, steps: Iterable[Step], source: Source, base: "Artifac
                 raise UserError(f"{where}: {step.word!r} {CURES[name, wanted]}")
         if now["runtime"] not in step.runtimes:
             raise UserError(f"{where}: {step.word!r} needs a stage in torch, and this one is in {now['runtime']}")
-        now.update(step.leaves)
+        now.update(step.left)
 
 
 def is_run(folder: Path) -> bool:

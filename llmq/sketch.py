@@ -40,6 +40,8 @@ class Part:
     stored: tuple[Stored, ...] = ()
     opened: int = 0
     packed: bool = False
+    on_grid: bool = False
+    """True for floats that lie on a grid of 4 bits or fewer, which is kept beside them."""
 
     @classmethod
     def plain(cls, name: str, shape: tuple[int, ...], dtype: str, role: str = "other") -> "Part":

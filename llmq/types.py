@@ -182,6 +182,11 @@ class Step(Plugin, Generic[M]):
     in_every_process: ClassVar[bool] = False
     """True for a step that shares its work among the processes of a run; the first process does all other steps."""
 
+    @property
+    def left(self) -> "Mapping[str, bool | str]":
+        """The states after the step: `leaves`, unless settings decide otherwise."""
+        return self.leaves
+
     def check_base(self, base: "Artifact[M]") -> None:
         """Raise `UserError` for a base that the step cannot change; called before the first step."""
 

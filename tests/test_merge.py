@@ -6,6 +6,9 @@ import pytest
 import torch
 from helpers import apply, base_of, logits_of, some_ids
 
+from llmq import plugin
+from llmq.errors import UserError
+
 LORA = {"r": 4, "max_length": 64, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 
 
@@ -58,3 +61,30 @@ def test_the_divergence_is_that_of_a_slow_obvious_sum(tiny_llama, tiny_jsonl, tm
                 total += float(sum(p[i] * (p[i] / q[i]).log()))
                 tokens += 1
     assert merged.measurements[0].value == pytest.approx(total / tokens, rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("packs", [{"quantize.rtn": {"bits": 4, "group_size": 32}}, {"quantize.bnb": {"bits": 4}}])
+def test_a_sum_is_rounded_again_and_the_loss_of_it_is_measured(packs, tiny_llama, tiny_jsonl, tmp_path):
+    ((word, settings),) = packs.items()
+    packed = apply(word, base_of(tiny_llama), tmp_path / "p", **settings)
+    adapted = apply("adapt.lora", packed, tmp_path / "a", data=str(tiny_jsonl), **LORA)
+    data = {"file": {"path": str(tiny_jsonl)}}
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=16, tokens=64, into="gptq", data=data)
+    assert merged.packed
+    assert not merged.adapter
+    made = json.loads((merged.weights / "config.json").read_text())["quantization_config"]
+    assert (made["bits"], made["group_size"]) == (4, settings.get("group_size", 64))
+    assert not (merged.weights / ".floats").exists()
+    floats = apply("adapt.merge", adapted, tmp_path / "f", window=16, tokens=64, data=data)
+    assert merged.measurements[0].value > floats.measurements[0].value
+    with merged.open("cpu") as loaded:
+        assert torch.isfinite(logits_of(loaded.module, some_ids())).all()
+
+
+def test_a_step_after_a_merge_into_gptq_finds_packed_weights(tmp_path):
+    from llmq.recipe import Source, check_order
+
+    steps = [plugin.build({"adapt.lora": {"data": "pydoc"}}), plugin.build({"adapt.merge": {"into": "gptq"}})]
+    after = plugin.build("quantize.rtn")
+    with pytest.raises(UserError, match=r"quantize\.rtn"):
+        check_order("causal-lm", [*steps, after], Source("here", {}))

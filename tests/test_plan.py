@@ -46,6 +46,12 @@ STEPS = [
     [{"prune.layers": {"drop": 1, "samples": 2, "length": 16}}],
     [{"quantize.bnb": {}}, {"adapt.lora": {"r": 4, "max_steps": 1, "max_length": 32}}],
     [{"adapt.lora": {"r": 4, "use_dora": True, "target_modules": ["q_proj"], "max_steps": 1}}, "adapt.merge"],
+    [
+        {"quantize.rtn": {"bits": 4, "group_size": 32, "sym": False}},
+        {"adapt.lora": {"r": 4, "max_steps": 1, "max_length": 32, "use_qalora": True}},
+        "adapt.merge",
+        "export.gguf",
+    ],
     [{"adapt.full": {"max_steps": 1, "max_length": 32, "teacher": "base"}}],
     [{"quantize.rtn": {"group_size": 32}}, "export.compressed_tensors"],
 ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmq.sketch import Sketch, Work
 
-FOR_PEFT = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
+FOR_PEFT = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "use_qalora", "init_lora_weights"}
 """Settings that go to PEFT's `LoraConfig` as they are."""
 
 
@@ -39,7 +39,25 @@ class Lora(Tuning):
     modules_to_save: tuple[str, ...] = Field((), description="trained whole and saved with the adapter")
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
+    use_qalora: bool = Field(
+        False, description="A pools the inputs of a group of GPTQ's grid (Xu et al. 2024); such adapters merge into it"
+    )
+    qalora_group_size: PositiveInt | None = Field(
+        None, description="inputs that use_qalora pools; the grid's group_size if unset"
+    )
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+
+    def check(self) -> None:
+        super().check()
+        if self.qalora_group_size and not self.use_qalora:
+            raise UserError("qalora_group_size has no effect without use_qalora: true")
+        unfit = {
+            "use_dora": self.use_dora,
+            "modules_to_save": self.modules_to_save,
+            "init_lora_weights": self.init_lora_weights == "orthogonal",
+        }
+        if self.use_qalora and (names := [name for name, value in unfit.items() if value]):
+            raise UserError(f"use_qalora and {names[0]} exclude each other; leave one out")
 
     def space(self, artifact: Artifact[LanguageModel]) -> int:
         """The bytes of the adapter in float32, and of its weights with two moments in each of two checkpoints."""
@@ -65,7 +83,7 @@ class Lora(Tuning):
         ]
         whole = [p for p in source.parts if any(word in p.name for word in its.modules_to_save)]
         copies = [packing.whole_copy(part) for part in whole]
-        adapter = (*packing.adapters(targets, its.r, its.use_dora), *copies)
+        adapter = (*packing.adapters(targets, its.r, its.use_dora, its.use_qalora), *copies)
         made = replace(source, parts=(*source.parts, *adapter))
         rows = its.per_device_train_batch_size
         states = OPTIMIZER_BYTES.get(its.optim, 8) / 4
@@ -107,6 +125,7 @@ class Lora(Tuning):
         from peft import LoraConfig, get_peft_model
 
         from llmq.text.bnb_layers import keep_unpacked
+        from llmq.text.pooled import check_pools, group_of, let_pool
         from llmq.text.reach import expert_stacks, gates
 
         module = loaded.module
@@ -116,6 +135,9 @@ class Lora(Tuning):
         stacks = expert_stacks(module) if all_linear else []
         if stacks:
             self._check_stacks(module)
+        pooled = {}
+        if self.use_qalora:
+            pooled["qalora_group_size"] = group_of(loaded.artifact.weights, self.qalora_group_size)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             target_modules=targets,
@@ -123,11 +145,16 @@ class Lora(Tuning):
             exclude_modules=(gates(module) if all_linear else []) or None,
             modules_to_save=list(self.modules_to_save) or None,
             **self.model_dump(include=FOR_PEFT),
+            **pooled,
         )
+        if self.use_qalora:
+            let_pool(config)
         try:
             model = get_peft_model(module, config)
         except ValueError as error:
             raise UserError(f"target_modules {targets!r}: {first_line(error)}") from None
+        if self.use_qalora:
+            check_pools(model)
         return model
 
     def _check_stacks(self, module: "PreTrainedModel") -> None:

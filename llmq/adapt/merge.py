@@ -1,9 +1,14 @@
 """Adds the adapter to the weights in float32, dequantized first if the base is quantized.
 
 Measures the loss of quality on held-out text: KL divergence and top-1 agreement of "merged" with "base + adapter".
-The merged weights are float again: a quantized base grows back to full size.
+The merged weights are float again: a quantized base grows back to full size. An adapter with `use_qalora` folds into
+the zero points of GPTQ's grid, which then are no whole numbers, as GPTQ's format wants them. So the weights are floats
+on that grid, its scales and zero points lie beside them, and `export.gguf` carries the grid as Q4_1 without loss.
+With `into: gptq` the sum is rounded again as `quantize.gptq` does it, to the bits and groups of the base, and the loss
+that is measured is that of merging and rounding.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +16,23 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord
 from llmq.text.family import LanguageModel
+from llmq.text.formats import grid_of
 from llmq.types import Context, Measurement, Needs, Step
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmq.matrix.grid import Quantized
     from llmq.reopened import Meant
     from llmq.sketch import Sketch, Work
+
+FLOATS = ".floats"
+"""The folder of the merged floats until they are rounded again."""
 
 
 class Merge(Step[LanguageModel]):
@@ -31,8 +44,15 @@ class Merge(Step[LanguageModel]):
     data: DataWord = Field("pydoc", validate_default=True, description="held-out text for the comparison")
     tokens: PositiveInt = Field(4096, description="held-out tokens to compare on")
     window: PositiveInt = 256
+    into: Literal["gptq"] | None = Field(
+        None, description="gptq: round the sum again, calibrated on the training part of `data`; floats if unset"
+    )
     keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
+
+    @property
+    def left(self) -> "Mapping[str, bool | str]":
+        return {**self.leaves, "packed": self.into is not None}
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         """Floats again; the sum is made in float32, and both models are open for the comparison."""
@@ -45,16 +65,21 @@ class Merge(Step[LanguageModel]):
         source = as_text(before)
         dtype = self.dtype or source.dtype
         made = replace(source, parts=packing.float_again(source, dtype), dtype=dtype)
+        rounding = Work()
+        if self.into:
+            rounded, rounding = self._rounding(packing.grid_of(source)).foresee(made)
+            made = as_text(rounded)
         merging = Work(made.parameters * BYTES["float32"], {"copy": 24.0 * made.in_memory}, 2 * work.PROBES)
         windows = max(1, self.tokens // self.window)
         both = work.forward(source, 1, self.window).plus(work.forward(made, 1, self.window))
         passes = work.forward(source, 1, self.window), work.forward(made, 1, self.window)
         beside = source.in_memory + both.memory + 4 * 8 * self.window * source.vocabulary
         compared = replace(times(passes[0], windows).plus(times(passes[1], windows)), memory=beside)
-        return made, merging.plus(compared).plus(work.opening(source)).plus(work.opening(made))
+        return made, merging.plus(rounding).plus(compared).plus(work.opening(source)).plus(work.opening(made))
 
     def space(self, artifact: Artifact[LanguageModel]) -> int:
-        return super().space(artifact) * (4 if artifact.packed else 1)  # from 4 bits or more to 16
+        floats = super().space(artifact) * (4 if artifact.packed else 1)  # from 4 bits or more to 16
+        return floats * 2 if self.into else floats
 
     def needs(self) -> Needs:
         return Needs("window", self.window)
@@ -68,11 +93,24 @@ class Merge(Step[LanguageModel]):
         """Write the merged model to `folder`, then measure the divergence from "base + adapter"."""
         from llmq.reopened import reopened
 
-        saved = self._write(artifact, folder, context)
+        floats = folder / FLOATS if self.into else folder
+        floats.mkdir(exist_ok=True)
+        saved = self._write(artifact, floats, context)
         model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
-        merged = artifact.then(self, model=model, weights=folder, adapter=None, packed=False)
+        merged = artifact.then(self, model=model, weights=floats, adapter=None, packed=False)
         reopened(saved, merged, context.device)
-        return replace(merged, measurements=self._loss(artifact, merged, context.device))
+        if self.into:
+            rounded = self._rounding(grid_of(artifact.weights)).apply(merged, folder, context)
+            merged = replace(merged, weights=folder, packed=True, notes=rounded.notes)
+        measured = replace(merged, measurements=self._loss(artifact, merged, context.device))
+        if self.into:
+            shutil.rmtree(floats)
+        return measured
+
+    def _rounding(self, grid: "Mapping[str, object]") -> "Step[LanguageModel]":
+        step = plugin.build({f"quantize.{self.into}": {**grid, "data": self.data}})
+        assert isinstance(step, Step)
+        return step
 
     def _write(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> "Meant":
         import torch
@@ -83,16 +121,21 @@ class Merge(Step[LanguageModel]):
         from llmq.text.linear_view import fuse
         from llmq.text.names import save, untie
         from llmq.text.opening import as_opened_in, load_causal_lm, with_adapter
+        from llmq.text.pooled import pools, save_grid, set_weights
         from llmq.text.tokenizer import copy_tokenizer
 
         dtype = self.dtype or artifact.model.dtype
         assert artifact.adapter  # `requires`
         module = load_causal_lm(artifact.weights, "float32", context.device)  # the sum is rounded once, at the end
+        grids = self._folded(module, artifact) if pools(artifact.adapter) else {}
         module = dequantized(module) if artifact.packed else module
         pairs = untie(module)  # or an adapter on the head would change the embeddings, and the other way round
         matrices = module.named_parameters() if self.keep_sparsity else ()  # experts held as one tensor among them
         zeros = {name: p == 0 for name, p in matrices if p.ndim > 1}
-        module = with_adapter(module, artifact.adapter).merge_and_unload(safe_merge=True)
+        if grids:
+            set_weights(module, grids)
+        else:
+            module = with_adapter(module, artifact.adapter).merge_and_unload(safe_merge=True)
         for name, places in zeros.items():
             module.get_parameter(name).data[places] = 0
         fuse(module)
@@ -100,8 +143,23 @@ class Merge(Step[LanguageModel]):
         if name := first_not_finite(dict(module.named_parameters())):
             raise LlmqError(f"{name} is not finite in {dtype}; set dtype: float32")
         save(module, folder, pairs)
+        if grids:
+            save_grid(grids, folder)
         copy_tokenizer(artifact.weights, folder)
         return meant(artifact.model, module)
+
+    def _folded(self, module: "PreTrainedModel", artifact: Artifact[LanguageModel]) -> "dict[str, Quantized]":
+        """The grid of every packed layer, with the adapter in its zero points; the module is left without one."""
+        from llmq.text.opening import with_adapter
+        from llmq.text.pooled import changes, folded
+        from llmq.text.scales import quantized
+
+        assert artifact.adapter
+        grids = quantized(artifact.weights, module)
+        adapted = with_adapter(module, artifact.adapter)
+        change = changes(adapted)
+        adapted.unload()
+        return {name: folded(grid, change[name]) if name in change else grid for name, grid in grids.items()}
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.text.losses import divergence

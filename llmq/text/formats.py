@@ -63,6 +63,14 @@ def quantization(folder: Path) -> dict[str, object] | None:
     raise UserError(f"{str(folder)!r} holds packed layers (*.qweight), and none of its files states the number of bits")
 
 
+def grid_of(folder: Path) -> dict[str, object]:
+    """The bits, group size and symmetry of the grid of a folder, as settings; empty for one that no such grid packs."""
+    settings = quantization(folder) or {}
+    if settings.get("quant_method") != "gptq":
+        return {}
+    return {name: value for name, value in settings.items() if name in ("bits", "group_size", "sym")}
+
+
 def packed_as(folder: Path) -> dict[str, object] | None:
     """The settings of packed weights in the configuration of a folder, or None; needs no weights.
 

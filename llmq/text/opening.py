@@ -117,11 +117,18 @@ def check(folder: Path) -> None:
 
 def with_adapter(module: PreTrainedModel, folder: Path) -> PeftModel:
     """The open module with a PEFT adapter. Raises `UserError` unless adapter and files have the same tensors."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    from llmq.text.pooled import check_pools, let_pool
 
     _check_adapter(folder)
     try:
-        adapted = PeftModel.from_pretrained(module, folder)
+        config = LoraConfig.from_pretrained(folder)
+        if config.use_qalora:
+            let_pool(config)
+        adapted = PeftModel.from_pretrained(module, folder, config=config)
+        if config.use_qalora:
+            check_pools(adapted)
     except (RuntimeError, ValueError) as error:  # other shapes; modules that are not there
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{str(folder)!r} does not fit {type(module).__name__}: {first}") from None

@@ -12,6 +12,7 @@ from llmq.matrix import gptq_format
 from llmq.text.formats import quantization
 from llmq.text.names import stored
 from llmq.text.opening import check, check_packed, stored_as, without_weights
+from llmq.text.pooled import GRID, on_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,21 @@ class Source:
         return both and torch.equal(self._read(one), self._read(other))
 
     def is_packed(self, name: str) -> bool:
-        return f"{name.removesuffix('.weight')}.qweight" in self._held
+        """True for a layer that is packed, or whose float weights lie on a grid beside them."""
+        layer = name.removesuffix(".weight")
+        return f"{layer}.qweight" in self._held or layer in self._grids
+
+    @cached_property
+    def _grids(self) -> dict[str, dict[str, Tensor]]:
+        """Scales, zero points, groups and bits of the layers whose grid lies beside their float weights, by name."""
+        if not (self.folder / GRID).exists():
+            return {}
+        grids: dict[str, dict[str, Tensor]] = {}
+        with opened(self.folder / GRID) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                layer, _, leaf = key.rpartition(".")
+                grids.setdefault(layer, {})[leaf] = tensors.get_tensor(key)
+        return grids
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,7 +85,7 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as the network holds it, `(outputs, inputs)` of a packed layer."""
-        if not self.is_packed(name):
+        if name in self._shapes:
             return self._shapes[name]
         layer = name.removesuffix(".weight")
         (words, outputs), (_, zeros) = (self._shapes[f"{layer}.{part}"] for part in ("qweight", "qzeros"))
@@ -85,6 +100,8 @@ class Source:
         import torch
 
         layer = name.removesuffix(".weight")
+        if layer in self._grids:
+            return on_grid(self._read(name), self._grids[layer])
         held = {part: f"{layer}.{part}" for part in gptq_format.TENSORS}
         tensors = {part: self._read(key) for part, key in held.items() if key in self._held}
         groups, outputs = tensors["scales"].shape

@@ -130,7 +130,8 @@ def check(place: Place, source: Source, chosen: Type, held: np.ndarray) -> float
     largest = float(meant.abs().max())
     if chosen.name == "F32" or chosen.kept:
         step = chosen.distance * _steps(place, source) if chosen.distance else 0.0
-        bound = torch.full_like(error, step * 1.01)
+        # With fractional zero points `(code - zero) * scale` and `scale * code + minimum` differ in float32.
+        bound = torch.full_like(error, step * 1.01 + (2**-22 * largest if step else 0.0))
     elif chosen.name in KINDS:
         blocks = meant.reshape(*meant.shape[:-1], -1, BLOCK).abs().amax(-1, keepdim=True)
         bound = (blocks * ERRORS[chosen.name] + SMALL).expand(*blocks.shape[:-1], BLOCK).reshape(meant.shape)

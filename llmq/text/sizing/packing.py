@@ -75,11 +75,16 @@ def int8(part: Part) -> Part:
     return replace(part, stored=(stored[0], scale, names), opened=stored[0].bytes + scale.bytes, packed=True)
 
 
-def adapters(parts: Iterable[Part], rank: int, dora: bool = False) -> list[Part]:
-    """The two float32 matrices of a LoRA for each linear layer, and the magnitudes of DoRA, named as in the file."""
+def adapters(parts: Iterable[Part], rank: int, dora: bool = False, pooled: bool = False) -> list[Part]:
+    """The two float32 matrices of a LoRA for each linear layer, and the magnitudes of DoRA, named as in the file.
+
+    If `pooled`, the first has one input for each group of a packed layer.
+    """
     made = []
     for part in parts:
         outputs, inputs = part.shape
+        if pooled and _is_gptq(part):
+            inputs = next(tensor.shape[0] for tensor in part.stored if tensor.name == ".scales")
         layer = f"base_model.model.{part.name.removesuffix('.weight')}"
         made.append(Part.plain(f"{layer}.lora_A.weight", (rank, inputs), "float32", "adapter"))
         made.append(Part.plain(f"{layer}.lora_B.weight", (outputs, rank), "float32", "adapter"))
@@ -127,6 +132,8 @@ def in_graph(part: Part) -> Part:
 def type_that_keeps(part: Part) -> str:
     """The type of blocks that holds the grid of a packed matrix, as `auto` chooses it for a symmetric one."""
     held = {tensor.name: tensor for tensor in part.stored}
+    if part.on_grid:
+        return "Q4_1"
     if ".qweight" not in held:
         return "F16"
     bits = held[".qweight"].shape[0] * 32 // part.shape[1]
@@ -146,11 +153,25 @@ def whole_copy(part: Part) -> Part:
 
 def float_again(sketch: TextSketch, dtype: str) -> tuple[Part, ...]:
     """The parts without the adapter, each in a dtype of floats."""
-    kept = (part for part in sketch.parts if part.role != "adapter")
-    return tuple(
+    kept = [part for part in sketch.parts if part.role != "adapter"]
+    inputs = {part.name: part.shape[-1] for part in sketch.parts if part.name.endswith(".lora_A.weight")}
+    # An adapter that pools its inputs has fewer of them than its layer, and leaves the grid.
+    pooled = any(0 < inputs.get(f"base_model.model.{part.name}.lora_A.weight", 0) < part.shape[-1] for part in kept)
+    floats = (
         Part.plain(f"{part.name}.weight" if _is_gptq(part) else part.name, part.shape, dtype, part.role)
         for part in kept
     )
+    return tuple(replace(made, on_grid=pooled and _is_gptq(part)) for made, part in zip(floats, kept, strict=True))
+
+
+def grid_of(sketch: TextSketch) -> dict[str, object]:
+    """The bits and the group size of the first packed layer in the GPTQ format, as settings; empty if there is none."""
+    for part in filter(_is_gptq, sketch.parts):
+        shapes = {tensor.name: tensor.shape for tensor in part.stored}
+        inputs, groups = part.shape[1], shapes[".scales"][0]
+        size = inputs // groups if groups > 1 else -1
+        return {"bits": shapes[".qweight"][0] * 32 // inputs, "group_size": size}
+    return {}
 
 
 def _is_gptq(part: Part) -> bool:
