@@ -61,6 +61,7 @@ def test_an_adapter_merges_into_the_grid_and_goes_into_gguf_without_loss(packed,
     exported = apply("export.gguf", merged, tmp_path / "g")
     assert exported.notes["types"]["Q4_1"] > 0
     assert exported.notes["grids_kept"] == 14
+    assert "OpenVINO GenAI rounds" in exported.notes["zero_points"]
     assert exported.notes["largest_distance_to_grid"] < 1e-5
     with merged.open("cpu") as a, exported.open("cpu") as b:
         torch.testing.assert_close(

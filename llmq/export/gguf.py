@@ -2,10 +2,10 @@
 
 `auto` keeps the grid of a stage that `quantize.gptq`, `rtn` or `awq` made, without another rounding: up to 4 bits
 around a fixed zero become Q4_0, those with a zero of each group Q4_1 (the minimum is rounded to float16, and the notes
-say how far), 8 bits Q8_0. Groups must be a multiple of 32 inputs and lie in the order of memory. Layers whose grid no
-type holds, and NF4, are dequantized to F16, and the notes say so. Float weights become F16, or BF16 where float16 is
-too narrow. Every other type rounds each matrix; 4 and 5 bits leave the output head (or the embeddings, where they are
-the head) at Q8_0.
+say how far), 8 bits Q8_0. A grid that `adapt.merge` left beside float weights becomes Q4_1. Groups must be a multiple
+of 32 inputs and lie in the order of memory. Layers whose grid no type holds, and NF4, are dequantized to F16, and the
+notes say so. Float weights become F16, or BF16 where float16 is too narrow. Every other type rounds each matrix; 4 and
+5 bits leave the output head (or the embeddings, where they are the head) at Q8_0.
 
 The stage is opened in torch with all weights dequantized; `bytes_on_disk` counts the file.
 """
@@ -89,6 +89,8 @@ class Gguf(Step[LanguageModel]):
             notes["not_kept"] = {f"weights of {method}, which lie on no such grid": "all layers"}
         for why, layers in notes.get("not_kept", {}).items():
             say(f"  {layers} do not keep their grid: {why}")
+        if told := notes.get("zero_points"):
+            say(f"  its zero points are {told}")
         if window := notes.get("window_left_out"):
             say(f"  the window of {window} tokens has no place in the file: engines attend to all tokens")
         return artifact.then(self, weights=folder, packed=True, runtime="gguf", notes=notes)

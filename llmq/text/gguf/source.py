@@ -78,6 +78,11 @@ class Source:
                 grids.setdefault(layer, {})[leaf] = tensors.get_tensor(key)
         return grids
 
+    @property
+    def has_fractional_zeros(self) -> bool:
+        """True if zero points of a grid are no whole numbers."""
+        return any(bool((grid["zeros"] != grid["zeros"].round()).any()) for grid in self._grids.values())
+
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         headers = {file: header(file) for file in {file for file, _ in self._held.values()}}

@@ -202,6 +202,8 @@ def _notes(
     if kept := [name for name, its in types.items() if its.kept]:
         notes["grids_kept"] = len(kept)
         notes["largest_distance_to_grid"] = max(types[name].distance for name in kept)
+        if source.has_fractional_zeros:
+            notes["zero_points"] = "no whole numbers: llama.cpp keeps them, OpenVINO GenAI rounds them to other weights"
     not_kept: Counter[str] = Counter(its.why_not for its in types.values() if its.why_not)
     if not_kept:
         notes["not_kept"] = {why: f"{count} tensors" for why, count in not_kept.items()}
