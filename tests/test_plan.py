@@ -50,7 +50,6 @@ STEPS = [
         {"quantize.rtn": {"bits": 4, "group_size": 32, "sym": False}},
         {"adapt.lora": {"r": 4, "max_steps": 1, "max_length": 32, "use_qalora": True}},
         "adapt.merge",
-        "export.gguf",
     ],
     [{"adapt.full": {"max_steps": 1, "max_length": 32, "teacher": "base"}}],
     [{"quantize.rtn": {"group_size": 32}}, "export.compressed_tensors"],
@@ -157,6 +156,15 @@ def test_gradients_of_the_loss_are_foretold_as_more_work_and_the_same_files(word
     plain, weighed = (plugin.build({word: {"hessian": h}}).foresee(sketch) for h in ("inputs", "loss"))
     assert plain[0] == weighed[0]
     assert sum(plain[1].operations.values()) < sum(weighed[1].operations.values())
+
+
+@pytest.mark.parametrize(("pools", "bits"), [(True, 5), (False, 16)])
+def test_a_grid_that_a_merge_leaves_is_foretold_as_carried_into_gguf(pools, bits, tiny_llama):
+    sketch = job_of({"causal_lm": {"weights": str(tiny_llama)}}).model.sketch()
+    lora = {"adapt.lora": {"data": "pydoc", "r": 4, "max_steps": 1, "use_qalora": pools}}
+    for step in ({"quantize.rtn": {"bits": 4, "group_size": 32, "sym": False}}, lora, "adapt.merge", "export.gguf"):
+        sketch, _ = plugin.build(step).foresee(sketch)
+    assert {p.stored[0].bytes * 8 / p.weights for p in sketch.parts if p.role == "linear"} == {bits}
 
 
 @pytest.mark.parametrize("word", ["adapt.lora", "adapt.full"])
