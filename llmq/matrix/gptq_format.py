@@ -51,7 +51,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
     width = words.shape[1]
     if 8 % bits == 0:
-        octets = words.contiguous().view(torch.uint8).view(len(words), width, 4).transpose(1, 2)
+        whole = words.clone(memory_format=torch.contiguous_format)  # to be read as bytes, its strides must be exact
+        octets = whole.view(torch.uint8).view(-1, width, 4).transpose(1, 2)  # (words, bytes of a word, m)
         codes = torch.empty(len(words), 4, 8 // bits, width, dtype=torch.uint8, device=words.device)
         for place in range(8 // bits):
             codes[:, :, place] = (octets >> (place * bits)) & (2**bits - 1)
