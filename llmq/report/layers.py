@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmq.files import LAYERS
 from llmq.guarded.files import library, read_json_object
-from llmq.report.drawing import as_svg, blank, plain_text
+from llmq.report.drawing import STAGES, as_svg, blank, plain_text
 from llmq.runs.paths import within
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw(report: "Report", folder: Path) -> dict[str, str]:
     with plain_text():
         for stage in report.stages:
             step = str(stage["step"] or "")
-            pruned = pruned or step.startswith("prune.")
+            pruned = pruned or (step.startswith("prune.") and step not in ("prune.channels", "prune.layers"))
             file = within(folder, f"{stage['folder']}/{LAYERS}", "report.json")
             if file.is_file():
                 with library(file, "file of facts about layers"):
@@ -82,10 +82,21 @@ def _map(values: Mapping[str, float]) -> str:
     for (kind, block), found in cells.items():
         if kind in kinds:
             grid[kinds.index(kind), block] = sum(found) / len(found)
+    if grid.shape[1] == 1:
+        return _bars(kinds, grid[:, 0].tolist())
     figure, axes = blank(1.1 + 0.2 * len(kinds))
     drawn = axes.pcolormesh(grid, cmap="viridis", edgecolors="none")
     axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds, fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlabel("block")
     figure.colorbar(drawn, ax=axes, pad=0.01).ax.tick_params(labelsize=7.5)
+    return as_svg(figure)
+
+
+def _bars(kinds: list[str], values: list[float]) -> str:
+    """A bar a layer, of a network without numbered blocks."""
+    figure, axes = blank(0.8 + 0.2 * len(kinds))
+    axes.barh(kinds, values, color=STAGES[0])
+    axes.tick_params(labelsize=7.5)
+    axes.invert_yaxis()
     return as_svg(figure)
