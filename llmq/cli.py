@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llmq import __version__, api, cli_judging, cli_looking, cli_planning, cli_using, errors, stopping, trust
+from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Out, Overrides, Trust
 from llmq.errors import UserError, in_bytes, visible
 from llmq.files import in_json, to_json
 from llmq.types import JsonObject
@@ -29,20 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 TaskOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[TASK.KEY=VALUE]...", help="perplexity.limit=32, accuracy.data=photos/"),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run Python that the folder of a model or of tasks brings; nothing else does."
-    ),
-]
 Suite = Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file, to measure by.")]
 LmTasks = Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")]
@@ -50,7 +42,6 @@ Seed = Annotated[int, typer.Option(min=0, help="Of data, training and sampling."
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last whole stage.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on where a part is foretold not to fit.")]
 AllowCode = Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")]
-DEFAULT_MODEL = api.FAMILY
 
 
 class Trusted(TypedDict):
@@ -221,7 +212,7 @@ def evaluate(
     allow_code: AllowCode = False,
     trust_remote_code: Trust = False,
     batch_size: Annotated[str, typer.Option(help="Texts at once, with --tasks; changes no score.")] = "auto",
-    model: Annotated[str, typer.Option(help="Opens a target that is no stage: a word of models.")] = DEFAULT_MODEL,
+    model: Opener = DEFAULT_MODEL,
     device: str = "auto",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     out: Out = None,
@@ -265,7 +256,7 @@ def export(
     target: Annotated[str, typer.Argument(metavar="STAGE")],
     to: Annotated[str, typer.Option(help="A word of export: gguf, openvino, onnx, compressed_tensors.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="type=q8_0")] = None,
-    model: Annotated[str, typer.Option(help="Opens a target that is no stage: a word of models.")] = DEFAULT_MODEL,
+    model: Opener = DEFAULT_MODEL,
     device: str = "auto",
     out: Out = None,
     trust_remote_code: Trust = False,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.cli_options import Json
 from llmq.errors import Answered, visible
 from llmq.files import to_json, write_text
 from llmq.types import JsonObject
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from llmq.report import Report
 
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
-Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 
 
 def compare(

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
+from llmq.cli_options import Json
 from llmq.errors import UserError, did_you_mean, visible
 from llmq.files import to_json
-
-Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 
 
 def names_to_show(incomplete: str) -> list[str]:

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmq import trust
+import llmq
+from llmq.cli_options import Json, Overrides, Trust
 from llmq.errors import in_bytes, visible
 from llmq.files import to_json
 
 if TYPE_CHECKING:
     from llmq.planning import Foretold, Plan
 
-Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 ROW = "{:<28} {:>11} {:>9} {:>10} {:>11} {:>11} {:>9}"
 TITLES = ("stage", "parameters", "on disk", "in memory", "peak making", "peak asking", "time")
 
@@ -26,24 +26,18 @@ def recipe_names(incomplete: str) -> list[str]:
 
 def plan(
     recipe: Annotated[str, typer.Argument(autocompletion=recipe_names)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...")] = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder that the run would write; its disk is looked at.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python that the folder of a model brings.")
-    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Foretell sizes, memory, time, disk and downloads of a recipe; no weights and no data are needed.
 
     Two seconds measure this machine. Ends with 2 if something will not fit, and names the nearest setting that does.
     """
-    from llmq import planning
-    from llmq import recipe as recipes
-
-    trust.given(trust_remote_code)
-    made = planning.plan(recipes.load(recipe, overrides or (), checked=False), out)
+    made = llmq.plan(recipe, overrides or (), out=out, trust_remote_code=trust_remote_code)
     typer.echo(to_json(made.plain()) if as_json else as_text(made))
     if made.misfits:
         raise typer.Exit(2)

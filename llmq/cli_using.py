@@ -7,13 +7,12 @@ import typer
 
 import llmq
 from llmq import trust
+from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Trust
 from llmq.errors import UserError, visible
 from llmq.files import to_json
 from llmq.types import JsonObject
 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help="A stage, a run (its last stage), or any model.")]
-Opener = Annotated[str, typer.Option(help="How to open a target that is no stage: a word of models.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python that the folder of a model brings.")]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="Of a text: tokens of an answer at most; 256 if unset.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="Of a text: 0, the default, takes the likeliest token; 1 draws.")
@@ -23,8 +22,6 @@ TopP = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="Of a text: the system turn before each prompt.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Of a text: continue it as it is, without the chat template.")]
-
-DEFAULT_MODEL = "causal_lm"
 
 
 def predict(
@@ -57,7 +54,7 @@ def predict(
     system: System = None,
     raw: Raw = False,
     trust_remote_code: Trust = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Use a model on files: enlarge, classify or detect pictures, make some, or answer prompts.
 
