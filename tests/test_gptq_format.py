@@ -68,6 +68,8 @@ def test_what_is_packed_is_unpacked_and_is_a_stream_of_bits(bits, count, width, 
     assert torch.equal(unpack(words, bits, count), codes)
     for column in range(width):
         assert words[:, column].tolist() == stream(codes[:, column].tolist(), bits)
+    assert torch.equal(unpack(words.repeat(2, 3)[: len(words), :width], bits, count), codes)  # a part of a matrix
+    assert torch.equal(unpack(words.t().contiguous().t(), bits, count), codes)  # as zeros are stored
 
 
 @quickly
