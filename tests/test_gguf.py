@@ -144,7 +144,7 @@ GRIDS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "4 bits": ("quantize.rtn", {}, "auto", "Q4_0"),
     "4 bits, asymmetric": ("quantize.rtn", {"sym": False}, "auto", "Q4_1"),
     "4 bits, asymmetric, exact": ("quantize.rtn", {"sym": False}, "q5_0", "Q5_0"),
-    "3 bits": ("quantize.rtn", {"bits": 3, "group_size": 32}, "auto", "Q4_0"),
+    "3 bits": ("quantize.rtn", {"bits": 3, "group_size": 32, "sym": True}, "auto", "Q4_0"),
     "8 bits": ("quantize.rtn", {"bits": 8}, "auto", "Q8_0"),
     "whole rows": ("quantize.rtn", {"group_size": -1}, "auto", "Q4_0"),
     "calibrated": ("quantize.gptq", {"samples": 2, "length": 32}, "auto", "Q4_0"),

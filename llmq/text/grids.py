@@ -25,8 +25,13 @@ class Grid(BaseModel):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, -1] = Field(64, description="inputs that share a scale; -1: all of them")
-    sym: bool = Field(True, description="the zero in the middle of the grid")
+    sym: bool | None = Field(None, description="the zero in the middle of the grid; if unset, at 4 and 8 bits")
     mse: bool = Field(True, description="shrink each range to where the squared error is least")
+
+    @property
+    def symmetric(self) -> bool:
+        """True for a zero in the middle: kernels of 4 and 8 bits want it, and at 2 and 3 bits it costs too much."""
+        return self.bits >= 4 if self.sym is None else self.sym
 
 
 def check_shape(name: str, layer: "Linear", grid: Grid) -> None:
@@ -53,7 +58,7 @@ class RoundToNearest(LayerChange[Grid]):
     @property
     def format(self) -> str:
         """`gptq`, or with a grid that is not symmetric `gptq_v2`: GPTQModel reads others' zero points only there."""
-        return "gptq" if all(grid.sym for grid in self.settings.values()) else "gptq_v2"
+        return "gptq" if all(grid.symmetric for grid in self.settings.values()) else "gptq_v2"
 
     def change(self, layers: "Mapping[str, Tensor]", total: "Tensor | None") -> "dict[str, dict[str, Tensor]]":
         """The four tensors of the GPTQ format for each layer."""
@@ -65,7 +70,7 @@ class RoundToNearest(LayerChange[Grid]):
         made = {}
         for name, weight in layers.items():
             grid = self.settings[name]
-            made[name] = round_to_nearest(weight.float(), grid.bits, grid.group_size, grid.sym, grid.mse)
+            made[name] = round_to_nearest(weight.float(), grid.bits, grid.group_size, grid.symmetric, grid.mse)
         return made
 
     def weight(self, layer: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
@@ -121,7 +126,7 @@ class Gptq(RoundToNearest):
         for grid in dict.fromkeys(self.settings[name] for name in layers):
             names = [name for name in layers if self.settings[name] == grid]
             side_by_side = torch.cat([layers[name] for name in names]).float()  # (outputs of all, inputs)
-            shape = grid.bits, grid.group_size, grid.sym, grid.mse
+            shape = grid.bits, grid.group_size, grid.symmetric, grid.mse
             made = solve(side_by_side, upper, *shape, order, self.static_groups, self.keep_zeros)
             made = descend(side_by_side, total, made, damping, self.sweeps, self.keep_zeros)
             parts = made.split([len(layers[name]) for name in names])  # by outputs

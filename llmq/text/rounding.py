@@ -82,7 +82,7 @@ class GridStep(Grid, Step[LanguageModel]):
         grids = self.grids(source)
         change = change_to(grids)
         config = {
-            **{name: getattr(self, name) for name in ("bits", "group_size", "sym")},
+            **_told(self),
             **settings,
             "lm_head": source.head in grids,
             "quant_method": "gptq",
@@ -106,6 +106,11 @@ class GridStep(Grid, Step[LanguageModel]):
             pattern = source.file_name(name).replace(".", r"\.")  # readers match names in the files
             if its is None and name != source.head:  # `lm_head` speaks for the head
                 different[f"-:{pattern}$"] = {}
-            elif its and (its.bits, its.group_size, its.sym) != (self.bits, self.group_size, self.sym):
-                different[f"+:{pattern}$"] = {key: getattr(its, key) for key in ("bits", "group_size", "sym")}
+            elif its and _told(its) != _told(self):
+                different[f"+:{pattern}$"] = _told(its)
         return different
+
+
+def _told(grid: Grid) -> dict[str, object]:
+    """A grid as the configurations of the format name it."""
+    return {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}

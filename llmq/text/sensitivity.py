@@ -74,7 +74,7 @@ class Calibrating(Protocol):
     def damp_percent(self) -> float: ...
 
     @property
-    def sym(self) -> bool: ...
+    def sym(self) -> bool | None: ...
 
     def windows(self, artifact: Artifact, seed: int) -> tuple[list[list[int]], dict[str, object]]: ...
 
@@ -206,7 +206,7 @@ def _costs(
 ) -> dict[str, list[float]]:
     """The table in the cache, or one that is made now; its key is all that it depends on."""
     windows, _ = step.windows(base, seed)
-    asked = {name: [(grid.bits, grid.group_size, grid.sym) for grid in its] for name, its in grids.items()}
+    asked = {name: [(grid.bits, grid.group_size, grid.symmetric) for grid in its] for name, its in grids.items()}
     told = json.dumps([VERSION, source.dtype_name, step.damp_percent, asked, windows])
     key = sha256_texts([sha256_files(base.weight_files()), told])[:16]
     folder = cache("search", key)
