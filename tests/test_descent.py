@@ -1,7 +1,10 @@
 """Coordinate descent after GPTQ: the error never rises, and in the end no code is better anywhere else."""
 
+import json
+
 import pytest
 import torch
+from helpers import apply, base_of
 
 from llmq.matrix.descent import descend
 from llmq.matrix.solver import damped, elimination, solve
@@ -85,3 +88,15 @@ def test_inputs_that_are_always_zero_are_borne():
     hessian[5], hessian[:, 5] = 0, 0
     made, damping = rounded(weight, hessian)
     assert bool(descend(weight, hessian, made, damping, 2).weight().isfinite().all())
+
+
+@pytest.mark.parametrize(("bits", "sweeps"), [(2, 2), (3, 2), (4, 0)])
+def test_few_bits_are_asymmetric_and_swept_unless_asked_otherwise(bits, sweeps, tiny_llama, tiny_jsonl, tmp_path):
+    settings = {"samples": 2, "length": 32, "data": str(tiny_jsonl), "bits": bits, "group_size": 32}
+    base, sym = base_of(tiny_llama), bits == 4
+    plain = apply("quantize.gptq", base, tmp_path / "1", **settings).weights
+    said = apply("quantize.gptq", base, tmp_path / "2", **settings, sweeps=sweeps, sym=sym).weights
+    other = apply("quantize.gptq", base, tmp_path / "3", **settings, sweeps=1).weights
+    name = "model-00001-of-00003.safetensors"
+    assert (plain / name).read_bytes() == (said / name).read_bytes() != (other / name).read_bytes()
+    assert json.loads((plain / "quantize_config.json").read_text())["sym"] is sym
