@@ -11,11 +11,10 @@ from helpers import apply, base_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.adapt import lora
 from llmq.data.file import File
 from llmq.errors import LlmqError
 from llmq.files import sha256_text
-from llmq.text import pieces, rows
+from llmq.text import pieces, rows, tuning
 from llmq.text.examples import Tokens, alone, pack
 from llmq.text.pieces import Kept, Pieces
 from llmq.text.tokens import kept
@@ -105,7 +104,7 @@ FEW = {"max_steps": 1, "r": 2, "max_length": 32, "per_device_train_batch_size": 
 
 
 def test_of_many_rows_a_few_steps_read_those_that_they_can_see(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "ENOUGH", 50)
+    monkeypatch.setattr(tuning, "ENOUGH", 50)
     data = {"file": {"path": str(write(tmp_path / "d.jsonl", 100)), "held_out": 0.4}}
     weights = []
     for name in ("one", "other"):
@@ -119,7 +118,7 @@ def test_of_many_rows_a_few_steps_read_those_that_they_can_see(tiny_llama, tmp_p
 
 
 def test_a_training_by_epochs_and_one_of_many_steps_read_all(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "ENOUGH", 5)
+    monkeypatch.setattr(tuning, "ENOUGH", 5)
     data = {"file": {"path": str(write(tmp_path / "d.jsonl", 40)), "held_out": 0}}
     for name, length in (("epochs", {"num_train_epochs": 0.1, "max_steps": None}), ("steps", {"max_steps": 2})):
         stage = apply("adapt.lora", base_of(tiny_llama), tmp_path / name, data=data, **{**FEW, **length})
