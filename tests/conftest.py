@@ -3,8 +3,9 @@
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before any import of a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +21,9 @@ import tiny_text_models
 from pytest_socket import disable_socket, socket_allow_hosts
 
 from llmq import trust
+from llmq.artifact import Artifact
 from llmq.matrix import products
+from llmq.types import Split
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +53,25 @@ def _nothing_is_trusted() -> None:
 def _no_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run foretells its time by rates that a test need not wait two seconds for."""
     monkeypatch.setattr("llmq.rates.measure", lambda kinds, device: dict.fromkeys([*kinds, "copy"], 1e9))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_are_tokenized_once() -> Iterator[None]:
+    """Calibration on Python's reference manual costs a quarter of a second, for the same tokens in every test."""
+    from llmq.text.calibration import Windowed
+
+    stock, kept = Windowed._ids, {}
+
+    def once(self: Windowed, artifact: Artifact[Any], split: Split, rows: Sequence[Any]) -> list[int]:
+        files = sorted(artifact.weights.glob("*token*.json"))
+        key = split.sha256, len(rows), rows is split.train, *(file.read_bytes() for file in files)
+        if key not in kept:
+            kept[key] = stock(self, artifact, split, rows)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Windowed, "_ids", once)
+        yield
 
 
 @pytest.fixture
