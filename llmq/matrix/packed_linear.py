@@ -84,16 +84,17 @@ class PackedLinear(nn.Linear):
         rows = input.numel() // self.in_features
         if not self.planes or not 0 < rows <= ROWS or input.dtype != torch.bfloat16:
             return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
-        flat = input.reshape(rows, self.in_features)  # (rows, inputs)
+        return self.product(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """`rows @ weight.T + bias` by the packed product, for a few rows `(rows, inputs)` in bfloat16."""
         # The kernel reads the rows as one piece of memory.
-        flat = flat.contiguous() if self.order is None else flat[:, self.order]
+        rows = rows.contiguous() if self.order is None else rows[:, self.order]
         first, *rest = self._planes()
-        made = first.product(flat)
+        made = first.product(rows)
         for plane in rest:
-            made = made + plane.product(flat)
-        if self.bias is not None:
-            made = made + self.bias
-        return made.view(*input.shape[:-1], self.out_features)
+            made = made + plane.product(rows)
+        return made if self.bias is None else made + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"

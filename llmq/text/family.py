@@ -67,6 +67,10 @@ class LanguageModel(Model):
         tokenizer = load_tokenizer(artifact.weights)
         if placeholders := check_fits(module, tokenizer):  # special tokens that have no embedding
             refuse_ids_beyond(module, placeholders)
+        if device == "cpu" and artifact.packed and not artifact.adapter:
+            from llmq.text.captured import capture_steps
+
+            capture_steps(module)
         return Loaded(module, tokenizer, device, artifact)
 
     def _opened(self, artifact: Artifact, device: str) -> "PreTrainedModel":
