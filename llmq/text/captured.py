@@ -141,14 +141,20 @@ def _attention(
 
 
 @contextmanager
-def _one_row(module: torch.nn.Module) -> Iterator[None]:
-    """Let packed layers multiply one row without counting rows, which the tracer would warn of."""
+def _one_row(module: PreTrainedModel) -> Iterator[None]:
+    """Let packed layers multiply one row without counting rows, which the tracer would warn of.
+
+    It would warn of the check of a padding token as well, which matters to gradients alone.
+    """
+    embeddings: Any = module.get_input_embeddings()
+    padding, embeddings.padding_idx = getattr(embeddings, "padding_idx", None), None
     layers = [layer for layer in module.modules() if isinstance(layer, PackedLinear) and len(layer.planes)]
     for layer in layers:
         layer.forward = partial(_product, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
+        embeddings.padding_idx = padding
         for layer in layers:
             del layer.forward  # of the instance: the method of the class comes back
 
