@@ -145,6 +145,7 @@ def machine(device: str) -> JsonObject:
 
     return {
         "device": device,
+        "accelerator": environment.accelerator(device),
         "processor": environment.processor(device),
         "threads": torch.get_num_threads(),
         "seed": torch.initial_seed(),

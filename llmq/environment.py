@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
     "numpy", "scipy", "torchvision", "timm", "torchmetrics", "faster-coco-eval", "torch-pruning", "scikit-learn",
-    "openvino", "nncf", "openvino-genai", "openvino-tokenizers", "onnx", "onnxruntime",
+    "openvino", "nncf", "openvino-genai", "openvino-tokenizers", "onnx", "onnxruntime", "gptqmodel",
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ def describe(device: str, seed: int) -> dict[str, object]:
         "processor": processor(device),
         "bfloat16_products": bfloat16_products(device),
         "device": device,
+        "accelerator": accelerator(device),
         "threads": torch.get_num_threads(),
         "seed": seed,
         "trusted": trust.told(),
@@ -99,6 +102,65 @@ def bfloat16_products(device: str) -> str:
     return "in float32, as the processor lacks bfloat16" if emulated else "in bfloat16"
 
 
+def accelerator(device: str) -> dict[str, object] | None:
+    """What decides a figure of a card besides its name: driver, CUDA, cuDNN, precision of products; None without one.
+
+    Products of float32 are summed as the card sums them, so the same bytes twice are a promise of processors alone.
+    """
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return {
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "float32_products": torch.backends.fp32_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@cache
+def _driver() -> str | None:
+    """The version of the driver of NVIDIA's cards, or None."""
+    file = Path("/sys/module/nvidia/version")
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip()
+    if not (tool := shutil.which("nvidia-smi")):  # as under WSL2
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return told[0] if told else None
+
+
+def free_memory(device: str) -> int:
+    """The bytes that a model can have: of a card those free and those that its allocator keeps unused.
+
+    Of a processor those free now, with those of this process, below the limit of a container.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+    import psutil
+
+    own = int(psutil.Process().memory_info().rss)
+    there = int(psutil.virtual_memory().available) + own
+    limit = Path("/sys/fs/cgroup/memory.max")
+    said = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(there, int(said)) if said.isdigit() else there
+
+
+@contextmanager
+def forked_random(device: str) -> Iterator[None]:
+    """Give the random numbers of the processor and of this one device back as they were, after the block."""
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        yield
+
+
 def resolve_device(device: str) -> str:
     """The device; `auto` is the first accelerator, or else the processor. Raises `UserError` for a missing one."""
     import torch
@@ -138,7 +200,20 @@ def prepare(device: str, seed: int, threads: int | None) -> str:
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    return resolve_device(device)
+    found = resolve_device(device)
+    if found.startswith("cuda"):
+        _take_card(found)
+    return found
+
+
+def _take_card(device: str) -> None:
+    """Make a card the one that libraries take where they name none, with products of float32 in whole float32."""
+    import torch
+
+    place = torch.device(device)
+    torch.cuda.set_device(place.index or 0)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{place.index or 0}"  # or Trainer takes the first card
+    torch.backends.fp32_precision = "ieee"  # convolutions would round their factors to 10 bits (TF32)
 
 
 def release_memory(device: str) -> None:

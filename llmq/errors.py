@@ -56,6 +56,8 @@ MEMORY = re.compile(
 )
 """Messages of torch, numpy, Arrow, C++ and the dynamic linker when memory is refused."""
 BYTES_ASKED = re.compile(r"(?:allocate|malloc of size)\s+([\d.]+)\s*([KMGT]i?B|bytes)?", re.IGNORECASE)
+ON_CARD = re.compile(r"(?:CUDA|HIP) out of memory(?:.*?of which ([\d.]+ \w+) is free)?", re.DOTALL)
+"""PyTorch's message when a card has no more memory."""
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """The system's error in a message of safetensors or tokenizers."""
 CUT_SHORT = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs")
@@ -106,6 +108,8 @@ def one_line(error: BaseException) -> str:
     text = brief(str(error))
     if isinstance(error, LlmqError):
         return text
+    if _is_memory(error) and ON_CARD.search(str(error)):
+        return _memory_line(error)
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
@@ -200,7 +204,9 @@ def _memory_line(error: BaseException) -> str:
     if asked:
         power = {"K": 1, "M": 2, "G": 3, "T": 4}.get((asked[2] or "b")[0].upper(), 0)
         size = f": {in_bytes(float(asked[1].rstrip('.')) * 1024**power)} were asked for at once"
-    return f"not enough memory{size} ({_memory_limit()}); take a smaller model, batch or window, or allow more"
+    card = ON_CARD.search(str(error))
+    limit = f"the card has {card[1] or 'no more'} free" if card else _memory_limit()
+    return f"not enough memory{size} ({limit}); take a smaller model, batch or window, or allow more"
 
 
 def _memory_limit() -> str:

@@ -1,9 +1,9 @@
 """Instruments: interleaved timing and peak memory."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmq.environment import release_memory
@@ -12,8 +12,15 @@ from llmq.types import Clock, Measurement, Reading, Samples
 
 SETTLE = 0.01
 """Seconds of rest before a unit of work: threads of one runtime spin on for milliseconds, and would slow the next."""
+VISITS = 3
+"""The times that each stage is opened where memory has no room for all stages at once."""
 SHORT = 0.1
 """Seconds; shorter work runs once untimed before each timing, so that the caches hold the weights."""
+# The rule and not its outcome: a protocol must not depend on the times.
+IN_TURN = (
+    f"rounds taken in turn with every other stage, where work takes under {SHORT:g} s each after one that is not timed"
+)
+IN_VISITS = f"rounds taken in {VISITS} visits to every stage, open alone"
 
 
 class ClockFailed(Exception):
@@ -46,6 +53,56 @@ def interleave(stages: Mapping[str, Sequence[Clock]], device: str) -> dict[str, 
     return measured
 
 
+Opening = Callable[[], AbstractContextManager[Sequence[Clock]]]
+"""Opens a stage and gives its clocks, which hold as long as the block."""
+_Timed = tuple[Clock, list[float]]
+"""A clock and its seconds."""
+
+
+def in_visits(stages: Mapping[str, Opening], device: str) -> dict[str, list[Measurement]]:
+    """Time the clocks of stages that memory has no room for at once: one stage is open at a time.
+
+    Each stage is visited `VISITS` times, alternately forwards and backwards, and takes its share of the rounds each
+    time. Samples of the same number are minutes apart, so their pairs bear the drift of a machine between visits.
+    Raises `ClockFailed` for the stage that fails.
+    """
+    visited: dict[str, list[list[_Timed]]] = {name: [] for name in stages}
+    for visit in range(VISITS):
+        for name in stages if visit % 2 == 0 else reversed(stages):
+            try:
+                visited[name].append(_visit(stages[name], visit, device))
+            except Exception as error:
+                raise ClockFailed(name) from error
+    return {name: list(_of_visits(visits)) for name, visits in visited.items()}
+
+
+def _visit(opening: Opening, visit: int, device: str) -> list[_Timed]:
+    """Each clock of a stage with its seconds in one visit; the clocks no longer hold the stage."""
+    with opening() as clocks:
+        timed = [(replace(clock, run=_over), _share(clock, visit, device)) for clock in clocks]
+        del clocks  # or the stage would outlive the block
+    return timed
+
+
+def _of_visits(visits: Sequence[list[_Timed]]) -> Iterator[Measurement]:
+    for of_clock in zip(*visits, strict=True):
+        clock = of_clock[0][0]
+        seconds = [s for _, shared in of_clock for s in shared]
+        yield from (read(clock, reading, seconds, IN_VISITS) for reading in clock.readings)
+
+
+def _share(clock: Clock, visit: int, device: str) -> list[float]:
+    """The seconds of the rounds of one visit, after the warm-up."""
+    for _ in range(max(1, clock.warmup)):
+        seconds_of(clock, device)
+    first, after = (clock.rounds * n // VISITS for n in (visit, visit + 1))
+    return [seconds_of(clock, device) for _ in range(first, after)]
+
+
+def _over() -> None:
+    raise RuntimeError("the stage of this clock is closed")
+
+
 def _seconds(stage: str, clock: Clock, device: str, again: bool = False) -> float:
     try:
         return seconds_of(clock, device, again)
@@ -66,8 +123,8 @@ def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
     return time.perf_counter() - start
 
 
-def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measurement:
-    """The quantile over the rounds, with the standard error."""
+def read(clock: Clock, reading: Reading, seconds: Sequence[float], turns: str = IN_TURN) -> Measurement:
+    """The quantile over the rounds, with the standard error; `turns` says how the rounds were taken."""
     values = tuple(reading.of_seconds(s) for s in seconds)
     samples = Samples(values, statistic="quantile", quantile=reading.quantile)
     value, stderr = quantile_stderr(values, reading.quantile)
@@ -79,9 +136,7 @@ def read(clock: Clock, reading: Reading, seconds: Sequence[float]) -> Measuremen
         reading.better,
         len(values),
         stderr,
-        # The rule and not its outcome: a protocol must not depend on the times.
-        f"{clock.convention}; {_rank(reading.quantile)} of rounds taken in turn with every other stage, where work "
-        f"takes under {SHORT:g} s each after one that is not timed",
+        f"{clock.convention}; {_rank(reading.quantile)} of {turns}",
         samples,
     )
 
@@ -95,7 +150,7 @@ def synchronize(device: str) -> None:
     if device != "cpu":
         import torch
 
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(torch.device(device))
 
 
 @dataclass

@@ -131,7 +131,7 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[str, float] | N
     disk = sum(s.on_disk for s in sketches[1:]) + max((d.work.disk for d in done), default=0) + size
     total = None if any(s is None for s in seconds) else sum(s for s in seconds if s is not None)
     peak = max((d.work.memory for d in done), default=0)
-    machine = {"memory": _memory(device), "disk": free_bytes(out or Path.cwd())}
+    machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     misfits = tuple(_misfits(done, sketches, int(machine["memory"]), disk, int(machine["disk"])))
     return Plan(recipe.name, tuple(told), total, peak, disk, download, size, machine, known, misfits)
 
@@ -198,21 +198,6 @@ def _download(recipe: Recipe, base: Sketch) -> tuple[str, int]:
     """The repository of the hub that the base comes from, and the bytes that come, if they are not here."""
     name = recipe.model.download()
     return name, base.on_disk if name and not base.unknown else 0
-
-
-def _memory(device: str) -> int:
-    """The bytes that a run can have: those free now, with those of this process, below the limit of a container."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    own = int(psutil.Process().memory_info().rss)
-    there = int(psutil.virtual_memory().available) + own
-    limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(there, int(said)) if said.isdigit() else there
 
 
 def _misfits(done: list[_Done], sketches: list[Sketch], memory: int, disk: int, free: int) -> Iterator[Misfit]:

@@ -4,14 +4,15 @@ import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from llmq import measure
+from llmq import environment, measure
 from llmq.answers import AnswerCache
 from llmq.artifact import MACHINE, SCHEMA_VERSION, Artifact, Failure, Stage
-from llmq.errors import one_line
+from llmq.errors import is_of_machine, one_line
 from llmq.files import to_json, write_json, write_text
 from llmq.guarded.files import library, read_json_object
 from llmq.reading import by_name
@@ -21,6 +22,10 @@ from llmq.types import Answer, Attachment, Clock, Exhibit, JsonObject, Loaded, M
 
 Question = tuple[str, str, Task]
 """A method of `Task` (`score` or `against`), the task's name in the run, and the task."""
+Taken = dict[str, list[Measurement]]
+"""The times of each stage."""
+Failed = Mapping[str, list[Failure]]
+"""The failures of each stage."""
 
 
 def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: Artifact, cache: bool = True) -> Stage:
@@ -191,17 +196,19 @@ def overrides(method: str, tasks: Iterable[Task]) -> bool:
 
 
 def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, device: str) -> dict[str, Stage]:
-    """Time all stages in turn, all open at once; the figures join the stages, and `clocks.json` keeps them."""
+    """Time all stages in turn; the figures join the stages, and `clocks.json` keeps them.
+
+    All are open at once where memory has room for that, else one at a time.
+    """
     if not overrides("clocks", tasks):
         return dict(stages)
     began = time.perf_counter()
-    failed: dict[str, list[Failure]] = {name: [] for name in stages}
-    taken: dict[str, list[Measurement]] = {name: [] for name in stages}
-    with ExitStack() as open_stages:
-        loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
-        for name, task in by_name(tasks).items():
-            for stage, measurements in time_task(name, task, loaded, device, failed).items():
-                taken[stage] += measurements
+    ways = [_time_together] if fit_at_once(list(stages.values()), device) else []
+    for way in (*ways, _time_alone):
+        failed: dict[str, list[Failure]] = {name: [] for name in stages}
+        taken: dict[str, list[Measurement]] = {name: [] for name in stages}
+        if way(stages, tasks, device, taken, failed):
+            break
     for stage, measurements in taken.items():
         write_samples(measurements, out / stage / "samples")
         clocks = {"schema_version": SCHEMA_VERSION, "measurements": [asdict(m) for m in measurements]}
@@ -213,6 +220,68 @@ def take_times(stages: Mapping[str, Stage], tasks: Sequence[Task], out: Path, de
     }
 
 
+def fit_at_once(stages: Sequence[Stage], device: str) -> bool:
+    """True if the free memory has room for all stages, each at the peak that it had when it was asked alone.
+
+    The peak of a stage is what the speed task measured; without that task the stage takes its bytes on disk.
+    """
+
+    def peak(stage: Stage) -> float:
+        known = [m.value for m in stage.measurements if m.metric == "peak_memory"]
+        return max(known, default=float(stage.artifact.bytes_on_disk))
+
+    return sum(map(peak, stages)) <= environment.free_memory(device)
+
+
+def _time_together(
+    stages: Mapping[str, Stage], tasks: Sequence[Task], device: str, taken: Taken, failed: Failed
+) -> bool:
+    """Time all stages, open at once; False where memory has no room for them after all."""
+    with ExitStack() as open_stages:
+        try:
+            loaded = {name: open_stages.enter_context(s.artifact.open(device)) for name, s in stages.items()}
+        except Exception as error:
+            if not is_of_machine(error):
+                raise
+            return False
+        for name, task in by_name(tasks).items():
+            for stage, measurements in time_task(name, task, loaded, device, failed).items():
+                taken[stage] += measurements
+    return True
+
+
+def _time_alone(stages: Mapping[str, Stage], tasks: Sequence[Task], device: str, taken: Taken, failed: Failed) -> bool:
+    """Time all stages, one open at a time; a stage that fails is added to `failed`."""
+    say("  memory has no room for all stages at once; each is opened in turn")
+    for name, task in by_name(tasks).items():
+        if overrides("clocks", [task]):
+            for stage, measurements in _time_task_alone(name, task, dict(stages), device, failed).items():
+                taken[stage] += measurements
+    return True
+
+
+def _time_task_alone(
+    name: str, task: Task, left: dict[str, Stage], device: str, failed: Failed
+) -> dict[str, list[Measurement]]:
+    @contextmanager
+    def opened(stage: Stage) -> Iterator[list[Clock]]:
+        with stage.artifact.open(device) as loaded:
+            yield _clocks(name, task, loaded)
+
+    while left:
+        try:
+            return measure.in_visits({n: partial(opened, s) for n, s in left.items()}, device)
+        except measure.ClockFailed as error:
+            del left[error.stage]
+            failed[error.stage].append(_failure(name, "clocks", error.stage, error.__cause__ or error))
+            error.__traceback__ = error.__cause__ = None  # whose frames hold the open stage
+    return {}
+
+
+def _clocks(name: str, task: Task, loaded: Loaded) -> list[Clock]:
+    return [replace(clock, task=unique_task(clock.task, name, task)) for clock in task.clocks(loaded)]
+
+
 def time_task(
     name: str, task: Task, loaded: Mapping[str, Loaded], device: str, failed: Mapping[str, list[Failure]]
 ) -> dict[str, list[Measurement]]:
@@ -220,7 +289,7 @@ def time_task(
     clocks: dict[str, list[Clock]] = {}
     for stage, model in loaded.items():
         try:
-            clocks[stage] = [replace(clock, task=unique_task(clock.task, name, task)) for clock in task.clocks(model)]
+            clocks[stage] = _clocks(name, task, model)
         except Exception as error:  # noqa: BLE001 - of any kind, as in `_timed_answers`
             failed[stage].append(_failure(name, "clocks", stage, error))
     while clocks:

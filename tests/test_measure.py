@@ -1,6 +1,7 @@
 """Timing in turn, on a clock that only the work itself moves."""
 
 import mmap
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from llmq import plugin
-from llmq.measure import interleave, peak_memory, read, seconds_of
+from llmq.measure import ClockFailed, in_visits, interleave, peak_memory, read, seconds_of
 from llmq.types import Clock, Context, Reading
 
 SECONDS = Reading("latency", "ms", "lower", lambda s: 1000 * s)
@@ -173,3 +174,36 @@ def test_peak_memory_of_a_stage_leaves_out_what_the_process_holds_without_it(llm
     assert "no model" in alone.convention
     assert "whole process" in whole.convention
     assert whole.value - alone.value > ballast.nbytes
+
+
+def test_stages_without_room_beside_one_another_are_visited_one_at_a_time(time):
+    from contextlib import contextmanager
+
+    log, opened = [], []
+
+    @contextmanager
+    def stage(name, seconds):
+        opened.append(name)
+        assert len(opened) - opened.count("closed") == 1 + opened.count("closed")  # no other is open
+        yield [clock(time, log, name, (seconds,), rounds=7, warmup=2)]
+        opened.append("closed")
+
+    found = in_visits({n: partial(stage, n, s) for n, s in (("a", 1.0), ("b", 2.0))}, "cpu")
+    assert [name for name in opened if name != "closed"] == ["a", "b", "b", "a", "a", "b"]
+    assert log.count("a") == log.count("b") == 7 + 3 * 2
+    assert {name: m.samples.values for name, (m,) in found.items()} == {"a": (1000.0,) * 7, "b": (2000.0,) * 7}
+    assert found["a"][0].convention.endswith("median of rounds taken in 3 visits to every stage, open alone")
+
+
+def test_a_visit_that_fails_names_its_stage(time):
+    from contextlib import contextmanager
+
+    @contextmanager
+    def stage(name):
+        if name == "b":
+            raise RuntimeError("CUDA out of memory")
+        yield [clock(time, [], name)]
+
+    with pytest.raises(ClockFailed) as failed:
+        in_visits({n: partial(stage, n) for n in "abc"}, "cpu")
+    assert failed.value.stage == "b"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmq.environment import free_memory
 from llmq.terminal import Bar
 from llmq.text import prefix_attention, prefix_tree
 from llmq.text.scoring import LEAST, TOKENS, of_the_batch
@@ -20,7 +21,9 @@ SLOTS = 32
 FEWEST = 8
 """Tokens in a step at least: a product may sum a single row in another order than one of several rows."""
 MEMORY = 2**30
-"""Bytes of keys and values, at two bytes a number."""
+"""Bytes of keys and values on a processor, at two bytes a number."""
+SHARE = 0.5
+"""The share of the free memory of a card that keys and values may take."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,14 @@ class _Writer:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values
 
     def _count(self, wanted: int | None) -> int:
-        """The number of slots: as many as wanted, or as many as fit into `MEMORY`."""
+        """The number of slots: as many as wanted, or as many as fit into `MEMORY`, or a share of a card."""
         config = prefix_attention.unwrapped(self.module).config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         bytes_each = 4 * self.room * groups * width * config.num_hidden_layers  # keys and values, two bytes a number
+        memory = MEMORY if self.device == "cpu" else SHARE * free_memory(self.device)
         # At most `SLOTS`: packed layers compute many rows by another kernel than few.
-        count = min(wanted or max(1, MEMORY // bytes_each), SLOTS)
+        count = min(wanted or max(1, int(memory // bytes_each)), SLOTS)
         return min(1 if of_the_batch(self.module) else count, len(self.waiting))
 
     def tokens(self) -> Iterator[tuple[int, int, bool]]:

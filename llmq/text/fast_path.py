@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from llmq.environment import forked_random
 from llmq.errors import LlmqError, UserError
 from llmq.text.attention import Segment, disagreement, distance, exchanged, segments_of, why_fixed, within_segments
 from llmq.text.examples import IGNORED
@@ -108,7 +109,7 @@ class FastPath:
             return outputs
 
         def trained(tokens: Tensor) -> Tensor:
-            with torch.random.fork_rng(), autocast:
+            with forked_random(str(ids.device)), autocast:
                 torch.manual_seed(0)  # the same dropout each time
                 return run(tokens, positions)[0, own].float()  # (tokens of the example, vocabulary or d)
 

@@ -107,7 +107,7 @@ LOOKS: dict[str, Look] = {
     # There is no such cache on a processor.
     "torch_empty_cache_steps": lambda trainer, asked: trainer.args.device.type != "cpu",
     "tf32": lambda trainer, asked: (
-        trainer.args.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 == asked
+        trainer.args.device.type == "cuda" and (torch.backends.cuda.matmul.fp32_precision == "tf32") == asked
     ),
     "full_determinism": lambda _, asked: torch.are_deterministic_algorithms_enabled() == asked,
     "data_seed": _has("accelerator.dataloader_config.data_seed"),

@@ -55,7 +55,9 @@ def _config_of_packed(folder: Path, device: str) -> PretrainedConfig | None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code())
     settings = quantization(folder) or {}
     method = settings.get("quant_method")
-    faster = method == "gptq" and device != "cpu" and importlib.util.find_spec("gptqmodel")
+    # transformers opens GPTQModel's kernels through optimum alone.
+    installed = all(map(importlib.util.find_spec, ("gptqmodel", "optimum")))
+    faster = method == "gptq" and device != "cpu" and installed
     if method not in ("gptq", COMPRESSED) or faster:
         return None
     stored = settings.get("checkpoint_format", "gptq")

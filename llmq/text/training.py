@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from llmq import checkpoints, processes, terminal
+from llmq.environment import forked_random
 from llmq.errors import LlmqError, UserError
 from llmq.files import write_json
 from llmq.finite import advice, check_gradients, check_loss, check_weights
@@ -138,7 +139,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         size, total, tokens = self.args.per_device_eval_batch_size, 0.0, 0
         model = self.model_wrapped
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng():  # or training would draw other numbers
+        with torch.no_grad(), forked_random(str(self.args.device)):  # or training would draw other numbers
             for start in range(0, len(self.eval_dataset), size):
                 batch = self._prepare_inputs(self.data_collator(self.eval_dataset[start : start + size]))
                 learned = int((batch["labels"] != IGNORED).sum())  # labels (rows, tokens)
@@ -188,7 +189,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore the environment variables by which transformers tells accelerate of one training, for the next."""
+    """Restore the environment variables by which transformers tells accelerate of one training, for the next.
+
+    The precision of products, which `tf32` changes, is that of the run again.
+    """
+    precision = torch.backends.fp32_precision
     names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
     before = {name: value for name, value in os.environ.items() if name.startswith(names)}
     try:
@@ -197,6 +202,8 @@ def _environment_kept() -> Iterator[None]:
         for name in [n for n in os.environ if n.startswith(names) and n not in before]:
             del os.environ[name]
         os.environ.update(before)
+        if torch.backends.fp32_precision != precision:
+            torch.backends.fp32_precision = precision
 
 
 def train(

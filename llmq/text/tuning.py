@@ -43,6 +43,8 @@ OPTIMIZER_BYTES = {
     "paged_lion_8bit": 1, "paged_ademamix_32bit": 12, "paged_ademamix_8bit": 3,
 }  # fmt: skip
 """The bytes that an optimizer keeps for each weight that is trained, where these are not the two moments of Adam."""
+CARDS = ("nvidia[0-9]*", "kfd", "dxg")
+"""The files of `/dev` that tell of a card: of NVIDIA, of AMD, of either under WSL2."""
 ENOUGH = 20_000
 """The most rows that a training by `max_steps` reads, and a tenth as many held out, unless the steps see more."""
 
@@ -86,7 +88,7 @@ class Tuning(Step[LanguageModel]):
             raise UserError(f"{min(unused)} has no effect without teacher: base; set that, or leave {min(unused)} out")
         if self.lr_scheduler_type == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
             raise UserError("lr_scheduler_type 'constant' has no warm-up; 'constant_with_warmup' has")
-        if "paged" in self.optim and not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        if "paged" in self.optim and not any(any(Path("/dev").glob(name)) for name in CARDS):
             cure = "adamw_8bit" if self.optim.endswith("8bit") else "adamw_torch"
             raise UserError(
                 f"optim {self.optim!r} pages to an accelerator's memory and there is none; {cure!r} runs here"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmq import checkpoints
 from llmq.artifact import Artifact
+from llmq.environment import forked_random
 from llmq.errors import LlmqError, UserError
 from llmq.finite import check_gradients, check_loss, check_weights
 from llmq.reopened import Start, meant, reopened
@@ -68,7 +69,7 @@ class Run:
     def __init__(self, lessons: Lessons, loaded: Loaded, training: Training, folder: Path) -> None:
         self.lessons, self.loaded, self.training = lessons, loaded, training
         self.checkpoints = folder / "checkpoints"
-        with torch.random.fork_rng(devices=[]):
+        with forked_random(loaded.device):
             torch.manual_seed(training.seed)  # a learner may be new, as the discriminator of a GAN is
             self.learners = lessons.learners(loaded.module)
         heavy = [(w, w == 0) for w in loaded.module.parameters() if w.dim() > 1] if training.keep_sparsity else []
@@ -122,7 +123,7 @@ class Run:
         made = self.lessons.batch(chosen, rng, training.augment, training.crop)
         batch: Batch = _placed(made, device, training.channels_last)
         losses = []
-        with torch.random.fork_rng(devices=[]):
+        with forked_random(device):
             torch.manual_seed((training.seed << 20) + step)  # dropout and latents
             for learner, optimizer in zip(self.learners, self.optimizers, strict=True):
                 for group in optimizer.param_groups:
