@@ -161,3 +161,38 @@ def test_times_are_taken_and_the_failure_reported_where_stages_do_not_fit(free, 
     assert [f.error for f in timed["1-x"].failures] == [errors.one_line(torch.OutOfMemoryError(OUT_OF_MEMORY))]
     assert not timed["0-x"].failures
     assert "visits" in timed["0-x"].measurements[-1].convention
+
+
+@pytest.mark.parametrize("word", ["adapt.lora", "adapt.full"])
+def test_a_trained_model_is_gone_before_it_is_opened_again(word, tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
+    """A card has room for one; a trainer and its model hold one another."""
+    import gc
+    import weakref
+
+    from helpers import apply, base_of
+
+    from llmq import artifact, reopened
+
+    opened = []
+    stock = artifact.Artifact.open
+
+    @contextlib.contextmanager
+    def opening(self, device):
+        with stock(self, device) as loaded:
+            opened.append(weakref.ref(loaded.module))
+            yield loaded
+
+    def seen(saved, made, device, tolerance=0.0):
+        gc.disable()  # what a collection by chance would take is no proof
+        alive.extend(module() is not None for module in opened)
+        return made
+
+    alive = []
+    monkeypatch.setattr(artifact.Artifact, "open", opening)
+    monkeypatch.setattr(reopened, "reopened", seen)
+    try:
+        apply(word, base_of(tiny_llama), tmp_path / "a", data=str(tiny_jsonl), max_length=64, max_steps=1)
+    finally:
+        gc.enable()
+    assert alive
+    assert not any(alive)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmq.text.attention import segments_of, within_segments
+from llmq.text.attention import causal, fused, segments_of, within_segments
 from llmq.text.examples import Collator, Tokens
 
 quickly = settings(max_examples=25, deadline=None, database=None)
@@ -65,6 +65,15 @@ def test_one_segment_a_row_equals_causal_attention(heads, groups):
         assert_same(mine, its)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
+def test_the_one_kernel_that_cards_take_equals_the_tiles(heads, groups):
+    inputs = states(2, 150, heads=heads, groups=groups)  # more than a tile
+    ours, theirs = (attend(*inputs, SCALING) for attend in (fused, causal))
+    assert_same(ours, theirs)
+    for mine, its in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
+        assert_same(mine, its)
+
+
 @quickly
 @given(
     st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3),
@@ -114,6 +123,7 @@ def test_segments_of_a_collated_batch_are_its_examples_and_the_padding(rows):
     batch = Collator(0)([[Tokens((7,) * n, (True,) * n) for n in lengths] for lengths in rows])
     width = max(map(sum, rows))
     found = segments_of(batch["position_ids"])
+    assert batch["segments"] == found
     for row, lengths in enumerate(rows):
         spans = [end - start for r, start, end in found if r == row]
         assert spans == lengths + [width - sum(lengths)] * (sum(lengths) < width)

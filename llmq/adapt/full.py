@@ -88,16 +88,18 @@ class Full(Tuning):
 
             def keep(trainer: "PackedTrainer") -> None:
                 trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-                module.config.use_cache = uses_cache
-                as_opened_in(getattr(torch, artifact.model.dtype), module)
-                _fill(module, zeros)
+                trained = loaded.module
+                trained.config.use_cache = uses_cache
+                as_opened_in(getattr(torch, artifact.model.dtype), trained)
+                _fill(trained, zeros)
                 if processes.is_first():
-                    save(module, folder)
+                    save(trained, folder)
                     copy_tokenizer(artifact.weights, folder)
 
             learned = self.learn(loaded, module, folder, context, keep)
             saved = meant(artifact.model, module)
             moved = start.moved(module, saved)
+            del module, start  # or the trained model would stay beside the reopened one
         held = {"held_at_zero": sum(int(places.sum()) for places in zeros.values())} if zeros else {}
         trained = artifact.then(self, weights=folder, notes={**learned, **held, **moved})
         return reopened(saved, trained, context.device) if processes.is_first() else trained

@@ -116,6 +116,7 @@ class Lora(Tuning):
             learned = self.learn(loaded, model, folder, context, save_adapter)
             saved = meant(artifact.model, model) if alone else None
             moved = start.moved(model, saved) if start and saved else {}
+            del model, start  # or the trained model would stay beside the reopened one
         if processes.is_first():
             copy_tokenizer(artifact.weights, folder)  # an adapter is shared without its base
         adapted = artifact.then(self, adapter=folder, notes={"adapter": reach, **learned, **moved})

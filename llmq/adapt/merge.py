@@ -95,10 +95,10 @@ class Merge(Step[LanguageModel]):
 
         floats = folder / FLOATS if self.into else folder
         floats.mkdir(exist_ok=True)
-        saved = self._write(artifact, floats, context)
+        saved = self._write(artifact, floats)
         model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
         merged = artifact.then(self, model=model, weights=floats, adapter=None, packed=False)
-        reopened(saved, merged, context.device)
+        reopened(saved, merged, "cpu")
         if self.into:
             rounded = self._rounding(grid_of(artifact.weights)).apply(merged, folder, context)
             merged = replace(merged, weights=folder, packed=True, notes=rounded.notes)
@@ -112,7 +112,7 @@ class Merge(Step[LanguageModel]):
         assert isinstance(step, Step)
         return step
 
-    def _write(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> "Meant":
+    def _write(self, artifact: Artifact[LanguageModel], folder: Path) -> "Meant":
         import torch
 
         from llmq.finite import first_not_finite
@@ -126,7 +126,8 @@ class Merge(Step[LanguageModel]):
 
         dtype = self.dtype or artifact.model.dtype
         assert artifact.adapter  # `requires`
-        module = load_causal_lm(artifact.weights, "float32", context.device)  # the sum is rounded once, at the end
+        # The sum is rounded once, at the end. In main memory: a card that trains a packed model has seldom room for it.
+        module = load_causal_lm(artifact.weights, "float32", "cpu")
         grids = self._folded(module, artifact) if pools(artifact.adapter) else {}
         module = dequantized(module) if artifact.packed else module
         pairs = untie(module)  # or an adapter on the head would change the embeddings, and the other way round

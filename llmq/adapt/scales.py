@@ -82,6 +82,7 @@ class Scales(Windowed):
             moved = student.moved()
             write_with(student.scales(), artifact.weights, module, folder)
             answers = artifact.model.probe(module)
+            del module, student  # or the trained model would stay beside the reopened one
         shutil.rmtree(folder / CHECKPOINTS)
         notes = {"calibration": data, "training": {**history, "seed": context.seed, "teacher": "0-base"}, **moved}
         tolerance = ROUNDING if artifact.model.dtype == "float32" else REPACKED

@@ -5,11 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from typing import TYPE_CHECKING, overload
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 IGNORED = -100
 """The label that PyTorch's cross-entropy skips."""
@@ -87,21 +87,22 @@ class Collator:
 
     `position_ids` begin anew at each example; the padding at a row's end is an example of its own without labels.
     `labels` are aligned with the logits that predict them (`shift_labels` of transformers). `tokens` counts the tokens
-    without padding.
+    without padding. `segments` has the places of the examples and of the padding (`attention.segments_of`).
     """
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Sequence[Tokens]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sequence[Tokens]]) -> dict[str, Any]:
         import torch
 
         used = [sum(map(len, row)) for row in rows]  # tokens of each row
         width = max(used)
-        ids, positions, labels = [], [], []
+        ids, positions, labels, parts = [], [], [], []
         for row, length in zip(rows, used, strict=True):
             padding = width - length
             ids.append([t for e in row for t in e.ids] + [self.pad_token_id] * padding)
-            positions.append([p for n in (*map(len, row), padding) for p in range(n)])
+            parts.append([n for n in (*map(len, row), padding) if n])  # tokens of each example, and of the padding
+            positions.append([p for n in parts[-1] for p in range(n)])
             labels.append([label for e in row for label in e.labels()] + [IGNORED] * padding)
         aligned = torch.tensor(labels)
         return {
@@ -109,5 +110,8 @@ class Collator:
             "position_ids": torch.tensor(positions),
             "labels": aligned,
             "shift_labels": aligned,  # with these given, transformers does not shift `labels`
-            "tokens": torch.tensor(sum(used)),
+            "tokens": sum(used),
+            "segments": [
+                (row, *span) for row, lengths in enumerate(parts) for span in pairwise(accumulate(lengths, initial=0))
+            ],
         }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Seconds of training up to that checkpoint."""
         self.began = 0.0
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
-        tokens = inputs.pop("tokens")  # ours: the model takes no such input
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: object, **kwargs: object) -> Tensor:
+        tokens, segments = inputs.pop("tokens"), inputs.pop("segments")  # ours: the model takes no such inputs
         if self.fast:
-            self.fast.see(inputs["position_ids"])  # (rows, tokens)
+            self.fast.segments = segments
         if self.teacher:
             self.teacher.see(inputs)
         if model.training:
-            self.tokens_seen += int(tokens)
+            self.tokens_seen += tokens
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         return loss
 
