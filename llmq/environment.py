@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llmq
 from llmq import trust
@@ -114,10 +114,26 @@ def accelerator(device: str) -> dict[str, object] | None:
     return {
         "driver": _driver(),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "float32_products": torch.backends.fp32_precision,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "float32_products": float32_products(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def float32_products() -> str:
+    """The precision of products of float32 on cards: "ieee" is whole float32, "tf32" 10 bits of each factor."""
+    import torch
+
+    backends: Any = torch.backends
+    return str(backends.fp32_precision)
+
+
+def set_float32_products(precision: str) -> None:
+    """Set the precision of products of float32 on cards."""
+    import torch
+
+    backends: Any = torch.backends
+    backends.fp32_precision = precision
 
 
 @cache
@@ -213,7 +229,7 @@ def _take_card(device: str) -> None:
     place = torch.device(device)
     torch.cuda.set_device(place.index or 0)
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{place.index or 0}"  # or Trainer takes the first card
-    torch.backends.fp32_precision = "ieee"  # convolutions would round their factors to 10 bits (TF32)
+    set_float32_products("ieee")  # convolutions would round their factors to 10 bits (TF32)
 
 
 def release_memory(device: str) -> None:

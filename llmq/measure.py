@@ -68,7 +68,7 @@ def in_visits(stages: Mapping[str, Opening], device: str) -> dict[str, list[Meas
     """
     visited: dict[str, list[list[_Timed]]] = {name: [] for name in stages}
     for visit in range(VISITS):
-        for name in stages if visit % 2 == 0 else reversed(stages):
+        for name in list(stages)[:: 1 if visit % 2 == 0 else -1]:
             try:
                 visited[name].append(_visit(stages[name], visit, device))
             except Exception as error:

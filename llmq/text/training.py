@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from llmq import checkpoints, processes, terminal
-from llmq.environment import forked_random
+from llmq.environment import float32_products, forked_random, set_float32_products
 from llmq.errors import LlmqError, UserError
 from llmq.files import write_json
 from llmq.finite import advice, check_gradients, check_loss, check_weights
@@ -193,7 +193,7 @@ def _environment_kept() -> Iterator[None]:
 
     The precision of products, which `tf32` changes, is that of the run again.
     """
-    precision = torch.backends.fp32_precision
+    precision = float32_products()
     names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
     before = {name: value for name, value in os.environ.items() if name.startswith(names)}
     try:
@@ -202,8 +202,8 @@ def _environment_kept() -> Iterator[None]:
         for name in [n for n in os.environ if n.startswith(names) and n not in before]:
             del os.environ[name]
         os.environ.update(before)
-        if torch.backends.fp32_precision != precision:
-            torch.backends.fp32_precision = precision
+        if float32_products() != precision:
+            set_float32_products(precision)
 
 
 def train(
