@@ -278,6 +278,8 @@ class Split:
     """Columns of the data that no example uses."""
     pixel_size: float | None = None
     """The side of a pixel of the images, of high-resolution ones in pairs, in micrometres; None if unknown."""
+    apart: float | None = None
+    """The distance of successive held-out slices in pixels of `pixel_size`; None where they are no volume."""
 
 
 @dataclass(frozen=True)

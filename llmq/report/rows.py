@@ -43,8 +43,10 @@ FLOORS = 2
 FOLDED = frozenset({
     "bytes_in_memory", "parameters", "nonzeros", "sparse_bytes", "word_perplexity", "byte_perplexity", "latency_p95",
     "peak_memory_of_process", "map75", "map_small", "map_medium", "map_large", "top5", "bicubic_psnr", "bicubic_ssim",
-    "bicubic_porosity", "otsu_threshold", "true_otsu_threshold", "bicubic_otsu_threshold",
-    "frechet_distance_other_latents",
+    "bicubic_porosity", "connected_porosity", "true_connected_porosity", "bicubic_connected_porosity", "euler_number",
+    "true_euler_number", "bicubic_euler_number", "specific_surface", "true_specific_surface",
+    "bicubic_specific_surface", "pore_size", "true_pore_size", "bicubic_pore_size", "otsu_threshold",
+    "true_otsu_threshold", "bicubic_otsu_threshold", "frechet_distance_other_latents",
 })  # fmt: skip
 """Metrics that matter to few; the page shows them at a click."""
 

@@ -229,4 +229,7 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
     files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
     split = rock.split(sides[0], sides[1], sha256_files(files))
+    if rock.across != "both":
+        axis = ("z", "y").index(rock.across)
+        split = replace(split, apart=1.0 if low is None else high.shape[axis] / low.shape[axis])
     return split if split.pixel_size else replace(split, pixel_size=volumes.voxel_size(path))
