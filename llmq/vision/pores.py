@@ -57,10 +57,11 @@ def local_thickness(pores: ndarray, apart: float = 1.0) -> ndarray:
     import numpy as np
     from scipy.ndimage import distance_transform_edt
 
-    if pores.all():  # no solid, and no distance from it: as wide as the image
-        return np.full(pores.shape, float(min(pores.shape)))
-    sampling = (apart, 1.0, 1.0)[-pores.ndim :]
     thickness: ndarray = 2.0 * pores
+    if pores.all():  # no solid, and no distance from it: as wide as the image
+        thickness[:] = min(pores.shape)
+        return thickness
+    sampling = (apart, 1.0, 1.0)[-pores.ndim :]
     inside = distance_transform_edt(pores, sampling)  # to the nearest solid
     for radius in range(2, int(inside.max()) + 1):
         covered = distance_transform_edt(inside < radius, sampling) < radius  # by balls of this radius

@@ -39,10 +39,8 @@ class Segmentation:
         """The pores of an image, boolean; without a threshold there are none."""
         import numpy as np
 
-        if level is None:
-            return np.zeros(image.shape, bool)
-        pores: ndarray = image <= level if self.pores == "dark" else image > level
-        return pores
+        dark: ndarray = image <= level if level is not None else np.full(image.shape, self.pores == "bright")
+        return dark if self.pores == "dark" else ~dark
 
     @property
     def told(self) -> str:
