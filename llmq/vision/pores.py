@@ -54,7 +54,6 @@ def local_thickness(pores: ndarray, apart: float = 1.0) -> ndarray:
     Diameters are 2, 4, 6, …: a ball of radius r around a pixel holds the pixels nearer than r (Hildebrand and
     Rüegsegger 1997).
     """
-    import numpy as np
     from scipy.ndimage import distance_transform_edt
 
     thickness: ndarray = 2.0 * pores
