@@ -20,8 +20,10 @@ from llmq.artifact import Artifact
 from llmq.data import photographs
 from llmq.errors import LlmqError, UserError
 from llmq.recipe import find, read, suite_tasks
+from llmq.statistics.calibration import balanced
 from llmq.statistics.compare import compare
 from llmq.tasks.accuracy import Accuracy, grid
+from llmq.tasks.accuracy.confusion import confused, matrix
 from llmq.types import Data, Exhibit, Loaded, Measurement, Model
 from llmq.vision import efficientnet_lite0 as lite0
 from llmq.vision.classifier import Classifier, with_channels
@@ -428,7 +430,8 @@ def answers(found: Any) -> tuple[dict[str, Measurement], dict[str, Exhibit]]:
 
 
 def test_accuracy_and_agreement_are_what_torchmetrics_counts():
-    from torchmetrics.functional.classification import multiclass_accuracy
+    from sklearn.metrics import balanced_accuracy_score
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
     draw = torch.Generator().manual_seed(0)
     base, stage = torch.randn(200, 7, generator=draw), torch.randn(200, 7, generator=draw)
@@ -441,6 +444,13 @@ def test_accuracy_and_agreement_are_what_torchmetrics_counts():
         assert found[f"top{k}"].value == pytest.approx(expected)
         assert found[f"top{k}"].n == 200
         assert found[f"top{k}"].stderr == pytest.approx(math.sqrt(expected * (1 - expected) / 200), rel=0.02)
+    by_class = [multiclass_accuracy(stage, labels, 7, average="none")[c].item() for c in labels.unique()]
+    assert found["balanced_accuracy"].value == pytest.approx(np.mean(by_class))
+    assert found["balanced_accuracy"].value == pytest.approx(balanced_accuracy_score(labels, stage.argmax(1)))
+    expected = multiclass_calibration_error(stage.softmax(1), labels, 7, n_bins=15, norm="l1").item()
+    assert found["calibration_error"].value == pytest.approx(expected, abs=1e-6)
+    assert 0 < found["calibration_error"].stderr < 0.1
+    assert shown["confusion matrix"].picture.startswith(b"\x89PNG")
     wrong = round(200 * (1 - found["top1"].value))
     assert shown["wrongly classified"].output.startswith(f"{wrong} of 200")
     assert shown["wrongly classified"].picture.startswith(b"\x89PNG")
@@ -479,6 +489,21 @@ def test_answers_that_are_no_numbers_are_an_error_and_no_accuracy():
     task = Accuracy.model_construct(data=Numbered(), part="held_out", limit=None, pictures=4)
     with pytest.raises(LlmqError, match="not finite"):
         list(task.score(opened(torch.full((200, 7), math.nan))))
+
+
+def test_every_class_counts_the_same_and_the_error_is_that_of_each_class():
+    truth, right = [0] * 96 + [1] * 4, [1.0] * 96 + [1.0, 0.0, 0.0, 0.0]
+    scores, stderr = balanced(truth, right)
+    assert np.mean(scores) == pytest.approx((1 + 0.25) / 2)
+    draws = np.random.default_rng(0).binomial(4, 0.25, 4000) / 4
+    assert stderr == pytest.approx(draws.std() / 2, rel=0.15)
+    assert balanced([0, 0, 1], [1.0, 1.0, 1.0])[1] > 0
+
+
+def test_confusions_are_counted_in_words():
+    said = confused([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], ["cat", "dog", "fox"].__getitem__)
+    assert said == "right, the worst first: fox 0 of 1, cat 1 of 3, dog 2 of 2; confused: cat → dog 2, fox → cat 1"
+    assert matrix([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 1, 2]).tolist() == [[1, 2, 0], [0, 2, 0], [1, 0, 0]]
 
 
 def test_a_grid_is_a_picture_of_all_its_images():

@@ -173,7 +173,9 @@ def test_a_generator_from_its_base(tmp_path):
     assert moved["frechet_distance"].value > 0
     assert "not FID" in moved["frechet_distance"].convention
     assert "20 images each" in moved["frechet_distance"].convention
-    assert all(m.better == "lower" and m.n == 20 and math.isfinite(m.stderr) for m in moved.values())
+    assert all(m.n == 20 and math.isfinite(m.stderr) for m in moved.values())
+    assert same["precision"].value > 0.3
+    assert same["spread"].value == pytest.approx(1, abs=0.3)
 
 
 @lite0
@@ -190,9 +192,11 @@ def test_a_generator_from_real_images(tmp_path):
     task = plugin.build({"frechet": {"n": 40, "data": "digits", "part": "held_out"}}, "tasks")
     base = lively({"dcgan": {"features": 4, "latent_size": 8, "channels": 1}}, tmp_path / "base")
     with base.open("cpu") as loaded:
-        distance, floor = task.score(loaded)
+        distance, *among, floor = task.score(loaded)
         assert list(task.against(loaded, loaded)) == []
     assert (distance.metric, floor.metric) == ("frechet_distance", "frechet_floor")
+    assert [m.metric for m in among] == ["precision", "recall", "coverage", "density", "spread"]
+    assert among[1].value < 0.2  # nor cover them
     assert distance.value > 2 * floor.value  # random weights make no digits
     assert "digits held_out, sha256" in distance.convention
     assert floor.n == 20

@@ -11,10 +11,10 @@ from PIL import Image
 from test_image_data import classes_in, read, save
 from test_rock import volume
 
-from llmq.data.rock.volumes import Reading, read_volumes
 from llmq.errors import LlmqError, UserError
 from llmq.vision import pixels
 from llmq.vision.images import numbers_of, read_image
+from llmq.vision.volumes import Reading, read_volumes
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (12, 8, 40)).astype(np.uint16)
 WINDOW = (1000.0, 51000.0)

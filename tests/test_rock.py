@@ -12,7 +12,7 @@ from llmq import plugin
 from llmq.data.rock import read_grey
 from llmq.data.rock.synthetic import rock_slice
 from llmq.errors import UserError
-from llmq.vision.degrade import KERNELS, bicubic, disturb, downsample, resize, to_uint8, weights
+from llmq.vision.degrade import KERNELS, Disturbance, bicubic, downsample, resize, to_uint8, weights
 from llmq.vision.image_quality import psnr
 from llmq.vision.pores import two_point
 from llmq.vision.segmentation import otsu
@@ -63,14 +63,18 @@ def test_rows_add_up_to_one_and_a_flat_image_stays_flat(kernel, size, target):
     assert resize(np.full((size, 5, 1), 80), target, 5, kernel) == pytest.approx(np.full((target, 5, 1), 80))
 
 
+def disturbed(image: np.ndarray, seed: int, noise: float, blur: float) -> np.ndarray:
+    return Disturbance((0, noise), (0, blur)).of(image, np.random.default_rng(seed))
+
+
 def test_noise_and_blur_are_no_more_than_asked_for():
     flat = np.full((60, 60, 1), 100, np.uint8)
-    spreads = [disturb(flat, np.random.default_rng(i), 6.0, 1.0).std() for i in range(30)]
+    spreads = [disturbed(flat, i, 6.0, 1.0).std() for i in range(30)]
     assert 3 < max(spreads) < 6.3
     assert min(spreads) < 3
     sharp = random_image(2)
-    assert disturb(sharp, np.random.default_rng(0), 0.0, 2.0).std() < sharp.std()
-    assert np.array_equal(disturb(sharp, np.random.default_rng(0), 0.0, 0.0), sharp)
+    assert disturbed(sharp, 0, 0.0, 2.0).std() < sharp.std()
+    assert np.array_equal(disturbed(sharp, 0, 0.0, 0.0), sharp)
 
 
 def test_grey_levels_are_clipped_and_halves_go_up():
@@ -116,8 +120,10 @@ def test_unknown_kernels_are_several_and_noise_touches_training_alone():
     made_by = {next(k for k in KERNELS if np.array_equal(e.image, downsample(e.high, 4, k))) for e in unknown.train}
     assert len(made_by) >= 3
     noisy = rock(**{**SYNTHETIC, "train_slices": 12}, noise=5, blur=0.5).read()
-    assert not any(np.array_equal(a.image, b.image) for a, b in zip(plain.train, noisy.train, strict=True))
-    assert np.array_equal(noisy.train[3].image, noisy.train[3].image)
+    draws = [noisy.train[3].drawn(np.random.default_rng(seed)) for seed in (0, 1, 0)]
+    assert np.array_equal(draws[0], draws[2])
+    assert not np.array_equal(draws[0], draws[1])
+    assert not any(np.array_equal(draw, plain.train[3].image) for draw in draws)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(plain.held_out, noisy.held_out, strict=True))
     assert all(np.array_equal(a.high, b.high) for a, b in zip(plain.train, noisy.train, strict=True))
 
@@ -149,7 +155,7 @@ def test_drsrd1_as_published(tmp_path, colour):
     assert np.array_equal(rock(**its, held_out="valid").read().held_out[0].high, random_image(11, 24, 32))
     assert rock(**its).read().sha256 == split.sha256
     noisy = rock(**its, noise=9).read()
-    assert not np.array_equal(noisy.train[0].image, split.train[0].image)
+    assert not np.array_equal(noisy.train[0].drawn(np.random.default_rng(0)), split.train[0].image)
 
 
 def _unlike(root: Path) -> None:

@@ -5,6 +5,7 @@ normalised, the image mirrored at its edges. `KERNELS` are the kernels of DRSRD1
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy import ndarray
@@ -66,13 +67,20 @@ def downsample(image: ndarray, scale: int, kernel: str = "cubic") -> ndarray:
     return to_uint8(resize(image, image.shape[0] // scale, image.shape[1] // scale, kernel))
 
 
-def disturb(low: ndarray, rng: np.random.Generator, noise: float, blur: float) -> ndarray:
-    """Blur a uint8 image and add Gaussian noise; sigmas go up to `blur` pixels and `noise` grey levels."""
-    from scipy.ndimage import gaussian_filter
+@dataclass(frozen=True)
+class Disturbance:
+    """The blur and noise of a scanner: sigmas are drawn evenly, from the first number to the second of each range."""
 
-    spread, level = blur * rng.random(), noise * rng.random()
-    blurred = gaussian_filter(low.astype(np.float64), (spread, spread, 0))
-    return to_uint8(blurred + level * rng.standard_normal(low.shape))
+    noise: tuple[float, float]  # grey levels
+    blur: tuple[float, float]  # pixels
+
+    def of(self, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """Blur a uint8 image `(height, width, channels)`, and add Gaussian noise."""
+        from scipy.ndimage import gaussian_filter
+
+        spread, level = rng.uniform(*self.blur), rng.uniform(*self.noise)
+        blurred = gaussian_filter(image.astype(np.float64), (spread, spread, 0))
+        return to_uint8(blurred + level * rng.standard_normal(image.shape))
 
 
 def bicubic(low: ndarray, scale: int) -> ndarray:

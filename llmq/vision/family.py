@@ -286,7 +286,8 @@ class ImageModel(Model):
         import numpy as np
 
         rows = np.random.default_rng(seed).permutation(len(split.train))[:samples]  # each image at most once
-        return (self.prepare([split.train[int(row)].image]) for row in rows)
+        examples = ((int(row), split.train[int(row)]) for row in rows)
+        return (self.prepare([each.drawn(np.random.default_rng([seed, row]))]) for row, each in examples)
 
     def deployed(self, network: "Module") -> "Module":
         """The network to export, which computes the same as `network` and may cost less."""

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy import ndarray
+    from numpy.random import Generator
     from PIL.ImageFile import ImageFile
+
+    from llmq.vision.degrade import Disturbance
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Example:
     areas: Any = None  # float64 (n,), of the objects in the boxes, in square pixels
     crowds: Any = None  # (m, 4), as boxes
     crowd_labels: Any = None  # (m,)
+    disturbance: Disturbance | None = None
+    """The noise and blur that training adds to `image`, drawn anew at each step."""
+
+    def drawn(self, rng: Generator) -> ndarray:
+        """The image as training sees it once."""
+        return self.disturbance.of(self.image, rng) if self.disturbance else self.image
 
 
 @dataclass(frozen=True)

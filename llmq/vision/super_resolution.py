@@ -93,7 +93,7 @@ class SuperResolution(ImageModel):
     def batch(self, examples: Sequence[Example], rng: "Generator", augment: str, crop: int | None) -> Batch:
         """Random squares of `crop` low-resolution pixels and their high-resolution partners."""
         side = min(crop or CROP, *(min(e.image.shape[:2]) for e in examples))  # as every image allows
-        pairs = [varied([e.image, e.high], rng, augment, side) for e in examples]
+        pairs = [varied([e.drawn(rng), e.high], rng, augment, side) for e in examples]
         return {"low": self.prepare([low for low, _ in pairs]), "high": self.prepare([high for _, high in pairs])}
 
     def validate_on(self, loaded: Loaded, examples: Sequence[Example]) -> tuple[str, float]:

@@ -43,15 +43,21 @@ def held_out_pairs(artifact: Artifact[SuperResolution], split: Split, limit: int
 
 def upscaled(loaded: Loaded[SuperResolution], split: Split, limit: int | None) -> list[Upscaled]:
     """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
+    scenes = []
+    for pair in held_out_pairs(loaded.artifact, split, limit):
+        images = pair.image, pair.high, *enlarged(loaded, pair)
+        scenes.append(Upscaled(pair.name, *images, pixel_size=split.pixel_size))
+    return scenes
+
+
+def enlarged(loaded: Loaded[SuperResolution], example: Example) -> tuple[ndarray, ndarray]:
+    """The image enlarged by bicubic interpolation and by the network, both uint8."""
     import numpy as np
 
     from llmq.vision.degrade import bicubic, to_uint8
 
-    model, scenes = loaded.artifact.model, []
-    for pair in held_out_pairs(loaded.artifact, split, limit):
-        made, simple = model.upscale(loaded, pair.image), bicubic(pair.image, model.scale)
-        if not np.isfinite(made).all():  # bytes would hide a NaN
-            raise LlmqError(f"{pair.name}: the network makes an image of numbers that are not finite")
-        images = pair.image, pair.high, to_uint8(simple), to_uint8(made)
-        scenes.append(Upscaled(pair.name, *images, pixel_size=split.pixel_size))
-    return scenes
+    model = loaded.artifact.model
+    made = model.upscale(loaded, example.image)
+    if not np.isfinite(made).all():  # bytes would hide a NaN
+        raise LlmqError(f"{example.name}: the network makes an image of numbers that are not finite")
+    return to_uint8(bicubic(example.image, model.scale)), to_uint8(made)

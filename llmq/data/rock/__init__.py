@@ -1,7 +1,8 @@
 """Slices of rock, low and high: the DRSRD1 data set, a scanned volume, or (no path) seeded synthetic micro-CT.
 
 Low-resolution images that are not given are made: by bicubic with antialiasing (`default`), or by one of five kernels
-at random (`unknown`). A volume is parted along x, with a gap between.
+at random (`unknown`). A volume is parted along x, with a gap between. Noise and blur on images to learn from are drawn
+anew at every step of a training, up to stated strengths, or around those of a scan (`like`).
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,19 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from llmq.errors import UserError
 from llmq.files import at_home, sha256_files, sha256_text
+from llmq.terminal import say
 from llmq.types import Data, Expected, Split
+from llmq.vision import volumes
 from llmq.vision.images import Example, Lazily, facts, make_split, read_image
 from llmq.vision.pixels import Window, check_window
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from llmq.vision.degrade import Disturbance
+
+LOOKED_AT = 16
+"""The slices at most that noise and blur are estimated from."""
 VOLUMES = "an .npz, .tif, .nc or .raw, or a folder of slices"
 
 
@@ -35,12 +42,20 @@ class Rock(Data):
     kernel: Literal["default", "unknown"] = "default"
     noise: NonNegativeFloat = Field(0.0, description="on low images to learn from: sigma in grey levels, at most")
     blur: NonNegativeFloat = Field(0.0, description="of low images to learn from: sigma in their pixels, at most")
+    like: Literal["held_out"] | Path | None = Field(
+        None, description="the held-out low images or a scan; noise and blur are then 0.5 to 1.5 times theirs"
+    )
+    held_out_noise: NonNegativeFloat = Field(0.0, description="on low images held out: sigma in grey levels, exactly")
+    held_out_blur: NonNegativeFloat = Field(0.0, description="of low images held out: sigma in their pixels, exactly")
     seed: int = Field(0, ge=0, lt=2**32)
 
     subset: Literal["sandstone2D", "carbonate2D", "shuffled2D"] = Field("shuffled2D", description="of DRSRD1")
     held_out: Literal["valid", "test"] = Field("test", description="the part of DRSRD1 that is set aside")
 
     partner: Path | None = Field(None, description="the registered low-resolution volume, if not `lr` in the .npz")
+    native: Literal["all", "held_out"] = Field(
+        "all", description="low images that are the partner's: all, or those held out alone; the others are made"
+    )
     window: tuple[float, float] | None = Field(
         None, description="numbers that become grey levels 0 and 255; needed where a volume is not 8-bit"
     )
@@ -68,6 +83,10 @@ class Rock(Data):
         return True
 
     def check(self) -> None:
+        if self.like is not None and (self.noise or self.blur):
+            raise UserError(f"like {str(self.like)!r} estimates noise and blur; leave noise and blur out")
+        if isinstance(self.like, Path) and not at_home(self.like).exists():
+            raise UserError(f"there is no file {str(self.like)!r}")
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
         if self.partner is not None and not self._is_volume:
@@ -99,14 +118,23 @@ class Rock(Data):
     def read(self) -> Split:
         self.check()
         if self.path is None:
-            return _synthetic(self)
+            return _synthetic(self, _last_change(self._scan))
         if self._is_volume:
-            return _volume(self, *(_last_change(file) for file in (self.path, self.partner)))
+            return _volume(self, *(_last_change(file) for file in (self.path, self.partner, self._scan)))
         return self._drsrd1(at_home(self.path))
 
     @property
+    def _reading_of_partner(self) -> volumes.Reading:
+        return volumes.Reading(self.partner_window or self.window, self.partner_shape, self.dtype)
+
+    @property
+    def _scan(self) -> Path | None:
+        """The file of `like`."""
+        return self.like if isinstance(self.like, Path) else None
+
+    @property
     def _is_volume(self) -> bool:
-        from llmq.data.rock.volumes import is_volume
+        from llmq.vision.volumes import is_volume
 
         return self.path is not None and is_volume(self.path)
 
@@ -126,20 +154,43 @@ class Rock(Data):
         return downsample(image, self.scale, "cubic" if self.kernel == "default" else str(chosen))
 
     def split(self, train: Sequence[Example], held_out: Sequence[Example], digest: str) -> Split:
-        """The split, with noise and blur on training images if they are set; `digest` identifies the images."""
-        if self.noise or self.blur:
-            train = Lazily(range(len(train)), partial(self._disturbed, train))
-        settings = self.model_dump_json(exclude={"path", "partner", "voxel_size"})
-        split = make_split(train, held_out, "low/high", [digest, settings])
+        """The split, with noise and blur if they are set; `digest` identifies the images."""
+        if self.held_out_noise or self.held_out_blur:
+            held_out = Lazily(range(len(held_out)), partial(self._scanned, held_out))
+        if drawn := self._drawn(train, held_out):
+            train = Lazily(train, partial(_disturbed, disturbance=drawn))
+        settings = self.model_dump_json(exclude={"path", "partner", "voxel_size", *(("like",) if self._scan else ())})
+        scan = [sha256_files(volumes.files_of(at_home(self._scan)))] if self._scan else []
+        split = make_split(train, held_out, "low/high", [digest, settings, *scan])
         return replace(split, pixel_size=self.voxel_size)
 
-    def _disturbed(self, train: Sequence[Example], number: int) -> Example:
+    def _scanned(self, held_out: Sequence[Example], number: int) -> Example:
+        """A held-out example as a scanner of stated noise and blur has it, the same each time."""
         import numpy as np
 
-        from llmq.vision.degrade import disturb
+        from llmq.vision.degrade import Disturbance
 
-        rng = np.random.default_rng([self.seed, 0, number, 2])
-        return replace(train[number], image=disturb(train[number].image, rng, self.noise, self.blur))
+        rng = np.random.default_rng([self.seed, 1, number, 2])
+        scanner = Disturbance((self.held_out_noise,) * 2, (self.held_out_blur,) * 2)
+        return replace(held_out[number], image=scanner.of(held_out[number].image, rng))
+
+    def _drawn(self, train: Sequence[Example], held_out: Sequence[Example]) -> "Disturbance | None":
+        """The noise and blur that training adds: up to those set, or around those that `like` shows."""
+        from llmq.vision.degrade import Disturbance
+
+        if self.like is None:
+            return Disturbance((0.0, self.noise), (0.0, self.blur)) if self.noise or self.blur else None
+        from llmq.vision.scan_quality import noise_and_blur
+
+        if self._scan:
+            scans = list(volumes.read_scan(at_home(self._scan), self._reading_of_partner)[:LOOKED_AT])
+        else:
+            scans = [pair.image[..., 0] for pair in held_out[:LOOKED_AT]]
+        noise, blur = noise_and_blur(scans, [pair.image[..., 0] for pair in train[:LOOKED_AT]])
+        say(
+            f"{self.like}: noise of {noise:.2f} grey levels and a blur of {blur:.2f} pixels beside images to learn from"
+        )
+        return Disturbance((0.5 * noise, 1.5 * noise), (0.5 * blur, 1.5 * blur))
 
     def synthetic(self, side: int, number: int) -> Example:
         """One synthetic slice of training (`side` 0) or held out (1); each has random numbers of its own."""
@@ -151,6 +202,10 @@ class Rock(Data):
         high = rock_slice(rng, self.size, self.porosity, self.grain, self.residual)
         name = f"synthetic {'held out' if side else 'train'} {number}"
         return Example(name, self.lower(side, high, number), high=high)
+
+
+def _disturbed(example: Example, disturbance: "Disturbance") -> Example:
+    return replace(example, disturbance=disturbance)
 
 
 def open_pair(pair: tuple[Path, Path], window: Window | None) -> Example:
@@ -200,7 +255,7 @@ def _last_change(path: Path | None) -> int:
 
 
 @lru_cache(maxsize=4)
-def _synthetic(rock: Rock) -> Split:
+def _synthetic(rock: Rock, last_change: int = 0) -> Split:
     counts = (rock.train_slices, rock.held_out_slices)
     train, held_out = ([rock.synthetic(side, number) for number in range(n)] for side, n in enumerate(counts))
     return rock.split(train, held_out, "synthetic")
@@ -208,13 +263,12 @@ def _synthetic(rock: Rock) -> Split:
 
 @lru_cache(maxsize=2)  # every stage reads the data again; a changed file has another time
 def _volume(rock: Rock, *last_changes: int) -> Split:
-    from llmq.data.rock import volumes
-
     path, partner = (at_home(file) if file else None for file in (rock.path, rock.partner))
     assert path
     how = volumes.Reading(rock.window, rock.shape, rock.dtype)
-    of_partner = volumes.Reading(rock.partner_window or rock.window, rock.partner_shape, rock.dtype)
-    high, low = volumes.read_volumes(path, partner, how, of_partner)
+    high, low = volumes.read_volumes(path, partner, how, rock._reading_of_partner)
+    if low is None and rock.native == "held_out":
+        raise UserError(f"{path}: native held_out needs a registered partner, and there is none")
     if low is not None:
         volumes.check_partner(str(path), high, low, rock.scale, across_z=rock.across == "z")
     width = high.shape[2]
@@ -223,7 +277,7 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
         raise UserError(f"{path}: training until {ends[0]}, held out from {ends[1]}: it has {width} columns")
     sides: list[list[Example]] = [[], []]
     for side, (begin, end) in enumerate(((0, ends[0]), (ends[1], width))):
-        parts = volumes.cut(high, low, begin, end, rock.scale)
+        parts = volumes.cut(high, low if side or rock.native == "all" else None, begin, end, rock.scale)
         for across in ("z", "y") if rock.across == "both" else (rock.across,):
             lower = partial(rock.lower, side)
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)

@@ -3,7 +3,8 @@
 The Gaussians are fitted to the features of Inception (FID, if `inception` names its weights), or of EfficientNet-Lite0
 (no FID). The figure is biased upwards by about c/n: `frechet_floor` is the distance of two sets of one origin at this
 n. The distance from the base is taken first with the same latents, where the noise of sampling is the same on both
-sides and an unchanged model has 0; then with other latents, where only the excess over the floor tells.
+sides and an unchanged model has 0; then with other latents, where only the excess over the floor tells. Beside it:
+precision, recall, density, coverage, and the spread of the images, which falls as modes collapse.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,8 @@ FEWEST = 20
 LITE0_SIZE = 224
 LOOKING, LOOKED = 215_000_000, 0.8e9
 """Bytes that EfficientNet-Lite0 takes for a batch, its weights among them, measured; and its operations an image."""
+NEAR, DENSE = 3, 5
+"""The neighbours that the balls of precision and recall, and of density and coverage, reach to, as in their papers."""
 BATCH = 8  # fits into a processor's cache; batches of 50 take twice as long
 
 
@@ -93,6 +96,7 @@ class Frechet(Task):
         about = f"real images, {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
         rows = extract(model.generate(loaded, model.latents(self.n, self.seed)))  # (n, features)
         yield self._measured("frechet_distance", rows, real, extract.name, f"samples from {about}")
+        yield from self._manifolds(rows, real, extract.name, f"samples among {about}")
         half = len(real) // 2
         if half >= FEWEST:
             halves = real[:half], real[half : 2 * half]
@@ -110,7 +114,29 @@ class Frechet(Task):
         yield self._measured("frechet_distance", made, own, extract.name, same)
         new = "stage from base, other latents: compare with frechet_floor"
         yield self._measured("frechet_distance_other_latents", made, others, extract.name, new)
+        yield from self._manifolds(made, others, extract.name, "stage among samples of the base, other latents")
         yield self._measured("frechet_floor", own, others, extract.name, "base from base, other latents")
+
+    def _manifolds(self, made: "ndarray", real: "ndarray", features: str, between: str) -> Iterable[Measurement]:
+        """Precision and recall, density and coverage, and the spread of the made images over that of the real ones."""
+        from llmq.matrix.neighbours import manifolds, spread
+        from llmq.statistics.figures import mean, ratio_stderr, share
+
+        about = f"{features}; {between}; {len(made)} made, {len(real)} real; seed {self.seed}"
+        found, to = manifolds(real, made, NEAR, DENSE), "nearest neighbour of its own set"
+        for metric, scores, words in (
+            ("precision", found.precision, f"made images in the ball of a real one, to the {NEAR}rd {to}"),
+            ("recall", found.recall, f"real images in the ball of a made one, to the {NEAR}rd {to}"),
+            ("coverage", found.coverage, f"real images with a made one in their ball, to the {DENSE}th {to}"),
+        ):
+            yield share(self.name, metric, scores.tolist(), "share of images", "higher", f"{words}; {about}")
+        words = f"real balls around a made image over {DENSE}, balls to the {DENSE}th {to}, 1 for equal distributions"
+        yield mean(self.name, "density", found.density.tolist(), "", "higher", f"{words}; {about}")
+        (ours, each), (theirs, of_real) = spread(made), spread(real)
+        errors = [2 * (ratio_stderr(rows.tolist())[1] or 0.0) for rows in (each, of_real)]  # each pair has two rows
+        stderr = ours / theirs * ((errors[0] / ours) ** 2 + (errors[1] / theirs) ** 2) ** 0.5 if ours else None
+        words = "mean distance of two made images over that of two real ones; 0 for a single mode, 1 for equal spread"
+        yield Measurement(self.name, "spread", ours / theirs, "", "unknown", len(made), stderr, f"{words}; {about}")
 
     def _extractor(self, device: str) -> "Extractor":
         return of_inception(self.inception, device) if self.inception else of_lite0(device)

@@ -66,6 +66,13 @@ def read_volumes(path: Path, partner: Path | None, how: Reading, of_partner: Rea
     return high, low
 
 
+def read_scan(path: Path, how: Reading) -> ndarray:
+    """A scan alone, uint8 `(z, y, x)`: a volume, in files of several arrays the one named `lr`, or one picture."""
+    if path.suffix.lower() in (".png", ".bmp", ".pgm") and not path.is_dir():
+        return read_image(path, 1, how.window)[None, ..., 0]
+    return _read(path, ("lr", "hr"), how)[0]
+
+
 def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[ndarray, ndarray | None]:
     suffix = path.suffix.lower()
     if path.is_dir():

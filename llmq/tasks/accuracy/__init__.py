@@ -1,7 +1,8 @@
-"""Top-1 and top-5 accuracy on images with labels; and beside the base, on any images, how often both agree.
+"""Top-1, top-5 and balanced accuracy and calibration on images with labels; beside the base, how often both agree.
 
 Agreement is the share of images with the same top class, and the mean KL divergence of the base's probabilities
-from the stage's. Pictures show the wrongly classified and those whose class changed; without labels, the top classes.
+from the stage's. Pictures show the confusion matrix, the wrongly classified and those whose class changed; without
+labels, the top classes.
 """
 
 import math
@@ -52,8 +53,9 @@ class Accuracy(Task[Classifier]):
         return beside(stage, base, self.foresee(stage), self.foresee(base))
 
     def score(self, loaded: Loaded[Classifier]) -> Iterable[Measurement | Exhibit]:
-        """Top-1, and top-5 for more than five classes; pictures of the wrongly classified images."""
+        """Top-1, top-5 for more than five classes, balanced accuracy, calibration; pictures of what is wrong."""
         from llmq.statistics.figures import share
+        from llmq.tasks.accuracy import confusion
 
         split, examples = self._examples()
         model = loaded.artifact.model
@@ -73,11 +75,44 @@ class Accuracy(Task[Classifier]):
                 convention = self._convention(f"the label among the {k} largest logits of {logits.shape[1]}", split)
                 figure = share(self.name, f"top{k}", right, "share of images", "higher", convention)
                 yield replace(figure, chance=k / logits.shape[1])
+        yield from self._by_class(truth, top, logits, split)
         wrong = [i for i, (t, p) in enumerate(zip(truth, top, strict=True)) if t != p]
+        yield Exhibit(
+            self.name,
+            "confusion matrix",
+            "",
+            confusion.confused(truth, top, names),
+            picture=confusion.picture(truth, top, names),
+        )
         titles = [f"{names(t)} → {names(p)}" for t, p in zip(truth, top, strict=True)]
         yield from self._shown(
             "wrongly classified", f"{len(wrong)} of {len(examples)}: label → answer", examples, titles, wrong
         )
+
+    def _by_class(
+        self, truth: Sequence[int], top: Sequence[int], logits: "Tensor", split: Split
+    ) -> Iterable[Measurement]:
+        """The accuracy of the classes on equal terms, and the expected calibration error of the top class."""
+        import numpy as np
+
+        from llmq.statistics.calibration import BINS, balanced, calibration_error
+        from llmq.statistics.figures import mean
+        from llmq.statistics.resampling import quantile_spread
+
+        right = [float(t == p) for t, p in zip(truth, top, strict=True)]
+        scores, stderr = balanced(truth, right)
+        convention = self._convention(f"mean over the {len(set(truth))} classes that occur of each one's top-1", split)
+        figure = mean(self.name, "balanced_accuracy", scores, "share of images", "higher", convention)
+        yield replace(figure, stderr=stderr, chance=1 / logits.shape[1])
+        sure, hits = logits.double().softmax(1).amax(1).numpy(), np.array(right)
+        value, n = float(calibration_error(sure, hits)), len(right)
+        spread = quantile_spread(lambda rows: calibration_error(sure[rows], hits[rows]), n, 0) if n > 1 else None
+        convention = self._convention(
+            f"|confidence - accuracy| of the top class in {BINS} bins of equal width, weighed by images (Guo et al. "
+            "2017); biased upwards for few images; standard error by bootstrap",
+            split,
+        )
+        yield Measurement(self.name, "calibration_error", value, "probability", "lower", n, spread, convention)
 
     def against(self, loaded: Loaded[Classifier], base: Loaded[Classifier]) -> Iterable[Measurement | Exhibit]:
         """The share of images with the base's class, the divergence from the base, and the changed classes."""

@@ -1,0 +1,159 @@
+"""An enlarged scan judged without truth, beside bicubic: width of edges, noise, sensitivity of pores to the threshold.
+
+Sharp edges and little noise are wanted together, and pores that hardly change with the threshold. None of it says that
+what is sharp is true: `rock` and `super_resolution` say so where there is a registered high-resolution scan.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.artifact import Artifact
+from llmq.errors import UserError
+from llmq.plugin import DataWord, data_of_run
+from llmq.types import Exhibit, Loaded, Measurement, Split, Task
+from llmq.vision.segmentation import Method, Segmentation
+from llmq.vision.super_resolution import SuperResolution
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from llmq.sketch import Sketch, Work
+    from llmq.vision.images import Example
+
+KINDS = (("model", ""), ("bicubic", "bicubic_"))
+REACH, SMOOTH = 3, 2
+"""Low-resolution pixels from a boundary on that are flat, and the sigma of the mean that noise is told from."""
+
+
+class NoReference(Task[SuperResolution]):
+    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+
+    data: DataWord = data_of_run("rock")
+    segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
+    threshold: int | None = Field(
+        None, ge=0, le=254, description="of fixed: the grey level up to which pixels are dark"
+    )
+    phases: int = Field(3, ge=3, le=5, description="of multi_otsu")
+    pores: Literal["dark", "bright"] = "dark"
+    shift: int = Field(5, ge=1, le=50, description="grey levels that the threshold is moved, up and down")
+    limit: PositiveInt | None = Field(None, description="slices at most")
+    pictures: int = Field(1, ge=0, description="slices shown")
+
+    def check(self) -> None:
+        super().check()
+        self._segmentation.check()
+
+    @property
+    def _segmentation(self) -> Segmentation:
+        return Segmentation(self.segmentation, self.threshold, self.phases, self.pores)
+
+    def check_base(self, base: Artifact[SuperResolution]) -> None:
+        """Raise `UserError` for a scan that has nothing to look at, or colours that the network does not take."""
+        split = self.data.read()
+        if not len(split.held_out):
+            raise UserError(f"{self.data.word} has nothing held out to measure on")
+        channels = split.held_out[0].image.shape[2]
+        if channels not in (1, base.model.channels):
+            raise UserError(f"{self.data.word} has {channels} channels, and the network {base.model.channels}")
+
+    def foresee(self, stage: "Sketch") -> "Work":
+        """Passes over the held-out slices, one at a time."""
+        from llmq.vision.sizing import asked
+
+        return asked(stage, self.data.expected(), self.limit, 1)
+
+    def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
+        from llmq.vision.image_quality import luma
+        from llmq.vision.upscaled import PROTOCOL, enlarged
+
+        split = self.data.read()
+        self.check_base(loaded.artifact)
+        examples = list(split.held_out[: self.limit])
+        grey: dict[str, list[ndarray]] = {"model": [], "bicubic": []}
+        for example in examples:
+            simple, made = enlarged(loaded, example)
+            grey["bicubic"].append(luma(simple).round().astype("uint8"))
+            grey["model"].append(luma(made).round().astype("uint8"))
+        way, scale = self._segmentation, loaded.artifact.model.scale
+        levels = {kind: way.level(images) for kind, images in grey.items()}
+        if levels["bicubic"] is None:
+            raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
+        own = "" if self.segmentation == "fixed" else " over all slices, model and bicubic each its own"
+        protocol = f"x{scale}; {way.told}{own}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
+        for kind, prefix in KINDS:
+            yield from self._figures(prefix, grey[kind], levels[kind], scale, protocol)
+        for i, example in enumerate(examples[: self.pictures]):
+            yield self._shown(example, split, {kind: grey[kind][i] for kind in grey}, levels)
+
+    def _figures(
+        self, prefix: str, images: "Sequence[ndarray]", level: int | None, scale: int, protocol: str
+    ) -> Iterator[Measurement]:
+        from llmq.statistics.figures import mean
+        from llmq.vision.scan_quality import edge_width, noise_power
+
+        way = self._segmentation
+        pores = [way.cut(image, level) for image in images]
+        shares = [float(p.mean()) for p in pores]
+        yield mean(self.name, f"{prefix}porosity", shares, "share", "unknown", f"mean over slices; {protocol}")
+        moved = [self._moved(image, level) for image in images]
+        convention = (
+            f"share of pixels that change phase as the threshold moves from {self.shift} grey levels below to "
+            f"{self.shift} above, over {2 * self.shift}, mean over slices; {protocol}"
+        )
+        yield mean(self.name, f"{prefix}threshold_sensitivity", moved, "share/grey level", "lower", convention)
+        pairs = list(zip(images, pores, strict=True))
+        widths = [edge_width(image, p) for image, p in pairs]
+        words = (
+            "contrast of the phases' medians over the median gradient (central differences) along their boundary, 2.5 "
+            "sigmas of a Gaussian edge, mean over slices"
+        )
+        yield from self._known(f"{prefix}edge_width", widths, "pixels", words, protocol)
+        powers = [noise_power(image, p, REACH * scale, SMOOTH * scale) for image, p in pairs]
+        words = (
+            f"variance more than {REACH * scale} pixels from a boundary, less a Gaussian mean of sigma "
+            f"{SMOOTH * scale} pixels, mean over slices"
+        )
+        yield from self._known(f"{prefix}noise_power", powers, "grey levels²", words, protocol)
+
+    def _moved(self, image: "ndarray", level: int | None) -> float:
+        if level is None:
+            return 0.0
+        below, above = (self._segmentation.cut(image, level + by) for by in (-self.shift, self.shift))
+        return float((below != above).mean()) / (2 * self.shift)
+
+    def _known(
+        self, metric: str, values: Sequence[float | None], unit: str, words: str, protocol: str
+    ) -> Iterator[Measurement]:
+        """The mean of the values that slices have, if any has one."""
+        from llmq.statistics.figures import mean
+        from llmq.terminal import say
+
+        known = [value for value in values if value is not None]
+        if not known:
+            say(f"{self.name}: no slice has what {metric} is told from: {words}")
+            return
+        left_out = f"; {len(values) - len(known)} slices without one left out" if len(known) < len(values) else ""
+        yield mean(self.name, metric, known, unit, "lower", f"{words}{left_out}; {protocol}")
+
+    def _shown(
+        self, example: "Example", split: Split, grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
+    ) -> Exhibit:
+        from llmq.vision.pictures import panels, png, show
+
+        figure, axes = panels(1, 4, 2.2, 2.3)
+        show(axes[0, 0], example.image, "low")
+        curves = axes[0, 3]
+        for panel, kind, colour in zip(axes[0, 1:3], ("bicubic", "model"), ("C1", "C0"), strict=True):
+            show(panel, grey[kind][..., None], kind)
+            counts = [float(self._segmentation.cut(grey[kind], at).mean()) for at in range(255)]
+            curves.plot(range(255), counts, color=colour, lw=1.3, label=kind)
+            if (level := levels[kind]) is not None:
+                curves.axvline(level, color=colour, lw=0.8, ls=":")
+        curves.set_title("porosity by threshold", fontsize=8.5)
+        curves.spines[["left", "bottom"]].set_visible(True)
+        curves.tick_params(labelsize=7)
+        curves.legend(frameon=False, fontsize=7.5)
+        size = f"{example.image.shape[1]} x {example.image.shape[0]} pixels"
+        return Exhibit(self.name, example.name, size, "dotted: the threshold", picture=png(figure))
