@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmq import processes
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.text.calibration import Windowed
@@ -31,6 +32,7 @@ ROUNDING = 1e-4
 class Scales(Windowed):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": True, "adapter": False}
+    in_every_process: ClassVar[bool] = True
 
     samples: PositiveInt = Field(64, description="windows to learn from, drawn at random under the seed")
     max_steps: PositiveInt = 60
@@ -72,21 +74,26 @@ class Scales(Windowed):
         windows, data = self.windows(artifact, context.seed)
         held_out = self.held_out_windows(artifact, self.held_out_rows) if len(windows[0]) == self.length else []
         told = folder / CHECKPOINTS / "teacher.npy"
-        if not told.exists():
-            told.parent.mkdir(exist_ok=True)
-            self._ask_teacher(artifact, [*windows, *held_out], told, context)
+        with processes.first_does(context.device):
+            if not told.exists():
+                told.parent.mkdir(parents=True, exist_ok=True)
+                self._ask_teacher(artifact, [*windows, *held_out], told, context)
         with artifact.open(context.device) as loaded:
             module = loaded.module
             student = Student(module, quantized(artifact.weights, module), self.temperature)
             history = self._train(student, windows, held_out, folder, context)
             moved = student.moved()
-            write_with(student.scales(), artifact.weights, module, folder)
+            scales = student.scales()
+            if processes.is_first():
+                write_with(scales, artifact.weights, module, folder)
             answers = artifact.model.probe(module)
             del module, student  # or the trained model would stay beside the reopened one
-        shutil.rmtree(folder / CHECKPOINTS)
         notes = {"calibration": data, "training": {**history, "seed": context.seed, "teacher": "0-base"}, **moved}
         tolerance = ROUNDING if artifact.model.dtype == "float32" else REPACKED
         tuned = artifact.then(self, weights=folder, notes=notes)
+        if not processes.is_first():
+            return tuned
+        shutil.rmtree(folder / CHECKPOINTS)
         return same_answers(answers, tuned, context.device, tolerance)
 
     def _ask_teacher(self, artifact: Artifact, windows: list[list[int]], file: Path, context: Context) -> None:

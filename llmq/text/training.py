@@ -80,6 +80,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.check_weights()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # no old one goes before this is whole
         super()._save_checkpoint(*args, **kwargs)
+        tokens = self.tokens_of_all()
         self.args.save_total_limit = limit
         processes.wait(self.args.device.type)
         if processes.is_first():
@@ -89,7 +90,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 checkpoint / COUNTS,  # what `Trainer` does not keep
                 {
                     "processes": processes.count(),
-                    "tokens": self.tokens_seen,
+                    "tokens": tokens,
                     "skipped": self.skipped,
                     "seconds": self.elapsed,
                     "loss": float(self._tr_loss),
@@ -99,6 +100,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             checkpoints.seal(checkpoint)
             best = self.state.best_model_checkpoint
             checkpoints.drop_old(folder, limit or sys.maxsize, [Path(best)] if best else [])
+
+    def tokens_of_all(self) -> int:
+        """The tokens that all processes have trained on."""
+        return int(self.accelerator.reduce(torch.tensor(self.tokens_seen, device=self.args.device), "sum"))
 
     @property
     def elapsed(self) -> float:
@@ -115,7 +120,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                     f"{counts['processes']} process(es) began this training, and {processes.count()} would go on; "
                     "start as many"
                 )
-            self.tokens_seen, self.skipped, self.seconds = counts["tokens"], counts["skipped"], counts["seconds"]
+            self.tokens_seen = counts["tokens"] if processes.is_first() else 0  # the sum over all
+            self.skipped, self.seconds = counts["skipped"], counts["seconds"]
             self._tr_loss += counts["loss"]
             self._globalstep_last_logged = counts["logged"]
 
@@ -261,7 +267,7 @@ def trained(
     trainer.check_weights()
     steps = trainer.state.global_step
     skipped = _note_skipped(trainer.skipped, steps)
-    tokens = trainer.tokens_seen * processes.count()
+    tokens = trainer.tokens_of_all()
 
     def logged(name: str) -> list[list[float]]:
         return [[entry["step"], round(entry[name], 4)] for entry in trainer.state.log_history if name in entry]

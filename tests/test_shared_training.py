@@ -1,0 +1,88 @@
+"""Two processes that `torchrun` starts train as one process with twice the accumulation, and evaluate as one does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import llmq
+from llmq.report import Report
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import json, sys
+import llmq
+for name, recipe in json.loads(open(sys.argv[1]).read()).items():
+    try:
+        llmq.run(recipe, out=f"{sys.argv[2]}/{name}", cache=False)
+    except SystemExit as ended:
+        print("ENDED", name, ended.code, flush=True)
+"""
+PORT = 29640
+
+
+def launched(*command, port=PORT, processes=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port),
+         *map(str, command)],
+        capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), "tests"]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def recipes(folder, data, accumulation):
+    """The recipe of each training, with batches that the processes share or that one process accumulates."""
+    train = {
+        "data": str(data), "max_length": 64, "max_steps": 4, "per_device_train_batch_size": 2, "eval_steps": 2,
+        "gradient_accumulation_steps": accumulation, "training_arguments": {"logging_steps": 1},
+    }  # fmt: skip
+    scales = {
+        "data": str(data), "samples": 8, "length": 32, "max_steps": 4, "held_out_rows": 2, "eval_steps": 2,
+        "per_device_train_batch_size": accumulation,  # it accumulates nothing
+    }  # fmt: skip
+    steps = {
+        "lora": [{"adapt.lora": {**train, "r": 4}}],
+        "full": [{"adapt.full": {**train, "learning_rate": 1e-4}}],
+        "scales": [{"quantize.rtn": {"bits": 2, "group_size": 32}}, {"adapt.scales": scales}],
+    }
+    model = {"causal_lm": {"weights": str(folder), "dtype": "float32"}}
+    asked = ["size", {"perplexity": {"data": str(data), "limit": 4, "window": 32}}]
+    return {name: {"model": model, "steps": its, "evaluate": asked} for name, its in steps.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
+    """Each recipe as run by two processes, and by one."""
+    place = tmp_path_factory.mktemp("shared")
+    (place / "script.py").write_text(SCRIPT)
+    (place / "recipes.json").write_text(json.dumps(recipes(tiny_llama, tiny_jsonl, 1)))
+    made = launched(place / "script.py", place / "recipes.json", place / "two")
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert made.stdout.count("ENDED") == 3, made.stdout  # the second process ends without a report, each time
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, recipe in recipes(tiny_llama, tiny_jsonl, 2).items():
+        llmq.run(recipe, out=place / "one" / name, cache=False)
+    torch.set_num_threads(threads)
+    return {name: [Report.read(place / of / name) for of in ("two", "one")] for name in ("lora", "full", "scales")}
+
+
+@pytest.mark.parametrize("word", ["lora", "full", "scales"])
+def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, word):
+    two, one = (report.stages[-1]["notes"]["training"] for report in runs[word])
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["tokens"] == one["tokens"]
+    for curve in ("loss", "held_out_loss"):
+        assert [step for step, _ in two[curve]] == [step for step, _ in one[curve]]
+        wanted = [value for _, value in one[curve]]
+        assert [value for _, value in two[curve]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)  # told to 4 digits
+    figures = [
+        {(m["stage"], m["metric"]): m["value"] for m in report.measurements if m["task"] == "perplexity"}
+        for report in runs[word]
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert figures[0]
