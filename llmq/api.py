@@ -54,9 +54,10 @@ def run(
     after the last whole stage in `out`; `cache` uses what an earlier run measured on the same model. Of several
     processes that a launcher started only the first returns; the others end with `SystemExit`.
     """
-    from llmq import pipeline, planning
+    from llmq import pipeline, planning, processes
     from llmq.runs.folder import fresh
 
+    processes.check()
     job = load(recipe, overrides, trust_remote_code=trust_remote_code, allow_code=allow_code)
     folder = Path(out or Path("runs") / job.name) if resume else fresh(out, job.name)
     pipeline.check_folder(job, folder, resume)

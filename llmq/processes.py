@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+from llmq.errors import UserError
+
 PATIENCE = timedelta(days=2)
 """The longest wait of other processes while the first converts, quantizes or evaluates."""
 
@@ -15,6 +17,18 @@ PATIENCE = timedelta(days=2)
 def count() -> int:
     """The number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check() -> None:
+    """Raise `UserError` where `accelerate launch` was asked for several processes and started one.
+
+    On processors it does so without a message; an address to meet at is all that tells.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as it does on processors; "
+            "torchrun --nproc_per_node N -m llmq run … starts them"
+        )
 
 
 def is_first() -> bool:

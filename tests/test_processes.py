@@ -1,11 +1,14 @@
 """Several processes for one run: who goes first, and who waits."""
 
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from llmq import processes
+from llmq.errors import UserError
 
 
 @pytest.mark.parametrize(("rank", "order"), [("0", ["work", "wait"]), ("1", ["wait", "work"])])
@@ -22,6 +25,30 @@ def test_an_error_of_the_first_process_is_raised_and_not_waited_with(monkeypatch
     monkeypatch.setattr(processes, "wait", lambda device: pytest.fail("it waits for processes that wait for it"))
     with pytest.raises(ZeroDivisionError), processes.first_does("cpu"):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("started", "asked"), [({"WORLD_SIZE": "2"}, 2), ({}, 2), ({}, 1)])
+def test_processes_that_were_asked_for_and_not_started_are_an_error(started, asked, monkeypatch):
+    """The variables that `accelerate launch --cpu` sets for its one process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name, value in {**({"MASTER_ADDR": "127.0.0.1"} if asked > 1 else {}), **started}.items():
+        monkeypatch.setenv(name, value)
+    lost = asked > 1 and not started
+    with pytest.raises(UserError, match="torchrun --nproc_per_node") if lost else nullcontext():
+        processes.check()
+
+
+@pytest.mark.slow
+def test_accelerate_really_starts_one_process_for_two_on_processors(tmp_path):
+    launched = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "llmq", "run",
+         "text/quickstart", "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "started one" in launched.stderr, launched.stderr
+    assert launched.returncode != 0
+    assert not (tmp_path / "run").exists()
 
 
 MEETING = """
