@@ -334,6 +334,7 @@ def test_no_prompt_of_the_docstrings_stands_twice(library):
     assert not {r["prompt"] for r in library.train} & {r["prompt"] for r in library.held_out}
 
 
+@pytest.mark.slow
 def test_docstrings_are_split_by_module(library):
     module_of = {}
     for module, prompt, _ in Docstrings()._pairs():
@@ -343,6 +344,7 @@ def test_docstrings_are_split_by_module(library):
     assert 0.05 < len(held_out) / len(train | held_out) < 0.15
 
 
+@pytest.mark.slow
 def test_docstrings_are_split_alike_every_time_and_counted_whole(library):
     assert Docstrings().read() == library
     counts = library.counts
@@ -350,11 +352,13 @@ def test_docstrings_are_split_alike_every_time_and_counted_whole(library):
     assert library.shape == "prompt/completion"
 
 
+@pytest.mark.slow
 def test_a_larger_share_of_docstrings_only_adds_modules(library):
     more = {r["prompt"] for r in Docstrings(held_out=0.3).read().held_out}
     assert {r["prompt"] for r in library.held_out} < more
 
 
+@pytest.mark.slow
 def test_longer_functions_are_left_out_and_counted(library):
     short = Docstrings(max_characters=300).read()
     assert max(len(r["prompt"]) for r in (*short.train, *short.held_out)) <= 300

@@ -79,10 +79,11 @@ def built(found, base, folder, **settings):
     return plugin.build({"quantize.rtn": {"mse": False, **plain, **settings}}).apply(base, folder, CPU)
 
 
-def test_fifty_random_budgets_are_never_exceeded(base, table, tmp_path):
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_budgets_are_never_exceeded(count, base, table, tmp_path):
     most = table.rest + sum(map(max, table.sizes.values()))
     draw, closest = random.Random(0), 0.0
-    for i in range(50):
+    for i in range(count):
         budget = draw.randint(table.least, most - most // 50)
         found = within_bytes(table, budget)
         stage = built(found, base, tmp_path / str(i))
@@ -228,7 +229,9 @@ def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(
         assert file.read_bytes() == (tmp_path / "again" / name / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("budget", [{"kl": 1e-3}, {"perplexity": "1.001x"}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"kl": 1e-3}, pytest.param({"perplexity": "1.001x"}, marks=pytest.mark.slow)], ids=str
+)
 def test_quality_that_was_foretold_too_good_is_tried_again(budget, base, tmp_path, monkeypatch):
     aims = []
 
