@@ -226,6 +226,7 @@ def search(
     bits: float | None = None,
     kl: float | None = None,
     perplexity: str | None = None,
+    methods: Sequence[str] = ("gptq",),
     data: Target = "pydoc",
     samples: int = 64,
     length: int = 512,
@@ -241,9 +242,10 @@ def search(
     """Find bits and groups for each layer within a budget, write the recipe, run and measure it.
 
     The budget is one of `size` (`"0.40x"` of the base, `"100MB"`), `bits` a quantized weight, scales included, `kl`,
-    the divergence from the base in nats a token, or `perplexity` (`"1.05x"` of the base's). `data` is what is
-    calibrated on; `sym` keeps the zero in the middle of the grids, for kernels that read no others. The foretold costs
-    are kept in the cache, and serve every budget.
+    the divergence from the base in nats a token, or `perplexity` (`"1.05x"` of the base's). Each of the `methods`
+    (`gptq`, `awq`, `prune.layers`) is run, and the best as measured is returned. `data` is what is calibrated on; `sym`
+    keeps the zero in the middle of the grids, for kernels that read no others. The foretold costs are kept in the
+    cache, and serve every budget.
     """
     from llmq import budget, searching
     from llmq.overrides import in_order
@@ -252,16 +254,15 @@ def search(
     trust.given(trust_remote_code)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
-    settings = {**searching.SETTINGS, "sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
+    settings = {"sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
     tasks = suite or searching.TASKS
     folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
 
     def run_in(job: "Recipe", place: Path) -> "Report":
         return run(job, out=place, resume=resume, trust_remote_code=trust_remote_code)
 
-    return searching.search(
-        run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device
-    )
+    job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device)
+    return job.best(methods)
 
 
 def evaluate(

@@ -142,6 +142,7 @@ def search(
     bits: Annotated[float | None, typer.Option(help="Bits a quantized weight at most, scales included.")] = None,
     kl: Annotated[float | None, typer.Option(help="Divergence from the base at most, in nats a token.")] = None,
     perplexity: Annotated[str | None, typer.Option(help="Perplexity at most: 1.05x of the base's.")] = None,
+    methods: Annotated[str, typer.Option(help="What is tried, by commas: gptq, awq, prune.layers.")] = "gptq",
     data: Annotated[str, typer.Option(help="A word or path of data to calibrate on.")] = "pydoc",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
@@ -157,8 +158,10 @@ def search(
 ) -> None:
     """Find bits and groups layer by layer within a budget, write them as a recipe, run it, and measure it.
 
-    The costs are foretold once, from the gradient of the loss, and kept in the cache for every other budget. A budget
-    of quality is met if the upper end of the 95 % interval is; else the command ends with 1.
+    The costs are foretold once, from the gradient of the loss, and kept in the cache for every other budget. Each of
+    the methods is run, and the best as measured is told: awq folds scales into what feeds a layer before GPTQ rounds,
+    prune.layers drops blocks for as long as that is better. A budget of quality is met if the upper end of the 95 %
+    interval is; else the command ends with 1.
     """
     found = api.search(
         model,
@@ -167,6 +170,7 @@ def search(
         bits=bits,
         kl=kl,
         perplexity=perplexity,
+        methods=[name.strip() for name in methods.split(",")],
         data=data,
         samples=samples,
         length=length,

@@ -1,19 +1,21 @@
 """The best quantization within a budget: bits and groups layer by layer, written as a recipe, run and measured.
 
 The cost of each layer on each grid is foretold once (`text.sensitivity`), and kept in the cache for every other budget.
-An integer program takes the grids that cost least. The recipe is an ordinary one, to be edited and run again.
+An integer program takes the grids that cost least. The recipe is an ordinary one, to be edited and run again. Where
+several methods are named, each spends the budget in a run of its own, and the best as measured is kept.
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import log
+from dataclasses import dataclass, replace
+from math import inf, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq import environment, plugin
 from llmq.budget import Budget
-from llmq.errors import LlmqError, UserError, in_bytes
+from llmq.errors import LlmqError, UserError, did_you_mean, in_bytes
 from llmq.terminal import say
 from llmq.types import Context, JsonObject
 
@@ -86,8 +88,8 @@ def modules_of(found: Found, default: "Grid") -> JsonObject:
     return modules
 
 
-def recipe_of(found: Found, model: JsonObject, settings: JsonObject, tasks: Any, seed: int) -> Any:
-    """The recipe of a choice, as data."""
+def step_of(found: Found, settings: JsonObject, rounding: str = "quantize.gptq") -> JsonObject:
+    """The step of a choice, as data."""
     from collections import Counter
 
     grids = [grid for grid in found.grids.values() if grid is not None]
@@ -95,12 +97,26 @@ def recipe_of(found: Found, model: JsonObject, settings: JsonObject, tasks: Any,
         raise UserError("the budget is met by the untouched weights; nothing is to be quantized")
     default = Counter(grids).most_common(1)[0][0]
     grid = {"bits": default.bits, "group_size": default.group_size}
-    step = {"quantize.gptq": {**grid, **settings, "modules": modules_of(found, default)}}
-    return {"model": dict(model), "steps": [step], "evaluate": tasks, "seed": seed}
+    return {rounding: {**grid, **settings, "modules": modules_of(found, default)}}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend a budget: the blocks that go before, the word that rounds, and its settings."""
+
+    rounding: str
+    settings: Mapping[str, Any]
+    drop: int = 0
 
 
 SETTINGS: Mapping[str, Any] = {"hessian": "loss", "sweeps": 2}
 """The settings of GPTQ that are best by measurement at any bits."""
+METHODS: Mapping[str, Method] = {
+    "gptq": Method("quantize.gptq", SETTINGS),
+    "awq": Method("quantize.awq", {"hessian": "loss", "solver": "gptq"}),
+    "prune.layers": Method("quantize.gptq", SETTINGS, drop=1),
+}
+"""The methods of a search. `prune.layers` drops one block, and another one for as long as that is better."""
 PICTURE = "search.svg"
 """The file of the picture in the folder of the run."""
 TRIES = 3
@@ -153,6 +169,12 @@ class Searched:
         return nats is None or (upper is not None and upper <= nats)
 
     @property
+    def order(self) -> tuple[bool, float]:
+        """The less, the better: within the budget, then the divergence within bytes, or the bytes within a quality."""
+        told = self.told["kl_to_base" if self.budget.nats is None else "bytes_on_disk"]
+        return not self.met, inf if told is None else told
+
+    @property
     def picture(self) -> Path:
         """The picture of the search, in the folder of the run."""
         return self.report.folder / PICTURE
@@ -196,45 +218,89 @@ def _write_picture(done: Searched, table: "Table") -> None:
     done.picture.write_text(picture, encoding="utf-8")
 
 
-def search(
-    run: Callable[["Recipe", Path], "Report"],
-    model: JsonObject,
-    budget: Budget,
-    settings: JsonObject,
-    tasks: Any,
-    seed: int,
-    out: Path,
-    overrides: Sequence[str] = (),
-    device: str = "auto",
-) -> Searched:
-    """Find the choice within a budget, `run` its recipe in `out`, and compare.
+@dataclass(frozen=True)
+class Search:
+    """What all methods of a search share. `run` runs a recipe in a folder; `settings` are those of the calibration."""
 
-    A budget of quality is met if the upper end of the measured interval (95 %) is; else it is tried again with a lower
-    aim, in `out-2` and `out-3`. Raises `LlmqError` for a stage larger than its budget.
-    """
-    from llmq import recipe as recipes
+    run: Callable[["Recipe", Path], "Report"]
+    model: JsonObject
+    budget: Budget
+    settings: JsonObject
+    tasks: Any
+    seed: int
+    out: Path
+    overrides: Sequence[str] = ()
+    device: str = "auto"
 
-    context = Context(environment.prepare(device, seed, None), seed)
-    opener: Any = plugin.build(dict(model), "models")
-    base = opener.base(context)
-    step: Any = plugin.build({"quantize.gptq": dict(settings)})
-    step.check()
-    table = step.foretold(base, context)
-    limit, aim = budget.bytes(table, base), budget.nats or 0.0
-    for attempt in range(1, TRIES + 1):
-        found = within_kl(table, aim) if limit is None else within_bytes(table, limit)
-        say(f"search: {in_bytes(found.bytes)} foretold, KL {found.kl:.4f} nats a token")
-        source = recipes.Source("search", recipe_of(found, model, settings, tasks, seed))
-        recipes.check_shape(source)
-        for override in overrides:
-            recipes.apply_override(source, override)
-        folder = out if attempt == 1 else out.with_name(f"{out.name}-{attempt}")
-        done = Searched(run(recipes.parse(source, "search"), folder), found, budget, limit)
-        size, upper = done.told["bytes_on_disk"], done.upper
-        if limit is not None and size is not None and size > limit:
-            raise LlmqError(f"the stage has {size} bytes, and its budget was {limit}; say so to the makers of llmq")
-        if done.met or upper is None or budget.nats is None:
-            break
-        aim *= 0.95 * budget.nats / upper
-    _write_picture(done, table)
-    return done
+    def best(self, methods: Sequence[str]) -> Searched:
+        """The best of all methods, by measured divergence within bytes, or by bytes within a quality.
+
+        Raises `UserError` for an unknown method.
+        """
+        for name in methods:
+            if name not in METHODS:
+                raise UserError(f"--methods {name!r}: some of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
+        best: Searched | None = None
+        for name in dict.fromkeys(methods):
+            method, better = METHODS[name], True
+            while better:
+                called = f"{name}-{method.drop}" if method.drop else name
+                done = self.spend(method, self.out if best is None else self.out.with_name(f"{self.out.name}-{called}"))
+                if len(methods) > 1:
+                    say(f"search: {called}: {done.line}")
+                better = best is None or done.order < best.order
+                best = done if better else best
+                better, method = better and method.drop > 0, replace(method, drop=method.drop + 1)
+        assert best is not None
+        return best
+
+    def spend(self, method: Method, out: Path) -> Searched:
+        """Find the choice of one method within the budget, run its recipe in `out`, and compare.
+
+        A budget of quality is met if the upper end of the measured interval (95 %) is; else it is tried again with a
+        lower aim, in `out-2` and `out-3`. Raises `LlmqError` for a stage larger than its budget.
+        """
+        before, table, limit = self._foretold(method)
+        aim = self.budget.nats or 0.0
+        for attempt in range(1, TRIES + 1):
+            found = within_kl(table, aim) if limit is None else within_bytes(table, limit)
+            say(f"search: {in_bytes(found.bytes)} foretold, KL {found.kl:.4f} nats a token")
+            steps = [*before, step_of(found, {**self.settings, **method.settings}, method.rounding)]
+            folder = out if attempt == 1 else out.with_name(f"{out.name}-{attempt}")
+            done = Searched(self.run(self._recipe(steps), folder), found, self.budget, limit)
+            size, upper = done.told["bytes_on_disk"], done.upper
+            if limit is not None and size is not None and size > limit:
+                raise LlmqError(f"the stage has {size} bytes, and its budget was {limit}; say so to the makers of llmq")
+            if done.met or upper is None or self.budget.nats is None:
+                break
+            aim *= 0.95 * self.budget.nats / upper
+        _write_picture(done, table)
+        return done
+
+    def _foretold(self, method: Method) -> tuple[list[JsonObject], "Table", int | None]:
+        """The steps before the rounding, the table of the model that they leave, and the bytes at most."""
+        context = Context(environment.prepare(self.device, self.seed, None), self.seed)
+        opener: Any = plugin.build(dict(self.model), "models")
+        step: Any = plugin.build({"quantize.gptq": {**SETTINGS, **self.settings}})
+        step.check()
+        base = opener.base(context)
+        table = step.foretold(base, context)
+        limit = self.budget.bytes(table, base)
+        if not method.drop:
+            return [], table, limit
+        windows = {key: self.settings[key] for key in ("data", "samples", "length") if key in self.settings}
+        entry: JsonObject = {"prune.layers": {"drop": method.drop, **windows}}
+        dropping: Any = plugin.build(entry)
+        dropping.check_base(base)
+        with tempfile.TemporaryDirectory() as folder:
+            return [entry], step.foretold(dropping.apply(base, Path(folder), context), context), limit
+
+    def _recipe(self, steps: list[JsonObject]) -> "Recipe":
+        from llmq import recipe
+
+        plain = {"model": dict(self.model), "steps": steps, "evaluate": self.tasks, "seed": self.seed}
+        source = recipe.Source("search", plain)
+        recipe.check_shape(source)
+        for override in self.overrides:
+            recipe.apply_override(source, override)
+        return recipe.parse(source, "search")

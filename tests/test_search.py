@@ -74,7 +74,7 @@ def table(base):
 
 def built(found, base, folder, **settings):
     """The stage of a choice, by the recipe that a person would read; rounded to nearest, which has the same bytes."""
-    plain = searching.recipe_of(found, {"causal_lm": {}}, {}, [], 0)["steps"][0]["quantize.gptq"]
+    plain = searching.step_of(found, {})["quantize.gptq"]
     folder.mkdir()
     return plugin.build({"quantize.rtn": {"mse": False, **plain, **settings}}).apply(base, folder, CPU)
 
@@ -227,6 +227,32 @@ def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(
     name = again.stages[-1]["folder"]
     for file in (tmp_path / "r" / name).glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / name / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_each_method_spends_the_budget_and_the_best_as_measured_is_told(base, tmp_path, capsys):
+    asked = {"samples": 2, "length": 32, "size": "0.6x", "out": tmp_path / "r"}
+    done = llmq.search(
+        base.weights,
+        {"perplexity.limit": 1, "divergence.windows": 2, "divergence.window": 32},
+        methods=["gptq", "awq", "prune.layers"],
+        **asked,
+    )
+    runs = {folder.name: Report.read(folder) for folder in (tmp_path / "r", *tmp_path.glob("r-*"))}
+    assert {"r", "r-awq", "r-prune.layers-1"} <= set(runs)
+    limit, kls = int(0.6 * base.bytes_on_disk), {}
+    for name, report in runs.items():
+        found = {m["metric"]: m["value"] for m in report.measurements if m["stage"] == report.stages[-1]["name"]}
+        assert found["bytes_on_disk"] <= limit
+        kls[name] = found["kl_to_base"]
+    assert done.told["kl_to_base"] == min(kls.values())
+    assert [next(iter(step)) for step in runs["r-prune.layers-1"].recipe["steps"]] == ["prune.layers", "quantize.gptq"]
+    assert [next(iter(step)) for step in runs["r-awq"].recipe["steps"]] == ["quantize.awq"]
+
+
+def test_an_unknown_method_of_a_search_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match=r"--methods 'gtpq': some of gptq, awq, prune.layers; did you mean 'gptq'"):
+        llmq.search(base.weights, size="0.6x", methods=["gtpq"], out=tmp_path / "r")
 
 
 @pytest.mark.parametrize(
