@@ -158,6 +158,55 @@ def test_drsrd1_as_published(tmp_path, colour):
     assert not np.array_equal(noisy.train[0].drawn(np.random.default_rng(0)), split.train[0].image)
 
 
+def published(root: Path) -> Path:
+    """The 2-D part of DRSRD1 as laid out, of synthetic rock: three subsets, three parts, two kernels, X2 and X4."""
+    for s, subset in enumerate(("sandstone2D", "carbonate2D", "shuffled2D")):
+        for p, part in enumerate(("train", "valid", "test")):
+            high = root / f"{subset}_{part}_HR"
+            high.mkdir(parents=True)
+            for i in range(2):
+                image = rock_slice(np.random.default_rng([s, p, i]), 48, 0.2, 6.0, 2.0)
+                Image.fromarray(image[..., 0]).save(high / f"{i + 1:04}.png")
+                for scale in (2, 4):
+                    for kernel, by in (("default", "cubic"), ("unknown", "lanczos2")):
+                        low = root / f"{subset}_{part}_LR_{kernel}_X{scale}"
+                        low.mkdir(exist_ok=True)
+                        small = downsample(image, scale, by)[..., 0]
+                        Image.fromarray(small).save(low / f"{i + 1:04}x{scale}.png")
+    return root
+
+
+def test_every_branch_of_its_layout_is_seen(tmp_path):
+    root, seen = published(tmp_path), set()
+    for s, subset in enumerate(("sandstone2D", "carbonate2D", "shuffled2D")):
+        for p, part in ((1, "valid"), (2, "test")):
+            for scale in (2, 4):
+                for kernel, by in (("default", "cubic"), ("unknown", "lanczos2")):
+                    split = rock(path=root, subset=subset, held_out=part, scale=scale, kernel=kernel).read()
+                    for side, number in ((split.train, 0), (split.held_out, p)):
+                        assert len(side) == 2
+                        truth = rock_slice(np.random.default_rng([s, number, 1]), 48, 0.2, 6.0, 2.0)
+                        assert np.array_equal(side[1].high, truth)
+                        assert np.array_equal(side[1].image, downsample(truth, scale, by))
+                    seen.add(split.sha256)
+    assert len(seen) == 24
+
+
+@pytest.mark.slow
+def test_the_papers_recipe_runs_to_its_end_on_that_layout(tmp_path, monkeypatch):
+    from llmq import pipeline, recipe
+
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "DRSRD1_2D")
+    less = ["model.n_resblocks=1", "model.n_feats=8", "adapt.train.num_train_epochs=2", "adapt.train.batch_size=2"]
+    job = recipe.load("vision/rock-drsrd1", [*less, "rock.distance=16", "speed.rounds=2"])
+    report = pipeline.run(job, tmp_path / "run")
+    assert {m["task"] for m in report.measurements} == {"size", "super_resolution", "rock", "speed"}
+    psnr = next(m for m in report.measurements if (m["stage"], m["metric"]) == ("1-adapt.train", "psnr"))
+    assert psnr["n"] == 2
+    assert "data.rock held out" in psnr["convention"]
+
+
 def _unlike(root: Path) -> None:
     Image.fromarray(random_image(0, 5, 8)[..., 0]).save(root / "sandstone2D_train_LR_default_X4/0002x4.png")
 

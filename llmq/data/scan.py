@@ -18,7 +18,7 @@ class Scan(Data):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
     shapes: ClassVar[frozenset[str]] = frozenset({"low"})
 
-    path: Path = Field(description="a volume (z, y, x): .npz, .tif, .nc, .raw, a folder of slices; or a picture")
+    path: Path = Field(description="a volume (z, y, x): .npz, .tif, .dcm, .nc, .raw, a folder of slices; or a picture")
     window: Window | None = Field(
         None, description="numbers that become grey levels 0 and 255; needed where a scan is not 8-bit"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.errors import UserError
 from llmq.files import sha256, sha256_text
 from llmq.types import Split
+from llmq.vision.dicom import is_dicom, read_dicom
 from llmq.vision.pixels import ORIENTATION, Window, as_bytes, is_tiff, range_of, read_tiff, readable
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def read_image(path: Path, channels: int = 3, window: Window | None = None) -> n
     """
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
+    if is_dicom(path):
+        return in_channels(_alone(path, read_dicom(path).pixels, window), channels)
     image = _of_tiff(path, window) if is_tiff(path) else _by_pillow(path, channels, window)
     return in_channels(image, channels)
 
@@ -98,7 +101,11 @@ def in_channels(image: ndarray, channels: int) -> ndarray:
 
 
 def _of_tiff(path: Path, window: Window | None) -> ndarray:
-    pixels, _ = read_tiff(path)  # (slices, height, width[, 3])
+    return _alone(path, read_tiff(path)[0], window)
+
+
+def _alone(path: Path, pixels: ndarray, window: Window | None) -> ndarray:
+    """The one slice of `(slices, height, width[, 3])` as uint8."""
     if len(pixels) > 1:
         raise UserError(f"{path}: holds {len(pixels)} images, and one is needed; save each in a file of its own")
     return as_bytes(pixels, window, str(path), _too_deep(f"{pixels.dtype}, {range_of(pixels)},"))[0]

@@ -1,11 +1,12 @@
 """Pictures and volumes in the numbers of their files, read and written again in the same format.
 
-A TIFF stays a TIFF, with its slices and the size of its voxels; `.npz` and `.npy` stay what they are; every other
-picture becomes a PNG, which loses nothing.
+A TIFF stays a TIFF, with its slices and the size of its voxels; `.npz` and `.npy` stay what they are; DICOM becomes a
+TIFF in the file's own units; every other picture becomes a PNG, which loses nothing.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.errors import UserError
 from llmq.guarded.files import check_plain
 from llmq.types import JsonObject
+from llmq.vision.dicom import is_dicom, read_dicom
 from llmq.vision.images import deep_mode
 from llmq.vision.pixels import ORIENTATION, is_tiff, range_of, read_tiff, readable
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 VOLUMES = (".npz", ".npy")
 LOW = "lr"
 """The low-resolution array among several in an .npz, as in data sets of pairs."""
+VOXEL_SIZE = "voxel_size"
+"""The name in an .npz of the micrometres that a voxel is wide, a high-resolution one in pairs."""
 OF_IMAGEJ = ("uint8", "uint16", "float32")
 RESOLUTIONS = (282, 283)
 UNIT = 296  # the tag of the unit of both
@@ -48,6 +52,9 @@ class Raster:
     """The size of pixels and slices, as tifffile writes it."""
     of_ome: bool = False
     """True for a TIFF with a description of OME, whose sizes are not written again."""
+    of_dicom: bool = False
+    voxel_size: float | None = None
+    """Micrometres, as an .npz tells them."""
 
 
 def read_raster(path: Path) -> Raster:
@@ -59,6 +66,8 @@ def read_raster(path: Path) -> Raster:
     suffix = path.suffix.lower()
     if suffix in VOLUMES:
         raster = _of_numpy(path, suffix)
+    elif is_dicom(path):
+        raster = _of_dicom(path)
     elif is_tiff(path):
         voxels, of_ome = _voxels(path)
         raster = Raster(read_tiff(path)[0], ".tif", voxels=voxels, of_ome=of_ome)
@@ -80,14 +89,39 @@ def _of_numpy(path: Path, suffix: str) -> Raster:
             key, array = "", held
         else:
             with held as archive:
-                names = list(archive.files)
+                names = [name for name in archive.files if name != VOXEL_SIZE]
                 if len(names) != 1 and LOW not in names:
                     raise UserError(f"{path}: holds {', '.join(names) or 'nothing'}; call the one to enlarge {LOW!r}")
                 key = LOW if LOW in names else names[0]
                 array = archive[key]
     if array.ndim not in (2, 3):
         raise UserError(f"{path}: is {array.dtype}{array.shape}; a volume (z, y, x) or an image (y, x) is needed")
-    return Raster(array if array.ndim == 3 else array[None], suffix, key, array.ndim == 2)
+    voxel_size = voxel_size_of_npz(path) if suffix == ".npz" and key != LOW else None  # that of pairs is the high one's
+    return Raster(array if array.ndim == 3 else array[None], suffix, key, array.ndim == 2, voxel_size=voxel_size)
+
+
+def _of_dicom(path: Path) -> Raster:
+    scan = read_dicom(path)
+    told: JsonObject = {}
+    if scan.width and scan.height:
+        told = {"resolution": (10 / scan.width, 10 / scan.height), "resolutionunit": CENTIMETRES}
+        if scan.depth and scan.pixels.dtype.name in OF_IMAGEJ:  # the only description that has a distance of slices
+            told = {"resolution": (1 / scan.width, 1 / scan.height), "imagej": True}
+            told["metadata"] = {"spacing": scan.depth, "unit": "mm"}
+    return Raster(scan.pixels, ".tif", voxels=told, of_dicom=True)
+
+
+def voxel_size_of_npz(path: Path) -> float | None:
+    """The `voxel_size` of an .npz in micrometres; None without one."""
+    import numpy as np
+
+    with readable(path, ".npz of arrays"), np.load(path, allow_pickle=False) as archive:
+        told = archive[VOXEL_SIZE] if VOXEL_SIZE in archive.files else None
+    if told is None:
+        return None
+    if told.size != 1 or told.dtype.kind not in "iuf" or not 0 < float(told.item()) < float("inf"):
+        raise UserError(f"{path}: {VOXEL_SIZE!r} is {told.dtype}{told.shape}; one number of micrometres is needed")
+    return float(told.item())
 
 
 def _by_pillow(path: Path) -> ndarray:
@@ -160,12 +194,18 @@ class Enlarged:
 
     def save(self) -> Path:
         """Write the file, and return its path; the pixels on disk are gone then."""
+        import numpy as np
+
         self.pixels.flush()  # type: ignore[attr-defined]  # of a memmap
         if self.of.suffix == ".npy":
             self.held.rename(self.target)
             return self.target
         if self.of.suffix == ".npz":
             with zipfile.ZipFile(self.target, "w") as archive:  # a fixed time: equal arrays are equal files
+                if self.of.voxel_size:
+                    size = io.BytesIO()
+                    np.save(size, np.float64(self.of.voxel_size / self.scale))
+                    archive.writestr(zipfile.ZipInfo(f"{VOXEL_SIZE}.npy"), size.getvalue())
                 about = zipfile.ZipInfo(f"{self.of.key}.npy")
                 about.file_size = os.path.getsize(self.held)
                 with archive.open(about, "w", force_zip64=True) as inside, self.held.open("rb") as source:

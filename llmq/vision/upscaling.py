@@ -90,7 +90,7 @@ def _say_beyond(pixels: ndarray, window: tuple[float, float], name: str) -> None
 
 
 class Upscaling(Predictor):
-    suffixes: ClassVar[frozenset[str]] = PICTURES | set(VOLUMES)
+    suffixes: ClassVar[frozenset[str]] = PICTURES | {*VOLUMES, ".dcm"}
 
     beside: bool = Field(False, description="also write bicubic and difference pictures, of the middle")
     window: tuple[float, float] | None = Field(
@@ -116,7 +116,8 @@ class Upscaling(Predictor):
             raster = read_raster(item.path)
             if raster.of_ome:
                 say(f"{item.name}: the size of voxels in its description of OME is not carried over")
-            suffix = item.place.suffix if raster.suffix in (*VOLUMES, ".tif") else ".png"
+            kept = raster.suffix in (*VOLUMES, ".tif") and not raster.of_dicom
+            suffix = item.place.suffix if kept else raster.suffix
             target = folder / item.place.with_suffix(suffix)
             if target in taken:
                 raise UserError(f"{item.path} and {taken[target]} would both become {target.name!r}; take two --out")

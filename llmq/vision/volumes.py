@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.guarded.files import check_plain
+from llmq.vision import rasters
+from llmq.vision.dicom import in_order, is_dicom, read_dicom
 from llmq.vision.images import Example, read_image
 from llmq.vision.pixels import Window, as_bytes, is_tiff, range_of, read_tiff, readable
+from llmq.vision.rasters import VOXEL_SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy import ndarray
 
-SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw")
-SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm")
+SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw", ".dcm")
+SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm", ".dcm")
 HDF5 = b"\x89HDF"
-VOXEL_SIZE = "voxel_size"
-"""The name in an .npz of the micrometres that a high-resolution voxel is wide."""
 MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
 """Pillow's names for images of these numbers."""
 
@@ -82,27 +83,20 @@ def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[ndarray, ndar
         return _raw(path, how), None
     if suffix in (".npz", ".nc"):
         return _named(path, _npz(path) if suffix == ".npz" else _netcdf(path), names, how)
+    if is_dicom(path):
+        return _bytes(read_dicom(path).pixels, how, f"{path}: it"), None
     return _tif(path, how), None
 
 
 def voxel_size(path: Path) -> float | None:
-    """The micrometres that a voxel is wide, if the file says: a TIFF's resolution, or the `voxel_size` of an .npz."""
-    import numpy as np
-
-    from llmq.vision import rasters
-
+    """The micrometres that a voxel is wide, if the file says: a TIFF, a DICOM file, or the `voxel_size` of an .npz."""
     first = files_of(path)[0]
     if is_tiff(first):
         return rasters.voxel_size(first)
-    if first.suffix.lower() != ".npz":
-        return None
-    with readable(first, ".npz of arrays"), np.load(first, allow_pickle=False) as archive:
-        told = archive[VOXEL_SIZE] if VOXEL_SIZE in archive.files else None
-    if told is None:
-        return None
-    if told.size != 1 or told.dtype.kind not in "iuf" or not 0 < float(told.item()) < float("inf"):
-        raise UserError(f"{first}: {VOXEL_SIZE!r} is {told.dtype}{told.shape}; one number of micrometres is needed")
-    return float(told.item())
+    if is_dicom(first):
+        scan = read_dicom(first)
+        return 1000 * scan.width if scan.width and scan.width == scan.height else None
+    return rasters.voxel_size_of_npz(first) if first.suffix.lower() == ".npz" else None
 
 
 def _npz(path: Path) -> dict[str, ndarray]:
@@ -174,6 +168,8 @@ def _folder(path: Path, how: Reading) -> ndarray:
     import numpy as np
 
     files = files_of(path)
+    if is_dicom(files[0]):
+        files = in_order(files)
     first = read_image(files[0], 1, how.window)
     volume: ndarray = np.empty((len(files), *first.shape[:2]), np.uint8)
     for number, file in enumerate(files):

@@ -65,6 +65,8 @@ def _volume(kind: str) -> bytes:
         import tifffile
 
         tifffile.imwrite(stream, volume)
+    elif kind == "dcm":
+        return _dicom(volume)
     else:
         from scipy.io import netcdf_file
 
@@ -74,6 +76,25 @@ def _volume(kind: str) -> bytes:
             file.createVariable("high", "i1", ("z", "y", "x"))[:] = volume
             file.flush()
             return stream.getvalue()
+    return stream.getvalue()
+
+
+def _dicom(volume: Any) -> bytes:
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+    held = pydicom.Dataset()
+    held.file_meta = pydicom.dataset.FileMetaDataset()
+    held.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    held.SOPClassUID = held.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    held.SOPInstanceUID = held.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    held.NumberOfFrames, held.Rows, held.Columns = volume.shape
+    held.SamplesPerPixel, held.PhotometricInterpretation, held.PixelRepresentation = 1, "MONOCHROME2", 0
+    held.BitsAllocated, held.BitsStored, held.HighBit = 8, 8, 7
+    held.RescaleSlope, held.RescaleIntercept, held.PixelSpacing = 1, -10, [0.01, 0.01]
+    held.PixelData = volume.tobytes()
+    stream = io.BytesIO()
+    held.save_as(stream, enforce_file_format=True)
     return stream.getvalue()
 
 
@@ -97,6 +118,7 @@ WHOLE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "v.npz": (ROCK, lambda: _volume("npz")),
     "v.tif": (ROCK, lambda: _volume("tif")),
     "v.nc": (ROCK, lambda: _volume("nc")),
+    "v.dcm": (ROCK, lambda: _volume("dcm")),
 }
 PARQUETS = [name for name in WHOLE if name.endswith(".parquet")]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 16
 """The slices at most that noise and blur are estimated from."""
-VOLUMES = "an .npz, .tif, .nc or .raw, or a folder of slices"
+VOLUMES = "an .npz, .tif, .dcm, .nc or .raw, or a folder of slices"
 
 
 class Rock(Data):
@@ -36,7 +36,7 @@ class Rock(Data):
     shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
 
     path: Path | None = Field(
-        None, description="the folder of DRSRD1, or a volume (z, y, x): .npz, .tif, .nc, .raw, a folder of slices"
+        None, description="the folder of DRSRD1, or a volume (z, y, x): .npz, .tif, .dcm, .nc, .raw, slices"
     )
     scale: Literal[2, 3, 4] = 4
     kernel: Literal["default", "unknown"] = "default"

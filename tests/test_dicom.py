@@ -1,0 +1,119 @@
+"""DICOM: numbers as the file means them, slices in order, the size of voxels into what is made of it."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from llmq import plugin
+from llmq.errors import UserError
+from llmq.predicting import predict
+from llmq.types import Context
+from llmq.vision.dicom import is_dicom, read_dicom
+from llmq.vision.rasters import read_raster
+
+pydicom = pytest.importorskip("pydicom")
+
+
+def dicom(path, pixels: np.ndarray, **tags):
+    """A computed tomography, one file a slice or one of several frames, written by pydicom."""
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    held = pydicom.Dataset()
+    held.file_meta = pydicom.dataset.FileMetaDataset()
+    held.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    held.SOPClassUID = held.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    held.SOPInstanceUID = held.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+    held.Rows, held.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        held.NumberOfFrames = len(pixels)
+    held.SamplesPerPixel, held.PhotometricInterpretation = 1, "MONOCHROME2"
+    held.BitsAllocated = held.BitsStored = 8 * pixels.dtype.itemsize
+    held.HighBit, held.PixelRepresentation = held.BitsStored - 1, int(pixels.dtype.kind == "i")
+    held.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        setattr(held, name, value)
+    held.save_as(path, enforce_file_format=True)
+    return path
+
+
+def numbers(*shape: int, kind: str = "uint16") -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 200, shape).astype(kind)
+
+
+def test_numbers_are_as_the_file_means_them(tmp_path):
+    stored = numbers(6, 8)
+    plain = read_dicom(dicom(tmp_path / "a", stored)).pixels
+    assert (plain.dtype, plain.shape) == (np.uint16, (1, 6, 8))
+    assert np.array_equal(plain[0], stored)
+    assert is_dicom(tmp_path / "a")
+    hounsfield = read_dicom(dicom(tmp_path / "b", stored, RescaleSlope=2, RescaleIntercept=-1024)).pixels
+    assert hounsfield.dtype == np.int16
+    assert np.array_equal(hounsfield[0], 2 * stored.astype(int) - 1024)
+    assert read_dicom(dicom(tmp_path / "c", stored, RescaleSlope=0.5, RescaleIntercept=0)).pixels.dtype == np.float32
+    white = read_dicom(dicom(tmp_path / "d", stored.astype("uint8"), PhotometricInterpretation="MONOCHROME1")).pixels
+    assert np.array_equal(white[0], 255 - stored)
+
+
+def test_slices_lie_by_position_and_voxels_have_a_size(tmp_path):
+    volume = numbers(4, 8, 40, kind="uint8")
+    (tmp_path / "series").mkdir()
+    for name, z in zip("abcd", (3, 1, 0, 2), strict=True):
+        place = [0, 0, 0.5 * z]
+        dicom(tmp_path / "series" / f"{name}.dcm", volume[z], PixelSpacing=[0.002, 0.002], ImagePositionPatient=place)
+    split = plugin.build({"rock": {"path": tmp_path / "series", "scale": 2}}, "data").read()
+    assert [np.array_equal(e.high[..., 0], volume[z, :, :30]) for z, e in enumerate(split.train)] == [True] * 4
+    assert split.pixel_size == 2
+    one = dicom(tmp_path / "v.dcm", volume.astype("uint16"), PixelSpacing=[0.002, 0.003])
+    frames = plugin.build({"scan": {"path": one, "window": [0, 255]}}, "data").read()
+    assert np.array_equal(frames.held_out[2].image[..., 0], volume[2])
+    assert frames.pixel_size is None  # a width and another height
+
+
+@pytest.mark.parametrize(("kind", "deep"), [("uint16", True), ("int16", False)])
+def test_what_is_made_of_it_is_a_tiff_with_smaller_voxels_in_its_own_units(kind, deep, tmp_path):
+    stored = (2000 + 3 * numbers(3, 16, 16).astype(int)).astype(kind)
+    about = {
+        "PixelSpacing": [0.04, 0.02],
+        "SliceThickness": 0.05,
+        "RescaleSlope": 1,
+        "RescaleIntercept": 0 if deep else -1000,
+    }
+    file = dicom(tmp_path / "scan.dcm", stored, **about)
+    artifact = plugin.build({"srcnn": {"scale": 2}}, "models").base(Context(seed=0, device="cpu"))
+    window = {"window": (1000 if not deep else 2000, 1600 if not deep else 2600)}
+    made = predict(artifact, [file], tmp_path / "out", window, Context(seed=0, device="cpu"))
+    assert [f.name for f in made.files] == ["scan.tif"]
+    pixels = tifffile.imread(made.files[0])
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), kind)
+    assert window["window"][0] <= np.median(pixels) <= window["window"][1]  # the window is undone
+    voxels = read_raster(made.files[0]).voxels
+    per = (1 / 0.02, 1 / 0.04) if deep else (10 / 0.02, 10 / 0.04)
+    assert voxels["resolution"] == pytest.approx([2 * each for each in per], rel=1e-6)
+    assert voxels.get("metadata") == ({"spacing": 0.05, "unit": "mm"} if deep else None)
+
+
+def test_an_npz_keeps_the_size_of_its_voxels(tmp_path):
+    np.savez(tmp_path / "v.npz", scan=numbers(2, 8, 8, kind="uint8"), voxel_size=5.0)
+    artifact = plugin.build({"srcnn": {"scale": 2}}, "models").base(Context(seed=0, device="cpu"))
+    made = predict(artifact, [tmp_path / "v.npz"], tmp_path / "out", {}, Context(seed=0, device="cpu"))
+    with np.load(made.files[0]) as archive:
+        assert {name: archive[name].shape for name in archive} == {"voxel_size": (), "scan": (2, 16, 16)}
+        assert archive["voxel_size"] == 2.5
+
+
+def test_bad_files_are_named(tmp_path, monkeypatch):
+    file = dicom(tmp_path / "a.dcm", numbers(6, 8))
+    whole = file.read_bytes()
+    (tmp_path / "cut.dcm").write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"cut.dcm: not a readable DICOM file: "):
+        read_dicom(tmp_path / "cut.dcm")
+    with pytest.raises(UserError, match=r"a.dcm: it is uint16\(1, 6, 8\); .*set window"):
+        plugin.build({"scan": {"path": file}}, "data").read()
+    with pytest.raises(UserError, match=r"more.dcm: not a readable DICOM file: "):
+        read_dicom(dicom(tmp_path / "more.dcm", numbers(6, 8), Rows=4))
+    colour = dicom(tmp_path / "c.dcm", numbers(6, 24, kind="uint8"), Columns=8, SamplesPerPixel=3)
+    with pytest.raises(UserError, match="is in colour, and grey is needed"):
+        read_dicom(colour)
+    monkeypatch.setattr("llmq.vision.dicom.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a.dcm: is DICOM; pip install 'llmq-suite\[dicom\]'"):
+        read_dicom(file)
