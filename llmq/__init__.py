@@ -1,22 +1,36 @@
 """llmq makes models small and proves what it cost.
 
-`llmq.run`, `finetune`, `quantize`, `search`, `evaluate`, `compare`, `gate`, `export`, `plan`, `predict`, `push` and
-`open` do what the commands of the same names do, and return the `Report`, the verdict, the files or the model. Nothing
-heavy is imported until one is called.
+`llmq.run`, `finetune`, `quantize`, `search`, `evaluate`, `compare`, `gate`, `export`, `plan`, `predict`, `push`,
+`sweep` and `open` do what the commands of the same names do, and return the `Report`, the verdict, the files or the
+model. Nothing heavy is imported until one is called.
 """
 
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmq.api import compare, evaluate, export, finetune, gate, open, plan, predict, push, quantize, run, search
+    from llmq.api import (
+        compare,
+        evaluate,
+        export,
+        finetune,
+        gate,
+        open,
+        plan,
+        predict,
+        push,
+        quantize,
+        run,
+        search,
+        sweep,
+    )  # fmt: skip
     from llmq.errors import LlmqError, UserError
     from llmq.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
     "LlmqError", "Report", "UserError", "compare", "evaluate", "export", "finetune", "gate", "open", "plan", "predict",
-    "push", "quantize", "run", "search",
+    "push", "quantize", "run", "search", "sweep",
 ]  # fmt: skip
 
 

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from llmq.recipe import Recipe
     from llmq.report import Report
     from llmq.searching import Searched
+    from llmq.sweeping import Swept
     from llmq.targets import Bring
     from llmq.types import Loaded
 
 __all__ = [
     "compare", "evaluate", "export", "finetune", "gate", "open", "plan", "predict", "push", "quantize", "run", "search",
+    "sweep",
 ]  # fmt: skip
 
 Target = str | os.PathLike[str]
@@ -263,6 +265,19 @@ def search(
 
     job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device)
     return job.best(methods)
+
+
+def sweep(file: Target, *, out: Target | None = None, trust_remote_code: bool = False) -> "Swept":
+    """Run a recipe under many settings, as a YAML file says: a grid, a list, or a search by Optuna's TPE.
+
+    Each run is a process of its own; finished ones are skipped, failed ones tried once more. Runs that begin with the
+    same base and steps make those once. Returns the runs with their figures, the Pareto front and the best.
+    """
+    from llmq import sweeping
+
+    trust.given(trust_remote_code)
+    asked = sweeping.load(Path(file))
+    return sweeping.sweep(asked, Path(out or Path("runs") / Path(file).stem))
 
 
 def evaluate(

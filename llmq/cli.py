@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 from typer.exceptions import TyperException
 
-from llmq import __version__, api, cli_judging, cli_looking, cli_planning, cli_using, errors, stopping, trust
+from llmq import (
+    __version__,
+    api,
+    cli_judging,
+    cli_looking,
+    cli_planning,
+    cli_sweeping,
+    cli_using,
+    errors,
+    stopping,
+    trust,
+)
 from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Out, Overrides, Trust
 from llmq.errors import UserError, in_bytes, visible
 from llmq.files import in_json, to_json
@@ -355,6 +366,7 @@ app.command(name="help", hidden=True)(cli_looking.show)
 app.command(name="runs")(cli_looking.list_runs)
 app.command()(cli_looking.doctor)
 app.command()(cli_planning.plan)
+app.command()(cli_sweeping.sweep)
 
 
 @app.command(name="copy")

@@ -1,0 +1,396 @@
+"""Many runs of one recipe under other settings: a grid, a list or a search, one process a run.
+
+Finished runs are skipped, failed ones tried again once. Runs that begin with the same base and steps make those stages
+once: the stages of a finished run are linked into the folder of the next one, which resumes after them.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from llmq import answers, environment, processes, reading, trust
+from llmq import recipe as recipes
+from llmq.artifact import MACHINE
+from llmq.errors import LlmqError, UserError, explain
+from llmq.files import CARD, at_home, sha256_text, write_json, write_text
+from llmq.guarded.files import read_json_object
+from llmq.rules import Rule, read_rule
+from llmq.source import read, to_flow, to_yaml
+from llmq.terminal import say
+from llmq.types import JsonObject
+
+if TYPE_CHECKING:
+    from llmq.recipe import Recipe
+
+Settings = Mapping[str, Any]
+"""Overrides of a recipe: `{"adapt.lora.r": 32}`."""
+RunIn = Callable[["Point"], int]
+"""Runs a point in its folder; returns the exit code of `llmq run`."""
+DONE = (0, 1, 3)
+"""The exit codes of a run that ended: its gate passed, failed, or is undecided."""
+TOLD, PAGE = "sweep.json", "compare.html"
+ANSWERS = ("measurements.json", "clocks.json", "samples", "pictures", "lm_eval", CARD)
+"""What tasks leave in a stage: another run may ask other tasks, and the cache knows answers to the same ones."""
+
+
+class Range(BaseModel):
+    """The numbers between which a search looks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: float
+    high: float
+    log: bool = False
+
+
+class Sweep(BaseModel):
+    """A sweep as its YAML says it: one of `grid`, `list` and `search`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    overrides: dict[str, Any] = {}
+    """Settings of every run."""
+    grid: dict[str, list[Any]] = {}
+    list: tuple[dict[str, Any], ...] = ()
+    search: dict[str, Range | tuple[Any, ...]] = {}
+    """What Optuna's TPE may choose: one of some values, or a number of a range."""
+    trials: PositiveInt = 20
+    objectives: tuple[str, ...] = Field(("token_perplexity", "bytes_on_disk"), min_length=1)
+    """Figures of the last stage; their directions are those of the figures."""
+    gate: tuple[str, ...] = ()
+    """Rules on the last stage; the best run is the first by the first objective among those that pass."""
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+@dataclass
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    settings: Settings
+    recipe: "Recipe"
+    folder: Path
+    code: int | None = None
+    """The exit code of its run; None before."""
+    tries: int = 0
+    shared: tuple[str, ...] = ()
+    """The stages that another run of the sweep had made."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """The objectives, by name."""
+    losses: Sequence[float] = ()
+    """The same figures, with those turned round that are better when higher."""
+    hashes: Sequence[str] = ()
+    """The beginnings of the recipe, once they were looked at."""
+    gate: str = ""
+    """The verdict on the rules of the sweep."""
+
+    @property
+    def done(self) -> bool:
+        """True if the run ended."""
+        return self.code in DONE
+
+    def plain(self) -> JsonObject:
+        """The point as JSON holds it."""
+        told = {k: v for k, v in asdict(self).items() if k not in ("recipe", "folder", "losses", "hashes")}
+        return {**told, "folder": self.folder.name, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep at its end."""
+
+    folder: Path
+    points: Sequence[Point]
+    front: Sequence[str]
+    """The runs that no other run beats in one objective without losing in another."""
+    best: str | None
+    """The best run by the first objective, of those that pass the gate."""
+
+    @property
+    def failed(self) -> Sequence[Point]:
+        """The runs that failed, twice each."""
+        return [point for point in self.points if not point.done]
+
+    def plain(self) -> JsonObject:
+        """The sweep as JSON holds it."""
+        runs = [point.plain() for point in self.points]
+        return {"folder": str(self.folder), "runs": runs, "front": list(self.front), "best": self.best}
+
+
+def load(file: Path) -> Sweep:
+    """The sweep in a YAML file. Raises `UserError` with the place and the cure."""
+    source = read(file)
+    try:
+        sweep = Sweep.model_validate(source.data if isinstance(source.data, dict) else {})
+    except ValidationError as error:
+        first = error.errors()[0]["loc"][:1]
+        same = [e for e in error.errors() if e["loc"][:1] == first]
+        raise UserError(f"{source.where(first)}: {explain(same, Sweep)}") from None
+    if sum(map(bool, (sweep.grid, sweep.list, sweep.search))) != 1:
+        raise UserError(f"{source.name}: a sweep has one of 'grid', 'list' and 'search'")
+    for rule in sweep.gate:
+        read_rule(rule)
+    beside = file.parent / sweep.recipe  # a path starts at the sweep's own folder
+    return sweep.model_copy(update={"recipe": str(beside)}) if beside.is_file() else sweep
+
+
+def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None) -> Swept:
+    """Run every point of a sweep in a folder of `out`, and write the table after each. Raises `UserError` first.
+
+    `run_in` runs a point; a process of its own if unset, so that a run killed for its memory ends no other.
+    """
+    points = [_point(asked, settings, out) for settings in settings_of(asked)]
+    if len({point.name for point in points}) < len(points):
+        raise UserError("two runs of this sweep have the same settings; name each once")
+    if not (points or asked.search):
+        raise UserError("this sweep has no runs; give each setting of its grid a value")
+    _check_recipe(asked, out)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = _searched(asked, out) if asked.search else _in_order(points)
+    done: list[Point] = []
+    for point, told in chosen:
+        done.append(point)
+        _run(point, done, run_in or in_a_process)
+        if point.done:
+            _judge(asked, point)
+        told(point)
+        swept = _write(asked, out, done)
+    return swept
+
+
+def settings_of(asked: Sweep) -> Iterator[Settings]:
+    """The settings of each run of a grid or a list, those for every run with them."""
+    if asked.grid:
+        for values in product(*asked.grid.values()):
+            yield {**asked.overrides, **dict(zip(asked.grid, values, strict=True))}
+    for entry in asked.list:
+        yield {**asked.overrides, **entry}
+
+
+def _point(asked: Sweep, settings: Settings, out: Path) -> Point:
+    """The run of some settings. Raises `UserError` for settings that the recipe does not take."""
+    from llmq.overrides import in_order
+
+    name = name_of({k: v for k, v in settings.items() if asked.overrides.get(k) != v})
+    return Point(name, settings, recipes.load(asked.recipe, in_order(settings)), out / name)
+
+
+def name_of(settings: Settings) -> str:
+    """The name of a run: the last part of each key with the value, and a hash that tells runs of one name apart."""
+    parts = (f"{key.rpartition('.')[2]}-{to_flow(value)}" for key, value in settings.items())
+    told = re.sub(r"[^\w.-]+", "-", "_".join(parts)).strip("-.")[:60]
+    return f"{told or 'run'}-{sha256_text(json.dumps(dict(settings), sort_keys=True, default=str))[:6]}"
+
+
+def _check_recipe(asked: Sweep, out: Path) -> None:
+    """Raise `UserError` where `out` holds the runs of another sweep."""
+    kept = out / TOLD
+    if kept.is_file() and read_json_object(kept).get("sweep", {}).get("recipe") != asked.recipe:
+        raise UserError(f"{str(kept)!r} is of another sweep; use a new --out")
+
+
+def _in_order(points: Sequence[Point]) -> Iterator[tuple[Point, Callable[[Point], None]]]:
+    return ((point, lambda point: None) for point in points)
+
+
+def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point], None]]]:
+    """The runs that Optuna's TPE chooses, each told of before the next; the same seed chooses the same again."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("a search needs Optuna: pip install optuna; a grid and a list need nothing") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=asked.seed)
+    study = optuna.create_study(directions=["minimize"] * len(asked.objectives), sampler=sampler)
+    known: dict[str, Point] = {}
+    for _ in range(asked.trials):
+        trial = study.ask()
+        settings = {**asked.overrides, **{key: _chosen(trial, key, space) for key, space in asked.search.items()}}
+        point = _point(asked, settings, out)
+
+        def told(point: Point, trial: Any = trial) -> None:
+            failed = None if point.done else optuna.trial.TrialState.FAIL
+            study.tell(trial, list(point.losses) or None, state=failed)
+
+        if point.name in known:  # few values to choose among are chosen twice
+            told(known[point.name])
+            continue
+        known[point.name] = point
+        yield point, told
+
+
+def _chosen(trial: Any, key: str, space: Range | tuple[Any, ...]) -> Any:
+    if not isinstance(space, Range):
+        return trial.suggest_categorical(key, list(space))
+    whole = space.low.is_integer() and space.high.is_integer() and not space.log
+    suggest = trial.suggest_int if whole else trial.suggest_float
+    return suggest(key, *map(int if whole else float, (space.low, space.high)), log=space.log)
+
+
+def _run(point: Point, points: Sequence[Point], run_in: RunIn) -> None:
+    """Run a point unless it is finished, and once more if it fails."""
+    if finished(point):
+        point.code = 0
+        say(f"{point.name}: finished already")
+        return
+    if not (point.folder / "recipe.yaml").is_file():
+        point.shared = share_beginning(
+            point, [p for p in points if p is not point and p.done and (p.folder / "0-base").is_dir()]
+        )
+    for point.tries in (1, 2):
+        again = " once more" if point.tries == 2 else ""
+        beside = f", after {point.shared[-1]} of another run" if point.shared and not again else ""
+        say(f"{point.name}: runs{again}{beside}")
+        point.code = run_in(point)
+        if point.done or point.code in (130, 143):
+            break
+    if point.code in (130, 143, -2, -15):
+        raise LlmqError(f"{point.name} was stopped; the same command goes on")
+
+
+def finished(point: Point) -> bool:
+    """True if the run of a point ended before, by this very recipe, and nothing in it failed."""
+    report, kept = point.folder / "report.json", point.folder / "recipe.yaml"
+    if not (report.is_file() and kept.is_file()):
+        return False
+    same = read(kept).data == json.loads(json.dumps(point.recipe.plain(), default=str))
+    if not same:
+        raise UserError(f"{str(kept)!r} holds another recipe; the recipe of the sweep has changed: use a new --out")
+    return not read_json_object(report).get("failures")
+
+
+def in_a_process(point: Point) -> int:
+    """Run a point in a process of its own; returns the exit code, or the negative number of a signal."""
+    file = point.folder.with_name(f"{point.folder.name}.yaml")
+    write_text(file, to_yaml(point.recipe.plain()))
+    words = [sys.executable, "-m", "llmq", "run", str(file), "--out", str(point.folder), "--resume"]
+    words += ["--trust-remote-code"] if trust.remote_code() else []
+    point.folder.mkdir(exist_ok=True)
+    with (point.folder.with_name(f"{point.folder.name}.log")).open("a", encoding="utf-8") as log:
+        ended = subprocess.run(
+            words, stdout=log, stderr=subprocess.STDOUT, check=False, preexec_fn=processes.end_with_parent
+        )
+    return ended.returncode
+
+
+def beginnings(recipe: "Recipe") -> list[str]:
+    """A hash for each stage, of everything that decides its files: weights, steps, data, code, libraries, seed."""
+    fixed = {
+        "model": answers.settings(recipe.model),
+        "weights": _stamp(str(getattr(recipe.model, "weights", ""))),
+        "run": [recipe.seed, recipe.device, recipe.threads],
+        "libraries": {name: environment.library_version(name) for name in environment.LIBRARIES},
+        "llmq": answers.own_code(),
+    }
+    made = []
+    for count in range(len(recipe.steps) + 1):
+        steps = recipe.steps[:count]
+        data = reading.hashes(steps)
+        told = {**fixed, "steps": [answers.settings(step) for step in steps], "data": data}
+        made.append(sha256_text(json.dumps(told, sort_keys=True, default=str)))
+    return made
+
+
+def _stamp(weights: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of weights that lie here; of a hub id nothing, as its cache is not changed."""
+    place = at_home(weights)
+    files = sorted(place.glob("*")) if weights and place.is_dir() else [place] if place.is_file() else []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
+def share_beginning(point: Point, others: Sequence[Point]) -> tuple[str, ...]:
+    """Link the stages that another run made by the same beginning into the folder of a new one; their names."""
+    for each in (point, *others):
+        each.hashes = each.hashes or beginnings(each.recipe)
+
+    def same(other: Point) -> int:
+        # A hash is of all steps before, so that those in common come first.
+        return sum(a == b for a, b in zip(point.hashes, other.hashes, strict=False))
+
+    best = max(others, key=same, default=None)
+    if best is None or same(best) < 2:  # a base alone is brought as quickly
+        return ()
+    names = point.recipe.stage_names[: same(best)]
+    for name in names:
+        _link(best.folder / name, point.folder / name)
+    write_text(point.folder / "recipe.yaml", to_yaml(point.recipe.plain()))
+    return tuple(names)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a stage of the files of another without a second copy of the weights, and without its answers."""
+
+    def unasked(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name in ANSWERS and Path(folder) == source]
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, target, copy_function=_link_or_copy, ignore=unasked)
+    if (file := target / MACHINE).is_file():
+        told = read_json_object(file)
+        file.unlink()  # or the file of the other run would change
+        write_json(file, {k: v for k, v in told.items() if k != "asked"})
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
+
+
+def _judge(asked: Sweep, point: Point) -> None:
+    """Note the objectives of a run that ended, and the verdict on the rules of the sweep.
+
+    Raises `UserError` for an objective that its last stage does not have.
+    """
+    from llmq.judge import gate, results
+
+    *_, last = results.run(point.folder).values()
+    found = [gate.resolve(Rule(name, name, True, False), last.measurements) for name in asked.objectives]
+    point.figures = {name: m.value for name, m in zip(asked.objectives, found, strict=True)}
+    point.losses = [m.value if m.better == "lower" else -m.value for m in found]
+    point.gate = gate.overall(gate.of_run(str(point.folder), asked.gate)) if asked.gate else ""
+
+
+def front(rows: Mapping[str, Sequence[float]]) -> list[str]:
+    """The names whose figures, all better when lower, no other row beats in one and equals or beats in the rest."""
+
+    def beats(a: Sequence[float], b: Sequence[float]) -> bool:
+        return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+    return [name for name, mine in rows.items() if not any(beats(other, mine) for other in rows.values())]
+
+
+def _write(asked: Sweep, out: Path, points: Sequence[Point]) -> Swept:
+    """Write the table of the runs so far, and their comparison as a page."""
+    done = [point for point in points if point.done]
+    rows = {point.name: point.losses for point in done}
+    passing = [p.name for p in done if p.gate in ("", "pass")]
+    best = min(passing, key=lambda name: tuple(rows[name]), default=None)
+    swept = Swept(out, list(points), front(rows), best)
+    write_json(out / TOLD, {"sweep": asked.model_dump(mode="json"), **swept.plain()})
+    if len(done) > 1:
+        _draw(done, out)
+    return swept
+
+
+def _draw(done: Sequence[Point], out: Path) -> None:
+    from llmq.judge import comparisons
+    from llmq.report.html import draw_comparison
+
+    try:
+        found = comparisons.side_by_side(comparisons.targets([str(point.folder) for point in done]))
+    except UserError as error:  # runs that share no figure have no page
+        say(f"no page: {error}")
+        return
+    write_text(out / PAGE, draw_comparison(found))

@@ -1,0 +1,214 @@
+"""llmq sweep: every run once, shared beginnings made once, the front and the best by slow obvious sums."""
+
+import json
+import random
+
+import pytest
+import yaml
+
+import llmq
+from llmq import cli, cli_sweeping, sweeping
+from llmq.errors import UserError
+from llmq.report import Report
+
+
+@pytest.fixture
+def recipe(tiny_llama, tiny_jsonl, tmp_path):
+    """A recipe of two steps beside which sweeps lie."""
+    steps = [
+        {"quantize.rtn": {"bits": 4, "group_size": 32}},
+        {"adapt.lora": {"data": str(tiny_jsonl), "r": 2, "max_length": 64, "max_steps": 1, "held_out_rows": 0}},
+    ]
+    asked = ["size", {"perplexity": {"data": str(tiny_jsonl), "limit": 2, "window": 32}}]
+    model = {"causal_lm": {"weights": str(tiny_llama)}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"model": model, "steps": steps, "evaluate": asked}))
+    return tmp_path / "job.yaml"
+
+
+@pytest.fixture
+def sweep_of(recipe):
+    def write(**parts):
+        file = recipe.with_name("sweep.yaml")
+        file.write_text(yaml.safe_dump({"recipe": "job.yaml", **parts}))
+        return file
+
+    return write
+
+
+class Fake:
+    """Runs that take no time; `codes` are the exit codes of each name, one a try."""
+
+    def __init__(self, monkeypatch, figures, codes=()):
+        self.ran, self.figures, self.codes = [], figures, dict(codes)
+        monkeypatch.setattr(sweeping, "_judge", self.judge)
+        monkeypatch.setattr(sweeping, "share_beginning", lambda point, others: ())
+        monkeypatch.setattr(sweeping, "_draw", lambda done, out: None)
+
+    def __call__(self, point):
+        self.ran.append(point.name)
+        return self.codes.get(point.name, [0, 0])[point.tries - 1]
+
+    def judge(self, asked, point):
+        point.losses = self.figures(point.settings)
+        point.figures = dict(zip(asked.objectives, point.losses, strict=True))
+        point.gate = "pass" if point.losses[1] < 3 else "fail"
+
+
+def in_this_process(point):
+    point.folder.mkdir(exist_ok=True)
+    llmq.run(point.recipe, out=point.folder, resume=True)
+    return 0
+
+
+def test_a_grid_is_every_combination_and_a_list_what_it_lists(sweep_of):
+    asked = sweeping.load(sweep_of(grid={"adapt.lora.r": [2, 4], "seed": [0, 1, 2]}, overrides={"device": "cpu"}))
+    settings = list(sweeping.settings_of(asked))
+    assert settings == [{"device": "cpu", "adapt.lora.r": r, "seed": s} for r in (2, 4) for s in (0, 1, 2)]
+    listed = sweeping.load(sweep_of(list=[{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]))
+    assert [dict(s) for s in sweeping.settings_of(listed)] == [{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({}, "one of 'grid', 'list' and 'search'"),
+        ({"grid": {"seed": [1]}, "list": [{"seed": 2}]}, "one of"),
+        ({"grids": {"seed": [1]}}, "did you mean 'grid'"),
+        ({"grid": {"seed": 3}}, "grid"),
+        ({"grid": {"seed": []}}, "no runs"),
+        ({"grid": {"adapt.lora.rank": [1]}}, "unknown key 'rank'"),
+        ({"list": [{"seed": 1}, {"seed": 1}]}, "same settings"),
+        ({"grid": {"seed": [1]}, "gate": ["perplexity is low"]}, "cannot be read"),
+        ({"grid": {"seed": [1]}, "objectives": []}, "objectives"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line_before_anything_runs(parts, told, sweep_of, tmp_path):
+    with pytest.raises(UserError, match=told):
+        sweeping.sweep(sweeping.load(sweep_of(**parts)), tmp_path / "out", lambda point: pytest.fail("it ran"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_is_tried_once_more_and_told_of(sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}))
+    names = [sweeping.name_of({"seed": s}) for s in (0, 1, 2)]
+    fake = Fake(monkeypatch, lambda s: [s["seed"], s["seed"]], {names[0]: [4, 0], names[1]: [-9, 4]})
+    swept = sweeping.sweep(asked, tmp_path / "out", fake)
+    assert fake.ran == [names[0], names[0], names[1], names[1], names[2]]
+    assert [p.name for p in swept.failed] == [names[1]]
+    told = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(r["name"], r["code"], r["tries"]) for r in told["runs"]] == [
+        (names[0], 0, 2), (names[1], 4, 2), (names[2], 0, 1),
+    ]  # fmt: skip
+    assert "FAILED with 4" in cli_sweeping.as_text(swept)
+
+
+def test_the_best_is_the_first_of_those_that_pass_and_none_may(sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}, gate=["perplexity <= 3"]))
+    swept = sweeping.sweep(asked, tmp_path / "a", Fake(monkeypatch, lambda s: [s["seed"], 5 - 2 * s["seed"]]))
+    assert swept.best == sweeping.name_of({"seed": 2})  # the others are better and do not pass
+    assert len(swept.front) == 3
+    none = sweeping.sweep(asked, tmp_path / "b", Fake(monkeypatch, lambda s: [1, 9]))
+    assert none.best is None
+
+
+def test_the_front_is_what_nothing_beats():
+    rng = random.Random(0)
+    for _ in range(200):
+        rows = {str(i): [rng.randint(0, 4) for _ in range(3)] for i in range(rng.randint(1, 9))}
+        slow = []
+        for name, mine in rows.items():
+            worse = [all(b <= m for b, m in zip(r, mine, strict=True)) and r != mine for r in rows.values()]
+            slow += [] if any(worse) else [name]
+        assert sweeping.front(rows) == slow
+
+
+@pytest.mark.slow
+def test_runs_that_begin_alike_make_the_beginning_once_and_come_out_the_same(sweep_of, tmp_path):
+    asked = sweeping.load(sweep_of(grid={"adapt.lora.r": [2, 4]}, objectives=["token_perplexity", "bytes_on_disk"]))
+    swept = sweeping.sweep(asked, tmp_path / "out", in_this_process)
+    first, second = swept.points
+    assert (first.shared, second.shared) == ((), ("0-base", "1-quantize.rtn"))
+    weights = [next((p.folder / "1-quantize.rtn").glob("*.safetensors")) for p in (first, second)]
+    assert weights[0].samefile(weights[1])
+    alone = llmq.run(second.recipe, out=tmp_path / "alone", cache=False)
+
+    def figures(report):
+        return {(m["stage"], m["metric"]): m["value"] for m in report.measurements}
+
+    assert figures(Report.read(second.folder)) == figures(alone)
+    for name in second.recipe.stage_names[1:]:
+        for file in (tmp_path / "alone" / name).glob("*.safetensors"):
+            assert (second.folder / name / file.name).read_bytes() == file.read_bytes()
+    assert "r-2" in (tmp_path / "out" / "compare.html").read_text()
+    again = sweeping.sweep(asked, tmp_path / "out", lambda point: pytest.fail("it is finished"))
+    assert (again.best, again.front) == (swept.best, swept.front)
+
+
+def test_other_seeds_data_or_weights_share_no_beginning(recipe, tiny_jsonl):
+    def hashes(**changes):
+        from llmq import recipe as recipes
+
+        return sweeping.beginnings(recipes.load(str(recipe), [f"{k}={v}" for k, v in changes.items()]))
+
+    plain = hashes()
+    assert len(set(plain)) == 3
+    assert hashes() == plain
+    assert [a == b for a, b in zip(plain, hashes(**{"adapt.lora.r": 4}), strict=True)] == [True, True, False]
+    assert [a == b for a, b in zip(plain, hashes(**{"quantize.rtn.bits": 8}), strict=True)] == [True, False, False]
+    assert not set(plain) & set(hashes(seed=1))
+    assert not set(plain) & set(hashes(**{"model.dtype": "float32"}))
+    text = tiny_jsonl.read_text()
+    try:
+        tiny_jsonl.write_text(text + text.splitlines()[0].replace("1", "2") + "\n")
+        assert [a == b for a, b in zip(plain, hashes(), strict=True)] == [True, True, False]
+    finally:
+        tiny_jsonl.write_text(text)
+
+
+def test_a_folder_of_another_recipe_is_refused(sweep_of, recipe, tmp_path):
+    asked = sweeping.load(sweep_of(list=[{"seed": 1}]))
+    sweeping.sweep(asked, tmp_path / "out", in_this_process)
+    recipe.write_text(recipe.read_text().replace("max_steps: 1", "max_steps: 2"))
+    with pytest.raises(UserError, match="the recipe of the sweep has changed"):
+        sweeping.sweep(sweeping.load(sweep_of(list=[{"seed": 1}])), tmp_path / "out", in_this_process)
+
+
+def test_a_search_finds_what_a_grid_would_and_chooses_the_same_again(sweep_of, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    space = {"adapt.lora.r": [2, 4, 8], "adapt.lora.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}
+    asked = sweeping.load(sweep_of(search=space, trials=30))
+
+    def far(settings):
+        return [abs(settings["adapt.lora.learning_rate"] - 1e-3) * settings["adapt.lora.r"], 1.0]
+
+    fakes = [Fake(monkeypatch, far) for _ in range(2)]
+    made = [sweeping.sweep(asked, tmp_path / str(i), fake) for i, fake in enumerate(fakes)]
+    assert fakes[0].ran == fakes[1].ran
+    best = next(p for p in made[0].points if p.name == made[0].best)
+    assert best.settings["adapt.lora.r"] == 2
+    assert best.settings["adapt.lora.learning_rate"] == pytest.approx(1e-3, rel=0.5)
+
+
+def test_a_search_chooses_whole_numbers_of_whole_ranges_and_runs_no_choice_twice(sweep_of, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    asked = sweeping.load(sweep_of(search={"seed": {"low": 0, "high": 2}}, trials=9))
+    fake = Fake(monkeypatch, lambda s: [s["seed"], 1.0])
+    sweeping.sweep(asked, tmp_path / "out", fake)
+    assert set(fake.ran) <= {sweeping.name_of({"seed": s}) for s in (0, 1, 2)}
+    assert len(set(fake.ran)) == len(fake.ran) > 1
+
+
+@pytest.mark.slow
+def test_the_command_runs_each_in_a_process_and_ends_with_what_it_found(sweep_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = {"adapt.lora.learning_rate": 1e30}  # no finite weight after a step
+    file = sweep_of(list=[{"adapt.lora.r": 2}, bad], gate=["bytes_on_disk <= 1kB"])
+    monkeypatch.setattr("sys.argv", ["llmq", "sweep", str(file), "--out", "out"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 4, said
+    assert "FAILED with 4" in said.out
+    assert "best: none passes the gate" in said.out
+    assert "1 of 2 runs failed" in said.err
+    assert len(list((tmp_path / "out").glob("*.log"))) == 2
