@@ -123,6 +123,8 @@ def check_base(
         base.model.check_fits(base, needs)
     for name, part in parts:
         with asking(where, name):
+            if isinstance(part, Step) and (runtime := part.left.get("runtime")):
+                base.model.check_runtime(str(runtime))
             part.check_base(base)
             for data in data_of(part):
                 if isinstance(part, Step) and part.uses == "calibration" and not len(data.read().train):

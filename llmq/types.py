@@ -146,6 +146,9 @@ class Model(Plugin):
     def check_fits(self, artifact: "Artifact", needs: Mapping[str, Needs]) -> None:
         """Raise `UserError` for parts that do not fit each other, or not the `needs` of each step or task by name."""
 
+    def check_runtime(self, runtime: str) -> None:
+        """Raise `UserError` for a network that is not exported to a runtime."""
+
     def outputs_of(self, split: "Split") -> Mapping[int, str]:
         """The class of each output, for weights that know classes by number alone; empty where names decide."""
         return {}

@@ -342,7 +342,7 @@ def test_tiles_cover_every_pixel_once(height, width, tile, overlap):
     from llmq.vision.super_resolution import _tiles
 
     covered = np.zeros((2 * height, 2 * width), int)
-    for seen, kept, place in _tiles(height, width, tile, overlap, 2):
+    for seen, kept, place in _tiles((height, width), tile, overlap, 2):
         covered[place] += 1
         made = np.zeros((height, width))[seen].repeat(2, 0).repeat(2, 1)
         assert made[kept].shape == covered[place].shape

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord, data_of_run
-from llmq.types import Exhibit, Loaded, Measurement, Split, Task
+from llmq.types import Exhibit, Loaded, Measurement, Task
 from llmq.vision.segmentation import Method, Segmentation
 from llmq.vision.super_resolution import SuperResolution
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from llmq.sketch import Sketch, Work
-    from llmq.vision.images import Example
 
 KINDS = (("model", ""), ("bicubic", "bicubic_"))
 REACH, SMOOTH = 3, 2
@@ -54,7 +53,11 @@ class NoReference(Task[SuperResolution]):
         split = self.data.read()
         if not len(split.held_out):
             raise UserError(f"{self.data.word} has nothing held out to measure on")
-        channels = split.held_out[0].image.shape[2]
+        volumes = split.held_out[0].image.ndim == 4
+        if volumes != base.model.volumetric:
+            fits = [f"{3 if each else 2} dimensions" for each in (volumes, base.model.volumetric)]
+            raise UserError(f"{self.data.word} is of {fits[0]}, and the network of {fits[1]}")
+        channels = split.held_out[0].image.shape[-1]
         if channels not in (1, base.model.channels):
             raise UserError(f"{self.data.word} has {channels} channels, and the network {base.model.channels}")
 
@@ -66,16 +69,17 @@ class NoReference(Task[SuperResolution]):
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
-        from llmq.vision.upscaled import PROTOCOL, enlarged
+        from llmq.vision.upscaled import PROTOCOL, enlarged, slices
 
         split = self.data.read()
         self.check_base(loaded.artifact)
-        examples = list(split.held_out[: self.limit])
+        lows: list[tuple[str, ndarray]] = []
         grey: dict[str, list[ndarray]] = {"model": [], "bicubic": []}
-        for example in examples:
-            simple, made = enlarged(loaded, example)
-            grey["bicubic"].append(luma(simple).round().astype("uint8"))
-            grey["model"].append(luma(made).round().astype("uint8"))
+        for example in split.held_out[: self.limit]:
+            for name, low, (simple, made) in slices(example.name, example.image, *enlarged(loaded, example)):
+                lows.append((name, low))
+                grey["bicubic"].append(luma(simple).round().astype("uint8"))
+                grey["model"].append(luma(made).round().astype("uint8"))
         way, scale = self._segmentation, loaded.artifact.model.scale
         levels = {kind: way.level(images) for kind, images in grey.items()}
         if levels["bicubic"] is None:
@@ -84,8 +88,8 @@ class NoReference(Task[SuperResolution]):
         protocol = f"x{scale}; {way.told}{own}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
         for kind, prefix in KINDS:
             yield from self._figures(prefix, grey[kind], levels[kind], scale, protocol)
-        for i, example in enumerate(examples[: self.pictures]):
-            yield self._shown(example, split, {kind: grey[kind][i] for kind in grey}, levels)
+        for i, (name, low) in enumerate(lows[: self.pictures]):
+            yield self._shown(name, low, {kind: grey[kind][i] for kind in grey}, levels)
 
     def _figures(
         self, prefix: str, images: "Sequence[ndarray]", level: int | None, scale: int, protocol: str
@@ -138,12 +142,12 @@ class NoReference(Task[SuperResolution]):
         yield mean(self.name, metric, known, unit, "lower", f"{words}{left_out}; {protocol}")
 
     def _shown(
-        self, example: "Example", split: Split, grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
+        self, name: str, low: "ndarray", grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
     ) -> Exhibit:
         from llmq.vision.pictures import panels, png, show
 
         figure, axes = panels(1, 4, 2.2, 2.3)
-        show(axes[0, 0], example.image, "low")
+        show(axes[0, 0], low, "low")
         curves = axes[0, 3]
         for panel, kind, colour in zip(axes[0, 1:3], ("bicubic", "model"), ("C1", "C0"), strict=True):
             show(panel, grey[kind][..., None], kind)
@@ -155,5 +159,5 @@ class NoReference(Task[SuperResolution]):
         curves.spines[["left", "bottom"]].set_visible(True)
         curves.tick_params(labelsize=7)
         curves.legend(frameon=False, fontsize=7.5)
-        size = f"{example.image.shape[1]} x {example.image.shape[0]} pixels"
-        return Exhibit(self.name, example.name, size, "dotted: the threshold", picture=png(figure))
+        size = f"{low.shape[1]} x {low.shape[0]} pixels"
+        return Exhibit(self.name, name, size, "dotted: the threshold", picture=png(figure))

@@ -43,8 +43,8 @@ class SuperResolution(Task[family.SuperResolution]):
 
         border = self._border(base.model)
         for pair in held_out_pairs(base, self.data.read(), self.limit):
-            if min(pair.high.shape[:2]) - 2 * border < SSIM_SIDE:
-                raise UserError(f"{pair.name}: {pair.high.shape[:2]} less a border of {border} is under {SSIM_SIDE}")
+            if min(pair.high.shape[-3:-1]) - 2 * border < SSIM_SIDE:
+                raise UserError(f"{pair.name}: {pair.high.shape[-3:-1]} less a border of {border} is under {SSIM_SIDE}")
 
     def _border(self, model: family.SuperResolution) -> int:
         return model.scale if self.border is None else self.border

@@ -4,7 +4,7 @@
 normalised, the image mirrored at its edges. `KERNELS` are the kernels of DRSRD1's "unknown" downsampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +49,19 @@ def weights(size: int, target: int, kernel: str = "cubic") -> ndarray:
 
 
 def resize(image: ndarray, height: int, width: int, kernel: str = "cubic") -> ndarray:
-    """Resize an image `(height, width, channels)`; the result is float64 and not clipped."""
+    """Resize an image `(…, height, width, channels)`; the result is float64 and not clipped."""
     image = np.asarray(image, dtype=np.float64)
-    rows, columns = weights(image.shape[0], height, kernel), weights(image.shape[1], width, kernel)
-    resized: ndarray = np.einsum("ya,abc,xb->yxc", rows, image, columns, optimize=True)
+    rows, columns = weights(image.shape[-3], height, kernel), weights(image.shape[-2], width, kernel)
+    resized: ndarray = np.einsum("ya,...abc,xb->...yxc", rows, image, columns, optimize=True)
     return resized
+
+
+def _resized(image: ndarray, sides: Sequence[int], kernel: str = "cubic") -> ndarray:
+    """An image or a volume of other sides; a volume slice by slice, and then across them."""
+    made = resize(image, sides[-2], sides[-1], kernel)
+    if len(sides) == 3:
+        made = np.tensordot(weights(len(image), sides[0], kernel), made, 1)
+    return made
 
 
 def to_uint8(image: ndarray) -> ndarray:
@@ -63,8 +71,8 @@ def to_uint8(image: ndarray) -> ndarray:
 
 
 def downsample(image: ndarray, scale: int, kernel: str = "cubic") -> ndarray:
-    """Shrink an image by `scale`, a divisor of both sides, and round the result to uint8."""
-    return to_uint8(resize(image, image.shape[0] // scale, image.shape[1] // scale, kernel))
+    """Shrink an image or a volume by `scale`, a divisor of all sides, and round the result to uint8."""
+    return to_uint8(_resized(image, [side // scale for side in image.shape[:-1]], kernel))
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,17 @@ class Disturbance:
     blur: tuple[float, float]  # pixels
 
     def of(self, image: ndarray, rng: np.random.Generator) -> ndarray:
-        """Blur a uint8 image `(height, width, channels)`, and add Gaussian noise."""
+        """Blur a uint8 image or volume `(…, channels)`, and add Gaussian noise."""
         from scipy.ndimage import gaussian_filter
 
         spread, level = rng.uniform(*self.blur), rng.uniform(*self.noise)
-        blurred = gaussian_filter(image.astype(np.float64), (spread, spread, 0))
+        blurred = gaussian_filter(image.astype(np.float64), (*[spread] * (image.ndim - 1), 0))
         return to_uint8(blurred + level * rng.standard_normal(image.shape))
 
 
 def bicubic(low: ndarray, scale: int) -> ndarray:
-    """Enlarge an image by cubic interpolation; the result is float64 and not clipped."""
-    return resize(low, low.shape[0] * scale, low.shape[1] * scale)
+    """Enlarge an image or a volume by cubic interpolation; the result is float64 and not clipped."""
+    return _resized(low, [side * scale for side in low.shape[:-1]])
 
 
 def phases(scale: int) -> ndarray:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from llmq.vision.degrade import Disturbance
 
 
+VOLUMES = "low/high volumes"
+"""The shape of pairs of volumes `(z, y, x, channels)`, where pairs of images are low/high."""
+
+
 @dataclass(frozen=True)
 class Example:
     """An image and its annotations.

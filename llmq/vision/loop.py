@@ -74,7 +74,8 @@ class Run:
             self.learners = lessons.learners(loaded.module)
         heavy = [(w, w == 0) for w in loaded.module.parameters() if w.dim() > 1] if training.keep_sparsity else []
         self.zeros = [(w, is_zero) for w, is_zero in heavy if not bool(is_zero.all())]  # a new head begins with zeros
-        order_in_memory = torch.channels_last if training.channels_last else torch.contiguous_format
+        flat = all(w.dim() <= 4 for w in loaded.module.parameters())  # weights of volumes have five
+        order_in_memory = torch.channels_last if training.channels_last and flat else torch.contiguous_format
         for learner in self.learners:
             learner.module.to(loaded.device, memory_format=order_in_memory).train()  # type: ignore[call-overload]
         self.optimizers = [_optimizer(training, learner.module) for learner in self.learners]

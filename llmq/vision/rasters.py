@@ -182,13 +182,14 @@ def _ratio(value: Any) -> float:
 class Enlarged:
     """The pixels of an enlarged raster, on disk beside the file that they become."""
 
-    def __init__(self, of: Raster, target: Path, scale: int):
+    def __init__(self, of: Raster, target: Path, scale: int, volumetric: bool = False):
         import numpy as np
 
         slices, height, width, *colours = of.pixels.shape
         self.of, self.target, self.scale = of, target, scale
+        self.deeper = scale if volumetric else 1
         self.held = target.with_name(f".{target.name}.npy")
-        shape = (slices, height * scale, width * scale, *colours)
+        shape = (slices * self.deeper, height * scale, width * scale, *colours)
         self.pixels: ndarray = np.lib.format.open_memmap(self.held, "w+", of.pixels.dtype, shape[of.flat :])
         self.slices = self.pixels[None] if of.flat else self.pixels  # (slices, height, width[, 3])
 
@@ -227,6 +228,8 @@ class Enlarged:
         if "resolution" in voxels:  # pixels in a unit of length
             voxels["resolution"] = tuple(self.scale * each for each in voxels["resolution"])
         colours = self.slices.ndim == 4
+        if self.deeper > 1 and "spacing" in (voxels["metadata"] or {}):
+            voxels["metadata"] = {**voxels["metadata"], "spacing": voxels["metadata"]["spacing"] / self.deeper}
         if voxels.get("imagej"):
             voxels["metadata"] = {**voxels["metadata"], "axes": "ZYXS" if colours else "ZYX"}
         tifffile.imwrite(self.target, self.slices, photometric="rgb" if colours else "minisblack", **voxels)

@@ -44,6 +44,8 @@ class Pass:
     saved: int
     layers: int
     pixels: int
+    axes: int = 2
+    """3 for a network of volumes."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def _counted(model: ImageModel, network: Module) -> Pass:
             hook.remove()
     weights = {t.untyped_storage().data_ptr() for t in network.state_dict().values()}
     saved = sum(size for place, size in kept.items() if place not in weights)
-    pixels = prod(inputs.shape[2:]) if inputs.ndim == 4 else 1
-    return Pass(float(counter.get_total_flops()), live, saved, layers, pixels)
+    pixels = prod(inputs.shape[2:]) if inputs.ndim >= 4 and inputs.shape[-1] > 1 else 1
+    return Pass(float(counter.get_total_flops()), live, saved, layers, pixels, max(2, inputs.ndim - 2))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -171,7 +173,7 @@ def training(sketch: ImageSketch, settings: Training, crop: int | None) -> Work:
 
     from llmq.matrix.products import lacks_bfloat16
 
-    share = (crop * crop / sketch.counted.pixels if crop else 1.0) * settings.batch_size
+    share = (crop**sketch.counted.axes / sketch.counted.pixels if crop else 1.0) * settings.batch_size
     halved = settings.autocast and (torch.cuda.is_available() or not lacks_bfloat16())
     width = 0.5 if halved else 1.0
     states = STATES[settings.optim]

@@ -1,5 +1,6 @@
 """The base of the super-resolution networks: pairs of images as tensors, the loss, and images of any size."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -8,8 +9,8 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
 from llmq.types import Loaded, Split
-from llmq.vision.family import Batch, ImageModel, Learner, Training, varied
-from llmq.vision.images import Example
+from llmq.vision.family import Batch, ImageModel, Learner, Training, the_shape, varied
+from llmq.vision.images import VOLUMES, Example
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -20,19 +21,21 @@ if TYPE_CHECKING:
     from llmq.predictors import Predictor
 
 CROP = 24  # low-resolution pixels: patches of 96 at x4, as SRGAN and WDSR have them
+CUBE = 12  # of volumes
+TILE, TILE_OF_VOLUMES = 256, 48  # low-resolution pixels
 VALIDATED = 8  # images, of a side of at most
+VALIDATED_CUBE = 24  # of a side of a volume
 VALIDATED_SIDE = 64  # low-resolution pixels; all of a large slice at every look would be half of the training
 
 
 class SuperResolution(ImageModel):
     """A network that maps a low-resolution image to one `scale` times as large. A family defines its `reach` as well.
 
-    Input and output are floats on [0, 1], `(n, channels, height, width)`; the output is not clipped.
+    Input and output are floats on [0, 1], `(n, channels, [depth, ]height, width)`; the output is not clipped.
     """
 
     kind: ClassVar[str] = "super-resolution"
     suite: ClassVar[str] = "rock-sr"
-    shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
     training: ClassVar[Training] = Training(
         batch_size=16,
         learning_rate=1e-4,
@@ -46,14 +49,25 @@ class SuperResolution(ImageModel):
 
     scale: Literal[2, 3, 4] = 4
     channels: Literal[1, 3] = 1
-    tile: PositiveInt = Field(256, description="low-resolution pixels; larger images are made in tiles of this side")
+    tile: PositiveInt | None = Field(
+        None, description="low-resolution pixels; larger images are made in tiles of this side; 256, and 48 of volumes"
+    )
     overlap: int | None = Field(
         None, ge=0, description="pixels that a tile sees of its neighbours; if unset all that can reach it: no seams"
     )
 
     @property
+    def volumetric(self) -> bool:
+        """True for a network of volumes."""
+        return False
+
+    @property
     def cropped(self) -> int | None:
-        return CROP
+        return CUBE if self.volumetric else CROP
+
+    @property
+    def _tile(self) -> int:
+        return self.tile or (TILE_OF_VOLUMES if self.volumetric else TILE)
 
     @property
     def reach(self) -> int:
@@ -65,20 +79,24 @@ class SuperResolution(ImageModel):
         import numpy as np
         import torch
 
-        stacked = np.stack(images)  # (n, height, width, channels)
-        if stacked.shape[3] == 1:
-            stacked = np.repeat(stacked, self.channels, axis=3)
-        if stacked.shape[3] != self.channels:
-            raise UserError(f"an image has {stacked.shape[3]} channels and the network {self.channels}")
-        inputs = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+        stacked = np.stack(images)  # (n, [depth, ]height, width, channels)
+        if stacked.shape[-1] == 1:
+            stacked = np.repeat(stacked, self.channels, axis=-1)
+        if stacked.shape[-1] != self.channels:
+            raise UserError(f"an image has {stacked.shape[-1]} channels and the network {self.channels}")
+        inputs = torch.from_numpy(np.ascontiguousarray(np.moveaxis(stacked, -1, 1)))
         return inputs if stacked.dtype == np.float32 else inputs.float() / 255
+
+    def check_images(self, split: Split) -> None:
+        the_shape(split, VOLUMES if self.volumetric else "low/high", self.word)
 
     def check_split(self, split: Split) -> None:
         self.check_images(split)
         for pair in (*split.train[:1], *split.held_out[:1]):
-            (low, wide, channels), (high, wider, _) = pair.image.shape, pair.high.shape
-            if (high, wider) != (self.scale * low, self.scale * wide):
-                size = f"{low} x {wide} to {high} x {wider}"
+            *low, channels = pair.image.shape
+            high = pair.high.shape[:-1]
+            if high != tuple(self.scale * side for side in low):
+                size = " to ".join(" x ".join(map(str, sides)) for sides in (low, high))
                 raise UserError(f"{pair.name} is {size}: not scale {self.scale} of {self.word}")
             if channels not in (1, self.channels):
                 raise UserError(f"{pair.name} has {channels} channels; set channels: {channels} of {self.word}")
@@ -92,8 +110,9 @@ class SuperResolution(ImageModel):
 
     def batch(self, examples: Sequence[Example], rng: "Generator", augment: str, crop: int | None) -> Batch:
         """Random squares of `crop` low-resolution pixels and their high-resolution partners."""
-        side = min(crop or CROP, *(min(e.image.shape[:2]) for e in examples))  # as every image allows
-        pairs = [varied([e.drawn(rng), e.high], rng, augment, side) for e in examples]
+        side = min(crop or self.cropped or CROP, *(min(e.image.shape[:-1]) for e in examples))  # as every image allows
+        vary = varied_volumes if self.volumetric else varied
+        pairs = [vary([e.drawn(rng), e.high], rng, augment, side) for e in examples]
         return {"low": self.prepare([low for low, _ in pairs]), "high": self.prepare([high for _, high in pairs])}
 
     def validate_on(self, loaded: Loaded, examples: Sequence[Example]) -> tuple[str, float]:
@@ -103,14 +122,17 @@ class SuperResolution(ImageModel):
 
         scores = []
         for pair in examples[:VALIDATED]:
-            low, high = _middle(pair, VALIDATED_SIDE, self.scale)
+            low, high = _middle(pair, VALIDATED_CUBE if self.volumetric else VALIDATED_SIDE, self.scale)
             scores.append(capped_psnr(to_uint8(self.upscale(loaded, low)), high, 255))
         return "psnr", sum(scores) / len(scores)
 
     def example(self, batch_size: int) -> "Tensor":
-        """Images of 48 x 48 pixels: smoothed noise on [0, 1]."""
+        """Images of 48 x 48 pixels, or volumes of 16³: smoothed noise on [0, 1]."""
         import torch
 
+        if self.volumetric:
+            cubes = torch.rand(batch_size, self.channels, 22, 22, 22, generator=torch.Generator().manual_seed(0))
+            return torch.nn.functional.avg_pool3d(cubes, 7, stride=1)
         noise = torch.rand(batch_size, self.channels, 54, 54, generator=torch.Generator().manual_seed(0))
         return torch.nn.functional.avg_pool2d(noise, 7, stride=1)  # 54 - 6 = 48
 
@@ -118,32 +140,31 @@ class SuperResolution(ImageModel):
         """Enlarge an image of any size, uint8 or float32 on [0, 1]; the result is grey levels, float64, not clipped."""
         import numpy as np
 
-        height, width, channels = low.shape
-        high: ndarray = np.empty((height * self.scale, width * self.scale, channels))
+        high: ndarray = np.empty((*(side * self.scale for side in low.shape[:-1]), low.shape[-1]))
         for place, made in self.enlarged(loaded, low):
             high[place] = made
         return high
 
     def enlarged(self, loaded: Loaded, low: "ndarray") -> "Iterator[tuple[Window, ndarray]]":
-        """The parts of an enlarged image, each with its place: grey levels `(height, width, channels)`, not clipped.
+        """The parts of an enlarged image or volume, each with its place: grey levels `(…, channels)`, not clipped.
 
         An image larger than `tile` is made in tiles, each with `overlap` pixels of the surroundings, which are cut off
         again. An image with fewer channels than the network gets the mean over the network's channels.
         """
+        import numpy as np
         import torch
 
-        height, width, channels = low.shape
+        *sides, channels = low.shape
         overlap = self.reach if self.overlap is None else self.overlap
-        for seen, kept, place in _tiles(height, width, self.tile, overlap, self.scale):
-            inputs = self.prepare([low[seen]]).to(loaded.device)  # (1, channels, height, width)
+        for seen, kept, place in _tiles(sides, self._tile, overlap, self.scale):
+            inputs = self.prepare([low[seen]]).to(loaded.device)  # (1, channels, [depth, ]height, width)
             with torch.inference_mode():
-                made = loaded.module(inputs)[0].float().cpu().numpy().transpose(1, 2, 0)[kept]
-            yield place, 255.0 * (made.mean(2, keepdims=True) if channels < made.shape[2] else made)
+                made = np.moveaxis(loaded.module(inputs)[0].float().cpu().numpy(), 0, -1)[kept]
+            yield place, 255.0 * (made.mean(-1, keepdims=True) if channels < made.shape[-1] else made)
 
     def tile_count(self, low: "ndarray") -> int:
         """The number of parts that `enlarged` makes of an image."""
-        height, width = (int(size) for size in low.shape[:2])
-        return math.ceil(height / self.tile) * math.ceil(width / self.tile)
+        return math.prod(math.ceil(int(side) / self._tile) for side in low.shape[:-1])
 
     def predictor(self) -> "type[Predictor]":
         from llmq.vision.upscaling import Upscaling
@@ -158,13 +179,14 @@ class SuperResolution(ImageModel):
         if split is None:
             raise UserError(f"{self.word} needs 'data' to make images of")
         self.check_split(split)
-        return (self.upscale(loaded, pair.image).clip(0, 255) for pair in split.held_out[:n])
+        made = (self.upscale(loaded, pair.image).clip(0, 255) for pair in split.held_out[:n])
+        return (image for volume in made for image in volume) if self.volumetric else made
 
 
 Window = tuple[slice, ...]
 
 
-def _tiles(height: int, width: int, tile: int, overlap: int, scale: int) -> Iterator[tuple[Window, Window, Window]]:
+def _tiles(sides: Sequence[int], tile: int, overlap: int, scale: int) -> Iterator[tuple[Window, Window, Window]]:
     """For each tile: the window of the low image, the part of the result to keep, and the place in the high image."""
 
     def cut(begin: int, size: int) -> tuple[slice, slice, slice]:
@@ -173,13 +195,33 @@ def _tiles(height: int, width: int, tile: int, overlap: int, scale: int) -> Iter
         kept = slice((begin - first) * scale, (end - first) * scale)  # without the surroundings
         return slice(first, last), kept, slice(begin * scale, end * scale)
 
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            seen, kept, place = zip(cut(top, height), cut(left, width), strict=True)
-            yield seen, kept, place
+    for begins in itertools.product(*(range(0, side, tile) for side in sides)):
+        seen, kept, place = zip(*(cut(begin, side) for begin, side in zip(begins, sides, strict=True)), strict=True)
+        yield seen, kept, place
+
+
+def varied_volumes(volumes: "Sequence[ndarray]", rng: "Generator", augment: str, side: int | None) -> "list[ndarray]":
+    """The same random cube of each volume `(z, y, x, channels)`, mirrored along axes that `augment` allows.
+
+    `flip` mirrors along any axis, `dihedral` exchanges axes as well: all 48 ways of a cube.
+    """
+    import numpy as np
+
+    sides = volumes[0].shape[:-1]
+    side = side or min(sides)
+    begins = [int(rng.integers(0, length - side + 1)) for length in sides]
+    mirrored = [augment != "none" and rng.random() < 0.5 for _ in sides]
+    axes = [*(rng.permutation(3) if augment == "dihedral" else range(3)), 3]
+    cubes = []
+    for volume in volumes:
+        k = volume.shape[0] // sides[0]  # 1, and the scale of a high-resolution volume
+        cube = volume[tuple(slice(begin * k, (begin + side) * k) for begin in begins)]
+        cube = cube[tuple(slice(None, None, -1 if mirror else 1) for mirror in mirrored)]
+        cubes.append(np.ascontiguousarray(cube.transpose(axes)))
+    return cubes
 
 
 def _middle(pair: Example, side: int, scale: int) -> "tuple[ndarray, ndarray]":
-    top, left = (max(0, (size - side) // 2) for size in pair.image.shape[:2])
-    high = pair.high[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
-    return pair.image[top : top + side, left : left + side], high
+    begins = [max(0, (size - side) // 2) for size in pair.image.shape[:-1]]
+    low, high = (tuple(slice(begin * k, (begin + side) * k) for begin in begins) for k in (1, scale))
+    return pair.image[low], pair.high[high]

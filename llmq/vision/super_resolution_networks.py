@@ -116,6 +116,39 @@ class EdsrNet(_Residual):
         self.tail = nn.Sequential(*upsampler(features, scale), conv(features, channels))
 
 
+class VolumeNet(_Residual):
+    """EDSR of volumes `(n, channels, depth, height, width)`; one convolution makes all voxels that a voxel becomes."""
+
+    def __init__(self, channels: int, scale: int, blocks: int, features: int, residual_scale: float) -> None:
+        super().__init__()
+
+        def conv3(inputs: int, outputs: int) -> nn.Conv3d:
+            return nn.Conv3d(inputs, outputs, 3, padding=1)
+
+        def block() -> nn.Module:
+            return _Block(
+                nn.Sequential(conv3(features, features), nn.ReLU(), conv3(features, features)), residual_scale
+            )
+
+        self.head = conv3(channels, features)
+        self.body = nn.Sequential(*[block() for _ in range(blocks)], conv3(features, features))
+        self.tail = nn.Sequential(conv3(features, channels * scale**3), VoxelShuffle(scale))
+
+
+class VoxelShuffle(nn.Module):
+    """PixelShuffle of volumes: `scale`³ channels at a voxel become the voxels of a cube."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, depth, height, width = x.shape
+        k = self.scale
+        x = x.reshape(n, channels // k**3, k, k, k, depth, height, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(n, channels // k**3, depth * k, height * k, width * k)
+
+
 class FoldedEdsr(nn.Module):
     """The function of an `EdsrNet` on images of at least 3 x 3 pixels; the tail is folded, head and body are shared."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,18 @@ def upscaled(loaded: Loaded[SuperResolution], split: Split, limit: int | None) -
     """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
     scenes = []
     for pair in held_out_pairs(loaded.artifact, split, limit):
-        images = pair.image, pair.high, *enlarged(loaded, pair)
-        scenes.append(Upscaled(pair.name, *images, pixel_size=split.pixel_size))
+        for name, low, (truth, simple, made) in slices(pair.name, pair.image, pair.high, *enlarged(loaded, pair)):
+            scenes.append(Upscaled(name, low, truth, simple, made, split.pixel_size))
     return scenes
+
+
+def slices(name: str, low: ndarray, *high: ndarray) -> Iterator[tuple[str, ndarray, list[ndarray]]]:
+    """The name and the images as they are, or of volumes each slice across z, with the low one at the same depth."""
+    if low.ndim == 3:
+        yield name, low, list(high)
+        return
+    for z in range(len(high[0])):
+        yield f"{name} z {z}", low[z * len(low) // len(high[0])], [volume[z] for volume in high]
 
 
 def enlarged(loaded: Loaded[SuperResolution], example: Example) -> tuple[ndarray, ndarray]:

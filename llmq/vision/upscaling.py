@@ -53,10 +53,10 @@ class Levels:
         return cls(low, high if high > low else low + 1, pixels.dtype)
 
     def inputs(self, image: ndarray) -> ndarray:
-        """The network's input, `(height, width, channels)`: bytes, or float32 on [0, 1]."""
+        """The network's input, `(…, height, width, channels)`: bytes, or float32 on [0, 1]."""
         import numpy as np
 
-        image = image if image.ndim == 3 else image[..., None]
+        image = image[..., None] if image.ndim == 2 else image
         if (self.low, self.high, self.dtype) == (0, 255, np.uint8):
             return image
         unit: ndarray = (image.astype(np.float64) - self.low) / (self.high - self.low)
@@ -105,6 +105,12 @@ class Upscaling(Predictor):
         pixels = read_raster(item.path).pixels
         if pixels.dtype.kind == "f" and not all(bool(np.isfinite(each).all()) for each in pixels):
             raise UserError(f"{item.path}: holds numbers that are not finite; fill them first")
+        if model.volumetric and (pixels.ndim == 4 or len(pixels) < 2):
+            raise UserError(
+                f"{item.path}: is {pixels.shape}, and this network enlarges volumes of grey slices (z, y, x)"
+            )
+        if model.volumetric and self.beside:
+            raise UserError("--beside shows slices, and this network enlarges volumes; leave it out")
         if min(pixels.shape[1:3]) < 2:
             raise UserError(f"{item.path}: is {pixels.shape[1]} x {pixels.shape[2]} pixels; 2 a side are needed")
 
@@ -123,7 +129,9 @@ class Upscaling(Predictor):
                 raise UserError(f"{item.path} and {taken[target]} would both become {target.name!r}; take two --out")
             taken[target] = item.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._enlarge(loaded, raster, target, item)
+            model: Any = loaded.artifact.model
+            enlarge = self._enlarge_whole if model.volumetric else self._enlarge
+            enlarge(loaded, raster, target, item)
             slices += len(raster.pixels)
         return slices
 
@@ -148,6 +156,23 @@ class Upscaling(Predictor):
         bar.close()
         if self.beside:
             self._write_beside(model.scale, raster, made, levels, target)
+        made.save()
+
+    def _enlarge_whole(self, loaded: Loaded, raster: Raster, target: Path, item: Input) -> None:
+        """Enlarge a volume along all three axes, by tiles that go to disk as they are made."""
+        import numpy as np
+
+        model: Any = loaded.artifact.model
+        levels = Levels.of(raster, self.window, item.name)
+        made = Enlarged(raster, target, model.scale, volumetric=True)
+        seen = levels.inputs(raster.pixels[..., None])  # (z, y, x, 1)
+        bar = Bar(f"upscaling {item.name}", model.tile_count(seen))
+        for place, grey in model.enlarged(loaded, seen):
+            if not np.isfinite(grey).all():
+                raise LlmqError(f"{item.name}: what the network makes of it are no finite numbers")
+            made.slices[place] = levels.numbers(grey[..., 0])
+            bar.advance()
+        bar.close()
         made.save()
 
     def _write_beside(self, scale: int, raster: Raster, made: Enlarged, levels: Levels, target: Path) -> None:

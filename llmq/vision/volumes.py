@@ -209,6 +209,17 @@ def cut(high: ndarray, low: ndarray | None, begin: int, end: int, scale: int) ->
     return high[..., begin * scale : end * scale], None if low is None else low[..., begin:end]
 
 
+def whole(
+    high: ndarray, low: ndarray | None, scale: int, name: str, lower: Callable[[ndarray, int], ndarray]
+) -> Example:
+    """The pair of volumes, cut to whole low-resolution voxels; without a partner `lower(volume, 0)` makes it."""
+    sides = [side // scale * scale for side in high.shape]
+    if not all(sides):
+        raise UserError(f"{name}: is {high.shape}, smaller than scale {scale}")
+    image = high[: sides[0], : sides[1], : sides[2], None]  # (z, y, x, 1)
+    return Example(name, lower(image, 0) if low is None else low[..., None], high=image)
+
+
 def slices(
     high: ndarray, low: ndarray | None, scale: int, across: str, name: str, lower: Callable[[ndarray, int], ndarray]
 ) -> list[Example]:

@@ -18,6 +18,7 @@ from llmq.files import at_home, sha256_files, sha256_text
 from llmq.terminal import say
 from llmq.types import Data, Expected, Split
 from llmq.vision import volumes
+from llmq.vision.images import VOLUMES as VOLUMES_OF
 from llmq.vision.images import Example, Lazily, facts, make_split, read_image
 from llmq.vision.pixels import Window, check_window
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from llmq.vision.degrade import Disturbance
 
+MOST_SIDE = 128  # eight times as many numbers are drawn first
 LOOKED_AT = 16
 """The slices at most that noise and blur are estimated from."""
 VOLUMES = "an .npz, .tif, .dcm, .nc or .raw, or a folder of slices"
@@ -33,7 +35,7 @@ VOLUMES = "an .npz, .tif, .dcm, .nc or .raw, or a folder of slices"
 
 class Rock(Data):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
-    shapes: ClassVar[frozenset[str]] = frozenset({"low/high"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"low/high", VOLUMES_OF})
 
     path: Path | None = Field(
         None, description="the folder of DRSRD1, or a volume (z, y, x): .npz, .tif, .dcm, .nc, .raw, slices"
@@ -67,6 +69,7 @@ class Rock(Data):
         None,
         description="micrometres that a high-resolution voxel is wide, for scale bars; what the volume says, if unset",
     )
+    dimensions: Literal[2, 3] = Field(2, description="3: volumes to learn from, not slices, for a network of volumes")
     across: Literal["z", "y", "both"] = Field("z", description="the axis that the slices of a volume lie across")
     train_until: PositiveInt | None = Field(None, description="x of a volume where training ends; 75 % if unset")
     held_out_from: PositiveInt | None = Field(None, description="x where the part set aside begins; 80 % if unset")
@@ -87,6 +90,12 @@ class Rock(Data):
             raise UserError(f"like {str(self.like)!r} estimates noise and blur; leave noise and blur out")
         if isinstance(self.like, Path) and not at_home(self.like).exists():
             raise UserError(f"there is no file {str(self.like)!r}")
+        if self.dimensions == 3 and self.path is None and self.size > MOST_SIDE:
+            raise UserError(
+                f"size {self.size} in 3 dimensions; synthetic volumes have {MOST_SIDE} pixels a side at most"
+            )
+        if self.dimensions == 3 and self.path is not None and not self._is_volume:
+            raise UserError(f"dimensions 3 needs a path to a volume: {VOLUMES}")
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
         if self.partner is not None and not self._is_volume:
@@ -113,7 +122,7 @@ class Rock(Data):
     def expected(self) -> Expected | None:
         if self.path is not None:
             return None
-        return Expected(self.train_slices, self.held_out_slices, (self.size // self.scale) ** 2)
+        return Expected(self.train_slices, self.held_out_slices, (self.size // self.scale) ** self.dimensions)
 
     def read(self) -> Split:
         self.check()
@@ -161,8 +170,9 @@ class Rock(Data):
             train = Lazily(train, partial(_disturbed, disturbance=drawn))
         settings = self.model_dump_json(exclude={"path", "partner", "voxel_size", *(("like",) if self._scan else ())})
         scan = [sha256_files(volumes.files_of(at_home(self._scan)))] if self._scan else []
-        split = make_split(train, held_out, "low/high", [digest, settings, *scan])
-        return replace(split, pixel_size=self.voxel_size)
+        shape = "low/high" if self.dimensions == 2 else VOLUMES_OF
+        split = make_split(train, held_out, shape, [digest, settings, *scan])
+        return replace(split, pixel_size=self.voxel_size, apart=1.0 if self.dimensions == 3 else None)
 
     def _scanned(self, held_out: Sequence[Example], number: int) -> Example:
         """A held-out example as a scanner of stated noise and blur has it, the same each time."""
@@ -185,8 +195,8 @@ class Rock(Data):
         if self._scan:
             scans = list(volumes.read_scan(at_home(self._scan), self._reading_of_partner)[:LOOKED_AT])
         else:
-            scans = [pair.image[..., 0] for pair in held_out[:LOOKED_AT]]
-        noise, blur = noise_and_blur(scans, [pair.image[..., 0] for pair in train[:LOOKED_AT]])
+            scans = _low_slices(held_out)
+        noise, blur = noise_and_blur(scans, _low_slices(train))
         say(
             f"{self.like}: noise of {noise:.2f} grey levels and a blur of {blur:.2f} pixels beside images to learn from"
         )
@@ -196,12 +206,19 @@ class Rock(Data):
         """One synthetic slice of training (`side` 0) or held out (1); each has random numbers of its own."""
         import numpy as np
 
-        from llmq.data.rock.synthetic import rock_slice
+        from llmq.data.rock.synthetic import rock_slice, rock_volume
 
         rng = np.random.default_rng([self.seed, side, number, 0])
-        high = rock_slice(rng, self.size, self.porosity, self.grain, self.residual)
+        made = rock_slice if self.dimensions == 2 else rock_volume
+        high = made(rng, self.size, self.porosity, self.grain, self.residual)
         name = f"synthetic {'held out' if side else 'train'} {number}"
         return Example(name, self.lower(side, high, number), high=high)
+
+
+def _low_slices(pairs: Sequence[Example]) -> "list[ndarray]":
+    """The first low-resolution slices `(height, width)` of pairs, be they slices or volumes."""
+    images = (pair.image[..., 0] for pair in pairs[:LOOKED_AT])
+    return [each for image in images for each in (image if image.ndim == 3 else [image])][:LOOKED_AT]
 
 
 def _disturbed(example: Example, disturbance: "Disturbance") -> Example:
@@ -270,7 +287,8 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
     if low is None and rock.native == "held_out":
         raise UserError(f"{path}: native held_out needs a registered partner, and there is none")
     if low is not None:
-        volumes.check_partner(str(path), high, low, rock.scale, across_z=rock.across == "z")
+        across_z = rock.across == "z" and rock.dimensions == 2
+        volumes.check_partner(str(path), high, low, rock.scale, across_z=across_z)
     width = high.shape[2]
     ends = (rock.train_until or width * 3 // 4, rock.held_out_from or width * 4 // 5)
     if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:
@@ -278,12 +296,15 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
     sides: list[list[Example]] = [[], []]
     for side, (begin, end) in enumerate(((0, ends[0]), (ends[1], width))):
         parts = volumes.cut(high, low if side or rock.native == "all" else None, begin, end, rock.scale)
+        lower = partial(rock.lower, side)
+        if rock.dimensions == 3:
+            sides[side].append(volumes.whole(*parts, rock.scale, path.name, lower))
+            continue
         for across in ("z", "y") if rock.across == "both" else (rock.across,):
-            lower = partial(rock.lower, side)
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
     files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
     split = rock.split(sides[0], sides[1], sha256_files(files))
-    if rock.across != "both":
+    if rock.dimensions == 2 and rock.across != "both":
         axis = ("z", "y").index(rock.across)
         split = replace(split, apart=1.0 if low is None else high.shape[axis] / low.shape[axis])
     return split if split.pixel_size else replace(split, pixel_size=volumes.voxel_size(path))

@@ -18,12 +18,25 @@ def rock_slice(rng: np.random.Generator, size: int, porosity: float, grain: floa
     the sigma of the noise that denoising leaves. A pixel is the mean of its area (partial volume), then blurred; rings
     run around the axis of rotation.
     """
+    return _scanned(rng, 2, size, porosity, grain, noise)
+
+
+def rock_volume(rng: np.random.Generator, size: int, porosity: float, grain: float, noise: float) -> ndarray:
+    """A cube, uint8 `(size, size, size, 1)`, drawn as a slice is; rings run around an axis along z."""
+    return _scanned(rng, 3, size, porosity, grain, noise)
+
+
+def _scanned(
+    rng: np.random.Generator, dimensions: int, size: int, porosity: float, grain: float, noise: float
+) -> ndarray:
     from scipy.ndimage import gaussian_filter
 
-    rock, minerals = _field(rng, size * FINER, grain * FINER), _field(rng, size * FINER, 2 * grain * FINER)
+    shape = (size * FINER,) * dimensions
+    rock, minerals = _field(rng, shape, grain * FINER), _field(rng, shape, 2 * grain * FINER)
     phases = np.where(minerals > np.quantile(minerals, 1 - HEAVY_SHARE), HEAVY, GRAIN)
     phases = np.where(rock < np.quantile(rock, porosity), PORE, phases)
-    seen = phases.reshape(size, FINER, size, FINER).mean((1, 3))  # (size, size)
+    parts = phases.reshape(*[size, FINER] * dimensions)
+    seen = parts.mean(tuple(range(1, 2 * dimensions, 2)))  # (size, size) or (size, size, size)
     seen = gaussian_filter(seen, POINT_SPREAD, mode="nearest")
     axis = rng.uniform(-0.5, 1.5, (2, 1, 1)) * size
     radius = np.hypot(*(np.indices((size, size)) - axis)).astype(int)  # (size, size), pixels
@@ -33,13 +46,17 @@ def rock_slice(rng: np.random.Generator, size: int, porosity: float, grain: floa
     return levels
 
 
-def _field(rng: np.random.Generator, side: int, length: float) -> ndarray:
+def _field(rng: np.random.Generator, shape: tuple[int, ...], length: float) -> ndarray:
     """White noise smoothed by Gaussians of three widths, added up; periodic."""
-    along, across = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)  # (side, 1), (side // 2 + 1,)
+    *others, last = shape
+    squared = np.fft.rfftfreq(last) ** 2  # (last // 2 + 1,), of the frequency along the last axis
+    for i, side in enumerate(reversed(others), 1):
+        squared = np.fft.fftfreq(side).reshape(-1, *[1] * i) ** 2 + squared  # one axis more
     # A wider Gaussian leaves less of white noise, in proportion to its width.
     transfer = sum(
-        weight * share * np.exp(-2 * (np.pi * share * length) ** 2 * (along**2 + across**2))
+        weight * share ** (len(shape) / 2) * np.exp(-2 * (np.pi * share * length) ** 2 * squared)
         for weight, share in ROUGHNESS
     )
-    field: ndarray = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) * transfer, s=(side, side))
+    axes = tuple(range(len(shape)))
+    field: ndarray = np.fft.irfftn(np.fft.rfftn(rng.standard_normal(shape)) * transfer, shape, axes)
     return field

@@ -64,8 +64,8 @@ class Rock(Task[SuperResolution]):
         if self.dimensions == 3 and split.apart is None:
             raise UserError(f"the slices of {self.data.word} are no volume across one axis; take dimensions: 2")
         for pair in held_out_pairs(base, split, self.limit):
-            if min(pair.high.shape[:2]) <= self.distance:
-                raise UserError(f"{pair.name}: {pair.high.shape[:2]} is no larger than distance {self.distance}")
+            if min(pair.high.shape[-3:-1]) <= self.distance:
+                raise UserError(f"{pair.name}: {pair.high.shape[-3:-1]} is no larger than distance {self.distance}")
 
     def foresee(self, stage: "Sketch") -> "Work":
         """Passes over the held-out slices, one at a time."""
