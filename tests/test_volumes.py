@@ -142,7 +142,7 @@ def test_slices_and_volumes_are_told_apart(tmp_path):
         pipeline.run(recipe.load(str(tmp_path / "job.yaml")), tmp_path / "run")
 
 
-def test_a_scanned_volume_is_parted_along_x_and_its_partner_has_its_depth(tmp_path):
+def test_a_scanned_volume_is_parted_along_x_and_its_partner_has_its_depth(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     high, low = (rng.integers(0, 256, shape).astype(np.uint8) for shape in ((8, 12, 80), (4, 6, 40)))
     np.savez(tmp_path / "v.npz", hr=high, lr=low)
@@ -153,6 +153,10 @@ def test_a_scanned_volume_is_parted_along_x_and_its_partner_has_its_depth(tmp_pa
     np.savez(tmp_path / "w.npz", hr=high)
     made = plugin.build({"rock": {"path": tmp_path / "w.npz", "scale": 2, "dimensions": 3}}, "data").read()
     assert np.array_equal(made.train[0].image, downsample(high[..., :60, None], 2))
+    monkeypatch.setattr("llmq.vision.volumes.CUBE", 14)
+    parts = plugin.build({"rock": {"path": tmp_path / "w.npz", "scale": 2, "dimensions": 3, "seed": 1}}, "data").read()
+    assert [e.image.shape for e in parts.train] == [(4, 6, 10, 1)] * 3
+    assert np.array_equal(np.concatenate([e.high for e in parts.train], 2), made.train[0].high)
     np.savez(tmp_path / "x.npz", hr=high, lr=low.repeat(2, 0))
     with pytest.raises(UserError, match=r"low is \(8, 6, 40\) and high \(8, 12, 80\)"):
         plugin.build({"rock": {"path": tmp_path / "x.npz", "scale": 2, "dimensions": 3}}, "data").read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw", ".dcm")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm", ".dcm")
+CUBE = 64
 HDF5 = b"\x89HDF"
 MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
 """Pillow's names for images of these numbers."""
@@ -218,6 +220,18 @@ def whole(
         raise UserError(f"{name}: is {high.shape}, smaller than scale {scale}")
     image = high[: sides[0], : sides[1], : sides[2], None]  # (z, y, x, 1)
     return Example(name, lower(image, 0) if low is None else low[..., None], high=image)
+
+
+def cubes(pair: Example, scale: int) -> list[Example]:
+    """The pair in equal parts of at most `CUBE` low-resolution voxels a side: a step then draws noise for few."""
+    counts = [-(-side // CUBE) for side in pair.image.shape[:-1]]
+    ends = [[side * i // n for i in range(n + 1)] for side, n in zip(pair.image.shape, counts, strict=False)]
+    spans = [list(itertools.pairwise(each)) for each in ends]
+    parts = []
+    for number, place in enumerate(itertools.product(*spans)):
+        low, high = (tuple(slice(begin * k, end * k) for begin, end in place) for k in (1, scale))
+        parts.append(Example(f"{pair.name} cube {number}", pair.image[low], high=pair.high[high]))
+    return parts
 
 
 def slices(

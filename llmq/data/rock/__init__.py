@@ -298,7 +298,8 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
         parts = volumes.cut(high, low if side or rock.native == "all" else None, begin, end, rock.scale)
         lower = partial(rock.lower, side)
         if rock.dimensions == 3:
-            sides[side].append(volumes.whole(*parts, rock.scale, path.name, lower))
+            pair = volumes.whole(*parts, rock.scale, path.name, lower)
+            sides[side] += [pair] if side else volumes.cubes(pair, rock.scale)  # pores held out stay connected
             continue
         for across in ("z", "y") if rock.across == "both" else (rock.across,):
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
