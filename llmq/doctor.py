@@ -16,7 +16,16 @@ from llmq.files import cache
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """Features of processors that decide the speed: products in bfloat16 and of int8."""
 NEEDS = {
-    "vision": ("timm", "torchvision", "torchmetrics", "faster_coco_eval", "torch_pruning", "sklearn", "tifffile"),
+    "vision": (
+        "timm",
+        "torchvision",
+        "torchmetrics",
+        "faster_coco_eval",
+        "torch_pruning",
+        "sklearn",
+        "skimage",
+        "tifffile",
+    ),
     "openvino": ("openvino", "nncf", "openvino_genai", "openvino_tokenizers"),
     "onnx": ("onnx", "onnxruntime"),
     "compressed-tensors": ("compressed_tensors",),
@@ -24,7 +33,8 @@ NEEDS = {
 """Extra of the distribution -> the modules that it brings."""
 USERS = {
     "vision": ("models.timm", "models.torchvision", "models.hf_", "data.digits", "data.scenes", "data.rock",
-               "data.photographs", "tasks.accuracy", "tasks.detection", "prune.channels"),
+               "data.photographs", "tasks.accuracy", "tasks.detection", "tasks.rock", "tasks.no_reference",
+               "prune.channels"),
     "openvino": ("quantize.int8", "quantize.dynamic", "quantize.float16", "export.openvino"),
     "onnx": ("export.onnx",),
     "compressed-tensors": ("export.compressed_tensors",),
