@@ -133,6 +133,8 @@ class Frechet(Task):
         words = f"real balls around a made image over {DENSE}, balls to the {DENSE}th {to}, 1 for equal distributions"
         yield mean(self.name, "density", found.density.tolist(), "", "higher", f"{words}; {about}")
         (ours, each), (theirs, of_real) = spread(made), spread(real)
+        if not theirs:  # all real images are alike, and nothing to compare a spread with
+            return
         errors = [2 * (ratio_stderr(rows.tolist())[1] or 0.0) for rows in (each, of_real)]  # each pair has two rows
         stderr = ours / theirs * ((errors[0] / ours) ** 2 + (errors[1] / theirs) ** 2) ** 0.5 if ours else None
         words = "mean distance of two made images over that of two real ones; 0 for a single mode, 1 for equal spread"
