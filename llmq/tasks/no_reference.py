@@ -144,6 +144,8 @@ class NoReference(Task[SuperResolution]):
     def _shown(
         self, name: str, low: "ndarray", grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
     ) -> Exhibit:
+        from matplotlib.ticker import MaxNLocator
+
         from llmq.vision.pictures import panels, png, show
 
         figure, axes = panels(1, 4, 2.2, 2.3)
@@ -157,6 +159,8 @@ class NoReference(Task[SuperResolution]):
                 curves.axvline(level, color=colour, lw=0.8, ls=":")
         curves.set_title("porosity by threshold", fontsize=8.5)
         curves.spines[["left", "bottom"]].set_visible(True)
+        for axis in (curves.xaxis, curves.yaxis):
+            axis.set_major_locator(MaxNLocator(4))
         curves.tick_params(labelsize=7)
         curves.legend(frameon=False, fontsize=7.5)
         size = f"{low.shape[1]} x {low.shape[0]} pixels"
