@@ -45,10 +45,11 @@ def show(
     name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SUITE|RUN", autocompletion=names_to_show)],
     as_json: Json = False,
 ) -> None:
-    """Show the settings of a word (quantize.bnb), a recipe (text/quickstart), a suite, or the table of a run."""
+    """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), a suite, or a run's table."""
     from llmq import listing, plugin
     from llmq.source import find, names
 
+    name = listing.in_full(name)
     if name in names("evals") or ("/" in name and not Path(name).is_dir()):
         file = find("evals" if name in names("evals") else "recipes", name)
         typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
@@ -85,7 +86,7 @@ def list_runs(
         return
     for run in found:
         gate = f"  gate {run.gate}" if run.gate else ""
-        told = f"{run.folder}  {run.ended}  {run.done} of {len(run.steps) + 1} stages{gate}"
+        told = f"{run.folder}  {run.ended}  {run.progress}{gate}"
         for line in (told, f"    {' → '.join((run.model, *run.steps))}", f"    {run.headline}"):
             typer.echo(visible(line))
 

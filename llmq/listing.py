@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import visible
+from llmq.errors import UserError, visible
 from llmq.files import bundled
 from llmq.words import PACKAGES, words
 
@@ -22,6 +22,20 @@ def everything() -> dict[str, dict[str, str]]:
         files = sorted(bundled(kind).glob(pattern))
         found[kind] = {str(f.relative_to(bundled(kind)).with_suffix("")): _what(f) for f in files}
     return found
+
+
+def in_full(name: str) -> str:
+    """The word or recipe that ends in `name`; `name` itself where it is a full name, a folder, or unknown.
+
+    Raises `UserError` for several.
+    """
+    known = [full for names in everything().values() for full in names]
+    if name in known or Path(name).exists():
+        return name
+    meant = [full for full in known if full.endswith((f".{name}", f"/{name}"))]
+    if len(meant) > 1:
+        raise UserError(f"{name!r} may be {' or '.join(meant)}; say which")
+    return meant[0] if meant else name
 
 
 def _what(file: Path) -> str:

@@ -18,11 +18,14 @@ from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
-    from llmq.sketch import Sketch
+    from llmq.sketch import Kind, Sketch
     from llmq.types import Plugin
 
 LIBRARIES = 1_000_000_000
 """Resident bytes of a process with all libraries loaded and no model, about (`NOTES.md`)."""
+
+AROUND = 2.5
+"""Seconds of a run besides its steps and tasks: libraries that load on the way, the base from the cache, the report."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class _Done:
     again: Callable[[Any], Work]
 
 
-def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[str, float] | None = None) -> Plan:
+def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | None = None) -> Plan:
     """Foretell a run on this machine. Rates that are not given are measured for two seconds.
 
     Raises `UserError` for a configuration that is not there.
@@ -129,11 +132,12 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[str, float] | N
     seconds = [s for t in told for s in (t.seconds_of_step, t.seconds_of_tasks)]
     download, size = _download(recipe, sketches[0])
     disk = sum(s.on_disk for s in sketches[1:]) + max((d.work.disk for d in done), default=0) + size
-    total = None if any(s is None for s in seconds) else sum(s for s in seconds if s is not None)
+    total = None if any(s is None for s in seconds) else AROUND + sum(s for s in seconds if s is not None)
     peak = max((d.work.memory for d in done), default=0)
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     misfits = tuple(_misfits(done, sketches, int(machine["memory"]), disk, int(machine["disk"])))
-    return Plan(recipe.name, tuple(told), total, peak, disk, download, size, machine, known, misfits)
+    shown = {str(kind): rate for kind, rate in known.items()}
+    return Plan(recipe.name, tuple(told), total, peak, disk, download, size, machine, shown, misfits)
 
 
 def _again(before: Sketch) -> Callable[[Any], Work]:
@@ -167,7 +171,9 @@ def _asked(recipe: Recipe, stage: str, sketch: Sketch, base: Sketch) -> list[_Do
     return [done(name, task) for name, task in reading.by_name(recipe.evaluate).items()]
 
 
-def _foretold(name: str, sketch: Sketch, step: Work | None, asked: list[_Done], rates: Mapping[str, float]) -> Foretold:
+def _foretold(
+    name: str, sketch: Sketch, step: Work | None, asked: list[_Done], rates: Mapping[Kind, float]
+) -> Foretold:
     from llmq.rates import seconds_of
 
     is_known = not sketch.unknown

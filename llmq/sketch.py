@@ -1,7 +1,7 @@
 """A model that is not there yet: its tensors, and the work of steps and tasks on it. Pure arithmetic."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Self
@@ -40,6 +40,8 @@ class Part:
     stored: tuple[Stored, ...] = ()
     opened: int = 0
     packed: bool = False
+    mapped: int = 0
+    """Bytes of the file that stay in memory, mapped, where a kernel has a copy of its own."""
     on_grid: bool = False
     """True for floats that lie on a grid of 4 bits or fewer, which is kept beside them."""
 
@@ -84,6 +86,11 @@ class Sketch:
         return sum(part.opened for part in self.parts)
 
     @property
+    def mapped(self) -> int:
+        """The bytes of files that stay in memory beside what kernels made of them."""
+        return sum(part.mapped for part in self.parts)
+
+    @property
     def packed(self) -> bool:
         return any(part.packed for part in self.parts)
 
@@ -119,13 +126,33 @@ def of_file(parts: "list[Part]") -> int:
     return 8 + -(-header // 8) * 8 + at
 
 
+Unit = tuple[Callable[[], object], float]
+"""A unit of work, and its operations or bytes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A kind of work that this machine does for a moment, at the real shapes, to tell its rate; known by its name."""
+
+    name: str
+    unit: Callable[[str], Unit] = field(compare=False, repr=False)
+    """The device -> a unit of the work there."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Kind = str | Trial
+"""A kind of work: one that `rates` knows by its word, or a trial."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a step or a task takes: memory above the process without a model, operations by kind, time besides."""
 
     memory: int = 0
-    operations: Mapping[str, float] = field(default_factory=dict)
-    """Kind of work, as `Rates` knows it -> operations, or bytes moved."""
+    operations: Mapping[Kind, float] = field(default_factory=dict)
+    """Kind of work -> operations, or bytes moved."""
     seconds: float = 0.0
     disk: int = 0
     """Bytes that are written and gone again, such as checkpoints."""

@@ -98,14 +98,16 @@ def _ready(artifact: Artifact) -> Bring:
 def asked_for(
     suite: str | None, tasks: str | None, limit: int | None = None, batch_size: str = "auto", **settings: Any
 ) -> Any:
-    """The `evaluate` entry that the options of `llmq eval` stand for: the name of a suite, or a list of tasks.
+    """The `evaluate` entry that the options of a command stand for: the name of a suite, or a list of tasks.
 
     `settings` go to every task that has a setting of that name, unless they are empty.
     """
-    if bool(suite) == bool(tasks):
-        raise UserError("eval needs either --suite NAME or --tasks a,b,c")
     if limit and not tasks:
-        raise UserError(f"--limit {limit} goes with --tasks; a suite says its own limits")
+        raise UserError(f"--limit {limit} goes with --tasks a,b,c; a suite says its own limits")
+    if suite and tasks:
+        raise UserError(f"--suite {suite} and --tasks {tasks} exclude each other; leave one out")
+    if not suite and not tasks:
+        raise UserError("nothing is asked: name --suite NAME (llmq list evals), or lm-eval's --tasks a,b,c")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) and tasks):
         raise UserError(f"--batch-size {batch_size}: a whole number, with --tasks, or 'auto'")
     said = {key: value for key, value in settings.items() if value not in (None, False)}

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from run_folders import size, write_run
 from typer.testing import CliRunner
 
-from llmq import api, cli, cli_looking, cli_planning, doctor, listing, plugin
+from llmq import api, cli, cli_looking, cli_planning, doctor, listing, plugin, targets
 from llmq.errors import UserError
 from llmq.report import shelf
 
@@ -56,6 +57,35 @@ def test_a_suite_and_a_run_are_shown(runs):
     assert json.loads(told("show", "runs/first", "--json"))["measurements"]
     with pytest.raises(UserError, match="it is no run of llmq"):
         cli_looking.show("runs/second")
+
+
+def test_a_short_name_that_has_one_meaning_is_found_and_one_that_has_several_lists_them(runs):
+    assert told("show", "speed") == told("show", "tasks.speed")
+    assert told("show", "quickstart") == told("show", "text/quickstart")
+    with pytest.raises(UserError, match=r"'rock' may be data\.rock or tasks\.rock; say which"):
+        cli_looking.show("rock")
+    with pytest.raises(UserError, match="unknown word 'spee'"):
+        cli_looking.show("spee")
+
+
+def test_an_evaluation_has_no_stages_to_come():
+    run = shelf.Shelved("runs/eval", "org/name", (), "", 2, "", "")
+    assert [replace(run, evaluated=e).progress for e in (True, False)] == ["2 stages evaluated", "2 of 1 stages"]
+    assert replace(run, evaluated=True, done=1).progress == "1 stage evaluated"
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "limit", "told_so"),
+    [
+        (None, None, 5, "--limit 5 goes with --tasks a,b,c; a suite says its own limits"),
+        ("text-quick", None, 5, "--limit 5 goes with --tasks"),
+        ("text-quick", "hellaswag", None, "--suite text-quick and --tasks hellaswag exclude each other"),
+        (None, None, None, "nothing is asked: name --suite NAME"),
+    ],
+)
+def test_what_is_asked_for_is_refused_in_words_of_its_options(suite, tasks, limit, told_so):
+    with pytest.raises(UserError, match=told_so):
+        targets.asked_for(suite, tasks, limit)
 
 
 def test_runs_are_listed_the_latest_first_whole_or_not(runs):

@@ -53,7 +53,7 @@ class Distill(Step[ImageModel]):
         sketch = as_images(before)
         told = {f.name: value for f in fields(Training) if (value := getattr(self, f.name, None)) is not None}
         settings = replace(Training(self.batch_size, self.learning_rate, self.loss, optim="adam"), **told)
-        taught = forward(sketch, self.batch_size * self.max_steps)
+        taught = forward(sketch, self.batch_size * self.max_steps, self.batch_size)
         work = training(sketch, settings, None).plus(replace(taught, memory=0)).plus(opening(sketch))
         # The teacher is open beside, and its answers to the batch are there with those of the network.
         return before, replace(work, memory=work.memory + working(sketch, self.batch_size))

@@ -57,7 +57,7 @@ class Train(Step[ImageModel]):
         from dataclasses import fields, replace
 
         from llmq.vision.family import Training
-        from llmq.vision.sizing import as_images, opening, training
+        from llmq.vision.sizing import as_images, forward, opening, training
 
         sketch = as_images(before)
         assert sketch.model
@@ -67,7 +67,9 @@ class Train(Step[ImageModel]):
         rows = self.num_train_epochs * expected.train / settings.batch_size if expected else 0
         steps = self.max_steps or max(0, round(rows))
         crop = self.crop or sketch.model.cropped
-        work = training(sketch, replace(settings, max_steps=steps), crop).plus(opening(sketch))
+        watched = min(self.held_out_examples, expected.held_out if expected else self.held_out_examples)
+        watching = replace(forward(sketch, 4 * watched), memory=0)  # unless `eval_steps` says otherwise
+        work = training(sketch, replace(settings, max_steps=steps), crop).plus(watching).plus(opening(sketch))
         return before, work if steps else replace(work, unknown="the steps of an epoch are known when data is read")
 
     def smaller(self) -> "Iterator[Mapping[str, object]]":

@@ -26,6 +26,15 @@ class Shelved:
     """The stages that are whole, of `len(steps) + 1`."""
     gate: str
     headline: str
+    evaluated: bool = False
+    """True for an evaluation of what was there: its stages are those of the target, and it has no steps."""
+
+    @property
+    def progress(self) -> str:
+        """`2 of 3 stages`; of an evaluation `2 stages evaluated`."""
+        if self.evaluated:
+            return f"{self.done} stage{'s' * (self.done != 1)} evaluated"
+        return f"{self.done} of {len(self.steps) + 1} stages"
 
 
 def runs(folder: Path) -> Iterator[Shelved]:
@@ -56,4 +65,5 @@ def _shelved(run: Path) -> Shelved:
             done,
             str(report.gate["verdict"]) if report and report.gate else "",
             "; ".join(summary(report)[-1:]) if report else f"not ended: {done} of {len(steps) + 1} stages",
+            "target" in asked,
         )

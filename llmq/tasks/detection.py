@@ -173,14 +173,14 @@ def picture(shown: "Sequence[tuple[Example, Detections]]", classes: Sequence[str
         drawn = detections.scores >= shown_from
         show(panel, example.image, f"{example.name}: {len(example.boxes)} there, {int(drawn.sum())} found")
         for box, label in zip(example.boxes, example.labels, strict=True):
-            _draw(panel, box, _name(classes, label), TRUTH, "bottom")
+            _draw(panel, box, _name(classes, label), TRUTH, above=True)
         best_first = np.argsort(-detections.scores[drawn], kind="stable")
         columns = (detections.boxes, detections.labels, detections.scores)
         boxes, labels, scores = (column[drawn][best_first] for column in columns)
         for i, (box, label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
             # Of boxes over one object only the best carries its text, or nobody could read it.
             covered = i and float(overlap(box[None], boxes[:i]).max()) > OVER
-            _draw(panel, box, "" if covered else f"{_name(classes, label)} {score:.2f}", FOUND, "top")
+            _draw(panel, box, "" if covered else f"{_name(classes, label)} {score:.2f}", FOUND, above=False)
     return png(figure)
 
 
@@ -188,7 +188,12 @@ def _name(classes: Sequence[str], label: int) -> str:
     return classes[label] if label < len(classes) else str(label)
 
 
-def _draw(panel: "Axes", box: "ndarray", text: str, colour: str, side: str) -> None:
+LINE = 0.06
+"""The height of a line of text, as a share of the height of the picture."""
+
+
+def _draw(panel: "Axes", box: "ndarray", text: str, colour: str, above: bool) -> None:
+    """A box, and its text above or below; inside where the picture ends there."""
     from matplotlib.patches import Rectangle
 
     # matplotlib centres pixels on whole numbers; the edges of boxes lie between pixels.
@@ -196,6 +201,8 @@ def _draw(panel: "Axes", box: "ndarray", text: str, colour: str, side: str) -> N
     panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
     if text:
         ground = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 0.6}
-        panel.text(
-            x0, y0 if side == "bottom" else y1, text, color=colour, fontsize=6.5, va=side, clip_on=True, bbox=ground
-        )
+        bottom, top = panel.get_ylim()  # rows count downwards
+        line = LINE * (bottom - top)
+        inside = y0 - line < top if above else y1 + line > bottom
+        side = "bottom" if above != inside else "top"
+        panel.text(x0, y0 if above else y1, text, color=colour, fontsize=6.5, va=side, clip_on=True, bbox=ground)

@@ -66,9 +66,8 @@ class Perplexity(Task):
         # Where logits are made in float32 first, they are gone before the softmax, and were more.
         memory = once.memory + (0 if widens(model) else softmax)
         passes = replace(times(once, windows / rows), memory=memory)
-        operations = {"copy": 12.0 * windows * self.window * model.vocabulary}
         unknown = "" if windows else f"{self.data.word} is not read before the run; set limit"
-        return passes.plus(Work(0, operations, 1.0, unknown=unknown))
+        return passes.plus(Work(0, {"copy": 12.0 * windows * self.window * model.vocabulary}, 1.0, unknown=unknown))
 
     def smaller(self) -> "Iterator[Mapping[str, object]]":
         """Fewer windows at once, then shorter ones."""

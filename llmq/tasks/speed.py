@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
+from llmq.measure import SETTLE
 from llmq.plugin import KindsOf
 from llmq.types import Clock, Loaded, Measurement, Model, Needs, Samples, Task, Workload
 
 if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
 
+LOOKING = 0.7
+"""Seconds that it takes to close a stage, to see what memory the process has without it, and to open it again."""
 UNTIMED = 4
 """The times that a unit of work is done besides the rounds: twice to warm up, twice for the memory."""
 
@@ -32,10 +35,11 @@ class Speed(Task):
 
     def foresee(self, stage: "Sketch") -> "Work":
         """The units of work of each round, and those before that nobody times."""
-        from llmq.sketch import times
+        from llmq.sketch import Work, times
 
         done = self.rounds + UNTIMED
-        return times(stage.timed(self.prompt_tokens, self.new_tokens, self.batch_size), done)
+        unit = stage.timed(self.prompt_tokens, self.new_tokens, self.batch_size)
+        return times(unit, done).plus(Work(0, {}, LOOKING + SETTLE * done))
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """Peak memory with this stage alone open: above the process without a model, and of the whole process."""

@@ -42,6 +42,7 @@ def losses(module: PreTrainedModel, windows: Sequence[Tokens], device: str, batc
                     of_window.float(), wanted, ignore_index=IGNORED, reduction="sum"
                 )
                 sums[i] = float(loss)
+            del logits, of_window  # the largest tensors by far; else they wait beside those of the next batch
     if not all(map(isfinite, sums)):
         raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
     return sums

@@ -56,6 +56,7 @@ def score(
             rows = [rows_of[s][-requests[i].scored :] for s in rows_of for i in asked[sequences[s]]]
             for i, score_of_one in zip(members, _read(logits, targets, rows), strict=True):
                 scores[i] = score_of_one
+            del logits  # else they wait beside those of the next batch
             for _ in rows_of:
                 bar.advance()
     bar.close()
@@ -78,8 +79,8 @@ def _forwards(
         ends = {i: p[-scored[i] :] for i, p in zip(row.members, row.places, strict=True)}
         kept = sorted({place for places in ends.values() for place in places})
         where = {place: k for k, place in enumerate(kept)}  # place in the row -> row of the logits
-        logits = prefix_attention.forward(module, row, kept, device, LEAST)
-        yield logits, {i: [where[p] for p in places] for i, places in ends.items()}
+        rows_of: dict[int, Sequence[int]] = {i: [where[p] for p in places] for i, places in ends.items()}
+        yield prefix_attention.forward(module, row, kept, device, LEAST), rows_of
 
 
 def _padded(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from llmq.sketch import Part, Sketch, Work, times
+from llmq.sketch import Kind, Part, Sketch, Trial, Unit, Work, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 OPENED = 0.1
 """Seconds that opening a stage takes besides reading its file."""
-OVERHEAD = 3e-5
-"""Seconds that each layer takes besides its products, forward and backward."""
 STATES = {"adam": 2, "adamw": 2, "sgd": 1}
 """Numbers that an optimizer keeps beside each weight."""
 GRAPH_RATE = 2.0
@@ -31,8 +29,12 @@ MOST_LAYERS = 250
 """Layers of a network that is exported in order to be foretold, which takes about a second for 100."""
 LOOP = 8_000_000
 """Bytes that a training takes besides: images, and a file that is written and read back."""
-STEP_SECONDS, LEARNED_SECONDS, ASKED_SECONDS = 0.01, 0.0015, 0.008
-"""Seconds besides the network, of a training step, of each image in it, and of each image that a task looks at."""
+MOST = 1e10
+"""Operations of a trial, which takes fewer images than the work if those need more."""
+SCORED, LEARNED = 3e-7, 1.3e-7
+"""Seconds a pixel of an image that a task prepares and scores, and of one that is prepared for a training."""
+DRAWN, KEPT = 0.4, 1.0
+"""Seconds of a task for its pictures, and of a training for its checkpoints and for opening what it saved."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ImageSketch(Sketch):
 
     def timed(self, prompt_tokens: int, new_tokens: int, batch_size: int) -> Work:
         """One batch through the network."""
-        return replace(forward(self, batch_size), memory=working(self, batch_size))
+        return replace(forward(self, batch_size, batch_size), memory=working(self, batch_size))
 
     def changed(self, change: Callable[[Module], None]) -> ImageSketch:
         """The sketch of the network after a change of its shapes."""
@@ -142,13 +144,70 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def forward(sketch: ImageSketch, images: float, dtype: str = "float32") -> Work:
-    """Passes over `images` of the usual size, one at a time."""
+def forward(sketch: ImageSketch, images: float, batch: int = 1) -> Work:
+    """Passes over `images` of the usual size, `batch` at a time."""
     rate = 1.0 if sketch.runtime == "torch" else GRAPH_RATE * (2 if sketch.bits == 8 else 1)
-    operations = {f"conv-{dtype}": sketch.counted.operations / rate, "copy": 3.0 * sketch.counted.saved / rate}
-    overhead = sketch.counted.layers * OVERHEAD / rate
-    work = times(Work(sketch.in_memory + sketch.counted.live, operations), images)
-    return replace(work, seconds=overhead * images)
+    operations: dict[Kind, float] = {_pass(sketch, batch): sketch.counted.operations * images / rate}
+    return Work(sketch.in_memory + sketch.counted.live, operations)
+
+
+def _pass(sketch: ImageSketch, batch: int) -> Trial:
+    """A pass of the network itself."""
+    count = max(1, min(batch, int(MOST / max(1.0, sketch.counted.operations))))
+
+    def unit(device: str) -> Unit:
+        import torch
+
+        network, inputs = _of(sketch, count, device)
+
+        def run() -> None:
+            with torch.inference_mode():
+                network(inputs)
+
+        return run, sketch.counted.operations * count
+
+    return Trial(f"{_name(sketch)} x{count}", unit)
+
+
+def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: bool) -> Trial:
+    """A pass of the network and back; the rate counts the operations forwards."""
+    share = crop * crop / sketch.counted.pixels if crop else 1.0
+    most = int(MOST / max(1.0, 3 * sketch.counted.operations * share))
+    count = min(settings.batch_size, max(2, most))  # a norm over a batch needs two
+
+    def unit(device: str) -> Unit:
+        import torch
+
+        from llmq.vision.family import as_tuple
+
+        network, inputs = _of(sketch, count, device)
+        network = copy.deepcopy(network).train()
+        if crop:
+            inputs = inputs[..., :crop, :crop].contiguous()
+        if settings.channels_last and inputs.ndim == 4:
+            order = torch.channels_last
+            network, inputs = network.to(memory_format=order), inputs.to(memory_format=order)
+
+        def run() -> None:
+            with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=halved):
+                made = network(inputs)
+            sum(each.float().mean() for each in as_tuple(made)).backward()  # type: ignore[union-attr]
+
+        return run, sketch.counted.operations * share * count
+
+    told = f"{' of' + str(crop) if crop else ''}{' bfloat16' if halved else ''}"
+    return Trial(f"{_name(sketch)} x{count}{told} and backwards", unit)
+
+
+def _name(sketch: ImageSketch) -> str:
+    assert sketch.model is not None
+    return f"{sketch.model.title} of {sketch.counted.operations / 1e6:.2f}M"
+
+
+def _of(sketch: ImageSketch, count: int, device: str) -> tuple[Module, Tensor]:
+    assert sketch.network is not None
+    assert sketch.model is not None
+    return sketch.network.to(device), sketch.model.example(count).to(device)
 
 
 REORDERED, RUNTIME = 0.8, 6_500_000
@@ -180,13 +239,10 @@ def training(sketch: ImageSketch, settings: Training, crop: int | None) -> Work:
     memory = (
         LOOP + sketch.in_memory * (2 + states) + int((sketch.counted.saved * width + 2 * sketch.counted.live) * share)
     )
-    dtype = "bfloat16" if halved else "float32"
-    # The backward pass takes two products for each one of the pass: of the weights, and of the inputs.
-    step = {f"conv-{dtype}": 3.0 * sketch.counted.operations * share, "copy": 9.0 * sketch.counted.saved * share}
-    step["copy"] += 6.0 * sketch.in_memory
-    seconds = STEP_SECONDS + LEARNED_SECONDS * settings.batch_size + 3 * sketch.counted.layers * OVERHEAD
+    step: dict[Kind, float] = {_step(sketch, settings, crop, halved): sketch.counted.operations * share}
+    step["copy"] = (6.0 + 8.0 * states) * sketch.in_memory
     work = times(Work(memory, step, disk=2 * sketch.in_memory * (1 + states)), settings.max_steps)
-    return replace(work, seconds=seconds * settings.max_steps)
+    return replace(work, seconds=KEPT + LEARNED * sketch.counted.pixels * share * settings.max_steps)
 
 
 def as_graph(sketch: ImageSketch, bits: int, activations: bool = False) -> ImageSketch:
@@ -243,10 +299,11 @@ def asked(
     known = [n for n in (limit, expected.held_out if expected else None, assumed) if n]
     share = expected.pixels / sketch.counted.pixels if expected and expected.pixels else 1.0
     images = min(known, default=0)
-    work = forward(sketch, images * share)
+    work = forward(sketch, images * share, batch)
     memory = scoring + working(sketch, share * min(batch, images or batch))
     unknown = "" if images else "the images are counted when the data is read; set limit"
-    return replace(work, memory=memory, seconds=work.seconds + ASKED_SECONDS * images, unknown=unknown)
+    pixels = expected.pixels if expected and expected.pixels else sketch.counted.pixels
+    return replace(work, memory=memory, seconds=DRAWN + SCORED * pixels * images, unknown=unknown)
 
 
 def beside(stage: Sketch, base: Sketch, ours: Work, theirs: Work) -> Work:
@@ -255,8 +312,8 @@ def beside(stage: Sketch, base: Sketch, ours: Work, theirs: Work) -> Work:
     return replace(both, memory=both.memory + min(stage.in_memory, base.in_memory))
 
 
-EXPORTING = 12.0
-"""Seconds that exporting takes in a process of its own, libraries included."""
+EXPORTING = 4.0
+"""Seconds that exporting takes in a process of its own, most of them to load libraries; 4 to 5 for small networks."""
 
 
 def exporting(source: ImageSketch, made: ImageSketch, inputs: int) -> Work:

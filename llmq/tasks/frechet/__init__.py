@@ -23,13 +23,14 @@ from llmq.types import Loaded, Measurement, Split, Task
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
+    from torch.nn import Module
 
-    from llmq.sketch import Sketch, Work
+    from llmq.sketch import Sketch, Unit, Work
 
 FEWEST = 20
 LITE0_SIZE = 224
-LOOKING, LOOKED = 215_000_000, 0.8e9
-"""Bytes that EfficientNet-Lite0 takes for a batch, its weights among them, measured; and its operations an image."""
+LOOKING = 215_000_000
+"""Bytes that EfficientNet-Lite0 takes for a batch, its weights among them, measured."""
 NEAR, DENSE = 3, 5
 """The neighbours that the balls of precision and recall, and of density and coverage, reach to, as in their papers."""
 BATCH = 8  # fits into a processor's cache; batches of 50 take twice as long
@@ -79,10 +80,12 @@ class Frechet(Task):
     def _foreseen(self, stage: "Sketch") -> "Work":
         from dataclasses import replace
 
+        from llmq.sketch import Trial
         from llmq.vision.sizing import asked
 
         made = asked(stage, None, self.n, BATCH, self.n)
-        operations = {**made.operations, "conv-float32": made.operations.get("conv-float32", 0) + LOOKED * self.n}
+        sides = 2 if self.data else 3  # samples and real images; or samples, and two sets of the base's
+        operations = {**made.operations, Trial("features of EfficientNet-Lite0", _looking): float(sides * self.n)}
         return replace(made, memory=made.memory + LOOKING, operations=operations, seconds=made.seconds + 1.0)
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
@@ -207,27 +210,52 @@ def of_inception(path: Path, device: str) -> Extractor:
     return Extractor(name, sha256_files([path]), lambda x: network((resized(x.to(device)) - 128) / 128))
 
 
+def _looking(device: str) -> "Unit":
+    """A batch through EfficientNet-Lite0 with random weights, and its images."""
+    import timm
+    import torch
+
+    from llmq.vision.efficientnet_lite0 import ARCHITECTURE
+
+    features = _features(timm.create_model(ARCHITECTURE), device)
+    pixels = torch.zeros(BATCH, 3, LITE0_SIZE, LITE0_SIZE)
+
+    def run() -> None:
+        with torch.inference_mode():
+            features(pixels)
+
+    return run, float(BATCH)
+
+
 def of_lite0(device: str) -> Extractor:
     """The 1280 pooled features of EfficientNet-Lite0 trained on ImageNet."""
     import timm
-    import torch
-    from torch.nn.functional import interpolate
 
-    from llmq.vision.efficientnet_lite0 import ARCHITECTURE, MEAN, STD, WORD, lite0_file, state_of_lite0
+    from llmq.vision.efficientnet_lite0 import ARCHITECTURE, WORD, lite0_file, state_of_lite0
     from llmq.vision.state import load_strictly
 
     network = timm.create_model(ARCHITECTURE)
     load_strictly(network, state_of_lite0(network), WORD)
-    network.reset_classifier(0)
-    network.eval().to(device, memory_format=torch.channels_last)
+    name = f"EfficientNet-Lite0, 1280 features, images scaled to {LITE0_SIZE} pixels; not FID"
+    return Extractor(name, sha256_files([lite0_file()]), _features(network, device))
+
+
+def _features(network: "Module", device: str) -> "Callable[[Tensor], Tensor]":
+    """The pooled features of a batch of images, the function of an `Extractor`."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    from llmq.vision.efficientnet_lite0 import MEAN, STD
+
+    network.reset_classifier(0)  # type: ignore[operator]
+    network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def of_batch(pixels: "Tensor") -> "Tensor":
         scaled = interpolate(pixels.to(device), (LITE0_SIZE, LITE0_SIZE), mode="bilinear", antialias=True)
         features: Tensor = network(((scaled / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last))
         return features
 
-    name = f"EfficientNet-Lite0, 1280 features, images scaled to {LITE0_SIZE} pixels; not FID"
-    return Extractor(name, sha256_files([lite0_file()]), of_batch)
+    return of_batch
 
 
 def kept(extract: Extractor, loaded: Loaded, n: int, seed: int, purpose: str) -> "ndarray":

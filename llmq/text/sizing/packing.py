@@ -26,7 +26,8 @@ def gptq(part: Part, bits: int, group_size: int) -> Part:
     if group := _kernel_group(part, inputs, groups):
         planes = 2 if bits == 8 else 1  # of 4 bits a weight, whatever the bits
         held = planes * (inputs * outputs // 2 + inputs // group * outputs * 2 * BYTES["bfloat16"])
-    return replace(part, name=layer, stored=stored, opened=held, packed=True)
+    mapped = sum(tensor.bytes for tensor in stored) if group else 0
+    return replace(part, name=layer, stored=stored, opened=held, packed=True, mapped=mapped)
 
 
 def _kernel_group(part: Part, inputs: int, groups: int) -> int:
@@ -60,7 +61,17 @@ def nf4(part: Part, quant_type: str, double_quant: bool, compute_dtype: str) -> 
         Stored(f".quant_state.bitsandbytes__{quant_type}", "uint8", (told,)),
     )
     opened = sum(tensor.bytes for tensor in stored) - told + (4 if double_quant else 0)
-    return replace(part, dtype=compute_dtype, stored=stored, opened=opened, packed=True)
+    mapped = opened if _repacks(part, compute_dtype) else 0
+    return replace(part, dtype=compute_dtype, stored=stored, opened=opened, packed=True, mapped=mapped)
+
+
+def _repacks(part: Part, compute_dtype: str) -> bool:
+    """True if bitsandbytes packs the codes anew before the first product, as it does for AVX-512 BF16."""
+    import torch
+
+    outputs, inputs = part.shape
+    able = torch.cpu.get_capabilities().get("avx512_bf16") and not torch.cuda.is_available()
+    return bool(able) and compute_dtype == "bfloat16" and outputs % 32 == 0 and inputs % 64 == 0
 
 
 def int8(part: Part) -> Part:

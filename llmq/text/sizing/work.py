@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llmq.matrix import products
-from llmq.sketch import BYTES, Sketch, Work, times
+from llmq.sketch import BYTES, Kind, Sketch, Work, times
+from llmq.text.sizing import trials
 
 if TYPE_CHECKING:
     from llmq.text.sizing.network import TextSketch
@@ -29,8 +30,8 @@ KEPT, KEPT_PACKED, KEPT_TRAINING = 1.15, 1.3, 1.65
 """Bytes that the allocator holds for each byte of activations: freed blocks are kept, and do not fit the next ones."""
 OPENED = 1.0
 """Seconds that opening a stage takes besides reading the files."""
-TOUCHED = 3
-"""The times that elementwise work reads or writes the activations of a pass."""
+LOGITS_TOUCHED = 10
+"""The times that the loss and its gradient read or write float32 logits."""
 UNPACKED = 6
 """The times that unpacking a matrix reads or writes its float values."""
 
@@ -42,25 +43,26 @@ def forward(sketch: TextSketch, rows: int, length: int, logits: int | None = Non
     width = BYTES[sketch.dtype]
     live = tokens * (4 * sketch.hidden + 3 * sketch.inner + sketch.queries + sketch.keys) * width
     passing = live + _largest_unpacked(sketch) + said * sketch.vocabulary * width + _widened(sketch, tokens, said)
-    memory = sketch.in_memory + int(passing * (KEPT_PACKED if sketch.packed else KEPT))
-    return Work(memory, _products(sketch, tokens, length, said))
+    memory = sketch.in_memory + sketch.mapped + int(passing * (KEPT_PACKED if sketch.packed else KEPT))
+    return Work(memory, _products(sketch, rows, length, said), passing=sketch.mapped)
 
 
-def _products(sketch: TextSketch, tokens: int, length: int, said: int) -> dict[str, float]:
-    within: dict[str, float] = {}
+def _products(sketch: TextSketch, rows: int, length: int, said: int, learns: bool = False) -> dict[Kind, float]:
+    """The operations of a pass through all blocks, told by one of them, and of the head for `said` tokens.
 
-    def add(kind: str, operations: float) -> None:
-        within[kind] = within.get(kind, 0.0) + operations
-
-    for part in (*sketch.linears, *(p for p in sketch.parts if p.role == "adapter" and len(p.shape) > 1)):
-        add(part.dtype if part.role == "linear" else sketch.dtype, 2.0 * part.weights * tokens)
-        if part.packed:
-            add("copy", UNPACKED * part.weights * BYTES[part.dtype])
-    add(sketch.dtype, 2.0 * sketch.hidden * sketch.vocabulary * said)
+    With `learns`, the rate of the block holds the way back as well.
+    """
+    tokens = rows * length
+    matrices = (*sketch.linears, *(p for p in sketch.parts if p.role == "adapter" and len(p.shape) > 1))
     # Each query sees half of the tokens on average.
-    add(sketch.dtype, 2.0 * tokens * length * sketch.queries * len(sketch.blocks))
-    per_token = (12 * sketch.hidden + 4 * sketch.inner + 2 * sketch.queries) * BYTES[sketch.dtype]
-    add("copy", TOUCHED * tokens * per_token * len(sketch.blocks))
+    seen = length * sketch.queries * len(sketch.blocks)
+    within: dict[Kind, float] = {
+        trials.block(sketch, rows, length, learns): 2.0 * tokens * (seen + sum(part.weights for part in matrices))
+    }
+    if packed := sum(part.weights * BYTES[part.dtype] for part in matrices if part.packed):
+        within["copy"] = float(UNPACKED * packed)
+    if said:
+        within[trials.head(sketch, said)] = 2.0 * sketch.hidden * sketch.vocabulary * said
     return within
 
 
@@ -87,7 +89,7 @@ def _largest_unpacked(sketch: TextSketch) -> int:
 
 def decode(sketch: TextSketch, tokens: int) -> Work:
     """Greedy decoding of `tokens` tokens, one at a time: every weight is read for each."""
-    read: dict[str, float] = {}
+    read: dict[Kind, float] = {}
     for part in sketch.parts:
         if part.role in ("linear", "head", "adapter") or part.name == sketch.head:
             # A packed matrix is unpacked first, but where a kernel multiplies its codes.
@@ -138,12 +140,12 @@ def training(sketch: TextSketch, rows: int, length: int, ranks: int, states: flo
         + int(learned * 4 * (1 + states))
         + int(KEPT_TRAINING * (saved(sketch, rows, length, ranks, checkpointed) + passing))
     )
-    once = _products(sketch, tokens, length, 0)
-    passes = 3 if checkpointed else 2  # the gradient of a frozen matrix takes as many products as the pass itself
-    operations = {kind: passes * ops for kind, ops in once.items()}
-    # A trained matrix takes a third product, the gradient of the head is made with the loss.
-    operations[sketch.dtype] += 2.0 * learned * tokens + 4.0 * sketch.hidden * sketch.vocabulary * tokens
-    operations["copy"] += 2.0 * TOUCHED * saved(sketch, rows, length, ranks, False)
+    # Forwards and backwards, and forwards once more; a packed matrix is unpacked each time.
+    once = _products(sketch, rows, length, 0, learns=True)
+    operations = {kind: (1.5 if checkpointed else 1.0) * ops for kind, ops in once.items()}
+    operations["copy"] = 2 * operations.get("copy", 0.0) + LOGITS_TOUCHED * 4.0 * tokens * sketch.vocabulary
+    # The gradient of the head is made with the loss.
+    operations[trials.head(sketch, chunk)] = 4.0 * sketch.hidden * sketch.vocabulary * tokens
     return Work(memory, operations)
 
 
@@ -154,15 +156,16 @@ def training_whole(sketch: TextSketch, rows: int, length: int, states: float, ch
     chunk = min(CHUNK, tokens)
     # In 16 bits every weight has a rounded copy until the backward pass is done.
     rounded = 0 if sketch.dtype == "float32" else 2 * learned
-    logits = 3 * 4 * chunk * sketch.vocabulary + 4 * sketch.hidden * sketch.vocabulary
+    held = 3 * 4 * chunk * sketch.vocabulary + 4 * sketch.hidden * sketch.vocabulary
     gradients = 4 * tokens * (sketch.inner + sketch.hidden) * 4
-    passing = saved(sketch, rows, length, 0, checkpointed) + max(logits + _widened(sketch, chunk, chunk), gradients)
+    passing = saved(sketch, rows, length, 0, checkpointed) + max(held + _widened(sketch, chunk, chunk), gradients)
     weights = int(learned * 4 * (2 + states)) + sketch.in_memory + rounded  # with those that it began with
-    once = _products(sketch, tokens, length, 0)
-    passes = 4 if checkpointed else 3
-    operations = {kind: passes * ops for kind, ops in once.items()}
-    operations[sketch.dtype] += 6.0 * sketch.hidden * sketch.vocabulary * tokens
-    operations["copy"] += 2.0 * TOUCHED * saved(sketch, rows, length, 0, False) + 4.0 * learned * (4 + 2 * states)
+    once = _products(sketch, rows, length, 0, learns=True)
+    # A frozen matrix takes two products a step, forwards and backwards; a trained one a third.
+    operations = {kind: (2.0 if checkpointed else 1.5) * ops for kind, ops in once.items()}
+    logits = LOGITS_TOUCHED * 4.0 * tokens * sketch.vocabulary
+    operations["copy"] = operations.get("copy", 0.0) + logits + 4.0 * learned * (4 + 2 * states)
+    operations[trials.head(sketch, chunk)] = 6.0 * sketch.hidden * sketch.vocabulary * tokens
     return Work(weights + int(KEPT_TRAINING * passing), operations)
 
 
@@ -170,7 +173,7 @@ def answers(sketch: TextSketch, rows: int, length: int) -> Work:
     """A teacher that answers one batch of a training: its weights, hidden states, and distributions of a few tokens."""
     tokens = rows * length
     kept = tokens * sketch.hidden * BYTES[sketch.dtype] + 3 * 4 * min(CHUNK, tokens) * sketch.vocabulary
-    return Work(sketch.in_memory + kept, _products(sketch, tokens, length, tokens))
+    return Work(sketch.in_memory + kept, _products(sketch, rows, length, tokens))
 
 
 def training_scales(sketch: TextSketch, rows: int, length: int) -> Work:
@@ -179,7 +182,7 @@ def training_scales(sketch: TextSketch, rows: int, length: int) -> Work:
     floats = sum(part.weights for part in sketch.linears if part.packed) * width
     scales = sum(part.weights for part in sketch.linears if part.packed) // 32  # more than any group size gives
     kept = saved(sketch, rows, length, 0, False) + floats + 4 * tokens * sketch.vocabulary * 3
-    once = _products(sketch, tokens, length, tokens)
+    once = _products(sketch, rows, length, tokens)
     operations = {kind: 3 * count for kind, count in once.items()}
     return Work(sketch.in_memory + 16 * scales + int(KEPT_TRAINING * kept), operations)
 
@@ -192,7 +195,7 @@ def calibrated(sketch: TextSketch, windows: int, length: int, batch: int, grams:
     widths = widths_of_groups(sketch)
     widest, largest = max(widths, default=0), max((part.weights for part in sketch.linears), default=0)
     solving = GRAMS * 4 * (widest**2 + GRAM_ROWS * widest) if grams else SORTED * 4 * largest
-    within = 2 * sketch.block_bytes + waiting + solving + (pass_.memory - sketch.in_memory)
+    within = 2 * sketch.block_bytes + waiting + solving + (pass_.memory - sketch.in_memory - sketch.mapped)
     memory = sketch.outside_bytes + int(KEPT_PACKED * within)
     operations = {kind: ops * windows / max(1, batch // length) for kind, ops in pass_.operations.items()}
     if grams:
@@ -256,8 +259,8 @@ BATCH_TOKENS = 512
 """Tokens of a calibration batch (`blockwise`)."""
 
 
-LM_EVAL_ROW, QUESTION = 2048, 160
-"""Tokens of a row of questions (`scoring`), and those assumed of a question, its answers included."""
+LM_EVAL_ROW, QUESTION = 2048, 80
+"""Tokens of a row of questions (`scoring`), and those assumed of a question with all of its answers."""
 
 
 def timed(sketch: TextSketch, prompt_tokens: int, new_tokens: int) -> Work:
@@ -268,7 +271,7 @@ def timed(sketch: TextSketch, prompt_tokens: int, new_tokens: int) -> Work:
     prefill = forward(sketch, 1, prompt_tokens, 1)
     first = forward(sketch, 1, prompt_tokens).memory
     held = first + 2 * cache_bytes(sketch, prompt_tokens + new_tokens)
-    return Work(held).plus(prefill).plus(decode(sketch, new_tokens))
+    return Work(held, passing=sketch.mapped).plus(prefill).plus(decode(sketch, new_tokens))
 
 
 TOKEN_IN_GGUF = 40
