@@ -94,13 +94,14 @@ def list_runs(
 def doctor(as_json: Json = False) -> None:
     """Say what this machine is, and which words can run here; a block to copy into a bug report."""
     from llmq import doctor as machine
+    from llmq import listing
 
     facts, lacks = machine.facts(), list(machine.lacks())
     if as_json:
         typer.echo(to_json({"machine": facts, "lacks": [asdict(lack) for lack in lacks]}))
         return
     for name, text in facts.items():
-        typer.echo(visible(f"{name:<12} {text}"))
+        typer.echo(listing.wrapped(f"{name:<12} ", visible(str(text))))
     for lack in lacks:
         typer.echo(f"\n{', '.join(lack.words)}\n    need {', '.join(lack.missing)}: {lack.cure}")
     if not lacks:

@@ -11,10 +11,12 @@ from llmq.errors import in_bytes, visible
 from llmq.files import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmq.planning import Foretold, Plan
 
-ROW = "{:<28} {:>11} {:>9} {:>10} {:>11} {:>11} {:>9}"
-TITLES = ("stage", "parameters", "on disk", "in memory", "peak making", "peak asking", "time")
+TITLES = ("stage", "params", "on disk", "memory", "making", "asking", "time")
+LEGEND = "making, asking: the peak of memory in the step and in the tasks, without libraries"
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -47,7 +49,7 @@ def as_text(plan: "Plan") -> str:
     """The plan as a terminal shows it."""
     from llmq.planning import LIBRARIES, duration
 
-    lines = [ROW.format(*TITLES), *(_row(stage) for stage in plan.stages)]
+    lines = [*_table(plan.stages), "", LEGEND]
     reasons = [f"{stage.name}: {reason}" for stage in plan.stages for reason in stage.unknown]
     lines += ["", *reasons] if reasons else []
     whole = in_bytes(plan.peak_memory + LIBRARIES)
@@ -63,11 +65,21 @@ def as_text(plan: "Plan") -> str:
     return visible("\n".join(lines))
 
 
-def _row(stage: "Foretold") -> str:
+def _table(stages: "Sequence[Foretold]") -> list[str]:
+    """A line a stage under the titles, no column wider than its longest entry."""
+    rows = [TITLES, *map(_row, stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        " ".join(f"{entry:{'<>'[i > 0]}{width}}" for i, (entry, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _row(stage: "Foretold") -> tuple[str, ...]:
     from llmq.planning import duration
 
     sizes = (stage.bytes_on_disk, stage.bytes_in_memory, stage.peak_of_step, stage.peak_of_tasks)
     spent = (stage.seconds_of_step, stage.seconds_of_tasks)
     time = None if None in spent else sum(s or 0.0 for s in spent)
     count = "?" if stage.parameters is None else f"{stage.parameters / 1e6:,.1f}M"
-    return ROW.format(stage.name, count, *("—" if s is None else in_bytes(s) for s in sizes), duration(time))
+    return stage.name, count, *("—" if s is None else in_bytes(s) for s in sizes), duration(time)

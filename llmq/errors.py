@@ -128,6 +128,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
+LISTS = {"tuple_type": "input should be a list: [a, b]", "list_type": "input should be a list: [a, b]"}
+"""What pydantic says of Python's kinds, in the words of a recipe, by the type of the error."""
+
+
 def explain(errors: "Sequence[ErrorDetails]", cls: "type[BaseModel] | None") -> str:
     """The pydantic errors of one key as one line: the value, the word that owns the key, and the cure."""
     first = errors[0]
@@ -141,7 +145,8 @@ def explain(errors: "Sequence[ErrorDetails]", cls: "type[BaseModel] | None") -> 
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return f"{key!r}{owner}: {message}" if key else f"{owner.removeprefix(' of ')}: {message}"
-    wanted = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in errors)
+    told = (LISTS.get(e["type"], e["msg"]) for e in errors)
+    wanted = dict.fromkeys(text[0].lower() + text[1:] for text in told)
     return f"{key}: {first['input']!r}{owner} is wrong: {', or '.join(wanted)}"
 
 

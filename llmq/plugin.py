@@ -21,7 +21,7 @@ def load(word: str) -> type[Plugin]:
     """The plug-in class that a word names."""
     known = words()
     if word not in known:
-        raise UserError(f"unknown word {word!r}{did_you_mean(word, known)}")
+        raise UserError(f"unknown word {word!r}{did_you_mean(word, known) or '; llmq list names all'}")
     module = importlib.import_module(f"llmq.{word}")
     found = [
         c

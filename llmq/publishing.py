@@ -15,7 +15,9 @@ def publish(stage: Path, repository: str, private: bool) -> str:
     Raises `UserError` for a folder that is no stage, holds no model, or names a base that only this machine has.
     """
     if not (stage / "artifact.json").is_file():
-        raise UserError(f"{str(stage)!r} is no stage of llmq; it has no artifact.json")
+        stages = ", ".join(sorted(f.parent.name for f in stage.glob("[0-9]*-*/artifact.json")))
+        cure = f"it is a run; name one of its stages: {stages}" if stages else "it has no artifact.json"
+        raise UserError(f"{str(stage)!r} is no stage of llmq; {cure}")
     beside = set(BESIDE) - {CARD}
     files = [f for f in sorted(stage.rglob("*")) if f.is_file() and f.relative_to(stage).parts[0] not in beside]
     if not any(f.suffix in (".safetensors", ".gguf", ".onnx", ".xml") for f in files):

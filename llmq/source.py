@@ -103,7 +103,8 @@ def find(kind: Literal["recipes", "evals"], name: str) -> Path:
     known = names(kind)
     if name not in known:
         noun = {"recipes": "recipe", "evals": "suite"}[kind]
-        raise UserError(f"unknown {noun} {name!r}{did_you_mean(name, known)}")
+        hint = did_you_mean(name, known) or f"; llmq list {kind} names them"
+        raise UserError(f"unknown {noun} {name!r}{hint}")
     return known[name]
 
 

@@ -1,5 +1,7 @@
 """The captured step of a packed model: the tokens and logits of the model's own, or no capture."""
 
+import gc
+
 import pytest
 import tiny_text_models
 import torch
@@ -39,6 +41,24 @@ def test_tokens_and_logits_are_those_of_the_model(settings, tiny_llama, tmp_path
     for one, other in ((made, own), (again, own_again)):
         assert torch.equal(one.sequences, other.sequences)
         assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+def test_a_captured_step_keeps_no_weights_once_its_model_is_closed(tiny_llama, tmp_path, counted):
+    stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", bits=4, group_size=32)
+    ids = some_ids(1, 12)
+
+    def held() -> int:
+        gc.collect()
+        return sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor))
+
+    before = held()
+    with stage.open("cpu") as loaded, torch.inference_mode():
+        loaded.module.generate(input_ids=ids, max_new_tokens=16, min_new_tokens=16, pad_token_id=0)
+        assert held() > before + 1000
+    assert [bool(step) for step in counted] == [True]
+    counted.clear()
+    del loaded
+    assert held() <= before + 1000
 
 
 @pytest.mark.slow

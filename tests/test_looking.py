@@ -149,7 +149,7 @@ def test_finetune_and_quantize_measure_by_what_they_are_told():
     assert (
         api.quantizing("m", "rtn", None, "causal_lm", api.asked_of("text-full", None, None))["evaluate"] == "text-full"
     )
-    with pytest.raises(UserError, match="either --suite NAME or --tasks"):
+    with pytest.raises(UserError, match="--suite text-full and --tasks a exclude each other"):
         api.asked_of("text-full", "a", None)
 
 

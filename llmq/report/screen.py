@@ -66,10 +66,10 @@ def show_gate(told: JsonObject, out: Console | None = None) -> None:
 def _table(names: Sequence[str], rows: Iterable[Row], last: str = "") -> Table:
     """A row a metric, a column a name; a task is named once."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("task", style="dim")
-    table.add_column("metric")
+    table.add_column("task", style="dim", overflow="fold")
+    table.add_column("metric", overflow="fold")  # a gate needs the whole name
     for name in names:
-        table.add_column(cell(name), justify="right")
+        table.add_column(cell(name), justify="right", overflow="fold")
     if last:
         table.add_column(last, justify="right", style="dim")
     task = ""

@@ -72,14 +72,17 @@ class Divergence(Task):
         """Passes of the stage and of the base over the same windows, and float64 softmax of both."""
         from dataclasses import replace
 
-        from llmq.sketch import times
+        from llmq.sketch import BYTES, times
+        from llmq.text.losses import ROWS
         from llmq.text.sizing.network import as_text
         from llmq.text.sizing.work import forward
 
         model = as_text(stage)
         once = forward(model, 1, self.window)
         work = times(once, 2.0 * self.windows)
-        return replace(work, memory=once.memory + base.in_memory + 4 * 8 * self.window * model.vocabulary)
+        # The base's logits and a copy of each beside the stage's own, and a few tokens of both in float64 with softmax.
+        copies = 3 * BYTES[model.dtype] * self.window + 4 * 8 * min(ROWS, self.window)
+        return replace(work, memory=once.memory + base.in_memory + copies * model.vocabulary)
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Answer]:
         """The divergence from the base on text, then the flips on each task."""

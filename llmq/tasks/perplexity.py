@@ -48,12 +48,13 @@ class Perplexity(Task):
         return {}
 
     def foresee(self, stage: "Sketch") -> "Work":
-        """Passes over windows, with all logits, and those of one window in float32 with their softmax."""
+        """Passes over windows, with all logits, and those of a few tokens in float32 with their softmax."""
         from dataclasses import replace
 
-        from llmq.sketch import Work, times
+        from llmq.sketch import BYTES, Work, times
+        from llmq.text.losses import ROWS
         from llmq.text.sizing.network import as_text
-        from llmq.text.sizing.work import forward, widens
+        from llmq.text.sizing.work import forward
 
         known = self.data.expected()
         expected = known.windows(self.part, self.window, self.stride or self.window) if known else None
@@ -61,10 +62,9 @@ class Perplexity(Task):
         rows = min(self.batch_size, windows or self.batch_size)
         model = as_text(stage)
         once = forward(model, rows, self.window)
-        copies = 1 if model.dtype == "float32" else 2
-        softmax = copies * 4 * self.window * model.vocabulary
-        # Where logits are made in float32 first, they are gone before the softmax, and were more.
-        memory = once.memory + (0 if widens(model) else softmax)
+        # The activations are gone before the softmax of a few tokens, which are two in float32, and their logits.
+        copies = BYTES[model.dtype] * rows * self.window + 2 * BYTES["float32"] * min(ROWS, self.window)
+        memory = max(once.memory, model.in_memory + model.mapped + copies * model.vocabulary)
         passes = replace(times(once, windows / rows), memory=memory)
         unknown = "" if windows else f"{self.data.word} is not read before the run; set limit"
         return passes.plus(Work(0, {"copy": 12.0 * windows * self.window * model.vocabulary}, 1.0, unknown=unknown))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.jit import TracerWarning, optimized_execution, trace  # type: ignore[attr-defined]
+from torch.jit import TracerWarning, optimized_execution  # type: ignore[attr-defined]
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,7 +23,7 @@ from llmq.matrix.packed_linear import PackedLinear
 from llmq.text.attention import distance, exchanged, why_fixed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -104,7 +104,7 @@ class _Steps:
                 warnings.catch_warnings(record=True) as said,
             ):
                 warnings.simplefilter("always")
-                step = trace(self._stepped, (ids, position, *states), check_trace=False)  # type: ignore[no-untyped-call]
+                step = _recorded(self._stepped, (ids, position, *states))
                 own, *_ = self._stepped(ids, position, *states)
         except (RuntimeError, TypeError, ValueError):
             return None
@@ -125,6 +125,15 @@ class _Steps:
             layer.keys, layer.values = keys, values
         logits = self.stock(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
         return logits, *_states(cache)
+
+
+def _recorded(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    """The operations of one call as a function of their own.
+
+    `torch.jit.trace` adds each function, whose constants are the weights, to a list that lives as long as the process.
+    """
+    graph, _ = torch._C._create_graph_by_tracing(run, inputs, lambda _: "", strict=True, force_outplace=False)
+    return torch._C._create_function_from_graph("step", graph)
 
 
 def _attention(

@@ -13,6 +13,9 @@ from llmq.terminal import track
 from llmq.text.examples import IGNORED, Tokens
 from llmq.types import Measurement
 
+ROWS = 128
+"""Tokens whose logits are in float32 at a time."""
+
 
 def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
     """Indices of windows to be run together: sorted by length, longest first, so that a batch has little padding."""
@@ -38,14 +41,21 @@ def losses(module: PreTrainedModel, windows: Sequence[Tokens], device: str, batc
             ids, labels = padded([windows[i] for i in rows], device)
             logits = module(input_ids=ids, use_cache=False).logits  # (windows, tokens, vocabulary)
             for i, of_window, wanted in zip(rows, logits, labels, strict=True):
-                loss = torch.nn.functional.cross_entropy(
-                    of_window.float(), wanted, ignore_index=IGNORED, reduction="sum"
-                )
-                sums[i] = float(loss)
+                sums[i] = sum(map(_loss, of_window.split(ROWS), wanted.split(ROWS)))
             del logits, of_window  # the largest tensors by far; else they wait beside those of the next batch
     if not all(map(isfinite, sums)):
         raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
     return sums
+
+
+def _loss(logits: Tensor, wanted: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum"))
+
+
+def _divergence(reference: Tensor, other: Tensor) -> tuple[float, float]:
+    """The sum of KL(reference || other) over the rows of logits (tokens, vocabulary), and the like top tokens."""
+    p, q = (logits.double().log_softmax(-1) for logits in (reference, other))
+    return float(torch.sum(p.exp() * (p - q))), float((p.argmax(-1) == q.argmax(-1)).sum())
 
 
 def divergence(
@@ -68,9 +78,9 @@ def divergence(
             scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
             # A model that another runtime runs may lie elsewhere.
             both = (m(input_ids=ids.to(m.device), use_cache=False).logits.to(device) for m in (reference, other))
-            p, q = (logits[0, scored].double().log_softmax(-1) for logits in both)
-            agreed = (p.argmax(-1) == q.argmax(-1)).sum()  # p, q: (scored tokens, vocabulary), log probabilities
-            sums.append((float(torch.sum(p.exp() * (p - q))), float(agreed), float(len(p))))
+            parts = zip(*(logits[0, scored].split(ROWS) for logits in both), strict=True)
+            told = [_divergence(ours, theirs) for ours, theirs in parts]
+            sums.append((sum(t[0] for t in told), sum(t[1] for t in told), float(scored.sum())))
     divergences, agreements, tokens = zip(*sums, strict=True)
     return (
         ratio(task, metric, divergences, tokens, "nats/token", "lower", protocol),

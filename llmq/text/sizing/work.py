@@ -22,6 +22,8 @@ TILE = 128
 """Queries of a tile of attention (`attention`)."""
 GRAMS = 5
 """Float32 matrices of the size of the largest Gram matrix that a solver has at once, its weights among them."""
+INPUT = 4e-5
+"""Seconds that a solver takes for each input of a matrix, most of them between operations: 4 of 98,000."""
 SORTED = 18
 """Float32 numbers a weight while the weights of a layer are sorted and pruned."""
 GRAM_ROWS = 1024
@@ -198,10 +200,13 @@ def calibrated(sketch: TextSketch, windows: int, length: int, batch: int, grams:
     within = 2 * sketch.block_bytes + waiting + solving + (pass_.memory - sketch.in_memory - sketch.mapped)
     memory = sketch.outside_bytes + int(KEPT_PACKED * within)
     operations = {kind: ops * windows / max(1, batch // length) for kind, ops in pass_.operations.items()}
+    seconds = 0.0
     if grams:
-        products = float(sum(w * w for w in widths)) * tokens * len(sketch.blocks)  # up to the diagonal alone
+        # Up to the diagonal alone; then a factorization and an inverse of each, and the inputs one by one.
+        products = float(sum(w * w * (tokens + 2 * w) for w in widths)) * len(sketch.blocks)
         operations["float32"] = operations.get("float32", 0.0) + products
-    return Work(memory, operations)
+        seconds = INPUT * sum(widths) * len(sketch.blocks)
+    return Work(memory, operations, seconds)
 
 
 def loss_gradients(sketch: TextSketch, windows: int, length: int, batch: int) -> Work:
