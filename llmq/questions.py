@@ -168,6 +168,7 @@ def _timed_answers(
         if error is known.unopened:
             raise
         return _failure(name, method, stage, error)
+    environment.trim(known.device)  # what one task freed does not fit the blocks of the next one
     say(f"  {stage}  {name:<14} {time.perf_counter() - began:6.1f} s")
     return None
 
