@@ -178,8 +178,6 @@ def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: boo
     def unit(device: str) -> Unit:
         import torch
 
-        from llmq.vision.family import as_tuple
-
         network, inputs = _of(sketch, count, device)
         network = copy.deepcopy(network).train()
         if crop:
@@ -191,7 +189,7 @@ def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: boo
         def run() -> None:
             with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=halved):
                 made = network(inputs)
-            sum(each.float().mean() for each in as_tuple(made)).backward()  # type: ignore[union-attr]
+            torch.stack([each.float().mean() for each in _tensors(made)]).sum().backward()  # type: ignore[no-untyped-call]
 
         return run, sketch.counted.operations * share * count
 
