@@ -284,6 +284,8 @@ def export(
     folder = made.weights
     told = {"folder": str(folder), "bytes_on_disk": made.bytes_on_disk, "notes": made.notes}
     typer.echo(to_json(told) if as_json else visible(f"{folder}: {in_bytes(made.bytes_on_disk)}"))
+    if not as_json:
+        typer.echo(visible(f"use it: {_opened_by(folder, made.model.kind)}"))
 
 
 for face in (cli_using.predict, cli_using.chat, cli_using.push):
@@ -432,8 +434,13 @@ def _show(report: "Report", folder: Path, as_json: bool) -> None:
         typer.echo(visible(f"\nreport: {folder / 'report.html'}  (also report.md, report.json)"))
         last = folder / str(report.stages[-1]["folder"])
         if (last / "artifact.json").is_file():
-            use = "chat" if "causal_lm" in str(report.recipe.get("model")) else "predict"
-            typer.echo(visible(f"model:  {last}  (llmq {use} {shlex.quote(str(last))})"))
+            kind = "causal-lm" if "causal_lm" in str(report.recipe.get("model")) else ""
+            typer.echo(visible(f"model:  {last}  ({_opened_by(last, kind)})"))
+
+
+def _opened_by(stage: Path, kind: str) -> str:
+    """The command that uses a stage."""
+    return f"llmq {'chat' if kind == 'causal-lm' else 'predict'} {shlex.quote(str(stage))}"
 
 
 def main() -> None:

@@ -61,11 +61,11 @@ def nf4(part: Part, quant_type: str, double_quant: bool, compute_dtype: str) -> 
         Stored(f".quant_state.bitsandbytes__{quant_type}", "uint8", (told,)),
     )
     opened = sum(tensor.bytes for tensor in stored) - told + (4 if double_quant else 0)
-    mapped = opened if _repacks(part, compute_dtype) else 0
+    mapped = opened if repacks(part, compute_dtype) else 0
     return replace(part, dtype=compute_dtype, stored=stored, opened=opened, packed=True, mapped=mapped)
 
 
-def _repacks(part: Part, compute_dtype: str) -> bool:
+def repacks(part: Part, compute_dtype: str) -> bool:
     """True if bitsandbytes packs the codes anew before the first product, as it does for AVX-512 BF16."""
     import torch
 
@@ -124,7 +124,7 @@ def gguf(part: Part, name: str) -> Part:
     size = int(part.weights * BITS_OF_GGUF[name] / 8)
     stored = (Stored("", "uint8", (size,)),)
     floats = part.weights * BYTES[part.dtype]
-    return replace(part, stored=stored, opened=floats, packed=False)
+    return replace(part, stored=stored, opened=floats, packed=False, mapped=0)
 
 
 def in_graph(part: Part) -> Part:
@@ -137,7 +137,7 @@ def in_graph(part: Part) -> Part:
     groups, outputs = held[".scales"].shape
     codes = part.weights if bits == 8 else part.weights // 2
     stored = (Stored("", "uint8", (codes,)), Stored(".scales", "float16", (groups, outputs)))
-    return replace(part, stored=stored, opened=sum(t.bytes for t in stored), dtype="float32")
+    return replace(part, stored=stored, opened=sum(t.bytes for t in stored), dtype="float32", mapped=0)
 
 
 def type_that_keeps(part: Part) -> str:
