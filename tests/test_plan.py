@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import llmq
-from llmq import api, cli, pipeline, planning, plugin, rates, recipe
+from llmq import api, cli, environment, pipeline, planning, plugin, rates, recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.report import Report, foretold
@@ -194,10 +194,10 @@ def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_p
     needed = [d.peak_of_step or 0 for d in planning.plan(job).stages][1] + planning.LIBRARIES
     halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert next(job.steps[0].smaller()) == halved
-    monkeypatch.setattr(planning, "_memory", lambda device: needed - 1)
+    monkeypatch.setattr(environment, "free_memory", lambda device: needed - 1)
     (misfit,) = planning.plan(job).misfits
     assert "adapt.lora.per_device_train_batch_size=4 adapt.lora.gradient_accumulation_steps=2" in misfit.cure
-    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES // 2)
+    monkeypatch.setattr(environment, "free_memory", lambda device: planning.LIBRARIES // 2)
     assert "no setting of it fits" in planning.plan(job).misfits[0].cure
 
 
@@ -212,7 +212,7 @@ def test_a_plan_reads_on_a_terminal_and_as_data(tiny_llama, tmp_path, monkeypatc
     assert "1-quantize.bnb" in shown.output
     data = json.loads(CliRunner().invoke(cli.app, ["plan", str(file), "--json"]).output)
     assert data["stages"][1]["bytes_on_disk"] < data["stages"][0]["bytes_on_disk"]
-    monkeypatch.setattr(planning, "_memory", lambda device: 1)
+    monkeypatch.setattr(environment, "free_memory", lambda device: 1)
     refused = CliRunner().invoke(cli.app, ["plan", str(file)])
     assert refused.exit_code == 2
     assert "WILL NOT FIT" in refused.output
@@ -280,7 +280,7 @@ def test_a_run_is_refused_with_a_cure_before_anything_is_loaded(tiny_llama, tiny
         "steps": [{"adapt.lora": {"data": str(tiny_jsonl), "max_steps": 1, "max_length": 64}}],
         "evaluate": ["size"],
     }
-    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES)
+    monkeypatch.setattr(environment, "free_memory", lambda device: planning.LIBRARIES)
     monkeypatch.setattr(pipeline, "bring", lambda *_: pytest.fail("the base was brought"))
     with pytest.raises(UserError, match=r"1-adapt.lora: .* no setting of it fits: .*; --force goes on"):
         api.run(job, out=tmp_path / "refused")
@@ -293,7 +293,7 @@ def test_a_report_sets_what_was_foretold_beside_what_was_measured(tiny_llama, tm
         "steps": [{"quantize.rtn": {"group_size": 32}}],
         "evaluate": ["size", {"speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3}}],
     }
-    monkeypatch.setattr(planning, "_memory", lambda device: planning.LIBRARIES)
+    monkeypatch.setattr(environment, "free_memory", lambda device: planning.LIBRARIES)
     report = api.run(job, out=tmp_path / "run", force=True, cache=False)
     assert report.foretold
     told = dict(foretold.lines(report))
