@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from llmq import (
     __version__,
     api,
+    cli_completing,
     cli_judging,
     cli_looking,
     cli_planning,
@@ -46,7 +47,10 @@ TaskOverrides = Annotated[
     typer.Argument(metavar="[TASK.KEY=VALUE]...", help="perplexity.limit=32, accuracy.data=photos/"),
 ]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
-Suite = Annotated[str | None, typer.Option(help="A suite in evals/, or a YAML file, to measure by.")]
+Suite = Annotated[
+    str | None,
+    typer.Option(help="A suite in evals/, or a YAML file, to measure by.", autocompletion=cli_completing.suites),
+]
 LmTasks = Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of data, training and sampling.")]
@@ -79,7 +83,7 @@ def main_options(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(autocompletion=cli_planning.recipe_names)],
+    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
@@ -127,7 +131,10 @@ def finetune(
 def quantize(
     model: str,
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="A word of quantize: bnb, gptq, int8, …")] = "bnb",
+    method: Annotated[
+        str,
+        typer.Option(help="A word of quantize: bnb, gptq, int8, …", autocompletion=cli_completing.words_of("quantize")),
+    ] = "bnb",
     bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
     family: Annotated[str, typer.Option("--model", help="Opens MODEL: a word of models.")] = DEFAULT_MODEL,
     suite: Suite = None,
@@ -207,7 +214,7 @@ def search(
 
 @app.command(name="eval")
 def evaluate(
-    target: str,
+    target: Annotated[str, typer.Argument(autocompletion=cli_completing.stages)],
     overrides: TaskOverrides = None,
     suite: Suite = None,
     tasks: LmTasks = None,
@@ -268,8 +275,14 @@ def evaluate(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(metavar="STAGE")],
-    to: Annotated[str, typer.Option(help="A word of export: gguf, openvino, onnx, compressed_tensors.")],
+    target: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=cli_completing.stages)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="A word of export: gguf, openvino, onnx, compressed_tensors.",
+            autocompletion=cli_completing.words_of("export"),
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="type=q8_0")] = None,
     model: Opener = DEFAULT_MODEL,
     device: str = "auto",
@@ -296,7 +309,7 @@ for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify):
 
 @app.command()
 def replay(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=cli_completing.runs)],
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN-replay if unset.")] = None,
     trust_remote_code: Trust = False,
     allow_code: AllowCode = False,
@@ -328,7 +341,7 @@ def replay(
 
 @app.command()
 def check(
-    recipe: str,
+    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
     overrides: Overrides = None,
     data: Annotated[bool, typer.Option("--data", help="Read all data, too, and see that it fits the base.")] = False,
     trust_remote_code: Trust = False,
@@ -372,7 +385,7 @@ app.command()(cli_sweeping.sweep)
 
 
 @app.command(name="copy")
-def copy_recipe(recipe: str, folder: Path) -> None:
+def copy_recipe(recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)], folder: Path) -> None:
     """Copy a bundled recipe into FOLDER, to be changed."""
     from llmq import recipe as recipes
     from llmq.runs.folder import no_file

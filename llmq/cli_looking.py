@@ -6,26 +6,20 @@ from typing import Annotated
 
 import typer
 
+from llmq import cli_completing
 from llmq.cli_options import Json
 from llmq.errors import UserError, did_you_mean, visible
 from llmq.files import to_json
 
 
-def names_to_show(incomplete: str) -> list[str]:
-    """The words, recipes and suites that begin so, for the completion of a shell."""
-    from llmq import listing
-
-    return [name for names in listing.everything().values() for name in names if name.startswith(incomplete)]
-
-
-def run_folders(incomplete: str) -> list[str]:
-    """The folders under runs/ that begin so, for the completion of a shell."""
-    return [str(f) for f in sorted(Path("runs").glob("*")) if str(f).startswith(incomplete)]
-
-
 def list_words(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help="models, data, quantize, …, recipes or evals; all if unset.")
+        str | None,
+        typer.Argument(
+            metavar="[KIND]",
+            help="models, data, quantize, …, recipes or evals; all if unset.",
+            autocompletion=cli_completing.kinds,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +36,7 @@ def list_words(
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SUITE|RUN", autocompletion=names_to_show)],
+    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SUITE|RUN", autocompletion=cli_completing.shown)],
     as_json: Json = False,
 ) -> None:
     """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), a suite, or a run's table."""

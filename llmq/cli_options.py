@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from llmq import cli_completing
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
@@ -14,5 +16,12 @@ Trust = Annotated[
         "--trust-remote-code", help="Run Python that the folder of a model or of tasks brings; nothing else does."
     ),
 ]
-Opener = Annotated[str, typer.Option("--model", help="How to open a target that is no stage: a word of models.")]
+Opener = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="How to open a target that is no stage: a word of models.",
+        autocompletion=cli_completing.words_of("models"),
+    ),
+]
 DEFAULT_MODEL = "causal_lm"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import llmq
+from llmq import cli_completing
 from llmq.cli_options import Json, Overrides, Trust
 from llmq.errors import in_bytes, visible
 from llmq.files import to_json
@@ -19,15 +20,8 @@ TITLES = ("stage", "params", "on disk", "memory", "making", "asking", "time")
 LEGEND = "making, asking: the peak of memory in the step and in the tasks, without libraries"
 
 
-def recipe_names(incomplete: str) -> list[str]:
-    """The bundled recipes that begin so, for the completion of a shell."""
-    from llmq.source import names
-
-    return [name for name in names("recipes") if name.startswith(incomplete)]
-
-
 def plan(
-    recipe: Annotated[str, typer.Argument(autocompletion=recipe_names)],
+    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder that the run would write; its disk is looked at.")

@@ -6,13 +6,20 @@ from typing import Annotated
 import typer
 
 import llmq
-from llmq import trust
+from llmq import cli_completing, trust
 from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Trust
 from llmq.errors import UserError, visible
 from llmq.files import to_json
 from llmq.types import JsonObject
 
-Stage = Annotated[str, typer.Argument(metavar="STAGE", help="A stage, a run (its last stage), or any model.")]
+Stage = Annotated[
+    str,
+    typer.Argument(
+        metavar="STAGE",
+        help="A stage, a run (its last stage), or any model.",
+        autocompletion=cli_completing.stages,
+    ),
+]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="Of a text: tokens of an answer at most; 256 if unset.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="Of a text: 0, the default, takes the likeliest token; 1 draws.")
@@ -125,7 +132,9 @@ def chat(
 
 
 def push(
-    stage: Annotated[Path, typer.Argument(help="A stage of a run, or an export.")],
+    stage: Annotated[
+        Path, typer.Argument(help="A stage of a run, or an export.", autocompletion=cli_completing.stages)
+    ],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from run_folders import size, write_run
 from typer.testing import CliRunner
 
-from llmq import api, cli, cli_looking, cli_planning, doctor, listing, plugin, targets
+from llmq import api, cli, cli_completing, cli_looking, doctor, listing, plugin, targets
 from llmq.errors import UserError
 from llmq.report import shelf
 
@@ -112,9 +112,33 @@ def test_lines_are_wrapped_by_words_on_a_terminal_alone(monkeypatch):
 
 
 def test_names_are_completed(runs):
-    assert {"text/gptq4", "text/gptq4-lora"} <= set(cli_planning.recipe_names("text/gptq4"))
-    assert "quantize.gptq" in cli_looking.names_to_show("quantize.")
-    assert cli_looking.run_folders("runs/f") == ["runs/first"]
+    assert {"text/gptq4", "text/gptq4-lora"} <= set(cli_completing.recipes("text/gptq4"))
+    assert "quantize.gptq" in cli_completing.shown("quantize.")
+    assert cli_completing.runs("runs/f") == cli_completing.shown("runs/f") == ["runs/first"]
+    assert cli_completing.stages("runs/s") == ["runs/second"]
+    assert cli_completing.stages("runs/second/") == ["runs/second/0-base"]
+    assert cli_completing.suites("text-q") == ["text-quick"]
+    assert cli_completing.words_of("export")("g") == ["gguf"]
+    assert cli_completing.kinds("rec") == ["recipes"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("gate runs/f", "runs/first"),
+        ("chat runs/second/", "runs/second/0-base"),
+        ("check text/gptq4-g", "text/gptq4-gguf"),
+        ("list evals", "evals"),
+        ("quantize model --method gp", "gptq"),
+        ("eval runs/first --suite text-q", "text-quick"),
+        ("export runs/first --to gg", "gguf"),
+    ],
+)
+def test_a_shell_completes_arguments_and_options(typed, completed, runs, monkeypatch):
+    monkeypatch.setenv("_LLMQ_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"llmq {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    assert CliRunner().invoke(cli.app, [], prog_name="llmq").output.split() == [completed]
 
 
 def test_the_doctor_names_what_is_missing_and_the_cure(monkeypatch):
