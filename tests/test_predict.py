@@ -19,6 +19,7 @@ from llmq.errors import UserError
 from llmq.predicting import Predictions, predict
 from llmq.predictors import Predictor
 from llmq.vision.degrade import to_uint8
+from llmq.vision.rasters import voxel_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDSR = {"edsr": {"n_resblocks": 1, "n_feats": 8, "scale": 2}}
@@ -181,6 +182,29 @@ def test_voxels_shrink_with_their_pixels(tmp_path):
         assert tags[296].value == 3
         assert (file.imagej_metadata["spacing"], file.imagej_metadata["unit"]) == (2.5, "um")
         assert file.series[0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(("kind", "unit", "micrometres"), [("uint16", "µm", 1), ("int16", "mm", 1000)])
+def test_voxels_that_ome_tells_are_kept(kind, unit, micrometres, tmp_path, capsys):
+    about = {"axes": "ZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeZ": 2.0}
+    about |= {f"PhysicalSize{axis}Unit": unit for axis in "XYZ"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", noise(3, 8, 8, kind=kind), metadata=about)
+    assert voxel_size(tmp_path / "a.ome.tif") is None  # a width and another height
+    made = predicted(EDSR, [tmp_path / "a.ome.tif"], tmp_path / "out")
+    assert "OME" not in capsys.readouterr().err
+    with tifffile.TiffFile(made.files[0]) as file:
+        tags = file.pages[0].tags
+        per = [tags[t].value[0] / tags[t].value[1] for t in (282, 283)]
+        if kind == "uint16":
+            assert per == pytest.approx([4.0, 8.0])
+            assert (file.imagej_metadata["spacing"], file.imagej_metadata["unit"]) == (2.0, "um")
+        else:
+            assert per == pytest.approx([1e4 / micrometres * 4, 1e4 / micrometres * 8])
+            assert tags[296].value == 3
+    about |= {"PhysicalSizeXUnit": "pixel"}
+    tifffile.imwrite(tmp_path / "b.ome.tif", noise(3, 8, 8, kind=kind), metadata=about)
+    predicted(EDSR, [tmp_path / "b.ome.tif"], tmp_path / "out2")
+    assert "in its description of OME is not understood" in " ".join(capsys.readouterr().err.split())
 
 
 def test_pictures_beside(tmp_path):

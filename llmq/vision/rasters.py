@@ -51,7 +51,7 @@ class Raster:
     voxels: JsonObject = field(default_factory=dict)
     """The size of pixels and slices, as tifffile writes it."""
     of_ome: bool = False
-    """True for a TIFF with a description of OME, whose sizes are not written again."""
+    """True for a TIFF with sizes in a description of OME that are not understood, and not written again."""
     of_dicom: bool = False
     voxel_size: float | None = None
     """Micrometres, as an .npz tells them."""
@@ -144,7 +144,7 @@ def _by_pillow(path: Path) -> ndarray:
 
 
 def _voxels(path: Path) -> tuple[JsonObject, bool]:
-    """The resolution of a TIFF, and the distance of slices that ImageJ keeps; and True for a description of OME."""
+    """The resolution of a TIFF, and the distance of slices that ImageJ or OME tells; True for an OME not understood."""
     import tifffile
 
     with readable(path, "image"), tifffile.TiffFile(path) as file:
@@ -156,7 +156,9 @@ def _voxels(path: Path) -> tuple[JsonObject, bool]:
                 across, down = down, across
             if across and down:
                 told = {"resolution": (across, down), "resolutionunit": int(tags[UNIT].value) if UNIT in tags else 1}
-        return told | _of_imagej(file), bool(file.is_ome)
+        of_ome = _of_ome(file) if file.is_ome else {}
+        unknown = bool(file.is_ome) and not of_ome and "PhysicalSize" in (file.ome_metadata or "")
+        return told | _of_imagej(file) | of_ome, unknown
 
 
 def voxel_size(path: Path) -> float | None:
@@ -167,6 +169,25 @@ def voxel_size(path: Path) -> float | None:
     width = MICROMETRES.get(unit) or (MICROMETRES["cm"] if told.get("resolutionunit") == CENTIMETRES else None)
     alike = across > 0 and abs(across - down) <= 0.01 * across
     return width / across if width and alike else None
+
+
+def _of_ome(file: TiffFile) -> JsonObject:
+    """The size of voxels in the first image of a description of OME: resolution, and ImageJ's distance of slices."""
+    import tifffile
+
+    image = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
+    pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
+    sizes = []  # micrometres, of x, y and z; 0 if unknown
+    for axis in "XYZ":
+        unit = MICROMETRES.get(str(pixels.get(f"PhysicalSize{axis}Unit", "µm")), 0.0)
+        sizes.append(float(pixels.get(f"PhysicalSize{axis}", 0)) * unit)
+    across, down, apart = (size if 0 < size < float("inf") else 0.0 for size in sizes)
+    if not (across and down):
+        return {}
+    if apart and file.series[0].dtype.name in OF_IMAGEJ:
+        metadata = {"spacing": apart, "unit": "um"}
+        return {"resolution": (1 / across, 1 / down), "resolutionunit": 1, "imagej": True, "metadata": metadata}
+    return {"resolution": (1e4 / across, 1e4 / down), "resolutionunit": CENTIMETRES}
 
 
 def _of_imagej(file: TiffFile) -> JsonObject:

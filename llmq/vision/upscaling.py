@@ -121,7 +121,9 @@ class Upscaling(Predictor):
         for item in inputs.items:
             raster = read_raster(item.path)
             if raster.of_ome:
-                say(f"{item.name}: the size of voxels in its description of OME is not carried over")
+                say(
+                    f"{item.name}: the size of voxels in its description of OME is not understood, and not carried over"
+                )
             kept = raster.suffix in (*VOLUMES, ".tif") and not raster.of_dicom
             suffix = item.place.suffix if kept else raster.suffix
             target = folder / item.place.with_suffix(suffix)
