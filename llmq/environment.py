@@ -30,6 +30,9 @@ LIBRARIES = (
     "openvino", "nncf", "openvino-genai", "openvino-tokenizers", "onnx", "onnxruntime", "gptqmodel",
 )  # fmt: skip
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""The settings of glibc's allocator, from <malloc.h>."""
+
 
 def describe(device: str, seed: int) -> dict[str, object]:
     """The environment as the report records it."""
@@ -209,9 +212,9 @@ def prepare(device: str, seed: int, threads: int | None) -> str:
         # Have glibc keep large freed blocks instead of returning each to the kernel at once. Every activation over
         # 32 MB is otherwise mapped, zeroed page by page and unmapped at each use: a third of the time of a training
         # step on a processor (`scripts/bench_finetune`).
-        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     products.widen()
     if threads:
         torch.set_num_threads(threads)
@@ -230,6 +233,23 @@ def _take_card(device: str) -> None:
     torch.cuda.set_device(place.index or 0)
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{place.index or 0}"  # or Trainer takes the first card
     set_float32_products("ieee")  # convolutions would round their factors to 10 bits (TF32)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Let blocks over 32 MB be mapped one by one, as glibc does by itself, and be gone once they are freed.
+
+    Tasks have few of them, such as the logits of a batch; in the heap each may lie beyond the holes that others left.
+    """
+    glibc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    try:
+        if glibc:
+            glibc.mallopt(M_MMAP_THRESHOLD, 2**25)
+            glibc.mallopt(M_MMAP_MAX, 2**16)
+        yield
+    finally:
+        if glibc:
+            glibc.mallopt(M_MMAP_MAX, 0)
 
 
 def release_memory(device: str) -> None:

@@ -43,7 +43,11 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
         answers: list[Answer] = [] if before else list(stage.artifact.measurements)
         taken = _names_before(tasks)
         began = time.perf_counter()
-        with measure.peak_memory(device) as peak, AnswerCache(stage.artifact, base, device, cache) as known:
+        with (
+            environment.large_blocks_apart(),
+            measure.peak_memory(device) as peak,
+            AnswerCache(stage.artifact, base, device, cache) as known,
+        ):
             tried = [_timed_answers(known, *one, taken, stage.name, answers) for one in asked]
         spent = {
             "seconds": round(time.perf_counter() - began, 3),

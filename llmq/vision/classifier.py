@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from llmq.predictors import Predictor
 
-BATCH = 8  # images at a time, for inference: 32 take four times the memory, and no less time
+BATCH = 4  # images at a time, for inference: 32 take eight times the memory, and no less time
 
 
 class Classifier(ImageModel):
