@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmq.planning import Foretold, Plan
 
 TITLES = ("stage", "params", "on disk", "memory", "making", "asking", "time")
-LEGEND = "making, asking: the peak of memory in the step and in the tasks, without libraries"
+LEGEND = "making, asking: peak of memory in the step and in the tasks, without libraries"
 
 
 def plan(
