@@ -59,8 +59,8 @@ def run(
     from llmq import pipeline, planning, processes
     from llmq.runs.folder import fresh
 
-    processes.check()
     job = load(recipe, overrides, trust_remote_code=trust_remote_code, allow_code=allow_code)
+    processes.check(any(step.in_every_process for step in job.steps))
     folder = Path(out or Path("runs") / job.name) if resume else fresh(out, job.name)
     pipeline.check_folder(job, folder, resume)
     foretold = planning.before_run(job, folder, force)

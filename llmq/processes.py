@@ -19,11 +19,17 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check() -> None:
-    """Raise `UserError` where `accelerate launch` was asked for several processes and started one.
+def check(shares: bool) -> None:
+    """Raise `UserError` where several processes were asked for, and one alone would do all the work.
 
-    On processors it does so without a message; an address to meet at is all that tells.
+    On processors `accelerate launch` starts one without a message; an address to meet at is all that tells. Of several
+    that were started the first does all unless a step `shares` its work.
     """
+    if count() > 1 and not shares:
+        raise UserError(
+            f"{count()} processes were started, and no step of this recipe shares its work among them (adapt.lora, "
+            "adapt.full and adapt.scales do); run it with llmq run alone"
+        )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "accelerate launch was asked for several processes and started one, as it does on processors; "

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
+import llmq
 from llmq import processes
 from llmq.errors import UserError
 
@@ -35,7 +36,15 @@ def test_processes_that_were_asked_for_and_not_started_are_an_error(started, ask
         monkeypatch.setenv(name, value)
     lost = asked > 1 and not started
     with pytest.raises(UserError, match="torchrun --nproc_per_node") if lost else nullcontext():
-        processes.check()
+        processes.check(shares=True)
+
+
+def test_processes_that_would_only_wait_are_an_error(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plain = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": [{"quantize.rtn": {"group_size": 32}}]}
+    with pytest.raises(UserError, match="2 processes were started, and no step of this recipe shares"):
+        llmq.run(plain, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
