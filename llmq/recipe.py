@@ -147,7 +147,7 @@ def built(source: Source, name: str) -> Recipe:
     parts = {"name": name, "model": model, "steps": own, "evaluate": tasks}
     others = {k: v for k, v in data.items() if k not in parts}
     recipe: Recipe = _validated(lambda: Recipe(**parts, **others), source, (), None, {})
-    check_order(recipe.model.kind, recipe.steps, source)
+    check_order(recipe.model.kind, recipe.steps, source, begins_in=recipe.model.begins_in)
     if len(recipe.baseline_stages) != 1:
         raise UserError(
             f"{source.where(('baseline',))}: baseline {recipe.baseline!r} is not one stage of this recipe"
@@ -282,12 +282,14 @@ CURES = {
 }
 
 
-def check_order(kind: str, steps: Iterable[Step], source: Source, base: "Artifact[Any] | None" = None) -> None:
+def check_order(
+    kind: str, steps: Iterable[Step], source: Source, base: "Artifact[Any] | None" = None, begins_in: str = "torch"
+) -> None:
     """Check that each step finds the state that it requires. Raises `UserError` at the first that does not.
 
-    Without a `base` the first step is taken to find float weights without an adapter, in torch.
+    Without a `base` the first step is taken to find float weights without an adapter, in the runtime `begins_in`.
     """
-    now: dict[str, bool | str] = {"packed": False, "adapter": False, "runtime": "torch"}
+    now: dict[str, bool | str] = {"packed": False, "adapter": False, "runtime": begins_in}
     if base:
         now = {"packed": base.packed, "adapter": base.adapter is not None, "runtime": base.runtime}
     for i, step in enumerate(steps):

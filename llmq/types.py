@@ -117,6 +117,8 @@ class Model(Plugin):
 
     kind: ClassVar[str]
     suite: ClassVar[str]
+    begins_in: ClassVar[str] = "torch"
+    """The runtime of the base."""
 
     def check_trust(self) -> None:
         """Raise `UserError` for a model that needs code which this command does not trust."""

@@ -62,7 +62,7 @@ HYBRID = {
 }
 WIDER: dict[str, dict[str, Any]] = {
     "rt_detr": HYBRID,
-    "d_fine": HYBRID,
+    "d_fine": {**HYBRID, "decoder_in_channels": [96, 96]},
     "detr": {"d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256},
     "yolos": {"hidden_size": 192, "intermediate_size": 768},
 }

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from llmq.vision.detector import Criterion, Fitted, Images, Sizes, Targets
 
+TWO_STAGES = ("rt_detr", "rt_detr_v2")
+"""The families whose int8 was seen to need it; D-FINE was as bad with it."""
+QUERIES = tuple(f"model.model.{part}" for part in ("decoder", "enc_output", "enc_score_head", "enc_bbox_head"))
+
 
 class HfDetector(HuggingFaceModel, Detector):
     auto: ClassVar[str] = "AutoModelForObjectDetection"
@@ -43,6 +47,11 @@ class HfDetector(HuggingFaceModel, Detector):
     def side(self) -> int:
         written = (self.preprocessor or {}).get("size") or {}
         return self.size or (int(written["height"]) if "height" in written else 640)
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """The choice of queries and the decoder: rounding there swaps the queries, and with them whole detections."""
+        return QUERIES if (self.config or {}).get("model_type") in TWO_STAGES else ()
 
     def class_names(self) -> tuple[str, ...]:
         labels = self.labels()

@@ -4,7 +4,7 @@ NNCF quantizes every convolution, transposed convolution and linear layer. The s
 turns weights into floats as it opens the graph: the file shrinks, the memory does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 class Dynamic(Step[ImageModel]):
     suits = IMAGE_MODELS
+    runtimes: ClassVar[Collection[str]] = frozenset({"torch", "openvino"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
     leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
 

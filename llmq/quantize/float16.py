@@ -3,7 +3,7 @@
 The stage is a graph that OpenVINO opens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class Float16(Step[ImageModel]):
     suits = IMAGE_MODELS
+    runtimes: ClassVar[Collection[str]] = frozenset({"torch", "openvino"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
     leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
 

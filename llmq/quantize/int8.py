@@ -4,7 +4,7 @@ The input is the exported graph, and OpenVINO runs the result. Work after the ne
 boxes, stays in float.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -28,6 +28,7 @@ JUDGED = 16
 
 class Int8(Step[ImageModel]):
     suits = IMAGE_MODELS
+    runtimes: ClassVar[Collection[str]] = frozenset({"torch", "openvino"})
     writes: ClassVar[float] = 1.5  # the float graph first, then the int8 graph
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
     leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
@@ -42,7 +43,9 @@ class Int8(Step[ImageModel]):
         "first_layer_only",
         description="layers whose weights take 7 bits, so that no processor without VNNI overflows; disable: none",
     )
-    ignored: tuple[str, ...] = Field((), description="layers kept in float: names in the network, or their beginnings")
+    ignored: tuple[str, ...] | None = Field(
+        None, description="layers kept in float: names in the network, or their beginnings; the family's if unset"
+    )
     model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
@@ -63,16 +66,19 @@ class Int8(Step[ImageModel]):
 
         split = self._split()
         inputs = self._inputs(artifact, split, self.samples, context.seed)
+        ignored = artifact.model.floats if self.ignored is None else self.ignored
+        step = self.model_copy(update={"ignored": ignored})
         about: dict[str, object] = {"samples": len(inputs), "seed": context.seed}
         if self.data is not None and split is not None:
             about["data"] = {"word": self.data.word, "sha256": split.sha256}
+        kept = {"float_layers": list(ignored)} if ignored else {}
         return quantized_stage(
             self,
             artifact,
             folder,
-            lambda graph: apart.changed(self, artifact.model.title, graph, inputs),
+            lambda graph: apart.changed(step, artifact.model.title, graph, inputs),
             inputs[:JUDGED],
-            notes={"nncf": library_version("nncf"), "calibration": about},
+            notes={"nncf": library_version("nncf"), "calibration": about, **kept},
         )
 
     def _split(self) -> Split | None:
@@ -90,7 +96,7 @@ class Int8(Step[ImageModel]):
         from llmq.vision.graph_layers import unfed_layers
 
         library = nncf()
-        names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored)
+        names = ignored_names([op.get_friendly_name() for op in graph.get_ops()], self.ignored or ())
         names += [name for name in unfed_layers(graph) if name not in names]
         transformer = library.ModelType.TRANSFORMER if self.model_type else None
         advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))

@@ -54,6 +54,12 @@ def check_runs(graph: Model, title: str, inputs: Sequence[Tensor]) -> None:
         _run("run", folder, str(folder / GRAPH), inputs, f"the exported graph of {title}", NO_GRAPH)
 
 
+def check_reads(file: Path) -> None:
+    """Raise `LlmqError` if a file is no graph that OpenVINO reads, or crashes the process that reads it."""
+    with partials.scratch() as folder:
+        _run("run", folder, str(file.resolve()), [], f"reading {str(file)!r}", "export it again")
+
+
 def check_opens(graph: Path, title: str, example: Tensor) -> None:
     """Raise `LlmqError` if the graph in a folder does not run on `example`, or crashes the process that runs the graph.
 
@@ -185,6 +191,7 @@ def _change(folder: Path, settings: object, inputs: list[ndarray]) -> None:
 
 def _try(file: str, inputs: list[ndarray]) -> None:
     """Compile and run a graph for the shape of each input, as `ExportedModule` does."""
+    core().read_model(file)
     for x in inputs:
         graph = core().read_model(file)
         if graph.input(0).partial_shape.compatible(openvino().PartialShape(list(x.shape))):  # if not, opening says so

@@ -48,10 +48,17 @@ class ExportedModule(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outputs for an input, in new memory on the device of the input."""
         held = inputs.detach().to("cpu", torch.float32).contiguous()
-        outputs = self._for(tuple(held.shape))(held)
+        outputs = self._outputs(held)
         if inputs.device.type != "cpu":
             outputs = [t.to(inputs.device) for t in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _outputs(self, held: Tensor) -> list[Tensor]:
+        """The outputs; a graph for one image, as somebody exported it, gets one image at a time."""
+        if len(held) == 1 or self.graph.input(0).partial_shape[0].is_dynamic:
+            return self._for(tuple(held.shape))(held)
+        each = [self._for(tuple(one.shape))(one) for one in torch.split(held, 1)]
+        return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
     def _for(self, shape: tuple[int, ...]) -> _Compiled:
         key = shape, torch.get_num_threads()
@@ -85,9 +92,14 @@ class _Compiled:
     def __init__(self, compiled: CompiledModel):
         self.tensor = openvino().Tensor
         self.request = compiled.create_infer_request()
-        self.shapes = [(tuple(o.shape), getattr(torch, o.element_type.to_dtype().name)) for o in compiled.outputs]
+        self.fixed = not any(output.partial_shape.is_dynamic for output in compiled.outputs)
+        outputs = compiled.outputs if self.fixed else ()
+        self.shapes = [(tuple(o.shape), getattr(torch, o.element_type.to_dtype().name)) for o in outputs]
 
     def __call__(self, held: Tensor) -> list[Tensor]:
+        if not self.fixed:  # as many rows as the graph finds
+            self.request.infer([self.tensor(held.numpy())])
+            return [torch.from_numpy(output.data.copy()) for output in self.request.output_tensors]
         # The outputs are new at each call: those of the last call must outlive the next.
         outputs = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes]
         self.request.set_input_tensor(self.tensor(held.numpy(), shared_memory=True))

@@ -126,6 +126,11 @@ class ImageModel(Model):
     )
 
     @property
+    def floats(self) -> tuple[str, ...]:
+        """The layers that int8 leaves in float where no step says another: names, or their beginnings."""
+        return ()
+
+    @property
     def cropped(self) -> int | None:
         """The side of the squares that a training cuts out of images where no step says another; None: whole images."""
         return None

@@ -1,0 +1,1 @@
+"""Graphs that somebody exported, as models of a stated kind."""

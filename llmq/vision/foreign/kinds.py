@@ -1,0 +1,184 @@
+"""The kinds of models that a file can be."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from llmq.errors import UserError
+from llmq.vision.classifier import Classifier
+from llmq.vision.decodings import DECODINGS, Decoding, selected
+from llmq.vision.detector import Detections, Detector
+from llmq.vision.foreign.family import GREY, LETTERBOXED, Foreign, pixels_of, resized
+from llmq.vision.super_resolution import SuperResolution, Window
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
+    from llmq.types import Loaded
+    from llmq.vision.detector import Fitted, Images, Sizes, Targets
+
+
+class ForeignClassifier(Foreign, Classifier):
+    kind: ClassVar[str] = Classifier.kind
+    suite: ClassVar[str] = Classifier.suite
+
+    @property
+    def outputs(self) -> int:
+        return self.classes or 0
+
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in self.labels)
+
+    def prepare(self, images: "Sequence[ndarray]") -> "Tensor":
+        """The shorter side scaled so that the middle is `crop_pct` of it, and the middle cut out."""
+        import torch
+
+        assert self.sides
+        rows, columns = self.sides
+        made = []
+        for image in images:
+            pixels = pixels_of(image, self.channels)
+            height, width = pixels.shape[1:]
+            scale = max(rows / height, columns / width) / self.crop_pct
+            larger = resized(pixels, max(rows, round(height * scale)), max(columns, round(width * scale)))
+            top, left = (larger.shape[1] - rows) // 2, (larger.shape[2] - columns) // 2
+            made.append(self._input(larger[:, top : top + rows, left : left + columns]))
+        return torch.stack(made)
+
+    def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
+        if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != 1:
+            raise self._misfit(shapes, "one output [images, classes]")
+        return self._of_classes(shapes[0][1])
+
+
+class ForeignDetector(Foreign, Detector):
+    kind: ClassVar[str] = Detector.kind
+    suite: ClassVar[str] = Detector.suite
+
+    def check(self) -> None:
+        super().check()
+        if self.decoding is None:
+            raise UserError(f"a detector needs its decoding: {', '.join(DECODINGS)}")
+        if self.decoding == "boxes" and not (self.classes or self.labels):
+            raise UserError("decoding: boxes does not tell the number of classes; set classes or labels")
+
+    @property
+    def _decoding(self) -> Decoding:
+        return DECODINGS[str(self.decoding)]
+
+    def class_count(self) -> int:
+        return self.classes or len(self.labels)
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.labels
+
+    def fit(self, images: "Images", targets: "Targets | None" = None) -> "Fitted":
+        import torch
+
+        assert self.sides
+        made, filled = [], []
+        for image in images:
+            rows, columns, top, left = self._place(*image.shape[:2])
+            pixels = torch.full((self.channels, *self.sides), float(GREY))
+            pixels[:, top : top + rows, left : left + columns] = resized(pixels_of(image, self.channels), rows, columns)
+            made.append(self._input(pixels))
+            filled.append((rows, columns))
+        return torch.stack(made), filled, targets
+
+    def _place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The rows and columns that an image fills in the input, and the first of each."""
+        assert self.sides
+        rows, columns = self.sides
+        if not (self.decoding in LETTERBOXED if self.letterbox is None else self.letterbox):
+            return rows, columns, 0, 0
+        scale = min(rows / height, columns / width)
+        high, wide = (max(1, round(n * scale)) for n in (height, width))
+        return high, wide, (rows - high) // 2, (columns - wide) // 2
+
+    def decode(self, raw: "tuple[Tensor, ...]", fitted: "Sizes", sizes: "Sizes") -> list[Detections]:
+        import torch
+
+        assert self.sides
+        found = self._decoding.decode(raw, self.sides)
+        overlap = self.nms_threshold if self._decoding.nms else None
+        made = []
+        chosen = selected(found, self.score_threshold, overlap, self.max_detections)
+        for (corners, scores, labels), (height, width) in zip(chosen, sizes, strict=True):
+            rows, columns, top, left = self._place(height, width)
+            boxes = (corners - torch.tensor([left, top, left, top])) * torch.tensor(
+                [width / columns, height / rows, width / columns, height / rows]
+            )
+            boxes = boxes.clamp(torch.zeros(4), torch.tensor([width, height, width, height]).float())  # (k, 4)
+            made.append(Detections(boxes.numpy(), scores.numpy(), self._numbered(labels).numpy()))
+        return made
+
+    def _numbered(self, labels: "Tensor") -> "Tensor":
+        """Labels from 0. Raises `UserError` for one that is no class."""
+        made = labels - self.first_label
+        if len(made) and not 0 <= int(made.min()) <= int(made.max()) < self.class_count():
+            raise UserError(
+                f"{self.weights!r} gives labels {int(labels.min())} to {int(labels.max())}, and these settings have "
+                f"{self.class_count()} classes from {self.first_label}; set classes or first_label"
+            )
+        return made
+
+    def detect(self, loaded: "Loaded", images: "Images", batch_size: int = 16) -> list[Detections]:
+        # A graph that selects boxes gives one image as many rows as it finds.
+        return super().detect(loaded, images, 1 if self.decoding == "boxes" else batch_size)
+
+    def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
+        count = self._decoding.class_count(shapes, str(self.weights))
+        return self._of_classes(count) if count else self
+
+
+class ForeignQueries(ForeignDetector):
+    """A detector whose queries come in an order without meaning."""
+
+    unordered: ClassVar[bool] = True
+
+
+class ForeignSuperResolution(Foreign, SuperResolution):
+    kind: ClassVar[str] = SuperResolution.kind
+    suite: ClassVar[str] = SuperResolution.suite
+
+    @property
+    def reach(self) -> int:
+        """A distance that few networks exceed: a graph does not tell its own."""
+        return 48
+
+    @property
+    def sides(self) -> None:
+        """Images of any size, or no image could be made in tiles."""
+        return
+
+    def _sized(self) -> Self:
+        return self
+
+    def example(self, batch_size: int) -> "Tensor":
+        return self._ranged(SuperResolution.example(self, batch_size))
+
+    def prepare(self, images: "Sequence[ndarray]") -> "Tensor":
+        return self._ranged(SuperResolution.prepare(self, images))
+
+    def _ranged(self, values: "Tensor") -> "Tensor":
+        low, high = self.value_range
+        return (values.flip(1) if self.colours == "bgr" else values) * (high - low) + low  # (n, channels, h, w)
+
+    def enlarged(self, loaded: "Loaded", low: "ndarray") -> "Iterator[tuple[Window, ndarray]]":
+        black, white = self.value_range
+        for place, made in super().enlarged(loaded, low):
+            values = made[..., ::-1] if self.colours == "bgr" else made
+            yield place, (values - 255 * black) / (white - black)
+
+    def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
+        wanted = (1, self.channels, 48 * self.scale, 48 * self.scale)
+        if list(shapes) != [wanted]:
+            raise self._misfit(shapes, f"{list(wanted)} at scale {self.scale}")
+        return self
+
+
+def family_of(model: Foreign) -> type[Foreign]:
+    """The class of a kind."""
+    if model.is_a == "detector":
+        return ForeignQueries if model.decoding in ("detr", "rtdetr", "dfine") else ForeignDetector
+    return {"classifier": ForeignClassifier, "super-resolution": ForeignSuperResolution}[model.is_a]

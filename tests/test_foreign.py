@@ -1,0 +1,349 @@
+"""Graphs that somebody exported, opened as a model of a kind: as exact as the network, or refused with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, apply
+from torch import Tensor, nn
+
+from llmq import plugin
+from llmq.artifact import Artifact
+from llmq.errors import LlmqError, UserError
+from llmq.vision.images import Example
+
+CLASSES = 3
+
+
+class Cells(nn.Module):
+    """A small network with the head of a YOLO: one cell for each 8 x 8 pixels."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, numbers, 3, 2, 1)
+        )
+        for layer in self.body[::2]:  # so that places differ
+            nn.init.normal_(layer.weight, std=2 * (9 * layer.in_channels) ** -0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = self.body(images - 0.5).flatten(2)  # (n, numbers, cells)
+        return torch.cat([cells[:, :4].sigmoid() * 32, cells[:, 4:].sigmoid()], 1)
+
+
+class Rows(Cells):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).transpose(1, 2)
+
+
+class Queries(Cells):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self.body(images - 0.5).flatten(2).transpose(1, 2)  # (n, cells, numbers)
+        return 3 * cells[..., 4:], cells[..., :4].sigmoid()
+
+
+class Maps(Cells):
+    def forward(self, images: Tensor) -> Tensor:
+        cells = self.body(images - 0.5)
+        return torch.cat([cells[:, :1].sigmoid(), cells[:, 1:5], cells[:, 5:].softmax(1)], 1)
+
+
+class Scores(Cells):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self.body(images - 0.5).flatten(2).transpose(1, 2)  # (n, cells, numbers)
+        half = cells[..., 2:4].sigmoid() / 4
+        return cells[..., 4:].softmax(-1), torch.cat(
+            [cells[..., :2].sigmoid() - half, cells[..., :2].sigmoid() + half], -1
+        )
+
+
+HEADS: dict[str, tuple[type[Cells], int]] = {
+    "yolov5": (Rows, 5 + CLASSES),
+    "yolov8": (Cells, 4 + CLASSES),
+    "fastestdet": (Maps, 5 + CLASSES),
+    "ssd": (Scores, 5 + CLASSES),
+    "detr": (Queries, 5 + CLASSES),
+    "rtdetr": (Queries, 4 + CLASSES),
+}
+
+
+def write(network: nn.Module, file: Path, shape: tuple[int, ...], opset: int = 17, batch: bool = True) -> Path:
+    """Export a network to ONNX, as its maker would."""
+    names = ["images"]
+    torch.onnx.export(
+        network.eval(),
+        (torch.zeros(shape),),
+        str(file),
+        input_names=names,
+        opset_version=opset,
+        dynamic_axes={"images": {0: "batch"}} if batch else None,
+        dynamo=False,
+    )
+    return file
+
+
+def opened(file: Path, **settings: Any) -> Artifact:
+    model: Any = plugin.build({"exported": {"weights": str(file), **settings}}, "models")
+    model.check()
+    return model.base(CPU)
+
+
+def some_images(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def network_of(decoding: str) -> nn.Module:
+    torch.manual_seed(0)
+    head, numbers = HEADS[decoding]
+    return head(numbers).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    return {name: write(network_of(name), folder / f"{name}.onnx", (1, 3, 64, 64)) for name in HEADS}
+
+
+def plainly(decoding: str, raw: Any, image: int) -> list[tuple[float, int, list[float]]]:
+    """The candidates of one image, one after the other, by the words of each paper."""
+    found = []
+    if decoding in ("yolov5", "yolov8"):
+        rows = raw[image] if decoding == "yolov5" else raw[image].T
+        for row in rows.tolist():
+            first = 5 if decoding == "yolov5" else 4
+            chances = [c * (row[4] if first == 5 else 1) for c in row[first:]]
+            x, y, w, h = row[:4]
+            found.append((max(chances), chances.index(max(chances)), [x - w / 2, y - h / 2, x + w / 2, y + h / 2]))
+    elif decoding == "fastestdet":
+        rows, columns = raw.shape[2:]
+        for r in range(rows):
+            for c in range(columns):
+                cell = raw[image, :, r, c]
+                x, y = (float(cell[1].tanh()) + c) / columns * 64, (float(cell[2].tanh()) + r) / rows * 64
+                w, h = float(cell[3].sigmoid()) * 64, float(cell[4].sigmoid()) * 64
+                score = float(cell[0]) ** 0.6 * float(cell[5:].max()) ** 0.4
+                found.append((score, int(cell[5:].argmax()), [x - w / 2, y - h / 2, x + w / 2, y + h / 2]))
+    elif decoding == "ssd":
+        for chances, box in zip(raw[0][image].tolist(), raw[1][image].tolist(), strict=True):
+            found.append((max(chances[1:]), chances[1:].index(max(chances[1:])), [64 * v for v in box]))
+    return found
+
+
+def greedy(found: list[tuple[float, int, list[float]]], least: float, overlap: float) -> list[Any]:
+    """Non-maximum suppression in its textbook form."""
+    kept: list[Any] = []
+    for score, label, box in sorted((f for f in found if f[0] >= least), key=lambda f: -f[0]):
+        for _, other, b in kept:
+            wide, high = min(box[2], b[2]) - max(box[0], b[0]), min(box[3], b[3]) - max(box[1], b[1])
+            shared = max(0.0, wide) * max(0.0, high)
+            areas = (box[2] - box[0]) * (box[3] - box[1]) + (b[2] - b[0]) * (b[3] - b[1])
+            if other == label and shared / (areas - shared) > overlap:
+                break
+        else:
+            kept.append((score, label, box))
+    return kept
+
+
+@pytest.mark.parametrize("decoding", ["yolov5", "yolov8", "fastestdet", "ssd"])
+def test_detections_are_those_of_a_plain_decoding(decoding, files):
+    stage = opened(files[decoding], is_a="detector", decoding=decoding, score_threshold=0.3, nms_threshold=0.5)
+    images = some_images((64, 64), (64, 64))
+    with stage.open("cpu") as loaded:
+        ours = loaded.artifact.model.detect(loaded, images)
+    inputs = torch.stack([torch.from_numpy(i).permute(2, 0, 1) / 255 for i in images])
+    with torch.inference_mode():
+        raw = network_of(decoding)(inputs)
+    for i, made in enumerate(ours):
+        wanted = greedy(plainly(decoding, raw, i), 0.3, 0.5)
+        assert len(wanted) > 3
+        assert made.labels.tolist() == [label for _, label, _ in wanted]
+        assert np.allclose(made.scores, [score for score, _, _ in wanted], atol=1e-4)
+        assert np.allclose(made.boxes, np.clip([box for _, _, box in wanted], 0, 64), atol=0.02)
+
+
+@pytest.mark.parametrize("decoding", ["detr", "rtdetr"])
+def test_queries_are_decoded_as_transformers_does(decoding, files):
+    from types import SimpleNamespace
+
+    from transformers import DetrImageProcessor, RTDetrImageProcessor
+
+    stage = opened(files[decoding], is_a="detector", decoding=decoding, score_threshold=0.2)
+    image = some_images((40, 80))
+    with stage.open("cpu") as loaded:
+        model = loaded.artifact.model
+        (ours,) = model.detect(loaded, image)
+        logits, boxes = loaded.module(model.prepare(image))
+    processor = DetrImageProcessor() if decoding == "detr" else RTDetrImageProcessor()
+    outputs = SimpleNamespace(logits=logits, pred_boxes=boxes)
+    (theirs,) = processor.post_process_object_detection(outputs, 0.2, [(40, 80)])
+    order = theirs["scores"].argsort(descending=True, stable=True)
+    assert len(order) > 3
+    assert np.allclose(ours.scores, theirs["scores"][order].numpy())
+    assert ours.labels.tolist() == theirs["labels"][order].tolist()
+    edges = torch.tensor([80, 40, 80, 40])
+    assert np.allclose(ours.boxes, theirs["boxes"][order].clamp(torch.zeros(4), edges.float()).numpy(), atol=1e-3)
+
+
+def test_a_letterboxed_image_gets_its_boxes_back(files):
+    model: Any = opened(files["yolov8"], is_a="detector", decoding="yolov8").model
+    image = np.zeros((20, 40, 3), np.uint8)
+    inputs, filled, _ = model.fit([image])
+    assert filled == [(32, 64)]
+    assert torch.equal(inputs[0, :, 16:48], torch.zeros(3, 32, 64))
+    assert inputs[0, 0, 0, 0] == pytest.approx(114 / 255)
+    box = torch.tensor([32.0, 32.0, 16.0, 16.0, 0.9, 0.0, 0.0])  # in the middle
+    (found,) = model.decode((box[None, :, None],), filled, [(20, 40)])
+    assert found.boxes.tolist() == [[15, 5, 25, 15]]
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 20])
+def test_a_classifier_of_any_opset_gives_the_logits_of_timm(opset, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    file = write(network, tmp_path / "net.onnx", (1, 3, 64, 64), opset, batch=opset != 13)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    stage = opened(file, is_a="classifier", mean=mean, std=std, crop_pct=1.0)
+    assert (stage.runtime, stage.packed) == ("openvino", False)
+    images = some_images((64, 64), (64, 64), (64, 64))
+    with stage.open("cpu") as loaded:
+        ours = loaded.artifact.model.logits(loaded, images)
+    inputs = torch.stack([torch.from_numpy(i).permute(2, 0, 1) / 255 for i in images])
+    inputs = (inputs - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.inference_mode():
+        assert torch.allclose(ours, network(inputs), atol=1e-4)
+
+
+def test_channels_last_and_bgr_and_bytes_are_turned(tmp_path):
+    class Middle(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:  # (n, rows, columns, channels), 0 to 255, BGR
+            return images.mean((1, 2)) @ torch.eye(3)
+
+    file = write(Middle(), tmp_path / "net.onnx", (1, 8, 8, 3))
+    with pytest.raises(UserError, match=r"takes \[\?,8,8,3\] \(images, channels, rows, columns\)"):
+        opened(file, is_a="classifier")
+    stage = opened(file, is_a="classifier", layout="nhwc", colours="bgr", value_range=[0, 255], crop_pct=1.0)
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[...] = (200, 100, 50)  # red first
+    with stage.open("cpu") as loaded:
+        assert np.allclose(loaded.artifact.model.logits(loaded, [image]), [[50, 100, 200]])
+
+
+class Larger(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.interpolate(images, scale_factor=2.0, mode="nearest")
+
+
+def test_super_resolution_makes_larger_images_of_any_size(tmp_path):
+    file = tmp_path / "net.onnx"
+    axes = {"images": {0: "n", 2: "h", 3: "w"}}
+    layer = nn.Sequential(nn.Conv2d(1, 1, 1), Larger()).eval()
+    nn.init.constant_(layer[0].weight, 1.0)
+    nn.init.constant_(layer[0].bias, 0.0)
+    torch.onnx.export(
+        layer, (torch.zeros(1, 1, 16, 16),), str(file), input_names=["images"], dynamic_axes=axes, dynamo=False
+    )
+    stage = opened(file, is_a="super-resolution", scale=2, channels=1, value_range=[-1, 1], tile=16)
+    low = some_images((30, 40))[0][..., :1]
+    with stage.open("cpu") as loaded:
+        made = loaded.artifact.model.upscale(loaded, low)
+    assert np.allclose(made, low.repeat(2, 0).repeat(2, 1), atol=1e-3)
+    with pytest.raises(UserError, match=r"answers with \[1, 1, 96, 96\] for one input, and a super-resolution gives"):
+        opened(file, is_a="super-resolution", scale=4, channels=1)
+
+
+def test_int8_float16_and_dynamic_shrink_a_file_and_stay_alike(files, tmp_path):
+    from llmq.types import Data, Split
+
+    class Noise(Data):
+        suits = frozenset({"detector"})
+
+        @property
+        def word(self) -> str:
+            return "data.noise"
+
+        def read(self) -> Split:
+            examples = [
+                Example(str(i), image, boxes=np.array([[0, 0, 9, 9]], np.float32), labels=np.array([0]))
+                for i, image in enumerate(some_images(*[(64, 64)] * 4))
+            ]
+            return Split(examples, examples, "image/boxes", {}, "0", ("a", "b", "c"))
+
+    stage = opened(files["rtdetr"], is_a="detector", decoding="rtdetr")
+    small = apply("quantize.int8", stage, tmp_path / "int8", data=Noise(), samples=4, fast_bias_correction=True)
+    small.save(tmp_path / "int8")
+    assert small.notes["variance_kept"][0] > 0.9
+    again = Artifact.load(tmp_path / "int8")
+    with again.open("cpu") as loaded:
+        assert len(loaded.artifact.model.detect(loaded, some_images((64, 64)))[0].boxes)
+    for word in ("float16", "dynamic"):
+        assert apply(f"quantize.{word}", stage, tmp_path / word).notes["size_ratio"] > 1.5
+
+
+MISFITS = [
+    ({"is_a": "classifier"}, r"answers with \[1, 7, 64\] for one input, and a classifier gives one output"),
+    ({"is_a": "detector"}, "a detector needs its decoding: yolov5"),
+    ({"is_a": "detector", "decoding": "fastestdet"}, r"answers with \[1, 7, 64\] for one image, and this decoding"),
+    ({"is_a": "detector", "decoding": "yolov8", "classes": 4}, "tells 3 classes apart, and classes tells of 4"),
+    ({"is_a": "detector", "decoding": "yolov8", "size": 96}, r"takes \[\?,3,64,64\].* of 96 x 96"),
+    ({"is_a": "detector", "decoding": "yolov8", "channels": 1}, "these settings give 1 channels"),
+    ({"is_a": "classifier", "decoding": "yolov8"}, "decoding is no setting of a classifier"),
+    ({"is_a": "detector", "decoding": "yolov8", "mean": [0, 0]}, "mean has 2 numbers"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISFITS)
+def test_a_file_that_does_not_fit_is_refused_with_its_shapes(settings, message, files):
+    with pytest.raises(UserError, match=message):
+        opened(files["yolov8"], **settings)
+
+
+def test_a_broken_file_is_one_line(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(LlmqError, match=r"net\.onnx") as error:
+        opened(tmp_path / "net.onnx", is_a="classifier")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["prune.magnitude", "prune.channels", "adapt.train"])
+def test_training_and_pruning_are_refused_before_anything_runs(word, files):
+    from llmq import recipe
+
+    written = {
+        "model": {"exported": {"weights": str(files["yolov8"]), "is_a": "detector", "decoding": "yolov8"}},
+        "steps": [{word: {"data": "scenes"} if word == "adapt.train" else {}}],
+        "evaluate": "detector",
+    }
+    with pytest.raises(UserError, match=f"{word}.*needs a stage in torch, and this one is in openvino"):
+        recipe.built(recipe.Source("test", written), "test")
+
+
+def test_boxes_that_the_graph_selects_are_taken_as_they_are_and_not_quantized(tmp_path):
+    class Selected(Cells):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            rows = super().forward(images)[0].T  # (cells, 7)
+            best, labels = rows[:, 4:].max(1)
+            kept = torch.nonzero(best > 0.5)[:, 0]
+            return torch.cat([rows[kept, :2], rows[kept, :2] + 9], 1), labels[kept] + 1, best[kept]
+
+    torch.manual_seed(0)
+    network = Selected(4 + CLASSES).eval()
+    file = write(network, tmp_path / "net.onnx", (1, 3, 64, 64), batch=False)
+    settings = {"is_a": "detector", "decoding": "boxes", "classes": 3, "first_label": 1, "max_detections": 300}
+    stage = opened(file, **settings)
+    images = some_images((64, 64), (64, 64))
+    with stage.open("cpu") as loaded:
+        found = loaded.artifact.model.detect(loaded, images)
+    for made, image in zip(found, images, strict=True):
+        with torch.inference_mode():
+            _, labels, scores = network(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
+        order = scores.argsort(descending=True)
+        assert len(order) > 3
+        assert np.allclose(made.scores, scores[order], atol=1e-4)
+        assert sorted(made.labels) == sorted((labels - 1).tolist())
+    with pytest.raises(UserError, match="answers with as many rows as it finds"):
+        apply("quantize.float16", stage, tmp_path / "f16")
