@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.artifact import Artifact
 from llmq.errors import LlmqError
-from llmq.types import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+    from llmq.artifact import Artifact
+    from llmq.types import Model
 
 REPACKED = 0.03
 """The greatest distance of two answers, as a share of their norm, where a library computes otherwise once weights are

@@ -18,7 +18,6 @@ from llmq.vision.foreign.graph import check_file, files_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy import ndarray
     from torch import Tensor
 
     from llmq.vision.sizing import ImageSketch
@@ -175,15 +174,6 @@ class Foreign(ImageModel):
         values = (pixels.flip(0) if self.colours == "bgr" else pixels) / 255 * (high - low) + low
         mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))  # (1 or channels, 1, 1)
         return (values - mean) / std
-
-
-def pixels_of(image: ndarray, channels: int) -> Tensor:
-    """A uint8 image `(height, width, any)` as float grey levels `(channels, height, width)`."""
-    import torch
-
-    from llmq.vision.classifier import with_channels
-
-    return torch.from_numpy(with_channels(image, channels).copy()).permute(2, 0, 1).float()
 
 
 def resized(pixels: Tensor, rows: int, columns: int) -> Tensor:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from llmq.errors import UserError
-from llmq.vision.classifier import Classifier
+from llmq.vision.classifier import Classifier, with_channels
 from llmq.vision.decodings import DECODINGS, Decoding, selected
 from llmq.vision.detector import Detections, Detector
-from llmq.vision.foreign.family import GREY, LETTERBOXED, Foreign, pixels_of, resized
+from llmq.vision.foreign.family import GREY, LETTERBOXED, Foreign, resized
 from llmq.vision.super_resolution import SuperResolution, Window
 
 if TYPE_CHECKING:
@@ -182,3 +182,10 @@ def family_of(model: Foreign) -> type[Foreign]:
     if model.is_a == "detector":
         return ForeignQueries if model.decoding in ("detr", "rtdetr", "dfine") else ForeignDetector
     return {"classifier": ForeignClassifier, "super-resolution": ForeignSuperResolution}[model.is_a]
+
+
+def pixels_of(image: "ndarray", channels: int) -> "Tensor":
+    """A uint8 image `(height, width, any)` as float grey levels `(channels, height, width)`."""
+    import torch
+
+    return torch.from_numpy(with_channels(image, channels).copy()).permute(2, 0, 1).float()
