@@ -269,6 +269,8 @@ def test_nf4_of_a_matrix_is_half_a_byte_a_weight_and_its_scales():
 def test_every_bundled_recipe_is_foretold(name):
     if name == "vision/rock-drsrd1":
         pytest.skip("its data is not bundled; its steps are known when that is read")
+    if name == "vision/exported-int8":
+        pytest.skip("a graph that somebody exported is not foretold, and says so")
     made = planning.plan(recipe.load(name, checked=False))
     assert made.seconds, [stage.unknown for stage in made.stages]
     assert all(stage.bytes_on_disk for stage in made.stages)

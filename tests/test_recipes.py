@@ -19,7 +19,7 @@ TASK_FILES = sorted((bundled("evals") / "lm_eval").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def _what_recipes_ask_for(monkeypatch, tmp_path):
-    """To check a recipe, packages with weights need not be installed, nor published rock and an exported net be there."""
+    """To check a recipe, packages with weights need not be installed, nor rock or an exported net be there."""
     monkeypatch.setattr(weights, "built_in", lambda word: tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("DRSRD1_2D").mkdir()
