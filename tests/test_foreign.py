@@ -218,6 +218,18 @@ def test_a_classifier_of_any_opset_gives_the_logits_of_timm(opset, tmp_path):
         assert torch.allclose(ours, network(inputs), atol=1e-4)
 
 
+def test_chances_are_not_taken_for_logits(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1))
+    file = write(network, tmp_path / "net.onnx", (1, 3, 8, 8))
+    images = some_images((8, 8), (8, 8))
+    with opened(file, is_a="classifier").open("cpu") as loaded, pytest.raises(UserError, match="set chances: true"):
+        loaded.artifact.model.logits(loaded, images)
+    with opened(file, is_a="classifier", chances=True, crop_pct=1.0).open("cpu") as loaded:
+        made = loaded.artifact.model.logits(loaded, images)
+    wanted = network(torch.stack([torch.from_numpy(i).permute(2, 0, 1) / 255 for i in images]))
+    assert torch.allclose(made.exp(), wanted, atol=1e-5)
+
+
 def test_channels_last_and_bgr_and_bytes_are_turned(tmp_path):
     class Middle(nn.Module):
         def forward(self, images: Tensor) -> Tensor:  # (n, rows, columns, channels), 0 to 255, BGR

@@ -28,7 +28,7 @@ LETTERBOXED = ("yolov5", "yolov8", "yolo11")
 GREY = 114
 """The grey level around a letterboxed image, as ultralytics has it."""
 OWN = {
-    "classifier": {"labels", "classes", "size", "mean", "std", "crop_pct"},
+    "classifier": {"labels", "classes", "size", "mean", "std", "crop_pct", "chances"},
     "detector": {"labels", "classes", "size", "mean", "std", "decoding", "letterbox", "first_label"}
     | {"nms_threshold", "score_threshold", "max_detections"},
     "super-resolution": {"scale", "tile", "overlap"},
@@ -60,6 +60,7 @@ class Foreign(ImageModel):
     )
     classes: PositiveInt | None = Field(None, description="as the outputs have; needed for decoding: boxes")
     labels: tuple[str, ...] = Field((), description="names of the classes, in their order")
+    chances: bool = Field(False, description="true for a classifier that ends in a softmax")
     crop_pct: float = Field(0.875, gt=0, le=1, description="share of the shorter side that a classifier sees, as timm")
     decoding: Layouts | None = Field(None, description="layout of a detector's outputs; boxes: selected by the graph")
     letterbox: bool | None = Field(None, description="keep proportions, grey around; unset: for yolo alone")

@@ -45,6 +45,15 @@ class ForeignClassifier(Foreign, Classifier):
             made.append(self._input(larger[:, top : top + rows, left : left + columns]))
         return torch.stack(made)
 
+    def logits(self, loaded: "Loaded", images: "Sequence[ndarray]") -> "Tensor":
+        """The logits; the logarithms of chances. Raises `UserError` for chances that no setting tells of."""
+        made = super().logits(loaded, images)  # (n, classes)
+        add_up = made.shape[1] > 1 and bool((made >= 0).all()) and bool(((made.sum(1) - 1).abs() < 1e-3).all())
+        if add_up != self.chances:
+            told = "chances that add up to 1; set chances: true" if add_up else "no chances; leave chances out"
+            raise UserError(f"{self.weights!r} answers with {told}")
+        return made.clamp_min(1e-12).log() if add_up else made
+
     def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
         if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != 1:
             raise self._misfit(shapes, "one output [images, classes]")
