@@ -18,7 +18,7 @@ from tiny_text_models import ARCHITECTURES, build
 from llmq import chatting, cli
 from llmq.errors import UserError
 from llmq.text.dialogue import Dialogue
-from llmq.text.streaming import Sampling, pieces, stream
+from llmq.text.streaming import Reader, Sampling, pieces, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 USUAL = ("llama", "gpt2", "mamba", "bloom")
@@ -64,16 +64,57 @@ def test_a_stream_is_what_the_models_own_generation_writes(architecture, tiny_ll
             expected = opened.module.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
             )
-        streamed = list(stream(opened.module, ids[0].tolist(), 12, Sampling().picker(()), (), "cpu"))
+        streamed = list(stream(Reader(opened.module, "cpu"), ids[0].tolist(), 12, Sampling().picker(()), ()))
     written = expected[0, 20:].tolist()  # up to an end mark
     assert streamed[: len(written)] == written
 
 
+@pytest.mark.parametrize(
+    "architecture", [a if a in USUAL else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+)
+def test_what_was_read_before_changes_no_answer(architecture, tiny_llama, tmp_path):
+    ids = some_ids(1, 60)[0].tolist()
+    texts = [ids[:20], ids[:20] + ids[40:], ids[:12] + ids[30:50], ids[:12], ids[5:30]]  # goes on, turns off, is cut
+    with base_of(build(architecture, tmp_path / "model", tiny_llama), "float32").open("cpu") as opened:
+        reader, pick = Reader(opened.module, "cpu"), Sampling().picker(())
+        for text in texts:
+            fresh = list(stream(Reader(opened.module, "cpu"), text, 8, pick, ()))
+            assert list(stream(reader, text, 8, pick, ())) == fresh
+
+
+def test_a_conversation_is_read_once(loaded):
+    read = []
+    handle = loaded.module.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    talk = Dialogue("m", loaded, settings())
+    said(talk, "Hi.")
+    before, length = len(read), len(talk.prompting.conversation(talk.turns))
+    said(talk, "And?")
+    handle.remove()
+    assert read[before] < length
+
+
+def test_a_pass_that_was_interrupted_is_read_again(loaded):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    ids, pick = some_ids(1, 20)[0].tolist(), Sampling().picker(())
+    reader = Reader(loaded.module, "cpu")
+    list(stream(reader, ids[:10], 4, pick, ()))
+    handle = loaded.module.get_input_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(reader, ids, 4, pick, ()))
+    handle.remove()
+    expected = list(stream(Reader(loaded.module, "cpu"), ids, 4, pick, ()))
+    assert list(stream(reader, ids, 4, pick, ())) == expected
+
+
 def test_a_stream_ends_after_an_end_mark(loaded):
     ids = some_ids(1, 20)[0].tolist()
-    whole = list(stream(loaded.module, ids, 12, Sampling().picker(()), (), "cpu"))
+    whole = list(stream(Reader(loaded.module, "cpu"), ids, 12, Sampling().picker(()), ()))
     assert (
-        list(stream(loaded.module, ids, 12, Sampling().picker(()), {whole[3]}, "cpu"))
+        list(stream(Reader(loaded.module, "cpu"), ids, 12, Sampling().picker(()), {whole[3]}))
         == whole[: whole.index(whole[3]) + 1]
     )
 
@@ -85,8 +126,8 @@ def test_a_model_that_keeps_nothing_reads_all_again(loaded):
             return type("Output", (), {"logits": output.logits})
 
     ids = some_ids(1, 20)[0].tolist()
-    expected = list(stream(loaded.module, ids, 8, Sampling().picker(()), (), "cpu"))
-    assert list(stream(Forgetful(), ids, 8, Sampling().picker(()), (), "cpu")) == expected
+    expected = list(stream(Reader(loaded.module, "cpu"), ids, 8, Sampling().picker(()), ()))
+    assert list(stream(Reader(Forgetful(), "cpu"), ids, 8, Sampling().picker(()), ())) == expected
 
 
 def test_draws_follow_the_probabilities_within_the_share():

@@ -146,7 +146,7 @@ class Answering(Predictor):
     def _written(self, jobs: Sequence[Job], loaded: Loaded, ends: set[int]) -> list[list[int]]:
         """The tokens of each answer, with the end mark if there is one."""
         from llmq.text import decoding, prefix_attention
-        from llmq.text.streaming import stream
+        from llmq.text.streaming import Reader, stream
 
         module, device, sampling = loaded.module, loaded.device, self.sampling
         bar = Bar("answering", len(jobs))
@@ -157,7 +157,7 @@ class Answering(Predictor):
             made, times = [], Counter[tuple[int, ...]]()
             for job in jobs:
                 pick = sampling.picker(job.ids, times[job.ids])
-                made.append(list(stream(module, job.ids, job.most, pick, ends, device)))
+                made.append(list(stream(Reader(module, device), job.ids, job.most, pick, ends)))
                 times[job.ids] += 1  # the same prompt again gets another draw
                 bar.advance()
             return made

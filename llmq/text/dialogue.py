@@ -8,7 +8,7 @@ from llmq.terminal import say
 from llmq.text.decoding import end_marks
 from llmq.text.messages import Message
 from llmq.text.prompting import Prompting
-from llmq.text.streaming import pieces, stream
+from llmq.text.streaming import Reader, pieces, stream
 from llmq.text.tokenizer import positions
 from llmq.types import Loaded
 
@@ -24,6 +24,7 @@ class Dialogue:
         self.prompting = Prompting(loaded.processor, how.raw, how.system)
         self.limit = positions(loaded.module)
         self.ends = end_marks(loaded.module, loaded.processor)
+        self.reader = Reader(loaded.module, loaded.device)
         self.turns: list[Message] = []
 
     def reset(self) -> None:
@@ -49,7 +50,7 @@ class Dialogue:
             raise
         most = min(self.how.max_new_tokens, self.limit - len(ids)) if self.limit else self.how.max_new_tokens
         pick = self.how.sampling.picker(ids)
-        tokens = stream(self.loaded.module, ids, most, pick, self.ends, self.loaded.device)
+        tokens = stream(self.reader, ids, most, pick, self.ends)
         try:
             for piece in pieces(tokens, lambda ids: str(self.loaded.processor.decode(ids, skip_special_tokens=True))):
                 answer += piece

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from llmq.errors import LlmqError
 from llmq.files import sha256_text
@@ -47,45 +49,70 @@ class Sampling:
         return draw
 
 
-class _Reader:
-    """A model in the middle of a text, with the cache of what it has read."""
+class Reader:
+    """An open model with the text that it has read, and the cache of it."""
 
     def __init__(self, module: Any, device: str):
         self.module, self.device = module, device
         network = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.known = inspect.signature(network.forward).parameters
+        self._forget()
+
+    def _forget(self) -> None:
         self.ids: list[int] = []
         self.cache: JsonObject = {}
 
-    def logits(self, new: Sequence[int]) -> Tensor:
-        """The logits (vocabulary,) after further tokens."""
-        read = len(self.ids) if self.cache else 0
-        self.ids += new
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits (vocabulary,) after a text; what it has in common with the text before is not read again."""
+        read = self._cut(ids)
         told: JsonObject = dict(self.cache)
         if "position_ids" in self.known:  # some hybrid models (Bamba) need to be told
-            told["position_ids"] = torch.arange(read, len(self.ids), device=self.device)[None]  # (1, tokens)
+            told["position_ids"] = torch.arange(read, len(ids), device=self.device)[None]  # (1, tokens)
         if "logits_to_keep" in self.known:
             told["logits_to_keep"] = 1
+        self._forget()  # a pass that is interrupted leaves some layers of the cache longer than others
         with torch.inference_mode():
-            ids = torch.tensor([self.ids[read:]], device=self.device)  # (1, tokens)
-            output = self.module(input_ids=ids, use_cache=True, **told)
+            new = torch.tensor([ids[read:]], device=self.device)  # (1, tokens)
+            output = self.module(input_ids=new, use_cache=True, **told)
         kept = {name: getattr(output, name, None) for name in CACHES}
-        self.cache = {name: cache for name, cache in kept.items() if cache is not None}
+        self.ids, self.cache = list(ids), {name: cache for name, cache in kept.items() if cache is not None}
         last: Tensor = output.logits[0, -1]
         if not bool(last.isfinite().any()) or bool(last.isnan().any()):
             raise LlmqError("the model answers with numbers that are not finite")
         return last
 
+    def _cut(self, ids: Sequence[int]) -> int:
+        """Cut the cache to the tokens that `ids` begins with, and return their number; one token is left to read."""
+        pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(ids) - 1)) if self.cache else 0
+        if same < len(self.ids) and not (same and _shortened(self.cache, same)):
+            self._forget()
+            return 0
+        return same
 
-def stream(module: Any, ids: Sequence[int], most: int, pick: Pick, ends: Collection[int], device: str) -> Iterator[int]:
+
+def _shortened(cache: JsonObject, tokens: int) -> bool:
+    """Shorten a cache of plain keys and values; False for any other, such as recurrent states or sliding windows."""
+    states = cache.get("past_key_values")
+    if (
+        len(cache) > 1
+        or not isinstance(states, DynamicCache)
+        or any(type(x) is not DynamicLayer for x in states.layers)
+    ):
+        return False
+    states.crop(tokens - states.get_seq_length())  # a negative number: from the end
+    return True
+
+
+def stream(reader: Reader, ids: Sequence[int], most: int, pick: Pick, ends: Collection[int]) -> Iterator[int]:
     """The tokens that follow a prompt, one by one: at most `most`, the last perhaps one of the end marks."""
-    reader, new = _Reader(module, device), list(ids)
+    text = list(ids)
     for _ in range(most):
-        token = pick(reader.logits(new))
+        token = pick(reader.logits(text))
         yield token
         if token in ends:
             return
-        new = [token]
+        text.append(token)
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
