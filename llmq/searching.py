@@ -71,7 +71,7 @@ def _found(table: "Table", taken: Sequence[int]) -> Found:
 
 def modules_of(found: Found, default: "Grid") -> JsonObject:
     """The `modules` of a recipe: one pattern for each kind of layer and grid, with the numbers of its blocks."""
-    numbers: dict[tuple[str, Any], list[str]] = {}
+    numbers: dict[tuple[str, "Grid | None"], list[str]] = {}
     everywhere: dict[str, int] = {}
     for name, grid in found.grids.items():
         match = re.search(r"\.(\d+)\.(.+)$", name)
@@ -105,11 +105,11 @@ class Method:
     """A way to spend a budget: the blocks that go before, the word that rounds, and its settings."""
 
     rounding: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     drop: int = 0
 
 
-SETTINGS: Mapping[str, Any] = {"hessian": "loss", "sweeps": 2}
+SETTINGS: Mapping[str, object] = {"hessian": "loss", "sweeps": 2}
 """The settings of GPTQ that are best by measurement at any bits."""
 METHODS: Mapping[str, Method] = {
     "gptq": Method("quantize.gptq", SETTINGS),
@@ -226,7 +226,7 @@ class Search:
     model: JsonObject
     budget: Budget
     settings: JsonObject
-    tasks: Any
+    tasks: object
     seed: int
     out: Path
     overrides: Sequence[str] = ()

@@ -58,10 +58,10 @@ class Sweep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, object] = {}
     """Settings of every run."""
-    grid: dict[str, list[Any]] = {}
-    list: tuple[dict[str, Any], ...] = ()
+    grid: dict[str, list[object]] = {}
+    list: tuple[dict[str, object], ...] = ()
     search: dict[str, Range | tuple[Any, ...]] = {}
     """What Optuna's TPE may choose: one of some values, or a number of a range."""
     trials: PositiveInt = 20

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,22 @@ def test_the_command_in_a_recipes_head_is_accepted(name):
     Path("my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     command = comments(RECIPES[name])[1].split("Run: llmq run ")[1].split()
     recipe.load(command[0], command[1:])
+
+
+def test_to_check_a_recipe_takes_no_heavy_library():
+    code = """
+import sys
+from llmq import recipe
+from llmq.errors import UserError
+for name in recipe.names("recipes"):
+    try:
+        recipe.load(name)
+    except UserError as error:
+        assert "there is no" in str(error) or "install" in str(error), error
+print(*sorted({"torch", "transformers", "peft", "datasets", "openvino"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("name", RECIPES)

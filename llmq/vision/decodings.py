@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from llmq.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,12 +42,16 @@ class Decoding:
 
 def _corners(boxes: Tensor) -> Tensor:
     """Boxes `(…, 4)` of centre, width and height as corners."""
+    import torch
+
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
 def _in_pixels(boxes: Tensor, side: Side) -> Tensor:
     """Boxes `(…, 4)` in shares of the input, in pixels."""
+    import torch
+
     return boxes * torch.tensor([side[1], side[0], side[1], side[0]])
 
 
@@ -80,6 +82,8 @@ def fastestdet(raw: Raw, side: Side) -> Found:
 
     The map holds objectness, place and size before tanh and sigmoid, and classes after the softmax.
     """
+    import torch
+
     (maps,) = raw  # (n, 5 + classes, rows, columns)
     rows, columns = maps.shape[2:]
     places = maps.flatten(2).transpose(1, 2)  # (n, rows * columns, 5 + classes)
@@ -183,6 +187,7 @@ def selected(found: Found, least: float, overlap: float | None, most: int) -> Fo
 
     With no `overlap` boxes may lie on one another.
     """
+    import torch
     from torchvision.ops import batched_nms
 
     made: Found = []
