@@ -71,7 +71,7 @@ def _found(table: "Table", taken: Sequence[int]) -> Found:
 
 def modules_of(found: Found, default: "Grid") -> JsonObject:
     """The `modules` of a recipe: one pattern for each kind of layer and grid, with the numbers of its blocks."""
-    numbers: dict[tuple[str, "Grid | None"], list[str]] = {}
+    numbers: dict[tuple[str, Grid | None], list[str]] = {}
     everywhere: dict[str, int] = {}
     for name, grid in found.grids.items():
         match = re.search(r"\.(\d+)\.(.+)$", name)
