@@ -14,6 +14,7 @@ import torch
 from helpers import apply, base_of, logits_of, some_ids
 from safetensors import safe_open
 from test_experts import dense, stored
+from test_gguf import SPECIAL
 from tiny_text_models import ARCHITECTURES, build
 
 from llmq import plugin, support
@@ -87,6 +88,10 @@ def bnb(bits: int) -> Callable[..., None]:
     return check
 
 
+ROUNDED_TO_FLOAT16 = 5e-3
+"""The distance of logits that float16 weights may make."""
+INITIALIZED_BY_WEIGHT = ("mamba2", "recurrent_gemma")
+"""transformers 5.23 asks their packed layers for a float weight while it opens them, unless told to dequantize."""
 FUSED = ("gpt_oss", "granitemoehybrid")
 """Architectures whose own files hold all experts in one tensor, where packed ones are stored apart."""
 
@@ -263,6 +268,37 @@ def speed(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None
         assert torch.allclose(going_on, anew, atol=1e-3)
 
 
+def as_gguf(base: Artifact, folder: Path, logits: torch.Tensor, tmp: Path) -> None:
+    """The file, read by the gguf package, makes the logits of the base, with the settings that engines hold fixed."""
+    architecture = json.loads((base.weights / "config.json").read_text())["model_type"]
+    if its := SPECIAL.get(architecture):
+        base = base_of(build(architecture, tmp / "as-engines", base.weights, **its), "float32")
+        logits = logits_of(plain(base.weights), IDS)
+    stage = apply("export.gguf", base, folder, type="f16")
+    assert distance(ours(stage), logits) < ROUNDED_TO_FLOAT16
+
+
+def as_openvino(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
+    """The graph, run by OpenVINO, has the logits of plain transformers up to float16."""
+    stage = apply("export.openvino", base, folder)
+    assert stage.runtime == "openvino"
+    assert distance(ours(stage), logits) < ROUNDED_TO_FLOAT16
+
+
+def as_compressed(base: Artifact, folder: Path, logits: torch.Tensor, _: Path) -> None:
+    """Plain transformers opens the pack-quantized folder to the logits of the packed stage before."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    stage = apply("quantize.rtn", base, folder.with_name("to-compress"), bits=4, group_size=32)
+    made = apply("export.compressed_tensors", stage, folder)
+    if json.loads((base.weights / "config.json").read_text())["model_type"] in INITIALIZED_BY_WEIGHT:
+        how = CompressedTensorsConfig(dequantize=True)
+        module = AutoModelForCausalLM.from_pretrained(made.weights, dtype="float32", quantization_config=how).eval()
+    else:
+        module = plain(made.weights)
+    assert torch.allclose(logits_of(module, IDS), ours(stage), atol=1e-4)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "bnb4": bnb(4),
     "bnb8": bnb(8),
@@ -276,6 +312,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "lm_eval": lm_eval,
     "generate": generate,
     "speed": speed,
+    "to_gguf": as_gguf,
+    "to_openvino": as_openvino,
+    "to_compressed": as_compressed,
 }
 
 

@@ -25,8 +25,11 @@ TEXT_COLUMNS = {
     "lm_eval": "tasks.lm_eval",
     "generate": "tasks.generate",
     "speed": "tasks.speed",
+    "to_gguf": "export.gguf",
+    "to_openvino": "export.openvino",
+    "to_compressed": "export.compressed_tensors",
 }
-"""Column -> the word behind it; `lora` is LoRA with the merge."""
+"""Column -> the word behind it; `lora` is LoRA with the merge, `to_compressed` is a stage of `quantize.rtn` written."""
 
 Cells = Mapping[str, Mapping[str, str]]
 
