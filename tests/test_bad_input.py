@@ -224,7 +224,9 @@ COMMANDS = [
     *command("quantize-method", "quantize m --method bnp", "'quantize.bnp'", "did you mean 'quantize.bnb'?"),
     *command("quantize-suite", "quantize m --suite quick", "command line", "'quick'"),
     *command("eval-nothing-asked", "eval m", "--suite NAME", "--tasks"),
-    *command("eval-both-asked", "eval m --suite text-quick --tasks a", "--suite NAME", "--tasks"),
+    *command(
+        "eval-both-asked", "eval m --suite text-quick --tasks a", "--suite text-quick", "--tasks a", "leave one out"
+    ),
     *command("eval-suite-with-limit", "eval m --suite text-quick --limit 5", "--limit 5", "--tasks"),
     *command("eval-no-task", "eval m --tasks ,", "tasks: []", "at least 1 item"),
     *command("eval-unknown-suite", "eval m --suite text-quik", "'text-quik'", "did you mean 'text-quick'?"),

@@ -19,6 +19,7 @@ from llmq.errors import UserError
 from llmq.predicting import Predictions, predict
 from llmq.predictors import Predictor
 from llmq.vision.degrade import to_uint8
+from llmq.vision.foreign.kinds import ForeignClassifier, ForeignDetector, ForeignSuperResolution
 from llmq.vision.rasters import voxel_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +72,14 @@ def llmq(monkeypatch, capsys):
 
 @pytest.mark.parametrize("word", [w for w in plugin.words() if w.startswith("models.")])
 def test_every_family_says_how_it_predicts(word):
-    kind = plugin.load(word).model_construct().predictor()
-    assert issubclass(kind, Predictor)
-    assert kind is not Predictor
+    model: Any = plugin.load(word).model_construct()
+    kinds = (
+        (ForeignClassifier, ForeignDetector, ForeignSuperResolution) if word == "models.exported" else (type(model),)
+    )
+    for kind in kinds:
+        predictor = kind.model_construct().predictor()
+        assert issubclass(predictor, Predictor)
+        assert predictor is not Predictor
 
 
 def test_a_picture_is_what_the_network_makes_of_it_whole(tmp_path):

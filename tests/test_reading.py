@@ -145,4 +145,4 @@ def test_a_key_of_data_within_a_list_is_named_where_it_stands():
 def test_data_has_the_shape_that_it_says_unread(data):
     built = plugin.build(data, "data")
     assert isinstance(built, Data)
-    assert built.shapes == {built.read().shape}
+    assert built.read().shape in built.shapes
