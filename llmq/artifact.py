@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from llmq.errors import UserError
-from llmq.guarded.weights import FILE_BYTES
+from llmq.guarded.weights import FILE_BYTES, FILE_TYPES
 from llmq.types import Exhibit, JsonObject, Loaded, M_co, Measurement, Step
 
 SCHEMA_VERSION = 2
@@ -78,6 +78,13 @@ class Artifact(Generic[M_co]):
     def bytes_on_disk(self) -> int:
         """The size of the files of the weights and of the adapter; of a base in GGUF that of the file itself."""
         return int(self.notes.get(FILE_BYTES) or sum(f.stat().st_size for f in self.weight_files()))
+
+    @property
+    def stored(self) -> str:
+        """The dtypes of the weights on disk (`guarded.weights.stored_as`); of a base in GGUF the file's own types."""
+        from llmq.guarded.weights import stored_as
+
+        return str(self.notes.get(FILE_TYPES) or stored_as(self.weight_files()))
 
     @property
     def is_gguf(self) -> bool:

@@ -12,7 +12,6 @@ from llmq import environment, hashes, measure, plugin, processes, reading, sound
 from llmq.artifact import Artifact, Failure, Stage
 from llmq.errors import UserError, one_line
 from llmq.files import check_space, make_whole, sha256_files, write_text
-from llmq.guarded.weights import stored_as
 from llmq.judge import gate
 from llmq.judge.protocols import stored_otherwise
 from llmq.questions import overrides, question, take_times
@@ -225,7 +224,8 @@ def finish(
     facts = environment.describe(context.device, context.seed)
     facts["model_sha256"] = sha256_files(base.weight_files())
     facts["data_sha256"], facts["reads"] = reading.hashes(parts), list(reads)
-    facts["dtype"] = getattr(base.model, "dtype", None)
+    # A graph's precision is its own, and stands in every convention.
+    facts["dtype"] = None if base.runtime == "openvino" else getattr(base.model, "dtype", None)
     facts["ended"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     facts["called_from"], facts["run"] = str(Path.cwd()), str(out.resolve())  # relative paths start here
     report = replace(Report.of(asked, facts, list(stages.values()), baseline), **about)
@@ -245,7 +245,7 @@ def judged(report: Report, rules: Sequence[Rule], stages: Mapping[str, Stage], b
     last = [stage for stage in stages.values() if stage.measurements or stage.failures][-1]
     try:
         base = stages[baseline]
-        stored = stored_otherwise(*(stored_as(s.artifact.weight_files()) for s in (last, base)))
+        stored = stored_otherwise(last.artifact.stored, base.artifact.stored)
         verdicts = gate.judge(rules, last.name, last.measurements, base.measurements, stored)
         return replace(report, gate=gate.as_data(verdicts))
     except UserError as error:

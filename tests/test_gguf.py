@@ -330,7 +330,7 @@ def test_a_run_with_an_export_is_measured_verified_and_evaluated_again(tiny_llam
     ran = CliRunner().invoke(app, ["run", "job.yaml", "--out", "run"])
     assert ran.exit_code == 0, ran.output
     stage = json.loads(Path("run/report.json").read_text())["stages"][2]
-    assert (stage["step"], stage["stored"]) == ("export.gguf", "float16")  # as most bytes of so small a model are
+    assert (stage["step"], stage["stored"]) == ("export.gguf", "Q4_0 and float16")
     file = Path("run/2-export.gguf/model.gguf")
     assert CliRunner().invoke(app, ["verify", "run"]).exit_code == 0
     Path("suite.yaml").write_text("- size\n- perplexity: {data: pydoc, limit: 2, window: 64}\n")

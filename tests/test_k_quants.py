@@ -12,7 +12,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, de
 from helpers import apply, base_of
 from typer.testing import CliRunner
 
+from llmq.artifact import Artifact
 from llmq.cli import app
+from llmq.errors import UserError
+from llmq.judge import comparisons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -70,13 +73,19 @@ def measured(run: str) -> dict[str, float]:
     return {m["metric"]: m["value"] for m in json.loads(Path(run, "report.json").read_text())["measurements"]}
 
 
+def base_and_theirs(tiny_llama: Path, folder: Path) -> tuple[Artifact, Path, dict[str, np.ndarray]]:
+    """A model, a file of it with its MLPs as Q4_K, and their values."""
+    base = base_of(tiny_text_models.build("llama", folder / "model", tiny_llama, **SHAPE), "float32")
+    whole = apply("export.gguf", base, folder / "whole", type="f16")
+    file = folder / "theirs-Q4_K_M.gguf"
+    return base, file, foreign(whole.weights / "model.gguf", file)
+
+
 def test_a_foreign_q4_k_file_is_compared_with_our_own_bits(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("suite.yaml").write_text(SUITE)
-    base = base_of(tiny_text_models.build("llama", tmp_path / "model", tiny_llama, **SHAPE), "float32")
-    whole = apply("export.gguf", base, tmp_path / "whole", type="f16")
-    file = Path("theirs-Q4_K_M.gguf")
-    values = foreign(whole.weights / "model.gguf", file)
+    base, file, values = base_and_theirs(tiny_llama, tmp_path)
+    file = file.relative_to(tmp_path)
     with base.open("cpu") as loaded:  # the same weights as plain floats: the oracle
         state: dict[str, Any] = loaded.module.state_dict()
         for name, value in values.items():
@@ -93,7 +102,35 @@ def test_a_foreign_q4_k_file_is_compared_with_our_own_bits(tiny_llama, tmp_path,
     theirs, oracle, own = measured("a"), measured("b"), measured("c")
     assert theirs["bytes_on_disk"] == file.stat().st_size
     assert theirs["token_perplexity"] == pytest.approx(oracle["token_perplexity"], rel=1e-3)  # the rest is float16
-    pairs = json.loads(told("compare", "a", "c", "--json"))["comparisons"]
-    ratios = {pair["metric"]: pair["ratio"] for pair in pairs}
+    table = json.loads(told("compare", "a", "c", "--json"))
+    # The file's own name and types, and not those of the floats that it was dequantized to.
+    assert table["results"] == [file.name, "ours"]
+    assert table["stored"] == {file.name: "Q4_K and float16", "ours": "float32"}  # of most bytes
+    shown = " ".join(told("compare", "c", "a").split())
+    assert f"{file.name}: stored as Q4_K and float16, the base as float32" in shown
+    ratios = {pair["metric"]: pair["ratio"] for pair in table["comparisons"]}
     for metric in ("bytes_on_disk", "token_perplexity"):
         assert ratios[metric] == pytest.approx(own[metric] / theirs[metric], rel=1e-6), metric
+
+
+def test_a_model_is_no_result_yet(tiny_llama, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"is a model; measure it first \(llmq eval .*x\.gguf --out NAME\)"):
+        comparisons.targets([str(tmp_path / "x.gguf")])
+
+
+def test_a_run_on_a_foreign_file_tells_its_types(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, file, _ = base_and_theirs(tiny_llama, tmp_path)
+    Path("job.yaml").write_text(
+        f"model: {{causal_lm: {{weights: {file}}}}}\nsteps: [quantize.rtn]\nevaluate: [size]\ngate: [size <= base]\n"
+    )
+    told("run", "job.yaml", "--out", "run")
+    report = json.loads(Path("run/report.json").read_text())
+    assert [stage["stored"] for stage in report["stages"]] == ["Q4_K and float16", "bfloat16"]
+    source = report["stages"][0]["notes"]["source"]
+    assert "stored as Q4_K and float16, dequantized to bfloat16" in source
+    said = "stored as bfloat16, the base as Q4_K and float16"
+    assert report["gate"]["rules"][0]["stored"] == said
+    assert said in " ".join(told("show", "run").split())
+    assert said in Path("run/report.md").read_text()

@@ -86,7 +86,7 @@ def check(file: Path) -> int:
 
 
 def stored(file: Path) -> dict[str, int]:
-    """The bytes of all tensors of each type in a file: `{"q4_0": 18}`. Raises `UserError` as `check` does."""
+    """The bytes of all tensors of each type in a file: `{"Q4_0": 18}`. Raises `UserError` as `check` does."""
     return _read(file)[1]
 
 
@@ -138,7 +138,7 @@ def _check(reader: _Reader) -> tuple[int, dict[str, int]]:
         if not shape or shape[0] % block or not 0 < count <= 2**40 or offset % alignment:
             raise reader.broken(f"{name!r} {shape} does not consist of whole blocks")
         places.append((name, offset, count // block * of_block))
-        sizes[GGMLQuantizationType(kind).name.lower()] += count // block * of_block
+        sizes[GGMLQuantizationType(kind).name] += count // block * of_block
         total += count
     data = -(-reader.stream.tell() // alignment) * alignment
     for name, offset, length in places:

@@ -25,7 +25,8 @@ from llmq.types import JsonObject
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The weights of a model in one file, or the list of the files that hold them."""
 FILE_BYTES = "file_bytes"
-"""The note of a base that is a GGUF file: its bytes, where the weights are the floats that it was dequantized to."""
+FILE_TYPES = "file_types"
+"""The notes of a base that is a GGUF file: its bytes and its types, where the weights opened are made from it."""
 OTHER_NAME = "transformers_weights"
 """The key of `config.json` under which a folder names another file or index than those two."""
 LONGEST = 100_000_000
@@ -193,9 +194,11 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_as(files: Iterable[Path]) -> str:
     """The dtype of most stored weights in files or a graph; for packed weights also that of the others.
 
-    Such as `float32`, `uint8 and bfloat16`, or `q4_0 and float16` of a GGUF file. Empty where no file tells.
+    Such as `float32`, `uint8 and bfloat16`. GGUF files mix types, and all are told, that of most bytes first:
+    `Q4_K, Q6_K and float32`. Empty where no file tells.
     """
     sizes: Counter[str] = Counter()
+    mixed = False
     for file in files:
         if file.suffix == ".xml" and file.is_file():
             for dtype, size in CONSTANT.findall(file.read_text(encoding="utf-8")):
@@ -207,11 +210,12 @@ def stored_as(files: Iterable[Path]) -> str:
             for tensor in header(file).values():
                 sizes[tensor.dtype] += tensor.end - tensor.begin
         if file.suffix == ".gguf" and file.is_file():
-            for kind, size in gguf_files.stored(file).items():
-                sizes[kind.upper() if kind.upper() in FLOATS else kind] += size
+            mixed = True
+            sizes.update(gguf_files.stored(file))
     dtypes = [dtype for dtype, _ in sizes.most_common()]
-    packed = [PACKED.get(dtypes[0], dtypes[0])] if dtypes and dtypes[0] not in FLOATS else []
-    return " and ".join(packed + [FLOATS[dtype] for dtype in dtypes if dtype in FLOATS][:1])
+    packed = [PACKED.get(dtype, dtype) for dtype in dtypes if dtype not in FLOATS]
+    told = packed if mixed else packed[:1] if dtypes and dtypes[0] not in FLOATS else []
+    return " and ".join(([", ".join(told)] if told else []) + [FLOATS[d] for d in dtypes if d in FLOATS][:1])
 
 
 def _of_onnx(file: Path) -> Iterator[tuple[str, int]]:

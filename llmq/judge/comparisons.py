@@ -69,7 +69,10 @@ def targets(names: Sequence[str]) -> list[Result]:
 
 
 def _label(name: str, result: Result, whole: bool) -> str:
-    return f"{Path(name).resolve().name}/{result.name}" if whole else result.name
+    """The run and the stage; of the only stage its name, or that of the model that `llmq eval` measured."""
+    if whole:
+        return f"{Path(name).resolve().name}/{result.name}"
+    return Path(result.target).name or result.name
 
 
 def side_by_side(found: Sequence[Result], seed: int = 0) -> Comparisons:

@@ -72,7 +72,7 @@ def stored_otherwise(stage: str, base: str) -> str:
     """
     packed, _, floats = stage.rpartition(" and ")
     wide = base in ("float32", "float64")
-    if not (base and stage) or (floats == base and not (packed and wide)):
+    if not (base and stage) or stage == base or (floats == base and not (packed and wide)):
         return ""
     return f"stored as {stage}, the base as {base}"
 

@@ -26,6 +26,8 @@ class Result:
     """The figures of clocks, which only pair within their run."""
     stored: str = ""
     """The dtype of the stored weights, where the report of the run says so."""
+    target: str = ""
+    """What `llmq eval` was asked to measure; empty in the run of a recipe."""
 
     @property
     def figures(self) -> dict[Key, Measurement]:
@@ -61,6 +63,8 @@ def _read(target: str) -> list[Result]:
     path = Path(target)
     if not path.exists():
         raise UserError(f"there is no run, stage or result file {target!r}{did_you_mean(path.name, _near(path))}")
+    if path.suffix == ".gguf":
+        raise UserError(f"{target!r} is a model; measure it first (llmq eval {target} --out NAME), then compare NAME")
     if path.is_file():
         return [_harness(path)]
     if (path / "report.json").is_file():
@@ -100,7 +104,8 @@ def _stage(folder: Path, report: JsonObject) -> Result:
     rest = [m for m in bare if (m.task, m.metric) not in have]
     of_clocks = frozenset((m.task, m.metric) for m in (*timed, *rest))
     stored = next((s.get("stored", "") for s in report.get("stages", ()) if s["name"] == folder.name), "")
-    return Result(folder.name, folder.resolve().parent, (*found, *rest), of_clocks, stored)
+    target = str(report.get("recipe", {}).get("target", ""))
+    return Result(folder.name, folder.resolve().parent, (*found, *rest), of_clocks, stored, target)
 
 
 def _without_stage(entry: JsonObject) -> JsonObject:

@@ -8,7 +8,6 @@ from pathlib import Path
 from llmq.artifact import SCHEMA_VERSION, Stage
 from llmq.files import write_json
 from llmq.guarded.files import read_json_object
-from llmq.guarded.weights import stored_as
 from llmq.judge.protocols import refused
 from llmq.statistics.compare import compare, corrected
 from llmq.types import Exhibit, JsonObject, Measurement
@@ -114,7 +113,7 @@ def _stage(stage: Stage) -> JsonObject:
         "notes": notes,
         "asked": dict(stage.asked),
         "reused": list(stage.reused),
-        "stored": stored_as(artifact.weight_files()),
+        "stored": artifact.stored,
     }
 
 

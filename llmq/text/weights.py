@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,17 @@ from llmq.errors import UserError, did_you_mean, first_line
 from llmq.files import at_home, bytes_of, cache, check_space, make_whole, sha256_files
 from llmq.guarded import gguf_files
 from llmq.guarded.files import check_plain_folder, library, read_json_object
-from llmq.guarded.weights import FILE_BYTES, INDEX, SINGLE, entry_of, header, read_configuration, safetensors_of
+from llmq.guarded.weights import (
+    FILE_BYTES,
+    FILE_TYPES,
+    INDEX,
+    SINGLE,
+    entry_of,
+    header,
+    read_configuration,
+    safetensors_of,
+    stored_as,
+)
 from llmq.openvino_runtime import LANGUAGE_GRAPH
 from llmq.text.formats import FILES, is_hub_id, packed_as, quantization
 
@@ -137,7 +146,8 @@ def bring(weights: str, dtype: str, revision: str | None) -> tuple[Path, dict[st
         return from_gguf(built_in(weights), dtype)
     if weights.endswith(".gguf"):
         folder, notes = from_gguf(path, dtype)
-        return folder, {**notes, FILE_BYTES: bytes_of(parts_of(path))}
+        parts = parts_of(path)
+        return folder, {**notes, FILE_BYTES: bytes_of(parts), FILE_TYPES: stored_as(parts)}
     if path.is_dir():
         return path.resolve(), {"source": str(weights)}
     return from_hub(weights, revision)
@@ -167,9 +177,8 @@ def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, str | int]]:
         check_space(kept, weights * WIDTHS[dtype] + joined, f"the float weights of {file.name}")
     with library(file, "GGUF model"):  # also of an architecture that transformers does not know
         folder = make_whole(kept, lambda f: convert(parts, dtype, f), shared=True)
-    stored = read_json_object(folder / "gguf.json")["stored_as"]
     whole = f"{len(parts)} parts, " if len(parts) > 1 else ""
-    source = f"GGUF file {file.name}, {whole}stored as {stored} and dequantized to {dtype}"
+    source = f"GGUF file {file.name}, {whole}stored as {stored_as(parts)}, dequantized to {dtype}"
     return folder, {"source": f"{source}: this base was quantized before", "sha256": digest}
 
 
@@ -197,18 +206,16 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     # A model that stays in GGUF cannot be saved.
     options = {"dtype": getattr(torch, dtype), "quantization_config": GgufConfig(dequantize=True)}
     model = causal_lm(whole.parent, gguf_file=whole.name, **options)
-    stored = _check_all_used(whole, model)
+    _check_all_used(whole, model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(whole.parent), gguf_file=whole.name).save_pretrained(folder)
     if len(parts) > 1:
         whole.unlink()  # safetensors hold the tensors now
-    # A file may mix formats: the notes name the one of most weights.
-    about = {"file": parts[0].name, "parts": len(parts), "stored_as": stored.most_common(1)[0][0]}
-    (folder / "gguf.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "gguf.json").write_text(json.dumps({"file": parts[0].name, "parts": len(parts)}), encoding="utf-8")
 
 
-def _check_all_used(file: Path, model: PreTrainedModel) -> Counter[str]:
-    """The number of weights stored in each format. Raises `UserError` for tensors that the network does not take."""
+def _check_all_used(file: Path, model: PreTrainedModel) -> None:
+    """Raise `UserError` for tensors that the network does not take."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -220,10 +227,6 @@ def _check_all_used(file: Path, model: PreTrainedModel) -> Counter[str]:
     if extra:
         shown = ", ".join(extra[:3])
         raise UserError(f"{str(file)!r} has {len(extra)} tensors that {type(model).__name__} does not take: {shown}")
-    stored: Counter[str] = Counter()
-    for tensor in reader.tensors:
-        stored[tensor.tensor_type.name] += int(tensor.n_elements)
-    return stored
 
 
 def _joined(parts: list[Path], file: Path) -> Path:

@@ -16,7 +16,7 @@ from llmq.errors import UserError
 from llmq.files import at_home, cache, check_space, make_whole, sha256_files, write_json
 from llmq.guarded import gguf_files
 from llmq.guarded.files import library, read_json_object
-from llmq.guarded.weights import FILE_BYTES
+from llmq.guarded.weights import FILE_BYTES, FILE_TYPES, stored_as
 from llmq.openvino_runtime import EXACT, LANGUAGE_GRAPH, core, openvino, quietly, write_graph
 from llmq.text.weights import BUILT_IN, built_in, parts_of
 
@@ -55,9 +55,10 @@ def from_gguf(file: Path) -> tuple[Path, dict[str, str | int]]:
         folder = make_whole(kept, lambda partial: _convert(file.resolve(), partial), shared=True)
     about = read_json_object(folder / "gguf.json")
     notes: dict[str, str | int] = {
-        "source": f"GGUF file {file.name}, stored as {about['stored_as']}, as OpenVINO GenAI reads it",
+        "source": f"GGUF file {file.name}, stored as {stored_as([file])}, as OpenVINO GenAI reads it",
         "sha256": digest,
         FILE_BYTES: size,
+        FILE_TYPES: stored_as([file]),
     }
     return folder, {**notes, **({"finding": str(about["finding"])} if about.get("finding") else {})}
 
@@ -87,9 +88,7 @@ def _convert(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
     link.unlink()
-    kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
-    stored = max(sorted(set(kinds)), key=kinds.count)
-    write_json(folder / "gguf.json", {"file": file.name, "stored_as": stored, "finding": rounded_zeros(reader)})
+    write_json(folder / "gguf.json", {"file": file.name, "finding": rounded_zeros(reader)})
 
 
 def _with_exact_options(file: Path) -> None:
