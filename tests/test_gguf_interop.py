@@ -35,7 +35,8 @@ jobs, told = json.load(open(sys.argv[1])), {}
 for name, (file, prompts, most) in jobs.items():
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = file, 512, 1, 0
-    params.warmup, params.fit_params, params.verbosity, params.cpuparams.n_threads = False, False, -1, 2
+    # One thread: two wait for each other by spinning, and beside other work that takes minutes instead of seconds.
+    params.warmup, params.fit_params, params.verbosity, params.cpuparams.n_threads = False, False, -1, 1
     server = xllamacpp.Server(params)
     told[name] = []
     for ids in prompts:
@@ -45,6 +46,8 @@ for name, (file, prompts, most) in jobs.items():
         told[name].append(made and [[d["id"], d["logprob"]] for d in made["content"][0]["top_logprobs"]])
 json.dump(told, open(sys.argv[2], "w"))
 """
+LONGEST = 60
+"""Seconds that the other interpreter may take."""
 Prompts = list[list[int]]
 
 
@@ -52,7 +55,7 @@ def elsewhere(folder: Path, jobs: dict[str, tuple[str, Prompts, int]]) -> dict[s
     """The log-probabilities of the next token by llama.cpp, after each prompt to each file."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [PYTHON, "-c", OTHER, "jobs.json", "told.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=LONGEST)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads((folder / "told.json").read_text())
     return {name: [top and {int(i): p for i, p in top} for top in tops] for name, tops in told.items()}

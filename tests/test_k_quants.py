@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny_text_models
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, dequantize
+from gguf_again import written_again
 from helpers import apply, base_of
 from typer.testing import CliRunner
 
@@ -19,6 +20,8 @@ from llmq.judge import comparisons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+Q4_K_M = 15
+"""The number of that name of a whole file."""
 LEAVES = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 SUITE = "- size\n- perplexity: {data: pydoc, limit: 2, window: 64}\n"
 
@@ -41,23 +44,17 @@ def q4_k(weight: np.ndarray) -> np.ndarray:
 
 def foreign(source: Path, file: Path) -> dict[str, np.ndarray]:
     """Write a file again with its MLPs as Q4_K; returns their values by the package gguf."""
-    reader, writer, values = GGUFReader(source), GGUFWriter(file, "llama"), {}
-    for field in reader.fields.values():
-        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        if ".ffn_" in tensor.name and len(tensor.shape) == 2:
-            data = q4_k(np.asarray(tensor.data))
-            _, layer, leaf, _ = tensor.name.split(".")
-            values[f"model.layers.{layer}.mlp.{LEAVES[leaf]}.weight"] = dequantize(data, GGMLQuantizationType.Q4_K)
-            writer.add_tensor(tensor.name, data, raw_dtype=GGMLQuantizationType.Q4_K)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    values = {}
+
+    def rounded(tensor: Any) -> tuple[np.ndarray, GGMLQuantizationType] | None:
+        if ".ffn_" not in tensor.name or len(tensor.shape) != 2:
+            return None
+        data = q4_k(np.asarray(tensor.data))
+        _, layer, leaf, _ = tensor.name.split(".")
+        values[f"model.layers.{layer}.mlp.{LEAVES[leaf]}.weight"] = dequantize(data, GGMLQuantizationType.Q4_K)
+        return data, GGMLQuantizationType.Q4_K
+
+    written_again(source, file, rounded, Q4_K_M)
     return values
 
 

@@ -1,11 +1,13 @@
 """A GGUF file as it is in OpenVINO: GenAI's own reader makes a graph of its codes, which a cache keeps.
 
-The reader rounds the zero points of asymmetric blocks to whole numbers. Weights of most foreign files of such types
-are then others than in the file: perplexity 34.98 instead of 28.25 for the Q4_1 file of SmolLM2-135M.
+The reader keeps the zero points of asymmetric blocks in 4 bits: rounded to whole numbers, and modulo 16. Weights of
+most foreign files of such types are then others than in the file: perplexity 34.98 instead of 28.25 for the Q4_1 file
+of SmolLM2-135M.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 
 READ = ("llama", "qwen2", "qwen3")
 """The architectures that GenAI's reader knows."""
-CONVERSION = 1
+TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""The types of matrices that the reader knows; of others it tells no name."""
+PLAIN = ("F32", "F16")
+"""The first two of GGUF's names of whole files: of a file that bears one of them the reader expects floats alone."""
+CONVERSION = 2
 """The version of the conversion; the cache keeps the files of each version apart."""
 ROUNDED = 1e-3
 """The share of the weights' norm by which rounded zero points may move them, unsaid."""
+CURE = "leave runtime out to open it in torch"
 LOOKED_AT = 2**16
 """Blocks of a tensor whose zero points are looked at."""
 
@@ -75,9 +82,9 @@ def _convert(file: Path, folder: Path) -> None:
     architecture = str(reader.fields["general.architecture"].contents())
     if architecture not in READ:
         raise UserError(
-            f"{str(file)!r} is a {architecture!r}, and OpenVINO GenAI reads GGUF files of {', '.join(READ)}; leave "
-            "runtime out to open it in torch"
+            f"{str(file)!r} is a {architecture!r}, and OpenVINO GenAI reads GGUF files of {', '.join(READ)}; {CURE}"
         )
+    _check_types(file, reader)
     link = folder / file.name
     link.symlink_to(file)  # the reader writes beside the file that it is given
     with quietly():
@@ -89,6 +96,22 @@ def _convert(file: Path, folder: Path) -> None:
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
     link.unlink()
     write_json(folder / "gguf.json", {"file": file.name, "finding": rounded_zeros(reader)})
+
+
+def _check_types(file: Path, reader: GGUFReader) -> None:
+    """Raise `UserError` for types of tensors that the reader of GenAI does not know, or does not look for."""
+    held = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+    if unknown := {kind: count for kind, count in held.items() if kind not in TYPES}:
+        told = " and ".join(f"{count} matrices of {kind}" for kind, count in unknown.items())
+        raise UserError(f"{str(file)!r} has {told}, and OpenVINO GenAI reads {', '.join(TYPES)}; {CURE}")
+    said = reader.fields.get("general.file_type")
+    packed = sorted(held.keys() - {"F16"})
+    if packed and (said is None or said.contents() in range(len(PLAIN))):
+        name = "nothing" if said is None else PLAIN[said.contents()]
+        raise UserError(
+            f"{str(file)!r} has tensors of {', '.join(packed)} and its general.file_type says {name}, which OpenVINO "
+            f"GenAI goes by; {CURE}"
+        )
 
 
 def _with_exact_options(file: Path) -> None:
@@ -116,7 +139,7 @@ def rounded_zeros(reader: GGUFReader) -> str:
         return ""
     kinds = sorted({t.tensor_type.name for t in reader.tensors if t.name in names})
     return (
-        f"OpenVINO GenAI rounds the zero points of {len(names)} tensors ({', '.join(kinds)}) to whole numbers: it runs "
+        f"OpenVINO GenAI rounds the zero points of {len(names)} tensors ({', '.join(kinds)}) to 4 bits: it runs "
         f"weights that lie {(moved / norm) ** 0.5:.1%} of their norm beside those of the file; open it in torch, or "
         "take a type without zero points (Q4_0, Q8_0)"
     )
@@ -125,20 +148,26 @@ def rounded_zeros(reader: GGUFReader) -> str:
 def _moved(tensor: ReaderTensor) -> Iterator[float]:
     """The squared change of a tensor's weights by rounded zero points, and their square; nothing without such points.
 
-    A weight is `scale * code + least`, and its zero point `-least / scale`.
+    A weight is `scale * code + least`, and its zero point `-least / scale`, which the reader takes from halves, rounds,
+    and keeps modulo 16: the least weight of a group is then that many scales below 0.
     """
     from gguf import GGML_QUANT_SIZES, dequantize
 
     kind = tensor.tensor_type
-    if kind.name not in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+    if kind.name not in ("Q4_1", "Q4_K"):
         return
     blocks = tensor.data.reshape(-1, GGML_QUANT_SIZES[kind][1])
     blocks = blocks[:: max(1, len(blocks) // LOOKED_AT)]
     scales, least = _grid(blocks, kind.name)
-    zeros = np.divide(-least, scales, out=np.zeros_like(scales), where=scales != 0)
-    off = (zeros - zeros.round()) * scales
+    off = -least - _zeros_there(scales, least) * scales
     yield float((off**2).sum()) * 32  # weights that share a scale
     yield float((dequantize(np.ascontiguousarray(blocks), kind).astype(np.float64) ** 2).sum())
+
+
+def _zeros_there(scales: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """The zero points that the reader makes of scales and least values; 0 where the scale is 0."""
+    low, unit = (v.astype(np.float16).astype(np.float64) for v in (-least, scales))
+    return np.floor(np.divide(low, unit, out=np.zeros_like(unit), where=unit != 0) + 0.5) % 16
 
 
 def _grid(blocks: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
