@@ -166,8 +166,10 @@ def _moved(tensor: ReaderTensor) -> Iterator[float]:
 
 def _zeros_there(scales: np.ndarray, least: np.ndarray) -> np.ndarray:
     """The zero points that the reader makes of scales and least values; 0 where the scale is 0."""
-    low, unit = (v.astype(np.float16).astype(np.float64) for v in (-least, scales))
-    return np.floor(np.divide(low, unit, out=np.zeros_like(unit), where=unit != 0) + 0.5) % 16
+    low: np.ndarray = -least.astype(np.float16).astype(np.float64)
+    unit: np.ndarray = scales.astype(np.float16).astype(np.float64)
+    zeros: np.ndarray = np.floor(np.divide(low, unit, out=np.zeros_like(unit), where=unit != 0) + 0.5) % 16
+    return zeros
 
 
 def _grid(blocks: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
