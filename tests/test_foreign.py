@@ -321,6 +321,35 @@ def test_a_broken_file_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_weights_beside_an_onnx_file_are_part_of_it(tmp_path):
+    onnx = pytest.importorskip("onnx")
+
+    def file(seed: int, place: str = "net.onnx.data") -> Path:
+        torch.manual_seed(seed)
+        made = write(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7)), tmp_path / "net.onnx", (1, 3, 8, 8))
+        (tmp_path / "net.onnx.data").unlink(missing_ok=True)
+        held = onnx.load(made)
+        how = {"size_threshold": 0, "convert_attribute": False, "location": "net.onnx.data"}
+        onnx.save_model(held, made, save_as_external_data=True, all_tensors_to_one_file=True, **how)
+        made.write_bytes(made.read_bytes().replace(b"net.onnx.data", place.encode()))
+        return made
+
+    def logits() -> torch.Tensor:
+        with opened(tmp_path / "net.onnx", is_a="classifier").open("cpu") as loaded:
+            return loaded.module(torch.ones(1, 3, 8, 8))
+
+    file(0)
+    first = logits()
+    file(1)
+    assert not torch.allclose(logits(), first)
+    file(1, place="../onnx.data_")
+    with pytest.raises(LlmqError, match="outside the base directory"):
+        logits()
+    file(1, place="not.onnx.data")
+    with pytest.raises(LlmqError, match=r"not\.onnx\.data"):
+        logits()
+
+
 @pytest.mark.parametrize("word", ["prune.magnitude", "prune.channels", "adapt.train"])
 def test_training_and_pruning_are_refused_before_anything_runs(word, files):
     from llmq import recipe

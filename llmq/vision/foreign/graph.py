@@ -11,6 +11,8 @@ from llmq.files import at_home
 from llmq.openvino_runtime import GRAPH, core, last_line, openvino, write_graph
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from openvino import Model
 
 SUFFIXES = (".onnx", ".xml")
@@ -31,8 +33,26 @@ def check_file(weights: str) -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a graph."""
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    """The files of a graph: with OpenVINO's `.bin`, or what an `.onnx` file names as the place of its weights.
+
+    Raises `UserError` for weights that are not there. OpenVINO refuses those outside the folder.
+    """
+    if path.suffix == ".xml":
+        return [path, path.with_suffix(".bin")]
+    beside = [path.parent / name for name in sorted(set(_places(path.read_bytes())))]
+    if lost := [file.name for file in beside if not file.is_file()]:
+        raise UserError(f"{str(path)!r} keeps weights in {lost[0]!r}, and no such file lies beside it")
+    return [path, *beside]
+
+
+def _places(content: bytes) -> Iterator[str]:
+    """The files that hold tensors of an ONNX graph: the values of `location` in its `TensorProto.external_data`.
+
+    An entry is a protobuf message {1: "location", 2: name}; a name of 128 bytes and more has a length of two bytes.
+    """
+    for found in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+        length = sum((byte & 127) << 7 * i for i, byte in enumerate(found[1]))
+        yield content[found.end() : found.end() + length].decode(errors="replace")
 
 
 def read(path: Path, channels_last: bool) -> Model:
