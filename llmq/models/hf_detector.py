@@ -33,8 +33,6 @@ class HfDetector(HuggingFaceModel, Detector):
     answers: ClassVar[tuple[str, ...]] = ("logits", "pred_boxes")  # (n, queries, classes) and (n, queries, 4)
     usual: ClassVar[str] = "rt_detr"
     training: ClassVar[Training] = Training(8, 1e-4, "detection loss", weight_decay=1e-4, augment="flip")
-    # RT-DETR and D-FINE sort queries by score: rounding swaps two with nearly equal scores.
-    unordered: ClassVar[bool] = True
 
     new_head: bool = Field(False, description="begin with new last layers, for other classes than the weights have")
     size: PositiveInt | None = Field(None, ge=32, description="of the square input; the image processor's, else 640")
@@ -47,6 +45,11 @@ class HfDetector(HuggingFaceModel, Detector):
     def side(self) -> int:
         written = (self.preprocessor or {}).get("size") or {}
         return self.size or (int(written["height"]) if "height" in written else 640)
+
+    @property
+    def unordered(self) -> bool:
+        """RT-DETR and D-FINE sort queries by score: rounding swaps two with nearly equal scores."""
+        return True
 
     @property
     def floats(self) -> tuple[str, ...]:

@@ -116,14 +116,23 @@ class ImageModel(Model):
     """The shapes of examples that the network learns from; empty for any."""
     any_size: ClassVar[bool] = False
     """True if the network, and so the exported graph, takes images of any height and width."""
-    unordered: ClassVar[bool] = False
-    """True if the rows of all outputs share one order that has no meaning, such as the queries of a detector."""
     watched_from: ClassVar[int] = 1
     """The fewest held-out examples that give the figure shown while training."""
 
     weights: str | None = Field(
         None, description="a .safetensors file, a folder with model.safetensors, or a built-in word; random if unset"
     )
+
+    @property
+    def unordered(self) -> bool:
+        """True if the rows of all outputs share one order that has no meaning, such as the queries of a detector."""
+        return False
+
+    @property
+    def two_stages(self) -> bool:
+        """True if later layers run on the objects that earlier ones find: PyTorch's own exporter writes such a network
+        as ONNX, for one image at a time."""
+        return False
 
     @property
     def floats(self) -> tuple[str, ...]:

@@ -51,14 +51,17 @@ class Likeness:
 def in_order_of(truth: Sequence[Tensor], changed: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Put each row of `changed`, where the order means nothing, at the place of the nearest row of `truth`.
 
-    A row goes through all outputs, each `(images, rows, numbers)` and divided by its largest true value. Every row has
+    A row goes through all outputs, each `(images, rows, …)` and divided by its largest true value. Every row has
     one partner, by the assignment of least total distance.
     """
     import torch
     from scipy.optimize import linear_sum_assignment
 
     scales = [t.abs().max().clamp_min(1e-12) for t in truth]
-    rows, others = (torch.cat([t / s for t, s in zip(side, scales, strict=True)], -1) for side in (truth, changed))
+    rows, others = (
+        torch.cat([(t / s).reshape(*t.shape[:2], -1) for t, s in zip(side, scales, strict=True)], -1)
+        for side in (truth, changed)
+    )
     distances = torch.cdist(rows.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.nan_to_num(1e9, 1e9)  # (images, rows, rows); `judged` refuses values that are not finite
     orders = [torch.from_numpy(linear_sum_assignment(each.numpy())[1]) for each in distances]

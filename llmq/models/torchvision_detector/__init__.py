@@ -2,7 +2,7 @@
 
 `small` is a backbone of 0.3 M parameters at stride 8 for small images. Images are scaled to a square of `size`; all
 but SSD keep their proportions. A graph holds backbone and heads; torchvision's own selection follows in float. Faster
-R-CNN, whose second stage depends on the first, can be trained and run, but not exported.
+R-CNN, whose second stage depends on the first, can be trained, run, and exported to ONNX, one image at a time.
 """
 
 from collections.abc import Mapping
@@ -85,6 +85,15 @@ class TorchvisionDetector(Detector):
         return self.coco or self.weights in HUB
 
     @property
+    def two_stages(self) -> bool:
+        return self.architecture == "faster_rcnn"
+
+    @property
+    def unordered(self) -> bool:
+        """Faster R-CNN sorts what it finds by score; the others answer for each anchor, in order."""
+        return self.two_stages
+
+    @property
     def _background(self) -> int:
         """The number of labels before the first class: 1 where the network has a label for the background."""
         return int(self.architecture in ("ssd", "ssdlite", "faster_rcnn"))
@@ -118,7 +127,7 @@ class TorchvisionDetector(Detector):
         """The backbone and heads, or both stages of Faster R-CNN."""
         from llmq.models.torchvision_detector.networks import Heads, TwoStages
 
-        return TwoStages(self._whole()) if self.architecture == "faster_rcnn" else Heads(self._whole())
+        return TwoStages(self._whole(), self.side) if self.two_stages else Heads(self._whole())
 
     def pretrained(self) -> "Mapping[str, Tensor] | None":
         """The tensors of `weights`, under torchvision's present names."""

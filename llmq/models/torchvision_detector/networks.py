@@ -127,8 +127,10 @@ class Prepared(nn.Module):
     def forward(self, images: Tensor, targets: "Targets | None" = None) -> "tuple[ImageList, Targets | None]":
         """Measure the images in `(n, 3, size, size)`: zeros at the end are padding, as no pixel is exactly zero."""
         seen = (images != 0).any(1)  # (n, size, size)
-        heights, widths = (n - seen.any(d).flip(1).int().argmax(1) for n, d in zip(seen.shape[1:], (2, 1), strict=True))
-        return ImageList(images, list(zip(heights.tolist(), widths.tolist(), strict=True))), targets
+        sides = (n - seen.any(d).flip(1).int().argmax(1) for n, d in zip(seen.shape[1:], (2, 1), strict=True))
+        # A traced size stays a tensor, or it would be that of the traced image for good.
+        heights, widths = (list(n) if torch.jit.is_tracing() else n.tolist() for n in sides)  # type: ignore[no-untyped-call]
+        return ImageList(images, list(zip(heights, widths, strict=True))), targets
 
     def postprocess(self, result: list[Found], *sizes: object) -> list[Found]:
         return result
@@ -169,23 +171,40 @@ class Heads(nn.Module):
         return lambda images, targets: sum(detector(images, targets).values())
 
 
+class SquareAlign(nn.Module):
+    """torchvision's pooling of boxes, told the padded square that the feature maps are of.
+
+    It would infer their strides from the first image it sees, without its padding, and keep them.
+    """
+
+    def __init__(self, pool: nn.Module, side: int) -> None:
+        super().__init__()
+        self.pool, self.side = pool, side
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: object) -> Tensor:
+        pooled: Tensor = self.pool(maps, boxes, [(self.side, self.side)])
+        return pooled
+
+
 class TwoStages(nn.Module):
     """Faster R-CNN, whole: images to boxes `(n, most, 4)`, labels and scores `(n, most)`, padded with scores of -1.
 
-    The input of the second stage depends on the result of the first, which no graph of fixed shapes can hold.
+    The input of the second stage depends on the result of the first: of all graphs ONNX alone can hold it.
     """
 
-    def __init__(self, detector: Untyped) -> None:
+    def __init__(self, detector: Untyped, side: int) -> None:
         super().__init__()
+        detector.roi_heads.box_roi_pool = SquareAlign(detector.roi_heads.box_roi_pool, side)
         self.backbone, self.rpn, self.roi_heads = detector.backbone, detector.rpn, detector.roi_heads
         detector.transform = Prepared()
         self._whole = (detector,)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if traced and not torch.onnx.is_in_onnx_export():
             raise UserError(
-                "models.torchvision_detector faster_rcnn cannot be exported: its second stage "
-                "depends on the objects that the first finds; use fcos, retinanet, ssd or ssdlite"
+                "models.torchvision_detector faster_rcnn has no graph of OpenVINO: its second stage depends on the "
+                "objects that the first finds; use fcos, retinanet, ssd or ssdlite, or take it to export.onnx as it is"
             )
         (detector,) = self._whole
         detector.training = False
@@ -206,9 +225,9 @@ class TwoStages(nn.Module):
 
 
 def _padded(found: Found, most: int) -> dict[str, Tensor]:
-    missing = most - len(found["scores"])
-    boxes = nn.functional.pad(found["boxes"], (0, 0, 0, missing))  # (most, 4)
-    labels, scores = (nn.functional.pad(found[k].float(), (0, missing), value=-1.0) for k in ("labels", "scores"))
+    # Padded by `most` and cut again: a count of what was found would be a constant in a traced graph.
+    boxes = nn.functional.pad(found["boxes"], (0, 0, 0, most))[:most]  # (most, 4)
+    labels, scores = (nn.functional.pad(found[k].float(), (0, most), value=-1.0)[:most] for k in ("labels", "scores"))
     return {"boxes": boxes, "labels": labels, "scores": scores}
 
 

@@ -143,7 +143,9 @@ class ForeignDetector(Foreign, Detector):
 class ForeignQueries(ForeignDetector):
     """A detector whose queries come in an order without meaning."""
 
-    unordered: ClassVar[bool] = True
+    @property
+    def unordered(self) -> bool:
+        return True
 
 
 class ForeignSuperResolution(Foreign, SuperResolution):

@@ -12,15 +12,17 @@ from torch import nn
 from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError
-from llmq.openvino_runtime import DEVICE, PRECISION
+from llmq.openvino_runtime import DEVICE, PRECISION, quietly
 from llmq.vision.exported import ExportedModule
 from llmq.vision.exporting import export, outputs
-from llmq.vision.onnx.library import FILE, OPSET
+from llmq.vision.onnx.layerwise import ROUNDING, most_steps
+from llmq.vision.onnx.library import FILE, OPSET, onnx
 from llmq.vision.onnx.module import OnnxModule
 from llmq.vision.onnx.operations import to_onnx
 
 if TYPE_CHECKING:
     from openvino import Model as Graph
+    from openvino import Node
     from torch import Tensor
     from torch.nn import Module
 
@@ -30,11 +32,10 @@ if TYPE_CHECKING:
 FLOAT = 1e-3
 """The largest error of a float model that passes, as a share of the range of an output."""
 STEP = 1 / 255
-"""The same of a model with int8 activations: one step of 8 bits over that range, or the noise of rounding if larger."""
+"""One step of 8 bits over the range of an output: the most for int8 activations, unless rounding alone makes more."""
 NOISE = 2
 """An error that passes, in units of what a change of the input by next to nothing changes."""
 NUDGE, NUDGES = 1e-4, 4  # a fortieth of a step of 8 bits: less would vanish where the input itself is rounded
-ROUNDING = "FakeQuantize"
 LARGEST = 2**31 - 1
 """The most bytes of one ONNX file."""
 
@@ -43,14 +44,15 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
     """Write `model.onnx` to `folder` and compare its outputs. Raises `LlmqError` and leaves no file if they differ."""
     try:
         with artifact.open("cpu") as loaded:
-            is_graph = isinstance(loaded.module, ExportedModule)
-            graph = loaded.module.graph if is_graph else export(loaded.module, artifact.model)
-            rounded = is_graph and any(op.get_type_name() == ROUNDING for op in graph.get_ops())
+            module, model = loaded.module, artifact.model
+            rounded = isinstance(module, ExportedModule) and any(map(_rounds, module.graph.get_ops()))
             if rounded:
-                facts = _compared_rounded(artifact.model, loaded.module, folder)
+                facts = _compared_rounded(model, module, folder)
+            elif isinstance(module, ExportedModule):
+                facts = {"largest_error": compared(model, exact(module.graph), written(module.graph, folder), FLOAT)}
             else:
-                truth = exact(graph) if is_graph else loaded.module
-                facts = {"largest_error": compared(artifact.model, truth, written(graph, folder), FLOAT)}
+                made = _traced(module, model, folder) if model.two_stages else written(export(module, model), folder)
+                facts = {"largest_error": compared(model, module, made, FLOAT)}
     except BaseException:
         (folder / FILE).unlink(missing_ok=True)  # what does not say the same is no stage
         raise
@@ -66,6 +68,27 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
     return artifact.then(step, weights=folder, runtime="onnx", notes=notes)
 
 
+def _rounds(op: Node) -> bool:
+    return bool(op.get_type_name() == ROUNDING)
+
+
+def _traced(module: Module, model: ImageModel, folder: Path) -> OnnxModule:
+    """The network as PyTorch's own exporter writes it, for one image, in `model.onnx`, opened again."""
+    example = model.example(1)
+    onnx()  # says what to install
+    with quietly():
+        torch.onnx.export(
+            module,
+            (example,),
+            str(folder / FILE),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["boxes", "labels", "scores"],
+        )
+    return OnnxModule(folder)
+
+
 def written(graph: Graph, folder: Path) -> OnnxModule:
     """The graph in `model.onnx`, opened again."""
     data = to_onnx(graph).SerializeToString(deterministic=True)
@@ -78,16 +101,38 @@ def written(graph: Graph, folder: Path) -> OnnxModule:
 def _compared_rounded(model: ImageModel, module: ExportedModule, folder: Path) -> dict[str, float]:
     """Write a graph with int8 activations, after its float part alone was found the same.
 
-    Engines sum in unlike orders. Where a sum lies at the edge of two integers either comes out, and a deep network
-    amplifies that. Inputs nudged by next to nothing, and OpenVINO's other way to run the graph, tell by how much.
+    From the same int8 activations before it, each int8 activation must come out within one step. Over all layers a
+    sum at the edge of two integers comes out as either, and a deep network amplifies that: inputs nudged by next to
+    nothing, and OpenVINO's other way to run the graph, tell by how much.
     """
     floats = _clipping(module.graph)
     unrounded = compared(model, exact(floats), written(floats, folder), FLOAT)
     truth = exact(module.graph)
     others = [module, *(_Nudged(truth, seed) for seed in range(NUDGES))]
     noise = max(off for other in others for *_, off in errors(model, truth, other))
-    error = compared(model, truth, written(module.graph, folder), max(STEP, NOISE * noise))
-    return {"largest_error": error, "largest_error_unrounded": unrounded, "rounding_noise": noise}
+    made = written(module.graph, folder)
+    steps, tail = _layer_by_layer(model, module.graph, truth.graph, made)
+    error = compared(model, truth, made, max(STEP, NOISE * noise))
+    return {
+        "largest_error": error,
+        "largest_error_in_steps": error / STEP,
+        "largest_error_of_a_layer_in_steps": steps,
+        "largest_error_after_the_last_rounding": tail,
+        "largest_error_unrounded": unrounded,
+        "rounding_noise": noise,
+    }
+
+
+def _layer_by_layer(model: ImageModel, graph: Graph, floats: Graph, made: OnnxModule) -> tuple[int, float]:
+    """The most steps by which a layer is off, and the error after the last. Raises `LlmqError` beyond one step."""
+    worst = [most_steps(graph, floats, made, x) for x in probes(model)]
+    steps, tail = max(s for s, _ in worst), max(error for _, error in worst)
+    if steps > 1 or not tail <= FLOAT:
+        raise LlmqError(
+            f"{model.title}: from the same int8 activations a layer of the ONNX file is off by {steps} steps, and an "
+            f"output by {tail:.1e} of the range of its values; one step and {FLOAT:g} are the most"
+        )
+    return steps, tail
 
 
 def _clipping(graph: Graph) -> Graph:

@@ -26,8 +26,8 @@ CODING = ("QuantizeLinear", "DequantizeLinear")
 class OnnxModule(nn.Module):
     """The model in a folder's `model.onnx`: one float tensor in, a tensor or a tuple of tensors out.
 
-    Each number of torch's threads has a session of its own. Weights are parameters; scales, zero points and shapes are
-    buffers. They are copies of what the sessions hold.
+    A model of one image gets one image at a time. Each number of torch's threads has a session of its own. Weights are
+    parameters; scales, zero points and shapes are buffers. They are copies of what the sessions hold.
     """
 
     precision = "float32"
@@ -53,14 +53,19 @@ class OnnxModule(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outputs for an input, on the device of the input."""
-        held = inputs.detach().to("cpu", torch.float32).contiguous().numpy()
+        held = inputs.detach().to("cpu", torch.float32).contiguous()
+        takes_one = self._session().get_inputs()[0].shape[0] == 1
+        each = [self._outputs(one.numpy()) for one in (held.split(1) if takes_one else [held])]
+        whole = each[0] if len(each) == 1 else [torch.cat(parts) for parts in zip(*each, strict=True)]
+        tensors = [t.to(inputs.device) for t in whole]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    def _outputs(self, held: np.ndarray) -> list[Tensor]:
         runs = self._session()
         try:
-            outputs = runs.run(None, {runs.get_inputs()[0].name: held})
+            return [torch.from_numpy(output) for output in runs.run(None, {runs.get_inputs()[0].name: held})]
         except Exception as error:  # noqa: BLE001  # the runtime's errors have no class in common
             raise LlmqError(f"the ONNX model takes no input {list(held.shape)}: {last_line(error)}") from None
-        tensors = [torch.from_numpy(output).to(inputs.device) for output in outputs]
-        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     def _session(self) -> Any:
         threads = torch.get_num_threads()

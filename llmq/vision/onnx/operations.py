@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SAME = {
     **{name: name for name in ("Abs", "Add", "And", "Concat", "Cos", "Equal", "Erf", "Exp", "Greater", "Less")},
-    **{name: name for name in ("Log", "Relu", "Sigmoid", "Sign", "Sin", "Sqrt", "Tanh", "GatherElements", "GatherND")},
+    **{name: name for name in ("Log", "Relu", "Sigmoid", "Sign", "Sin", "Sqrt", "Tanh", "GatherElements")},
     "BitwiseAnd": "And",
     "BitwiseNot": "Not",
     "BitwiseOr": "Or",
@@ -50,7 +50,7 @@ SAME = {
     "Subtract": "Sub",
 }
 """Operations with the same inputs and no settings, or settings of the same names."""
-KEPT = {"Concat": ("axis",)}
+KEPT = {"Concat": ("axis",), "GatherElements": ("axis",)}
 REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")
 Written = str | list[str]
 
@@ -127,6 +127,14 @@ def _sum(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("ReduceSum", w.of(node.input_value(0)), w.int64(node.input_value(1)), keepdims=int(its["keep_dims"]))
 
 
+def _all_or_any(w: Writer, node: Node, its: Attributes) -> Written:
+    """Truths over some axes, which ONNX reduces as numbers alone."""
+    kind = {"ReduceLogicalAnd": "ReduceMin", "ReduceLogicalOr": "ReduceMax"}[node.get_type_name()]
+    numbers = w.one("Cast", w.of(node.input_value(0)), to=w.element("i32"))
+    axes = ints(needed(node.input_value(1)).reshape(-1))
+    return w.one("Cast", w.one(kind, numbers, axes=axes, keepdims=int(its["keep_dims"])), to=w.element("boolean"))
+
+
 def _squared_difference(w: Writer, node: Node, its: Attributes) -> Written:
     less = w.one("Sub", *map(w.of, node.input_values()))
     return w.one("Mul", less, less)
@@ -147,6 +155,7 @@ OPERATIONS: dict[str, Callable[[Writer, Node, Attributes], Written]] = {
     **dict.fromkeys(("ConvolutionBackpropData", "GroupConvolutionBackpropData"), convolution),
     **dict.fromkeys(("AvgPool", "MaxPool"), pooled),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    **dict.fromkeys(("ReduceLogicalAnd", "ReduceLogicalOr"), _all_or_any),
     "Clamp": _clamp,
     "Elu": _elu,
     "FakeQuantize": fake_quantize,

@@ -11,7 +11,7 @@ from llmq.errors import LlmqError
 from llmq.vision.onnx.writer import Attributes, Writer, constant_of, ints, needed, rank_of
 
 if TYPE_CHECKING:
-    from openvino import Node
+    from openvino import Node, Output
 
 END = 2**31 - 1
 """An index beyond any axis."""
@@ -29,10 +29,15 @@ def _transpose(w: Writer, node: Node, its: Attributes) -> Written:
 
 
 def _gather(w: Writer, node: Node, its: Attributes) -> Written:
-    if its["batch_dims"]:
+    if its.get("batch_dims"):
         raise LlmqError(f"{node.get_friendly_name()}: a gather over batches has no place in ONNX")
     axis = int(needed(node.input_value(2)).reshape(-1)[0])
     return w.one("Gather", w.of(node.input_value(0)), w.of(node.input_value(1)), axis=axis)
+
+
+def _gather_parts(w: Writer, node: Node, its: Attributes) -> Written:
+    x, places = node.input_values()
+    return w.one("GatherND", w.of(x), _wide(w, places), batch_dims=int(its.get("batch_dims", 0)))
 
 
 def _shape(w: Writer, node: Node, its: Attributes) -> Written:
@@ -177,6 +182,20 @@ def _whole(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one({"Floor": "Floor", "Ceiling": "Ceil"}[node.get_type_name()], x)
 
 
+def _scattered(w: Writer, node: Node, its: Attributes) -> Written:
+    """A copy of the first input with other numbers at some places."""
+    x, places, numbers = node.input_values()
+    if its.get("reduction", "none") != "none":
+        raise LlmqError(f"{node.get_friendly_name()}: an update by {its['reduction']} has no place in ONNX")
+    return w.one("ScatterND", w.of(x), _wide(w, places), w.of(numbers))
+
+
+def _wide(w: Writer, places: Output) -> str:
+    """Indices as int64, which is what ONNX takes."""
+    is_wide = places.get_element_type().get_type_name() == "i64"
+    return w.of(places) if is_wide else w.one("Cast", w.of(places), to=w.element("i64"))
+
+
 def _not_equal(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Not", w.one("Equal", *map(w.of, node.input_values())))
 
@@ -190,11 +209,13 @@ SHAPES: dict[str, Callable[[Writer, Node, Attributes], Written]] = {
     "DepthToSpace": _to_space,
     "Floor": _whole,
     "Gather": _gather,
+    "GatherND": _gather_parts,
     "Interpolate": _resized,
     "NotEqual": _not_equal,
     "Pad": _padded,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterNDUpdate": _scattered,
     "ShapeOf": _shape,
     "Slice": _slice,
     "Split": _split,
