@@ -75,6 +75,7 @@ def facts() -> dict[str, str]:
         "processor": environment.processor("cpu"),
         "features": ", ".join(_features()) or "unknown",
         "bfloat16": f"multiplied {environment.bfloat16_products('cpu')}",
+        "packed weights": _unpacking(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": f"{in_bytes(memory.available)} free of {in_bytes(memory.total)}",
         "disk": f"{in_bytes(free_bytes(place))} free of {in_bytes(shutil.disk_usage(place).total)}",
@@ -88,6 +89,13 @@ def _features() -> list[str]:
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8").split() if info.exists() else []
     return [flag for flag in FLAGS if flag in flags]
+
+
+def _unpacking() -> str:
+    from llmq.matrix.unpacking import compiled
+
+    slow = "unpacked by PyTorch's operations; a C compiler (cc) makes prompts of 4-bit layers faster"
+    return slow if compiled() is None else "unpacked in one pass (C, compiled for this processor)"
 
 
 def _accelerator() -> str:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from llmq.matrix import pack_quantized
 from llmq.matrix.gptq_format import TENSORS, from_tensors
 from llmq.matrix.grid import Quantized
+from llmq.matrix.products import lacks_bfloat16
+from llmq.matrix.unpacking import compiled
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-ROWS = 80
+ROWS, ROWS_BESIDE_ONE_PASS = 80, 24
 """Up to this many rows the packed product is the faster one (`scripts/bench_packed`)."""
 KERNEL_GROUPS = (256, 128, 64, 32)
 TILE = 64
@@ -82,7 +84,7 @@ class PackedLinear(nn.Linear):
             made: Tensor = _Unpacking.apply(input, self)
             return made if self.bias is None else made + self.bias
         rows = input.numel() // self.in_features
-        if not self.planes or not 0 < rows <= ROWS or input.dtype != torch.bfloat16:
+        if not self.planes or not 0 < rows <= most_rows() or input.dtype != torch.bfloat16:
             return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
         return self.product(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
 
@@ -159,6 +161,23 @@ class Plane(nn.Module):
 
 def unpacked(planes: list[Plane]) -> Tensor:
     """The weight `[inputs, outputs]` of all planes in bfloat16; numbers are whole until the scale rounds them, once."""
+    if one_pass_is_right() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return in_one_pass(planes)
+    return by_operations(planes)
+
+
+def in_one_pass(planes: list[Plane]) -> Tensor:
+    """The weight by the function in C."""
+    unpack = compiled()
+    assert unpack is not None
+    *before, last = planes
+    made = torch.empty(last.packed.shape[1] * 2, last.outputs, dtype=torch.bfloat16)
+    unpack(last.packed, before[0].packed if before else None, last.scales.bfloat16(), made, last.group)
+    return made
+
+
+def by_operations(planes: list[Plane]) -> Tensor:
+    """The weight by operations of PyTorch."""
     *before, last = planes
     made = planes[0].codes()
     if before:  # two planes hold 8 bits
@@ -226,3 +245,23 @@ def layout_is_known() -> bool:
     codes = torch.randint(16, (64, 3 * TILE + 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plane = Plane(codes, torch.ones(2, codes.shape[1]), torch.zeros(2, codes.shape[1]))
     return torch.equal(plane.codes(), codes.bfloat16() - 8)
+
+
+@cache
+def most_rows() -> int:
+    """The most rows that go through the packed product; fewer where the rest is unpacked and multiplied quickly."""
+    return ROWS if lacks_bfloat16() or not one_pass_is_right() else ROWS_BESIDE_ONE_PASS
+
+
+@cache
+def one_pass_is_right() -> bool:
+    """True if the function in C is there, and unpacks to the bits of PyTorch's operations on this processor."""
+    if compiled() is None:
+        return False
+    random = torch.Generator().manual_seed(0)
+    shape = 64, 3 * TILE + 16  # with an incomplete tile
+    high, low = (torch.randint(16, shape, dtype=torch.uint8, generator=random) for _ in range(2))
+    scales = torch.rand(2, shape[1], generator=random).bfloat16().float()
+    shifts = torch.randint(-8, 9, (2, shape[1]), generator=random) * scales
+    planes = [Plane(high, 16 * scales, torch.zeros_like(scales)), Plane(low, scales, shifts)]
+    return all(torch.equal(in_one_pass(some), by_operations(some)) for some in (planes, planes[1:]))
