@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from llmq.matrix import native, unpacking
 from llmq.matrix import packed_linear as gptq_linear
 from llmq.matrix.gptq_format import to_tensors
 from llmq.matrix.grid import Quantized, round_to_nearest
@@ -214,6 +215,7 @@ def test_one_pass_gives_the_bits_of_the_operations(bits, sym, outputs):
 def test_without_a_compiler_operations_unpack(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", compiler)  # `true` ends well, and makes nothing
+    monkeypatch.setattr(unpacking, "library", native.library.__wrapped__)
     monkeypatch.setattr(gptq_linear, "compiled", compiled.__wrapped__)
     monkeypatch.setattr(gptq_linear, "one_pass_is_right", gptq_linear.one_pass_is_right.__wrapped__)
     made = quantized(128, 64, 4, 64, False)

@@ -161,7 +161,7 @@ class Plane(nn.Module):
 
 def unpacked(planes: list[Plane]) -> Tensor:
     """The weight `[inputs, outputs]` of all planes in bfloat16; numbers are whole until the scale rounds them, once."""
-    if one_pass_is_right() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if one_pass_is_right() and not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return in_one_pass(planes)
     return by_operations(planes)
 

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmq import resident
 from llmq.matrix import pack_quantized
 from llmq.matrix.packed_linear import PackedLinear, PackQuantizedLinear
 from llmq.text.linear_view import Experts, is_merging, unfuse
@@ -76,7 +77,12 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         for layer in packed_layers(model):
+            stored = list(layer.buffers())
             layer.prepare()
+            if layer.planes:  # the codes lie there now, and pages of the file would stay
+                resident.forget(stored)
+            del stored
+        resident.trim()
         return model
 
     def update_weight_conversions(

@@ -129,7 +129,8 @@ class Prepared(nn.Module):
         seen = (images != 0).any(1)  # (n, size, size)
         sides = (n - seen.any(d).flip(1).int().argmax(1) for n, d in zip(seen.shape[1:], (2, 1), strict=True))
         # A traced size stays a tensor, or it would be that of the traced image for good.
-        heights, widths = (list(n) if torch.jit.is_tracing() else n.tolist() for n in sides)  # type: ignore[no-untyped-call]
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        heights, widths = (list(n) if traced else n.tolist() for n in sides)
         return ImageList(images, list(zip(heights, widths, strict=True))), targets
 
     def postprocess(self, result: list[Found], *sizes: object) -> list[Found]:

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llmq import resident
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.guarded.graphs import check_graph
 from llmq.openvino_runtime import EXACT, PRECISIONS, core, last_line, openvino
 from llmq.text.graph.constants import stored_weights
-from llmq.text.graph.pages import PLACE, Pages, to_pages
+from llmq.text.graph.pages import PLACE, Pages, to_pages, without_head
 
 if TYPE_CHECKING:
     from openvino import InferRequest, Node
@@ -54,6 +55,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.weights = torch.nn.ModuleList(stored_weights(graph))
         stateful = graph.has_rt_info(PLACE)
         self.in_pages = not stateful and to_pages(graph, _head)
+        self.head = without_head(graph, _head(graph)) if self.in_pages else None
         if not self.in_pages:
             graph = graph if stateful else _read(file)  # the attempt may have changed it
             only_last(graph)
@@ -65,6 +67,8 @@ class GraphModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise LlmqError(
                 f"OpenVINO {library_version('openvino')} cannot compile {str(file)!r}: {last_line(error)}"
             ) from None
+        resident.forget_file(file.with_suffix(".bin"))  # compiled, the numbers lie in another layout
+        resident.trim()
         self.free: list[Any] = []
         """Requests that no text holds any more."""
         self.eval()
@@ -95,7 +99,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         With `logits_to_keep` those of the last positions alone. Without a mask all tokens are seen.
         """
         rows, tokens = input_ids.shape
-        states = past_key_values or (Pages(self.free, self.compiled) if self.in_pages else States(self))
+        states = past_key_values or (Pages(self.free, self.compiled, self.head) if self.in_pages else States(self))
         mask = attention_mask
         if mask is None:
             mask = torch.ones(rows, states.get_seq_length() + tokens, dtype=torch.long)

@@ -6,6 +6,7 @@ logits of a token are the same to the bit however the text before it was cut int
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.matrix.half_product import MULTIPLE, is_quick, product
 from llmq.openvino_runtime import openvino
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from openvino import CompiledModel, InferRequest
+    from openvino import CompiledModel, InferRequest, Node
     from openvino import Model as Graph
 
 PLACE = ["llmq", "attention"]
@@ -88,7 +90,8 @@ class Pages:
 
     is_croppable = True
 
-    def __init__(self, free: list[Store], compiled: CompiledModel):
+    def __init__(self, free: list[Store], compiled: CompiledModel, head: Head | None = None):
+        self.head = head
         self.store = free.pop() if free else Store(compiled)
         self.seen = torch.zeros(0, 0, dtype=torch.bool)  # (rows, tokens), False for padding
         self.owned = 0  # pages of a row
@@ -136,7 +139,9 @@ class Pages:
             WANTED: wanted[wanted >= 0].numpy(),
         }
         given = {name: np.asarray(each, order="C") for name, each in feeds.items() if name in self.store.names}
-        made = self.store.request.infer(given, share_inputs=True, share_outputs=True)[0]  # (wanted, 1, vocabulary)
+        made = self.store.request.infer(given, share_inputs=True, share_outputs=True)[0]  # (wanted, 1, vocabulary or d)
+        if self.head is not None:
+            made = self.head(made)
         self.seen = torch.cat([self.seen if self.seen.numel() else new[:, :0], new], 1)
         if bool((wanted >= 0).all()):
             return torch.from_numpy(made.reshape(rows, kept, -1).copy())
@@ -153,6 +158,42 @@ class Pages:
             more = max(needed, 2 * self.owned) if self.owned else needed + SPARE
             self.store.grow(rows, self.owned, more)
             self.owned = more
+
+
+class Head:
+    """The head of a graph, taken out of it: OpenVINO keeps it twice in float32, which is four times its float16."""
+
+    def __init__(self, weight: Node):
+        self.node = weight  # the numbers lie in its memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the memory is read-only, and nobody writes
+            self.weight = torch.from_numpy(weight.data)  # (vocabulary, d)
+
+    def __call__(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits `(wanted, 1, vocabulary)` of hidden states `(wanted, 1, d)`."""
+        made: NDArray[np.float32] = product(torch.from_numpy(hidden[:, 0]), self.weight).unsqueeze(1).numpy()
+        return made
+
+
+def without_head(graph: Graph, last: Node | None) -> Head | None:
+    """Let a graph end in the hidden states, and return its head; None where the head does more than one product.
+
+    The head must be the product with a weight in float16 that makes the logits, and its product quick enough here.
+    """
+    if last is None or not is_quick():
+        return None
+    results = [r for r in graph.get_results() if r.input_value(0).get_node().get_name() == last.get_name()]
+    widened = last.input_value(1).get_node()
+    weight = widened.input_value(0).get_node() if widened.get_type_name() == "Convert" else widened
+    turned = last.get_attributes()
+    fits = turned["transpose_b"] and not turned["transpose_a"] and weight.get_type_name() == "Constant"
+    if len(results) != 1 or not fits or weight.get_element_type().get_type_name() != "f16":
+        return None
+    if weight.get_output_shape(0)[1] % MULTIPLE:
+        return None
+    results[0].input(0).replace_source_output(last.input_value(0))
+    graph.validate_nodes_and_infer_types()
+    return Head(weight)
 
 
 def _begins(lengths: Tensor) -> NDArray[np.int32]:

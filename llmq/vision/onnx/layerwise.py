@@ -37,7 +37,7 @@ def most_steps(graph: Graph, floats: Graph, made: OnnxModule, x: Tensor) -> tupl
     by_name = {op.get_friendly_name(): op for op in told.get_ordered_ops()}
     told.add_outputs([by_name[name].output(0) for name in roundings])
     with torch.inference_mode():
-        held: tuple[Tensor, ...] = ExportedModule(told)(x)  # type: ignore[assignment]
+        held: tuple[Tensor, ...] = ExportedModule(told)(x)
     truths = [t.numpy() for t in held]
     plain = len(truths) - len(roundings)
     codes = [_codes(by_name[name], values) for name, values in zip(roundings, truths[plain:], strict=True)]

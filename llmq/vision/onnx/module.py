@@ -55,7 +55,7 @@ class OnnxModule(nn.Module):
         """The outputs for an input, on the device of the input."""
         held = inputs.detach().to("cpu", torch.float32).contiguous()
         takes_one = self._session().get_inputs()[0].shape[0] == 1
-        each = [self._outputs(one.numpy()) for one in (held.split(1) if takes_one else [held])]
+        each = [self._outputs(one.numpy()) for one in (torch.split(held, 1) if takes_one else [held])]
         whole = each[0] if len(each) == 1 else [torch.cat(parts) for parts in zip(*each, strict=True)]
         tensors = [t.to(inputs.device) for t in whole]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
