@@ -80,6 +80,8 @@ def test_what_was_read_before_changes_no_answer(architecture, tiny_llama, tmp_pa
         for text in texts:
             fresh = list(stream(Reader(opened.module, "cpu"), text, 8, pick, ()))
             assert list(stream(reader, text, 8, pick, ())) == fresh
+            follows = [*reader.ids, *ids[50:]]  # as the next turn does
+            torch.testing.assert_close(reader.logits(follows), Reader(opened.module, "cpu").logits(follows))
 
 
 def test_a_conversation_is_read_once(loaded):

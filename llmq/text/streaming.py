@@ -85,10 +85,16 @@ class Reader:
         """Cut the cache to the tokens that `ids` begins with, and return their number; one token is left to read."""
         pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(ids) - 1)) if self.cache else 0
-        if same < len(self.ids) and not (same and _shortened(self.cache, same)):
-            self._forget()
-            return 0
-        return same
+        whole = same == len(self.ids)
+        if _goes_on(self.cache, len(ids) - same) if whole else same and _shortened(self.cache, same):
+            return same
+        self._forget()
+        return 0
+
+
+def _goes_on(cache: JsonObject, tokens: int) -> bool:
+    """True if so many tokens can follow; some recurrent layers (Mamba, Jamba) take several for the start of a text."""
+    return tokens == 1 or all(getattr(states, "is_croppable", False) for states in cache.values())
 
 
 def _shortened(cache: JsonObject, tokens: int) -> bool:
