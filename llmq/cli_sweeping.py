@@ -43,4 +43,5 @@ def as_text(swept: "Swept") -> str:
         ended = figures if point.done else f"FAILED with {point.code}, see {point.name}.log"
         lines.append(f"{star} {point.name}  {ended}  {point.gate}".rstrip())
     best = swept.best or ("none passes the gate" if any(p.done for p in swept.points) else "none ended")
-    return visible("\n".join([*lines, f"best: {best}", f"page: {swept.folder / 'compare.html'}"]))
+    page = swept.folder / "compare.html"
+    return visible("\n".join([*lines, f"best: {best}", *([f"page: {page}"] if page.is_file() else ())]))

@@ -131,7 +131,9 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
         told.append(_foretold(name, sketch, step_done.work if step_done else None, asked.get(name, []), known))
     seconds = [s for t in told for s in (t.seconds_of_step, t.seconds_of_tasks)]
     download, size = _download(recipe, sketches[0])
-    disk = sum(s.on_disk for s in sketches[1:]) + max((d.work.disk for d in done), default=0) + size
+    named = zip(recipe.stage_names[1:], sketches[1:], strict=True)
+    left = [s for name, s in named if not (out and (out / name).is_dir())]  # a resumed run has the others
+    disk = sum(s.on_disk for s in left) + max((d.work.disk for d in done), default=0) + size
     total = None if any(s is None for s in seconds) else AROUND + sum(s for s in seconds if s is not None)
     peak = max((d.work.memory for d in done), default=0)
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}

@@ -140,6 +140,8 @@ class Searched:
         last = self.report.stages[-1]["name"]
         values = {m["metric"]: m for m in self.report.measurements if m["stage"] == last}
         beside = {c["metric"]: c for c in self.report.comparisons if c["stage"] == last}
+        if lost := [name for name in ("bytes_on_disk", "kl_to_base") if name not in values]:
+            raise LlmqError(f"{last} has no {' and no '.join(lost)}; {self.report.folder / 'report.md'} says why")
         kl, perplexity = values["kl_to_base"], beside.get("token_perplexity", {})
         spread = None if kl["stderr"] is None or kl["n"] < 2 else t_quantile(0.975, kl["n"] - 1) * kl["stderr"]
         return {
@@ -303,4 +305,7 @@ class Search:
         recipe.check_shape(source)
         for override in self.overrides:
             recipe.apply_override(source, override)
-        return recipe.parse(source, "search")
+        job = recipe.parse(source, "search")
+        if lost := {"tasks.size", "tasks.divergence"} - {task.word for task in job.evaluate}:
+            raise UserError(f"a search asks {' and '.join(sorted(lost))}, which are not among the tasks that are named")
+        return job

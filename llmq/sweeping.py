@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 
-from llmq import answers, environment, processes, reading, trust
+from llmq import answers, environment, partials, processes, reading, trust
 from llmq import recipe as recipes
 from llmq.artifact import MACHINE
 from llmq.errors import LlmqError, UserError, explain
 from llmq.files import CARD, at_home, sha256_text, write_json, write_text
 from llmq.guarded.files import read_json_object
 from llmq.rules import Rule, read_rule
+from llmq.runs import folder as run_folder
 from llmq.source import read, to_flow, to_yaml
 from llmq.terminal import say
 from llmq.types import JsonObject
@@ -43,13 +44,19 @@ ANSWERS = ("measurements.json", "clocks.json", "samples", "pictures", "lm_eval",
 
 
 class Range(BaseModel):
-    """The numbers between which a search looks."""
+    """The numbers between which a search looks: whole ones between whole numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low: float
-    high: float
+    low: int | FiniteFloat
+    high: int | FiniteFloat
     log: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.low > self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low {self.low}, high {self.high}: low is at most high, and above 0 with log")
+        return self
 
 
 class Sweep(BaseModel):
@@ -62,7 +69,7 @@ class Sweep(BaseModel):
     """Settings of every run."""
     grid: dict[str, list[object]] = {}
     list: tuple[dict[str, object], ...] = ()
-    search: dict[str, Range | tuple[Any, ...]] = {}
+    search: dict[str, Range | Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """What Optuna's TPE may choose: one of some values, or a number of a range."""
     trials: PositiveInt = 20
     objectives: tuple[str, ...] = Field(("token_perplexity", "bytes_on_disk"), min_length=1)
@@ -154,17 +161,17 @@ def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None) -> Swept:
         raise UserError("two runs of this sweep have the same settings; name each once")
     if not (points or asked.search):
         raise UserError("this sweep has no runs; give each setting of its grid a value")
-    _check_recipe(asked, out)
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = _searched(asked, out) if asked.search else _in_order(points)
-    done: list[Point] = []
-    for point, told in chosen:
-        done.append(point)
-        _run(point, done, run_in or in_a_process)
-        if point.done:
-            _judge(asked, point)
-        told(point)
-        swept = _write(asked, out, done)
+    with run_folder.held(run_folder.no_file(out)):
+        _check_recipe(asked, out)
+        chosen = _searched(asked, out) if asked.search else _in_order(points)
+        done: list[Point] = []
+        for point, told in chosen:
+            done.append(point)
+            _run(point, done, run_in or in_a_process)
+            if point.done:
+                _judge(asked, point)
+            told(point)
+            swept = _write(asked, out, done)
     return swept
 
 
@@ -195,7 +202,8 @@ def name_of(settings: Settings) -> str:
 def _check_recipe(asked: Sweep, out: Path) -> None:
     """Raise `UserError` where `out` holds the runs of another sweep."""
     kept = out / TOLD
-    if kept.is_file() and read_json_object(kept).get("sweep", {}).get("recipe") != asked.recipe:
+    told = read_json_object(kept).get("sweep") if kept.is_file() else {"recipe": asked.recipe}
+    if not isinstance(told, dict) or told.get("recipe") != asked.recipe:
         raise UserError(f"{str(kept)!r} is of another sweep; use a new --out")
 
 
@@ -232,7 +240,7 @@ def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point]
 def _chosen(trial: Any, key: str, space: Range | tuple[Any, ...]) -> Any:
     if not isinstance(space, Range):
         return trial.suggest_categorical(key, list(space))
-    whole = space.low.is_integer() and space.high.is_integer() and not space.log
+    whole = isinstance(space.low, int) and isinstance(space.high, int)
     suggest = trial.suggest_int if whole else trial.suggest_float
     return suggest(key, *map(int if whole else float, (space.low, space.high)), log=space.log)
 
@@ -309,9 +317,14 @@ def _stamp(weights: str) -> list[tuple[str, int, int]]:
 
 
 def share_beginning(point: Point, others: Sequence[Point]) -> tuple[str, ...]:
-    """Link the stages that another run made by the same beginning into the folder of a new one; their names."""
-    for each in (point, *others):
-        each.hashes = each.hashes or beginnings(each.recipe)
+    """Link the stages that another run made by the same beginning into the folder of a new one; their names.
+
+    A run keeps the beginnings that it had when it began: its data or llmq may have changed since.
+    """
+    point.hashes = beginnings(point.recipe)
+    write_json(_beginnings_file(point), {"beginnings": point.hashes})
+    for each in others:
+        each.hashes = each.hashes or _kept_beginnings(each)
 
     def same(other: Point) -> int:
         # A hash is of all steps before, so that those in common come first.
@@ -321,10 +334,21 @@ def share_beginning(point: Point, others: Sequence[Point]) -> tuple[str, ...]:
     if best is None or same(best) < 2:  # a base alone is brought as quickly
         return ()
     names = point.recipe.stage_names[: same(best)]
+    point.folder.mkdir(exist_ok=True)
+    write_text(point.folder / "recipe.yaml", to_yaml(point.recipe.plain()))  # first: a killed sweep goes on from there
     for name in names:
         _link(best.folder / name, point.folder / name)
-    write_text(point.folder / "recipe.yaml", to_yaml(point.recipe.plain()))
     return tuple(names)
+
+
+def _beginnings_file(point: Point) -> Path:
+    return point.folder.with_name(f"{point.name}.json")
+
+
+def _kept_beginnings(point: Point) -> Sequence[str]:
+    file = _beginnings_file(point)
+    kept = read_json_object(file).get("beginnings") if file.is_file() else None
+    return kept if isinstance(kept, list) else ()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -333,12 +357,12 @@ def _link(source: Path, target: Path) -> None:
     def unasked(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if name in ANSWERS and Path(folder) == source]
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target, copy_function=_link_or_copy, ignore=unasked)
-    if (file := target / MACHINE).is_file():
-        told = read_json_object(file)
-        file.unlink()  # or the file of the other run would change
-        write_json(file, {k: v for k, v in told.items() if k != "asked"})
+    with partials.partial_of(target, folder=True) as partial:
+        shutil.copytree(source, partial, copy_function=_link_or_copy, ignore=unasked, dirs_exist_ok=True)
+        if (file := partial / MACHINE).is_file():
+            told = read_json_object(file)
+            file.unlink()  # or the file of the other run would change
+            write_json(file, {k: v for k, v in told.items() if k != "asked"})
 
 
 def _link_or_copy(source: str, target: str) -> None:

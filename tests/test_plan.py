@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,13 @@ def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_p
     assert "adapt.lora.per_device_train_batch_size=4 adapt.lora.gradient_accumulation_steps=2" in misfit.cure
     monkeypatch.setattr(environment, "free_memory", lambda device: planning.LIBRARIES // 2)
     assert "no setting of it fits" in planning.plan(job).misfits[0].cure
+
+
+def test_a_resumed_run_needs_no_disk_for_the_stages_that_it_has(tiny_llama, tmp_path):
+    job = job_of({"causal_lm": {"weights": str(tiny_llama)}}, {"prune.magnitude": {"sparsity": 0.5}}, "quantize.bnb")
+    (tmp_path / "1-prune.magnitude").mkdir()
+    whole, left = (planning.plan(job, out, defaultdict(lambda: 1.0)) for out in (None, tmp_path))
+    assert whole.disk - left.disk == left.stages[1].bytes_on_disk
 
 
 def test_a_plan_reads_on_a_terminal_and_as_data(tiny_llama, tmp_path, monkeypatch):

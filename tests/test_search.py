@@ -255,6 +255,17 @@ def test_an_unknown_method_of_a_search_is_refused(base, tmp_path):
         llmq.search(base.weights, size="0.6x", methods=["gtpq"], out=tmp_path / "r")
 
 
+def test_a_suite_that_measures_no_divergence_is_refused_before_anything_runs(base, tmp_path):
+    def run(recipe, folder):
+        pytest.fail("it ran")
+
+    asked = searching.Search(
+        run, {"causal_lm": {"weights": str(base.weights)}}, Budget("0.6x"), {}, ["size"], 0, tmp_path
+    )
+    with pytest.raises(UserError, match=r"a search asks tasks.divergence, which are not among"):
+        asked._recipe([{"quantize.gptq": {}}])
+
+
 @pytest.mark.parametrize(
     "budget", [{"kl": 1e-3}, pytest.param({"perplexity": "1.001x"}, marks=pytest.mark.slow)], ids=str
 )

@@ -10,6 +10,7 @@ import llmq
 from llmq import cli, cli_sweeping, sweeping
 from llmq.errors import UserError
 from llmq.report import Report
+from llmq.runs import folder as run_folder
 
 
 @pytest.fixture
@@ -80,6 +81,10 @@ def test_a_grid_is_every_combination_and_a_list_what_it_lists(sweep_of):
         ({"list": [{"seed": 1}, {"seed": 1}]}, "same settings"),
         ({"grid": {"seed": [1]}, "gate": ["perplexity is low"]}, "cannot be read"),
         ({"grid": {"seed": [1]}, "objectives": []}, "objectives"),
+        ({"search": {"seed": {"low": 5, "high": 1}}}, "low is at most high"),
+        ({"search": {"seed": {"low": 0, "high": 4, "log": True}}}, "above 0 with log"),
+        ({"search": {"seed": {"low": 0, "high": float("inf")}}}, "finite number"),
+        ({"search": {"seed": []}}, "at least 1 item"),
     ],
 )
 def test_a_wrong_sweep_is_one_line_before_anything_runs(parts, told, sweep_of, tmp_path):
@@ -163,6 +168,67 @@ def test_other_seeds_data_or_weights_share_no_beginning(recipe, tiny_jsonl):
         assert [a == b for a, b in zip(plain, hashes(), strict=True)] == [True, True, False]
     finally:
         tiny_jsonl.write_text(text)
+
+
+@pytest.fixture
+def two(sweep_of, tmp_path):
+    """Two runs that begin alike; the first has made its stages."""
+    asked = sweeping.load(sweep_of(list=[{"adapt.lora.r": 2}, {"adapt.lora.r": 4}]))
+    first, second = (sweeping._point(asked, settings, tmp_path) for settings in sweeping.settings_of(asked))
+    sweeping.share_beginning(first, [])
+    for name in first.recipe.stage_names:
+        (first.folder / name).mkdir(parents=True)
+        (first.folder / name / "weights").write_text(name)
+    first.hashes = ()  # as another process finds it
+    return first, second
+
+
+def test_what_was_made_of_data_or_by_code_that_has_changed_since_is_not_shared(two, monkeypatch):
+    first, second = two
+    assert sweeping.share_beginning(second, [first]) == ("0-base", "1-quantize.rtn")
+    monkeypatch.setattr(sweeping, "beginnings", lambda recipe: ["changed", "since", "then"])
+    first.hashes = ()
+    assert sweeping.share_beginning(second, [first]) == ()
+
+
+def test_a_sweep_killed_while_it_shares_leaves_whole_stages_and_goes_on(two, monkeypatch):
+    first, second = two
+
+    def killed(source, target):
+        if "quantize" in source:
+            raise KeyboardInterrupt
+        sweeping.shutil.copy2(source, target)
+
+    monkeypatch.setattr(sweeping, "_link_or_copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.share_beginning(second, [first])
+    assert sorted(f.name for f in second.folder.iterdir()) == ["0-base", "recipe.yaml"]
+
+
+def test_two_sweeps_in_one_folder_are_refused_and_a_damaged_table_too(sweep_of, tmp_path, monkeypatch):
+    asked, fake = sweeping.load(sweep_of(list=[{"seed": 1}])), Fake(monkeypatch, lambda s: [1, 1])
+    with run_folder.held(tmp_path / "out"), pytest.raises(UserError, match="in use by process"):
+        sweeping.sweep(asked, tmp_path / "out", fake)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text('{"sweep": []}')
+    with pytest.raises(UserError, match="is of another sweep"):
+        sweeping.sweep(asked, tmp_path / "out", fake)
+    with pytest.raises(UserError, match="is a file"):
+        sweeping.sweep(asked, tmp_path / "job.yaml", fake)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "wanted"), [(0, 2, False, int), (2, 64, True, int), (0.0, 1.0, False, float)]
+)
+def test_a_range_of_whole_numbers_has_whole_numbers_and_another_has_others(low, high, log, wanted):
+    class Trial:
+        def suggest_int(self, key, low, high, log):
+            return int
+
+        def suggest_float(self, key, low, high, log):
+            return float
+
+    assert sweeping._chosen(Trial(), "key", sweeping.Range(low=low, high=high, log=log)) is wanted
 
 
 def test_a_folder_of_another_recipe_is_refused(sweep_of, recipe, tmp_path):
