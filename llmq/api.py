@@ -261,7 +261,8 @@ def search(
     folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
 
     def run_in(job: "Recipe", place: Path) -> "Report":
-        return run(job, out=place, resume=resume, trust_remote_code=trust_remote_code)
+        goes_on = resume and (place == folder or place.is_dir())  # a kill came before most of the runs
+        return run(job, out=place, resume=goes_on, trust_remote_code=trust_remote_code)
 
     job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device)
     return job.best(methods)

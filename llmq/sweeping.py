@@ -299,6 +299,7 @@ def beginnings(recipe: "Recipe") -> list[str]:
         "run": [recipe.seed, recipe.device, recipe.threads],
         "libraries": {name: environment.library_version(name) for name in environment.LIBRARIES},
         "llmq": answers.own_code(),
+        "trusted": trust.told(),
     }
     made = []
     for count in range(len(recipe.steps) + 1):

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import llmq
-from llmq import plugin, searching
+from llmq import api, plugin, searching
 from llmq.budget import Budget, budget_bytes
 from llmq.cli import app
 from llmq.errors import UserError
@@ -117,6 +118,15 @@ def test_costs_fall_with_bits_and_the_kept_table_is_reused(base, table, monkeypa
     assert again.costs == table.costs
     with pytest.raises(TypeError):  # another seed, other windows, another table
         table_of(base, plugin.build({"quantize.gptq": CALIBRATION}), 1, "cpu")
+
+
+def test_another_configuration_of_the_same_weights_has_costs_of_its_own(base, table, tmp_path, monkeypatch):
+    folder = shutil.copytree(base.weights, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    monkeypatch.setattr(sensitivity, "sensitivities", None)
+    with pytest.raises(TypeError):
+        table_of(base_of(folder), plugin.build({"quantize.gptq": CALIBRATION}), 0, "cpu")
 
 
 def test_costs_are_corrected_by_what_rounding_does_to_each_token_and_to_the_end(base):
@@ -248,6 +258,16 @@ def test_each_method_spends_the_budget_and_the_best_as_measured_is_told(base, tm
     assert done.told["kl_to_base"] == min(kls.values())
     assert [next(iter(step)) for step in runs["r-prune.layers-1"].recipe["steps"]] == ["prune.layers", "quantize.gptq"]
     assert [next(iter(step)) for step in runs["r-awq"].recipe["steps"]] == ["quantize.awq"]
+
+
+def test_a_search_that_was_killed_goes_on_and_begins_the_runs_that_had_not_begun(tmp_path, monkeypatch):
+    gone_on = []
+    (tmp_path / "r-2").mkdir()
+    monkeypatch.setattr(api, "run", lambda job, out, resume, trust_remote_code: gone_on.append((out.name, resume)))
+    names = ("r", "r-2", "r-awq")
+    monkeypatch.setattr(searching.Search, "best", lambda self, _: [self.run(None, tmp_path / name) for name in names])
+    llmq.search("model", size="0.5x", out=tmp_path / "r", resume=True)
+    assert gone_on == [("r", True), ("r-2", True), ("r-awq", False)]
 
 
 def test_an_unknown_method_of_a_search_is_refused(base, tmp_path):

@@ -208,7 +208,7 @@ def _costs(
     windows, _ = step.windows(base, seed)
     asked = {name: [(grid.bits, grid.group_size, grid.symmetric) for grid in its] for name, its in grids.items()}
     told = json.dumps([VERSION, source.dtype_name, step.damp_percent, asked, windows])
-    key = sha256_texts([sha256_files(base.weight_files()), told])[:16]
+    key = sha256_texts([sha256_files([*base.weight_files(), base.weights / "config.json"]), told])[:16]
     folder = cache("search", key)
     file = folder / "costs.json"
     if file.is_file():
