@@ -46,13 +46,14 @@ def as_text(plan: "Plan") -> str:
     lines = [*_table(plan.stages), "", LEGEND]
     reasons = [f"{stage.name}: {reason}" for stage in plan.stages for reason in stage.unknown]
     lines += ["", *reasons] if reasons else []
-    whole = in_bytes(plan.peak_memory + LIBRARIES)
+    memory, disk = "unknown", "unknown" if plan.disk is None else in_bytes(plan.disk)
+    if plan.peak_memory is not None:
+        memory = f"about {in_bytes(plan.peak_memory + LIBRARIES)}, of which {in_bytes(LIBRARIES)} are libraries"
     lines += [
         "",
         f"time     {duration(plan.seconds)}",
-        f"memory   about {whole}, of which {in_bytes(LIBRARIES)} are libraries; "
-        f"{in_bytes(plan.machine['memory'])} are there",
-        f"disk     {in_bytes(plan.disk)}; {in_bytes(plan.machine['disk'])} are free",
+        f"memory   {memory}; {in_bytes(plan.machine['memory'])} are there",
+        f"disk     {disk}; {in_bytes(plan.machine['disk'])} are free",
         f"download {f'{plan.download}, {in_bytes(plan.download_bytes)}' if plan.download else 'nothing'}",
         *(f"WILL NOT FIT: {misfit}" for misfit in plan.misfits),
     ]

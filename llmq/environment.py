@@ -32,6 +32,14 @@ LIBRARIES = (
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """The settings of glibc's allocator, from <malloc.h>."""
+LARGE, MAPS = 2**25, 2**16
+"""The bytes from which blocks are mapped one by one, the most that glibc can be told; and the most maps at once."""
+MEDIUM = 2**20
+"""The bytes from which a hole of the heap is taken out of use, and blocks are mapped while weights are packed."""
+_mapped: list[int] = []
+"""The bytes from which blocks are mapped, for each block of work that says so, the innermost last."""
+_maps_outside = [MAPS]
+"""The most maps outside of such work: glibc's own number, until `prepare` has it map nothing."""
 
 
 def describe(device: str, seed: int) -> dict[str, object]:
@@ -208,13 +216,13 @@ def prepare(device: str, seed: int, threads: int | None) -> str:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # LLM.int8 on a processor logs one line a layer and forward; the 4-bit backend one at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if platform.libc_ver()[0] == "glibc":
+    if glibc := _glibc():
         # Have glibc keep large freed blocks instead of returning each to the kernel at once. Every activation over
         # 32 MB is otherwise mapped, zeroed page by page and unmapped at each use: a third of the time of a training
         # step on a processor (`scripts/bench_finetune`).
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        _maps_outside[0] = 0
+        _settle()
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     products.widen()
     if threads:
         torch.set_num_threads(threads)
@@ -236,20 +244,72 @@ def _take_card(device: str) -> None:
 
 
 @contextmanager
-def large_blocks_apart() -> Iterator[None]:
-    """Let blocks over 32 MB be mapped one by one, as glibc does by itself, and be gone once they are freed.
+def large_blocks_apart(least: int = LARGE) -> Iterator[None]:
+    """Let blocks of `least` bytes be mapped one by one, as glibc does by itself, and be gone once they are freed.
 
     Tasks have few of them, such as the logits of a batch; in the heap each may lie beyond the holes that others left.
     """
-    glibc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    _mapped.append(least)
+    _settle()
     try:
-        if glibc:
-            glibc.mallopt(M_MMAP_THRESHOLD, 2**25)
-            glibc.mallopt(M_MMAP_MAX, 2**16)
         yield
     finally:
-        if glibc:
-            glibc.mallopt(M_MMAP_MAX, 0)
+        _mapped.pop()
+        _settle()
+
+
+def _settle() -> None:
+    """Tell glibc which blocks are mapped."""
+    if glibc := _glibc():
+        if _mapped:
+            glibc.mallopt(M_MMAP_THRESHOLD, _mapped[-1])
+        glibc.mallopt(M_MMAP_MAX, MAPS if _mapped else _maps_outside[0])
+
+
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """Keep the holes that earlier work left in the heap out of use for a block of work.
+
+    Their pages went back to the system. Blocks that are laid into them, each into another, touch them all again: a step
+    whose blocks are freed at once would grow by what the work before it needed.
+    """
+    glibc = _glibc()
+    holes = list(_holes(glibc)) if glibc else []
+    try:
+        yield
+    finally:
+        for hole in holes:
+            glibc.free(ctypes.c_void_p(hole))
+
+
+def _glibc() -> Any:
+    """The C library of this process; None where it is another."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _holes(glibc: Any) -> Iterator[int]:
+    """Take the holes of the heap one by one and touch none of them; what fits in none is mapped, or lies beyond."""
+    glibc.malloc_trim(0)
+    glibc.malloc.restype = ctypes.c_void_p
+    begin, end = _heap()
+    size = 2 ** (end - begin).bit_length()
+    with large_blocks_apart():
+        while size >= MEDIUM:
+            place = glibc.malloc(ctypes.c_size_t(size))
+            if place and begin <= place < end:
+                yield place
+            else:
+                glibc.free(ctypes.c_void_p(place))
+                size //= 2
+    glibc.malloc_trim(0)
+
+
+def _heap() -> tuple[int, int]:
+    """The first address of the heap and the one after it; zeros where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
+    spans = [line.split()[0].split("-") for line in lines if line.endswith("[heap]")] or [["0", "0"]]
+    return int(spans[0][0], 16), int(spans[-1][1], 16)
 
 
 def release_memory(device: str) -> None:
@@ -264,5 +324,5 @@ def trim(device: str) -> None:
 
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if glibc := _glibc():
+        glibc.malloc_trim(0)

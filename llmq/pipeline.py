@@ -177,7 +177,7 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         made, spent = before, {}
         if step:
             began = time.perf_counter()
-            with measure.peak_memory(context.device) as peak:
+            with environment.without_holes(), measure.peak_memory(context.device) as peak:
                 made = applied(step, before, partial, context)
             alone = max(0, peak.bytes - measure.memory_now(context.device))  # every library is loaded by now
             spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}

@@ -73,9 +73,9 @@ class Plan:
     recipe: str
     stages: tuple[Foretold, ...]
     seconds: float | None
-    peak_memory: int
-    """Above the process without a model, which itself takes about `LIBRARIES`."""
-    disk: int
+    peak_memory: int | None
+    """Above the process without a model, which itself takes about `LIBRARIES`; None if a stage is not known."""
+    disk: int | None
     download: str
     download_bytes: int
     machine: Mapping[str, float]
@@ -89,6 +89,8 @@ class Plan:
     def line(self) -> str:
         """Time, memory and disk of the run."""
         time = "a time that is not known" if self.seconds is None else f"about {duration(self.seconds)}"
+        if self.peak_memory is None or self.disk is None:
+            return f"foretold: nothing; {next(reason for stage in self.stages for reason in stage.unknown)}"
         memory, download = in_bytes(self.peak_memory + LIBRARIES), f", of {self.download}" if self.download else ""
         return f"foretold: {time}, {memory} of memory, {in_bytes(self.disk)} on disk{download}"
 
@@ -114,6 +116,7 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
 
     device = environment.prepare(recipe.device, recipe.seed, recipe.threads)
     sketches = [recipe.model.sketch()]
+    brought = recipe.model.foresee_base()
     steps: list[_Done] = []
     for name, step in zip(recipe.stage_names[1:], recipe.steps, strict=True):
         before = sketches[-1]
@@ -124,22 +127,24 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     base = next(iter(measured.values()))
     asked = {name: _asked(recipe, name, sketch, base) for name, sketch in measured.items()}
     done = [*steps, *(d for of_stage in asked.values() for d in of_stage)]
-    kinds = {kind for d in done for kind in d.work.operations}
+    works = [brought, *(step.work for step in steps)]
+    kinds = {kind for work in [brought, *(d.work for d in done)] for kind in work.operations}
     known = rates if rates is not None else measure(kinds, device)
     told = []
-    for name, sketch, step_done in zip(recipe.stage_names, sketches, [None, *steps], strict=True):
-        told.append(_foretold(name, sketch, step_done.work if step_done else None, asked.get(name, []), known))
+    for name, sketch, work in zip(recipe.stage_names, sketches, works, strict=True):
+        told.append(_foretold(name, sketch, work, asked.get(name, []), known))
     seconds = [s for t in told for s in (t.seconds_of_step, t.seconds_of_tasks)]
     download, size = _download(recipe, sketches[0])
     named = zip(recipe.stage_names[1:], sketches[1:], strict=True)
     left = [s for name, s in named if not (out and (out / name).is_dir())]  # a resumed run has the others
     disk = sum(s.on_disk for s in left) + max((d.work.disk for d in done), default=0) + size
     total = None if any(s is None for s in seconds) else AROUND + sum(s for s in seconds if s is not None)
-    peak = max((d.work.memory for d in done), default=0)
+    peak = max(work.memory for work in [brought, *(d.work for d in done)])
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     misfits = tuple(_misfits(done, sketches, int(machine["memory"]), disk, int(machine["disk"])))
     shown = {str(kind): rate for kind, rate in known.items()}
-    return Plan(recipe.name, tuple(told), total, peak, disk, download, size, machine, shown, misfits)
+    sizes = (None, None) if any(sketch.unknown for sketch in sketches) else (peak, disk)
+    return Plan(recipe.name, tuple(told), total, *sizes, download, size, machine, shown, misfits)
 
 
 def _again(before: Sketch) -> Callable[[Any], Work]:
@@ -173,16 +178,14 @@ def _asked(recipe: Recipe, stage: str, sketch: Sketch, base: Sketch) -> list[_Do
     return [done(name, task) for name, task in reading.by_name(recipe.evaluate).items()]
 
 
-def _foretold(
-    name: str, sketch: Sketch, step: Work | None, asked: list[_Done], rates: Mapping[Kind, float]
-) -> Foretold:
+def _foretold(name: str, sketch: Sketch, step: Work, asked: list[_Done], rates: Mapping[Kind, float]) -> Foretold:
     from llmq.rates import seconds_of
 
     is_known = not sketch.unknown
     tasks = Work()
     for each in asked:
         tasks = tasks.plus(each.work)
-    reasons = (sketch.unknown, sketch.not_in_order, step.unknown if step else "", tasks.unknown)
+    reasons = (sketch.unknown, sketch.not_in_order, step.unknown, tasks.unknown)
 
     def seconds(work: Work) -> float | None:
         spent = seconds_of(work, rates)
@@ -193,9 +196,9 @@ def _foretold(
         sketch.parameters if is_known else None,
         sketch.on_disk if is_known else None,
         sketch.in_memory if is_known else None,
-        step.memory or None if step else None,
+        step.memory or None,
         tasks.memory or None,
-        seconds(step or Work()),
+        seconds(step),
         seconds(tasks),
         {each.name: {"peak_memory": each.work.memory or None, "seconds": seconds(each.work)} for each in asked},
         tuple(dict.fromkeys(filter(None, reasons))),

@@ -133,6 +133,12 @@ class Model(Plugin):
         """The repository that the weights must be fetched from; empty if they are here."""
         return ""
 
+    def foresee_base(self) -> "Work":
+        """The work of `base` on this machine as it is now, besides a download; none where a cache keeps its result."""
+        from llmq.sketch import Work
+
+        return Work()
+
     def base(self, context: Context) -> "Artifact[Any]":
         """Bring the weights to this machine and return them untouched."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,15 @@ def probe(warm_up: Path, folder: Path, samples: int, length: int) -> dict[str, f
         command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is not the one of this machine")
+def test_layers_packed_by_way_of_copies_take_no_more_than_what_is_kept():
+    command = [sys.executable, Path(__file__).with_name("heap_probe.py")]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=True)
+    told = json.loads(done.stdout)
+    assert told["apart"] < 1.25 * told["kept"] < told["as it is"], told
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
 
 from llmq import cli_judging
 from llmq.errors import UserError
-from llmq.report import Report, distributions, first, forest, html, rows, samples
+from llmq.report import Report, distributions, drawing, first, forest, html, rows, samples
 from llmq.report.numbers import set_beside
 from llmq.statistics.compare import compare
 from llmq.statistics.figures import mean
@@ -246,6 +246,30 @@ def test_runs_side_by_side_make_a_page(run, tmp_path):
     assert "token_<wbr>perplexity" in page
 
 
+def light(colour: str) -> float:
+    """The relative luminance of WCAG 2.1."""
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_colours_of_charts_stand_out_in_both_themes(run):
+    page = html.draw(Report.read(run), run)
+    cards = set(re.findall(r"--card: (#[0-9a-f]{6})", page))
+    assert len(cards) == 2
+    for ground in cards:
+        for colour in (drawing.BASE, *drawing.STAGES):
+            bright, dark = sorted((light(colour), light(ground)), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 3, (colour, ground)
+
+
+def test_no_name_in_the_page_comes_twice_but_of_equal_marks(run):
+    page = html.draw(Report.read(run), run)
+    names = re.findall(r'<(?!path|clipPath)[a-z]+ [^>]*?\bid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+
+
+# A part that the keyboard reaches has a name, in the order of the text; a picture has a text; no heading skips a level.
 PROBE = """
 const told = []
 document.querySelectorAll("iframe").forEach(frame => {
@@ -256,6 +280,14 @@ document.querySelectorAll("iframe").forEach(frame => {
   if (sliders !== 3) told.push(`${frame.id}: ${sliders} sliders`)
   const over = page.documentElement.scrollWidth - page.documentElement.clientWidth
   if (over > 0) told.push(`${frame.id}: ${over} pixels too wide`)
+  page.querySelectorAll("[tabindex], button, input, summary").forEach(part => {
+    const name = part.ariaLabel || part.textContent.trim() || part.labels?.[0]?.textContent
+    if (!name || part.tabIndex !== 0) told.push(`${frame.id}: no name, or out of order: ${part.outerHTML.slice(0, 60)}`)
+  })
+  page.querySelectorAll("img:not([alt]), img[alt=''], [role=img]:not([aria-label]), [role=img][aria-label='']").forEach(
+    picture => told.push(`${frame.id}: no text: ${picture.outerHTML.slice(0, 60)}`))
+  const levels = [...page.querySelectorAll("h1, h2, h3, h4")].map(head => Number(head.tagName[1]))
+  if (levels[0] !== 1 || levels.some((level, i) => i && level > levels[i - 1] + 1)) told.push(`${frame.id}: ${levels}`)
   inside.performance.getEntriesByType("resource").forEach(e => told.push(`${frame.id}: asked for ${e.name}`))
   const light = text => {
     const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4
@@ -280,13 +312,13 @@ document.getElementById("told").textContent = JSON.stringify(told.concat(errors)
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
-def test_in_a_browser_nothing_overflows_errs_or_is_too_faint(run, tmp_path):
+def test_in_a_browser_nothing_overflows_errs_is_too_faint_or_has_no_name(run, tmp_path):
     page = html.draw(Report.read(run), run)
     frames = ""
     for theme in ("light", "dark"):
         themed = page.replace('<html lang="en">', f'<html lang="en" data-theme="{theme}">')
         watched = themed.replace("<script>", "<script>onerror = console.error = e => parent.errors.push(e);", 1)
-        for width in (390, 768, 1440, 1920):
+        for width in (390, 768, 1280, 1920):
             frames += (
                 f'<iframe id="{theme} {width}" width="{width}" height="900" srcdoc="{markup.escape(watched)}"></iframe>'
             )

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import llmq
 from llmq import api, cli, environment, pipeline, planning, plugin, rates, recipe
 from llmq.artifact import Artifact
+from llmq.cli_planning import as_text
 from llmq.errors import UserError
 from llmq.report import Report, foretold
 from llmq.sketch import Part, Work, of_file
@@ -225,6 +226,15 @@ def test_a_plan_reads_on_a_terminal_and_as_data(tiny_llama, tmp_path, monkeypatc
     assert refused.exit_code == 2
     assert "WILL NOT FIT" in refused.output
     assert json.loads(json.dumps(llmq.plan(str(file)).plain()))["stages"] == data["stages"]
+
+
+def test_what_is_not_known_is_said_to_be_unknown():
+    made = planning.plan(recipe.load("vision/exported-int8", checked=False))
+    assert (made.peak_memory, made.disk, made.seconds) == (None, None, None)
+    assert made.line() == "foretold: nothing; models.exported does not foretell its size"
+    assert [line.split()[1] for line in as_text(made).splitlines() if line[:4] in ("time", "memo", "disk")] == [
+        "unknown", "unknown;", "unknown;"
+    ]  # fmt: skip
 
 
 def test_work_of_several_parts_adds_time_and_takes_the_highest_memory():

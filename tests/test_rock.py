@@ -277,6 +277,46 @@ def test_a_volume_with_its_partner_is_parted_along_x(tmp_path):
     assert np.array_equal(across.train[4].image[..., 0], low[:, 0, :15])
 
 
+@pytest.mark.parametrize(
+    ("its", "kind"),
+    [
+        ({}, "npz"),
+        ({"across": "both"}, "npz"),
+        ({"across": "y", "native": "held_out"}, "npz"),
+        ({"dimensions": 3}, "npz"),
+        ({"train_until": 100, "held_out_from": 101}, "tif"),
+        ({"shape": (12, 15, 240), "dtype": "uint8"}, "raw"),
+        ({}, "folder"),
+    ],
+)
+def test_a_volume_is_counted_from_the_head_of_its_file(its, kind, tmp_path):
+    high, low = volume(0, 12, 15, 240), volume(1, 4, 5, 80)
+    path = tmp_path / f"v.{kind}"
+    if kind == "npz":
+        np.savez(path, hr=high, lr=low)
+    elif kind == "raw":
+        high.tofile(path)
+    elif kind == "tif":
+        tif(path, high)
+    else:
+        path.mkdir()
+        for number, each in enumerate(high):
+            Image.fromarray(each).save(path / f"{number}.png")
+    data = rock(path=path, scale=3, **its)
+    told, split = data.expected(), data.read()
+    assert (told.train, told.held_out) == (len(split.train), len(split.held_out))
+    assert told.pixels == sum(e.image[..., 0].size for e in split.held_out) // len(split.held_out)
+
+
+def test_what_no_head_tells_is_unknown_before_it_is_read(tmp_path):
+    (tmp_path / "v.npz").write_bytes(b"PK nothing")
+    assert rock(path=tmp_path / "v.npz", scale=2).expected() is None
+    assert rock(path=tmp_path / "gone.npz", scale=2).expected() is None
+    data = rock(path=drsrd1(tmp_path), subset="sandstone2D")
+    told, split = data.expected(), data.read()
+    assert (told.train, told.held_out, told.pixels) == (len(split.train), len(split.held_out), 48)
+
+
 def test_tif_volumes_with_and_without_partner(tmp_path):
     high, low = volume(0, 6, 13, 42), volume(1, 6, 6, 21)
     path, partner = tif(tmp_path / "h.tif", high), tif(tmp_path / "l.tiff", low)

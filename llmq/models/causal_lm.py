@@ -3,7 +3,7 @@
 Only safetensors and GGUF are opened, never pickled weights.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ from llmq.guarded.weights import check_folder
 from llmq.text import formats, weights
 from llmq.text.family import LanguageModel
 from llmq.types import Context
+
+if TYPE_CHECKING:
+    from llmq.sketch import Work
 
 
 class CausalLM(LanguageModel):
@@ -31,6 +34,15 @@ class CausalLM(LanguageModel):
             weights.check_for_openvino(self.weights)
         else:
             weights.check_weights(self.weights)
+
+    def foresee_base(self) -> "Work":
+        from llmq.sketch import Work
+        from llmq.text.sizing.network import as_text
+        from llmq.text.sizing.work import converted
+
+        if self.runtime == "openvino" or weights.is_converted(self.weights, self.dtype):
+            return Work()
+        return converted(as_text(self.sketch()))
 
     def base(self, context: Context) -> Artifact:
         """Bring the weights to this machine, from the hub or by a conversion of GGUF, which a cache keeps."""

@@ -11,6 +11,8 @@ from llmq.types import JsonObject
 if TYPE_CHECKING:
     from llmq.report import Report
 
+CODE = "lm_eval code"
+"""What lm-eval's tasks bring besides data, hashed with the data."""
 CARDS: Mapping[str, Sequence[str]] = {"Size": (SIZE,), "Quality": QUALITY, "Speed": SPEED}
 
 
@@ -21,6 +23,7 @@ class Card:
     title: str
     metric: str
     value: str
+    unit: str
     beside: str
     word: str
     certainty: Sequence[str]
@@ -48,6 +51,8 @@ def steps_of(report: "Report") -> list[tuple[str, str]]:
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k} {_short(v)}" if not isinstance(v, Mapping) or v else str(k) for k, v in value.items())
+    if isinstance(value, bool):
+        return str(value).lower()  # as the recipe has it
     return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
@@ -60,7 +65,7 @@ def origin(report: "Report") -> str:
     parts = (
         f"recipe {recipe}" if recipe else "",
         str(about.get("run", "")).rpartition("/")[2],
-        ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"])),
+        ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"] if name != CODE)),
         str(about.get("ended", ""))[:16].replace("T", " "),
         f"{about.get('processor', 'processor unknown')}, {threads} thread{'' if threads == 1 else 's'}",
         f"{'all' if report.seconds else 'the steps'} took {took}" if len(report.stages) > 1 or report.seconds else "",
@@ -77,14 +82,13 @@ def cards(report: "Report", stage: str) -> Iterator[Card]:
         if metric:
             m, c = found[metric], compared.get(metric)
             scale, unit = scaled(m["unit"])
-            value = f"{number(m['value'] * scale)} {unit}".strip()
             beside = set_beside(c, m["unit"]) if c else ""
             word, certainty = (c["verdict"], _certainty(m, c)) if c else ("", _alone(report, m))
-            yield Card(title, metric.replace("_", " "), value, beside, word, [certainty])
+            yield Card(title, metric.replace("_", " "), number(m["value"] * scale), unit, beside, word, [certainty])
     if report.gate:
         rules, verdict = report.gate["rules"], report.gate["verdict"]
         told = [f"{v['verdict']}: {v['rule']}" for v in rules]
-        yield Card("Gate", f"{len(rules)} rule{'' if len(rules) == 1 else 's'}", verdict, "", verdict, told)
+        yield Card("Gate", f"{len(rules)} rule{'' if len(rules) == 1 else 's'}", verdict, "", "", verdict, told)
 
 
 def _alone(report: "Report", m: JsonObject) -> str:
@@ -92,9 +96,17 @@ def _alone(report: "Report", m: JsonObject) -> str:
     if m["exact"]:
         return "counted, not sampled"
     base = report.measured[0]
+    if m["metric"] == "frechet_distance" and (floor := _floor(report, m["stage"])):
+        return f"n = {m['n']:,}; two sets of the base's own images: {floor}"
     of_base = {other["metric"] for other in report.measurements if other["stage"] == base}
     against = "" if m["metric"] in of_base or m["stage"] == base else f", against what {base} answers"
     return f"n = {m['n']:,}{against}"
+
+
+def _floor(report: "Report", stage: str) -> str:
+    """The Fréchet distance of two sets of one origin, which a good copy does not exceed; empty if not measured."""
+    floors = (m["value"] for m in report.measurements if (m["stage"], m["metric"]) == (stage, "frechet_floor"))
+    return next(map(number, floors), "")
 
 
 def _certainty(m: JsonObject, c: JsonObject) -> str:

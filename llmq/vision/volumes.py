@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
@@ -220,6 +221,11 @@ def whole(
         raise UserError(f"{name}: is {high.shape}, smaller than scale {scale}")
     image = high[: sides[0], : sides[1], : sides[2], None]  # (z, y, x, 1)
     return Example(name, lower(image, 0) if low is None else low[..., None], high=image)
+
+
+def count_of_cubes(shape: Sequence[int]) -> int:
+    """The number of parts that `cubes` makes of a pair whose low-resolution volume has this shape."""
+    return prod(-(-side // CUBE) for side in shape)
 
 
 def cubes(pair: Example, scale: int) -> list[Example]:

@@ -19,7 +19,7 @@ from llmq.terminal import say
 from llmq.types import Data, Expected, Split
 from llmq.vision import volumes
 from llmq.vision.images import VOLUMES as VOLUMES_OF
-from llmq.vision.images import Example, Lazily, facts, make_split, read_image
+from llmq.vision.images import Example, Lazily, facts, make_split, read_image, size_of_file
 from llmq.vision.pixels import Window, check_window
 
 if TYPE_CHECKING:
@@ -121,8 +121,44 @@ class Rock(Data):
 
     def expected(self) -> Expected | None:
         if self.path is not None:
-            return None
+            path = at_home(self.path)
+            if not path.exists():
+                return None
+            return self._expected_of_volume(path) if self._is_volume else self._expected_of_drsrd1(path)
         return Expected(self.train_slices, self.held_out_slices, (self.size // self.scale) ** self.dimensions)
+
+    def _expected_of_volume(self, path: Path) -> Expected | None:
+        from llmq.vision.volume_shapes import shapes_of
+
+        high, low = shapes_of(path, ("hr", "lr"), volumes.Reading(shape=self.shape))
+        if self.partner is not None:
+            low, _ = shapes_of(at_home(self.partner), ("lr", "hr"), volumes.Reading(shape=self.partner_shape))
+        if high is None:
+            return None
+        z, y, x = (side // self.scale for side in high)
+        ends = self._ends(high[2])
+        until, begin = ends[0] // self.scale, -(-ends[1] // self.scale)
+        if self.dimensions == 3:
+            return Expected(volumes.count_of_cubes((z, y, until)), 1, z * y * (x - begin))
+        # A thick slice of a registered partner has one slice of the volume beside it.
+        counts = {"z": (low or high)[0], "y": (low or high)[1]}
+        both = ("z", "y") if self.across == "both" else (self.across,)
+        held_out = sum(counts[axis] for axis in both)
+        train = held_out if self.native == "all" else sum(high["zy".index(axis)] for axis in both)
+        pixels = sum(counts[axis] * (y if axis == "z" else z) * (x - begin) for axis in both)
+        return Expected(train, held_out, pixels // held_out)
+
+    def _expected_of_drsrd1(self, root: Path) -> Expected | None:
+        counts = [len(list((root / f"{self.subset}_{p}_HR").glob("*.png"))) for p in ("train", self.held_out)]
+        first = next((root / f"{self.subset}_{self.held_out}_HR").glob("*.png"), None)
+        if first is None:
+            return None
+        width, height, _ = size_of_file(first)
+        return Expected(counts[0], counts[1], width // self.scale * (height // self.scale))
+
+    def _ends(self, width: int) -> tuple[int, int]:
+        """The columns of a volume where training ends and where the part set aside begins."""
+        return self.train_until or width * 3 // 4, self.held_out_from or width * 4 // 5
 
     def read(self) -> Split:
         self.check()
@@ -290,7 +326,7 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
         across_z = rock.across == "z" and rock.dimensions == 2
         volumes.check_partner(str(path), high, low, rock.scale, across_z=across_z)
     width = high.shape[2]
-    ends = (rock.train_until or width * 3 // 4, rock.held_out_from or width * 4 // 5)
+    ends = rock._ends(width)
     if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:
         raise UserError(f"{path}: training until {ends[0]}, held out from {ends[1]}: it has {width} columns")
     sides: list[list[Example]] = [[], []]

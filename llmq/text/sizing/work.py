@@ -249,6 +249,18 @@ def packing(source: TextSketch, made: TextSketch, bits: int) -> Work:
     return written.plus(times(forward(made, 1, PROBED), 2)).plus(opening(made))
 
 
+CONVERTED = 40
+"""The times that a conversion of GGUF reads or writes the float32 weights."""
+READ_GGUF = 4.0
+"""Seconds in which transformers reads the tokenizer of a GGUF file, besides the weights."""
+
+
+def converted(base: TextSketch) -> Work:
+    """A GGUF file read, dequantized tensor by tensor and written as safetensors with the tokenizer."""
+    largest = max((part.weights for part in base.parts), default=0)
+    return Work(base.in_memory + 2 * 4 * largest, {"copy": CONVERTED * 4.0 * base.parameters}, READ_GGUF)
+
+
 def by_blocks(
     source: TextSketch, made: Sketch, changed: Iterable[str], windows: int, length: int, gathers: bool
 ) -> Work:
