@@ -243,6 +243,8 @@ def test_runs_side_by_side_make_a_page(run, tmp_path):
     page = file.read_text()
     assert "2 results, beside 0-base" in page
     assert page.count('<li class="') == 3
+    assert "Ratio to 0-base" in page
+    assert len(re.findall(r"<td>±[\d.]+</td>", page)) == page.count("<b>")  # one a sampled figure
     assert "token_<wbr>perplexity" in page
 
 

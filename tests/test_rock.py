@@ -308,6 +308,17 @@ def test_a_volume_is_counted_from_the_head_of_its_file(its, kind, tmp_path):
     assert told.pixels == sum(e.image[..., 0].size for e in split.held_out) // len(split.held_out)
 
 
+@pytest.mark.parametrize("across", ["z", "y"])
+def test_a_scan_is_counted_from_the_head_of_its_file(across, tmp_path):
+    np.savez(tmp_path / "v.npz", hr=volume(0, 12, 15, 60), lr=volume(1, 4, 5, 20))
+    Image.fromarray(volume(2, 7, 9)).save(tmp_path / "one.png")
+    for path in (tmp_path / "v.npz", tmp_path / "one.png"):
+        data = plugin.build({"scan": {"path": path, "across": across}}, "data")
+        told, split = data.expected(), data.read()
+        assert (told.train, told.held_out) == (0, len(split.held_out))
+        assert told.pixels == split.held_out[0].image.size
+
+
 def test_what_no_head_tells_is_unknown_before_it_is_read(tmp_path):
     (tmp_path / "v.npz").write_bytes(b"PK nothing")
     assert rock(path=tmp_path / "v.npz", scale=2).expected() is None

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.errors import UserError
 from llmq.files import at_home, sha256_files, sha256_text
-from llmq.types import Data, Split
+from llmq.types import Data, Expected, Split
 from llmq.vision import volumes
 from llmq.vision.images import Example, make_split
 from llmq.vision.pixels import Window, check_window
@@ -31,6 +31,18 @@ class Scan(Data):
         check_window(self.window)
         if not at_home(self.path).exists():
             raise UserError(f"there is no file {str(self.path)!r}")
+
+    def expected(self) -> Expected | None:
+        from llmq.vision.volume_shapes import shapes_of
+
+        path = at_home(self.path)
+        if not path.exists():
+            return None
+        shape, _ = shapes_of(path, ("lr", "hr"), volumes.Reading(shape=self.shape))
+        if shape is None:
+            return None
+        z, y, x = shape if self.across == "z" else (shape[1], shape[0], shape[2])
+        return Expected(0, z, y * x)
 
     def read(self) -> Split:
         self.check()

@@ -33,7 +33,10 @@ class Plot:
 
 
 def draw(
-    measurements: Iterable[JsonObject], comparisons: Iterable[JsonObject], folded: Collection[str] = ()
+    measurements: Iterable[JsonObject],
+    comparisons: Iterable[JsonObject],
+    folded: Collection[str] = (),
+    base: str = "the base",
 ) -> list[Plot]:
     """One plot of the ratios, and one of the differences of each unit that has no ratio; without `folded` metrics.
 
@@ -48,7 +51,7 @@ def draw(
         if c["metric"] in folded or not ends or not ends[0] < ends[1] or (not plain and ends[0] <= 0):
             continue
         factor, name = plain or (1.0, "")
-        title = f"Difference from the base,{name or ' as measured'}" if plain else "Ratio to the base"
+        title = f"Difference from {base},{name or ' as measured'}" if plain else f"Ratio to {base}"
         numbers = [factor * x for x in (c["difference"] if plain else c["ratio"], *ends)]
         told = {**c, "unit": unit, "stage": c.get("stage") or c["result"]}
         groups.setdefault((title, not plain), []).append((told, numbers))

@@ -104,7 +104,8 @@ def draw_comparison(compared: "Comparisons") -> str:
         rows=[_seen(row) for row in compared_rows(compared)],
         legend=COMPARISON_LEGEND,
         notes=visible_within(list(comparison_notes(compared))),
-        forest=forest.draw(told["measurements"], told["comparisons"], UNDRAWN),
+        forest=forest.draw(told["measurements"], told["comparisons"], UNDRAWN, told["results"][0]),
+        sees=True,
     )
 
 

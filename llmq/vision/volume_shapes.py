@@ -9,7 +9,7 @@ from llmq.guarded.files import check_plain
 from llmq.vision.images import size_of_file
 from llmq.vision.pixels import readable
 from llmq.vision.rasters import VOXEL_SIZE
-from llmq.vision.volumes import Reading, files_of
+from llmq.vision.volumes import PICTURES, Reading, files_of
 
 if TYPE_CHECKING:
     import zipfile
@@ -33,6 +33,9 @@ def shapes_of(path: Path, names: Sequence[str], how: Reading) -> tuple[Shape | N
         check_plain(path)
         if path.suffix.lower() == ".raw":
             return how.shape, None
+        if path.suffix.lower() in PICTURES:
+            width, height, _ = size_of_file(path)
+            return (1, height, width), None
         if path.suffix.lower() == ".npz":
             return _of_npz(path, names)
         return (_of_tiff(path), None) if path.suffix.lower() in (".tif", ".tiff") else (None, None)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw", ".dcm")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm", ".dcm")
+PICTURES = (".png", ".bmp", ".pgm")
 CUBE = 64
 HDF5 = b"\x89HDF"
 MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
@@ -72,7 +73,7 @@ def read_volumes(path: Path, partner: Path | None, how: Reading, of_partner: Rea
 
 def read_scan(path: Path, how: Reading) -> ndarray:
     """A scan alone, uint8 `(z, y, x)`: a volume, in files of several arrays the one named `lr`, or one picture."""
-    if path.suffix.lower() in (".png", ".bmp", ".pgm") and not path.is_dir():
+    if path.suffix.lower() in PICTURES and not path.is_dir():
         return read_image(path, 1, how.window)[None, ..., 0]
     return _read(path, ("lr", "hr"), how)[0]
 
