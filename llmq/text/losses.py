@@ -13,8 +13,8 @@ from llmq.terminal import track
 from llmq.text.examples import IGNORED, Tokens
 from llmq.types import Measurement
 
-ROWS = 128
-"""Tokens whose logits are in float32 at a time."""
+ROWS = 32
+"""Tokens whose logits are in float32 at a time: few enough for the caches of a processor, half the time of 128."""
 
 
 def batches(windows: Sequence[Tokens], size: int) -> Iterator[list[int]]:

@@ -16,8 +16,8 @@ TOKENS = 2048
 """Tokens in a forward pass: enough to keep the cores busy. A longer sequence has one to itself."""
 LEAST = 128
 """Tokens in a forward pass at least: packed layers compute few rows by another kernel than many."""
-LOGITS = 128
-"""Rows of logits that are turned into float32 at a time."""
+LOGITS = 32
+"""Rows of logits that are turned into float32 at a time: few enough for the caches, as a score is of one row."""
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def working(sketch: ImageSketch, images: float) -> int:
     """The bytes of an open stage that answers about some images at once."""
     held = int(sketch.in_memory * (1 + REORDERED))
     if sketch.runtime != "torch":
-        return RUNTIME + held  # activations share the memory that the runtime has
+        return RUNTIME + held + int(2 * sketch.counted.live * images * min(sketch.bits, 32) / 32)
     return held + int(2 * sketch.counted.live * images)
 
 
@@ -305,9 +305,9 @@ def asked(
 
 
 def beside(stage: Sketch, base: Sketch, ours: Work, theirs: Work) -> Work:
-    """The work of both, one after the other, with both open."""
+    """The work of both, one after the other, with both open, each with the memory that its passes took."""
     both = ours.plus(theirs)
-    return replace(both, memory=both.memory + min(stage.in_memory, base.in_memory))
+    return replace(both, memory=both.memory + max(min(ours.memory, theirs.memory) - SCORING, 0))
 
 
 EXPORTING = 4.0
