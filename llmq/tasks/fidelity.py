@@ -59,7 +59,7 @@ class Fidelity(Task):
         ours, theirs = (
             asked(one, self.data.expected() if self.data else None, self.n, 1, self.n) for one in (stage, base)
         )
-        return beside(stage, base, ours, theirs)
+        return beside(ours, theirs)
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
         """PSNR and SSIM, and base, stage and their difference one above the other."""

@@ -304,7 +304,7 @@ def asked(
     return replace(work, memory=memory, seconds=DRAWN + SCORED * pixels * images, unknown=unknown)
 
 
-def beside(stage: Sketch, base: Sketch, ours: Work, theirs: Work) -> Work:
+def beside(ours: Work, theirs: Work) -> Work:
     """The work of both, one after the other, with both open, each with the memory that its passes took."""
     both = ours.plus(theirs)
     return replace(both, memory=both.memory + max(min(ours.memory, theirs.memory) - SCORING, 0))

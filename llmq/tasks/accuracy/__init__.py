@@ -50,7 +50,7 @@ class Accuracy(Task[Classifier]):
         """The same passes by the stage and by the base."""
         from llmq.vision.sizing import beside
 
-        return beside(stage, base, self.foresee(stage), self.foresee(base))
+        return beside(self.foresee(stage), self.foresee(base))
 
     def score(self, loaded: Loaded[Classifier]) -> Iterable[Measurement | Exhibit]:
         """Top-1, top-5 for more than five classes, balanced accuracy, calibration; pictures of what is wrong."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmq.matrix import products
 from llmq.sketch import BYTES, Kind, Sketch, Work, times
 from llmq.text.sizing import trials
+from llmq.text.sizing.packing import is_gptq
 
 if TYPE_CHECKING:
     from llmq.text.sizing.network import TextSketch
@@ -276,6 +277,8 @@ BATCH_TOKENS = 512
 """Tokens of a calibration batch (`blockwise`)."""
 
 
+CAPTURED = 1_700_000
+"""Bytes of the graph of a block in a captured step of one token (`captured`), while it is recorded."""
 LM_EVAL_ROW, QUESTION = 2048, 80
 """Tokens of a row of questions (`scoring`), and those assumed of a question with all of its answers."""
 
@@ -288,7 +291,13 @@ def timed(sketch: TextSketch, prompt_tokens: int, new_tokens: int) -> Work:
     prefill = forward(sketch, 1, prompt_tokens, 1)
     first = forward(sketch, 1, prompt_tokens).memory
     held = first + 2 * cache_bytes(sketch, prompt_tokens + new_tokens)
+    if any(is_gptq(part) and part.mapped for part in sketch.linears) and not _adapted(sketch):
+        held += CAPTURED * len(sketch.blocks)
     return Work(held, passing=sketch.mapped).plus(prefill).plus(decode(sketch, new_tokens))
+
+
+def _adapted(sketch: TextSketch) -> bool:
+    return any(part.role == "adapter" for part in sketch.parts)
 
 
 TOKEN_IN_GGUF = 40
