@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import apply, base_of, logits_of, some_ids
+from helpers import CPU, apply, base_of, logits_of, some_ids
 from safetensors.torch import load_file, save_file
 from tiny_text_models import build
 
+from llmq import plugin
 from llmq.errors import UserError
 from llmq.guarded.weights import safetensors_of
 from llmq.text import opening, weights
@@ -266,6 +267,27 @@ def write_gguf(folder: Path, tokenizer: Path, change: Callable[[dict[str, np.nda
         writer.write_tensors_to_file()
         writer.close()
     return folder / ("m.gguf" if parts == 1 else f"m-00001-of-{parts:05}.gguf")
+
+
+def test_a_gguf_file_is_foretold_and_converted_in_one_parse(tiny_llama, tmp_path, monkeypatch):
+    import gguf
+
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, *given: object):
+            parsed.append(given)
+            super().__init__(*given)
+
+    file = write_gguf(tmp_path / "one", tiny_llama, lambda t: None)
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    model = plugin.build({"causal_lm": {"weights": str(file), "dtype": "float32"}}, "models")
+    assert model.foresee_base().seconds > 0
+    parsed.clear()
+    model.base(CPU)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counted
+    assert model.foresee_base().seconds == 0
 
 
 def test_a_split_gguf_file_is_read_whole_whichever_part_is_named(tiny_llama, tmp_path):

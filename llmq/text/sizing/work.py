@@ -21,8 +21,8 @@ CHUNK = 256
 """Rows of logits that the fused loss holds at a time (`fused_loss`)."""
 TILE = 128
 """Queries of a tile of attention (`attention`)."""
-GRAMS = 5
-"""Float32 matrices of the size of the largest Gram matrix that a solver has at once, its weights among them."""
+GRAMS = 2
+"""Float32 matrices of the size of the largest Gram matrix that a solver has, with the inputs that it gathers."""
 INPUT = 4e-5
 """Seconds that a solver takes for each input of a matrix, most of them between operations: 4 of 98,000."""
 SORTED = 18
@@ -194,6 +194,8 @@ def calibrated(sketch: TextSketch, windows: int, length: int, batch: int, grams:
     """Block by block: all windows wait in memory, one block is there, and Gram matrices where wanted."""
     tokens, width = windows * length, BYTES[sketch.dtype]
     waiting = tokens * (2 * sketch.hidden + sketch.inner) * width
+    if grams:  # a batch that waits for the solver keeps the norm of its stream and both halves of the gate as well
+        waiting += tokens * (sketch.hidden + sketch.inner) * width
     pass_ = forward(sketch, max(1, batch // length), length, 0)
     widths = widths_of_groups(sketch)
     widest, largest = max(widths, default=0), max((part.weights for part in sketch.linears), default=0)
