@@ -143,8 +143,9 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     misfits = tuple(_misfits(done, sketches, int(machine["memory"]), disk, int(machine["disk"])))
     shown = {str(kind): rate for kind, rate in known.items()}
-    sizes = (None, None) if any(sketch.unknown for sketch in sketches) else (peak, disk)
-    return Plan(recipe.name, tuple(told), total, *sizes, download, size, machine, shown, misfits)
+    sized = None if any(sketch.unknown for sketch in sketches) else (peak, disk)
+    most, kept = sized or (None, None)
+    return Plan(recipe.name, tuple(told), total, most, kept, download, size, machine, shown, misfits)
 
 
 def _again(before: Sketch) -> Callable[[Any], Work]:
