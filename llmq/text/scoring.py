@@ -107,11 +107,13 @@ def _padded(
 
 def _read(logits: Tensor, targets: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> Iterator[Score]:
     """The score of each request, from the targets and the rows of the logits (rows, vocabulary) that predict them."""
-    totals, best = [], []
-    for part in torch.split(logits, LOGITS):
-        totals.append(part.float().logsumexp(-1))  # (rows of the part,)
-        best.append(part.argmax(-1))
-    total, likeliest = torch.cat(totals), torch.cat(best).tolist()  # (rows,)
+    # Written in their place: a result beside the float copies of a part would keep the next from taking their room.
+    total = torch.empty(len(logits), device=logits.device)  # (rows,)
+    best = torch.empty(len(logits), dtype=torch.long, device=logits.device)  # (rows,)
+    for part, total_of, best_of in zip(*(t.split(LOGITS) for t in (logits, total, best)), strict=True):
+        torch.logsumexp(part.float(), -1, out=total_of)
+        torch.argmax(part, -1, out=best_of)
+    likeliest = best.tolist()
     all_rows = torch.tensor([r for places in rows for r in places], device=logits.device)
     all_targets = torch.tensor([t for wanted in targets for t in wanted], device=logits.device)
     values = iter((logits[all_rows, all_targets].float() - total[all_rows]).tolist())  # (scored,)

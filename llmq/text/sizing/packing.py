@@ -1,11 +1,16 @@
 """Packed parameters, exact to the byte: the GPTQ format, bitsandbytes, and adapters. Pure arithmetic."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llmq.sketch import BYTES, Part, Stored
-from llmq.text.sizing.network import TextSketch
+
+if TYPE_CHECKING:
+    from llmq.text.sizing.network import TextSketch
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one of their own, in bitsandbytes."""
