@@ -110,7 +110,7 @@ def _read(logits: Tensor, targets: Sequence[Sequence[int]], rows: Sequence[Seque
     # Written in their place: a result beside the float copies of a part would keep the next from taking their room.
     total = torch.empty(len(logits), device=logits.device)  # (rows,)
     best = torch.empty(len(logits), dtype=torch.long, device=logits.device)  # (rows,)
-    for part, total_of, best_of in zip(*(t.split(LOGITS) for t in (logits, total, best)), strict=True):
+    for part, total_of, best_of in zip(*(torch.split(t, LOGITS) for t in (logits, total, best)), strict=True):
         torch.logsumexp(part.float(), -1, out=total_of)
         torch.argmax(part, -1, out=best_of)
     likeliest = best.tolist()
