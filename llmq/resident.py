@@ -1,4 +1,4 @@
-"""Memory that this process gives back to the system at once: pages of files, and of tensors that nobody reads again.
+"""Memory that this process gives back to the system at once: pages of files, and what was freed.
 
 A file that was read through a mapping stays resident as long as the mapping lives, though its numbers were copied into
 another layout long ago; and the allocator keeps what was freed below what is still in use.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-DONTNEED = 4
-"""Linux's MADV_DONTNEED: pages of a file are read again when they are asked for, others are zero from then on."""
+PAGEOUT = 21
+"""Linux's MADV_PAGEOUT: pages leave memory and are read again when they are asked for. Numbers are never lost."""
 
 
 @cache
@@ -28,7 +28,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
-    """Give back the memory of tensors on the processor. Nobody may read them after this."""
+    """Give back the pages of the files that tensors on the processor lie in."""
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of the tensor alone
@@ -55,4 +55,4 @@ def trim() -> None:
 def _advise(begin: int, end: int) -> None:
     libc, size = _libc(), (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if libc and size > 0:
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), DONTNEED)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), PAGEOUT)
