@@ -31,8 +31,7 @@ def gptq(part: Part, bits: int, group_size: int) -> Part:
     if group := _kernel_group(part, inputs, groups):
         planes = 2 if bits == 8 else 1  # of 4 bits a weight, whatever the bits
         held = planes * (inputs * outputs // 2 + inputs // group * outputs * 2 * BYTES["bfloat16"])
-    mapped = sum(tensor.bytes for tensor in stored) if group else 0
-    return replace(part, name=layer, stored=stored, opened=held, packed=True, mapped=mapped)
+    return replace(part, name=layer, stored=stored, opened=held, packed=True)
 
 
 def _kernel_group(part: Part, inputs: int, groups: int) -> int:
@@ -99,7 +98,7 @@ def adapters(parts: Iterable[Part], rank: int, dora: bool = False, pooled: bool 
     made = []
     for part in parts:
         outputs, inputs = part.shape
-        if pooled and is_gptq(part):
+        if pooled and _is_gptq(part):
             inputs = next(tensor.shape[0] for tensor in part.stored if tensor.name == ".scales")
         layer = f"base_model.model.{part.name.removesuffix('.weight')}"
         made.append(Part.plain(f"{layer}.lora_A.weight", (rank, inputs), "float32", "adapter"))
@@ -174,14 +173,15 @@ def float_again(sketch: TextSketch, dtype: str) -> tuple[Part, ...]:
     # An adapter that pools its inputs has fewer of them than its layer, and leaves the grid.
     pooled = any(0 < inputs.get(f"base_model.model.{part.name}.lora_A.weight", 0) < part.shape[-1] for part in kept)
     floats = (
-        Part.plain(f"{part.name}.weight" if is_gptq(part) else part.name, part.shape, dtype, part.role) for part in kept
+        Part.plain(f"{part.name}.weight" if _is_gptq(part) else part.name, part.shape, dtype, part.role)
+        for part in kept
     )
-    return tuple(replace(made, on_grid=pooled and is_gptq(part)) for made, part in zip(floats, kept, strict=True))
+    return tuple(replace(made, on_grid=pooled and _is_gptq(part)) for made, part in zip(floats, kept, strict=True))
 
 
 def grid_of(sketch: TextSketch) -> dict[str, object]:
     """The bits and the group size of the first packed layer in the GPTQ format, as settings; empty if there is none."""
-    for part in filter(is_gptq, sketch.parts):
+    for part in filter(_is_gptq, sketch.parts):
         shapes = {tensor.name: tensor.shape for tensor in part.stored}
         inputs, groups = part.shape[1], shapes[".scales"][0]
         size = inputs // groups if groups > 1 else -1
@@ -189,5 +189,11 @@ def grid_of(sketch: TextSketch) -> dict[str, object]:
     return {}
 
 
-def is_gptq(part: Part) -> bool:
+def in_planes(part: Part) -> bool:
+    """True for codes that are opened in the layout of PyTorch's packed product, and not as in the file."""
+    ours = any(tensor.name in (".qweight", ".weight_packed") for tensor in part.stored)
+    return ours and part.opened != sum(tensor.bytes for tensor in part.stored)
+
+
+def _is_gptq(part: Part) -> bool:
     return any(tensor.name == ".qweight" for tensor in part.stored)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmq.matrix import products
 from llmq.sketch import BYTES, Kind, Sketch, Work, times
 from llmq.text.sizing import trials
-from llmq.text.sizing.packing import is_gptq
+from llmq.text.sizing.packing import in_planes
 
 if TYPE_CHECKING:
     from llmq.text.sizing.network import TextSketch
@@ -254,7 +254,7 @@ def packing(source: TextSketch, made: TextSketch, bits: int) -> Work:
 
 CONVERTED = 40
 """The times that a conversion of GGUF reads or writes the float32 weights."""
-READ_GGUF = 4.0
+READ_GGUF = 5.0
 """Seconds in which transformers reads the tokenizer of a GGUF file, besides the weights."""
 
 
@@ -293,7 +293,7 @@ def timed(sketch: TextSketch, prompt_tokens: int, new_tokens: int) -> Work:
     prefill = forward(sketch, 1, prompt_tokens, 1)
     first = forward(sketch, 1, prompt_tokens).memory
     held = first + 2 * cache_bytes(sketch, prompt_tokens + new_tokens)
-    if any(is_gptq(part) and part.mapped for part in sketch.linears) and not _adapted(sketch):
+    if any(map(in_planes, sketch.linears)) and not _adapted(sketch):
         held += CAPTURED * len(sketch.blocks)
     return Work(held, passing=sketch.mapped).plus(prefill).plus(decode(sketch, new_tokens))
 
