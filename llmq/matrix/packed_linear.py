@@ -70,13 +70,14 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight `[outputs, inputs]` in the dtype that the layer computes in."""
-        if not self.planes:
+        planes = self._planes()
+        if not planes:
             return self.quantized().weight().to(self.compute_dtype)
-        rows = unpacked(self._planes())  # (inputs, outputs)
+        rows = unpacked(planes)  # (inputs, outputs)
         return rows.t() if self.order is None else rows[self.order.argsort()].t()
 
     def _planes(self) -> list["Plane"]:
-        return [cast(Plane, plane) for plane in self.planes]
+        return cast(list[Plane], list(self.planes))
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`; the gradient goes to the input alone."""
@@ -170,9 +171,10 @@ def in_one_pass(planes: list[Plane]) -> Tensor:
     """The weight by the function in C."""
     unpack = compiled()
     assert unpack is not None
-    *before, last = planes
-    made = torch.empty(last.packed.shape[1] * 2, last.outputs, dtype=torch.bfloat16)
-    unpack(last.packed, before[0].packed if before else None, last.scales.bfloat16(), made, last.group)
+    last, packed, scales = planes[-1], planes[-1].packed, planes[-1].scales
+    scales = scales if scales.dtype == torch.bfloat16 else scales.bfloat16()
+    made = torch.empty(packed.shape[1] * 2, last.outputs, dtype=torch.bfloat16)
+    unpack(packed, planes[0].packed if len(planes) > 1 else None, scales, made, last.group)
     return made
 
 
