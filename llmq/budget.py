@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from typing import TYPE_CHECKING
 
 from llmq.artifact import Artifact
@@ -18,7 +18,7 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**2
 def budget_bytes(size: str, base: "Artifact[LanguageModel]") -> int:
     """The bytes that `0.40x` (of the base), `100MB` or `95MiB` stand for."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[kmg]i?b)?", size.strip().lower())
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < inf:
         raise UserError(f"--size {size!r}: a share of the base such as 0.40x, or bytes such as 100MB")
     number, unit = float(match[1]), match[2] or ""
     return int(number * (base.bytes_on_disk if unit == "x" else UNITS[unit]))
@@ -27,7 +27,7 @@ def budget_bytes(size: str, base: "Artifact[LanguageModel]") -> int:
 def ratio_of(perplexity: str) -> float:
     """The number of `1.05x`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*x", perplexity.strip().lower())
-    if not match or float(match[1]) <= 1:
+    if not match or not 1 < float(match[1]) < inf:
         raise UserError(f"--perplexity {perplexity!r}: a multiple of the base's, above 1, such as 1.05x")
     return float(match[1])
 
@@ -48,7 +48,7 @@ class Budget:
                 f"{' and '.join(f'--{name}' for name in names) or 'no budget'}: "
                 "name one of --size, --bits, --kl, --perplexity"
             )
-        if any(value is not None and not value > 0 for value in (self.bits, self.kl)):
+        if any(value is not None and not 0 < value < inf for value in (self.bits, self.kl)):
             raise UserError(f"--{names[0]} {getattr(self, names[0])}: a number above 0")
         if self.perplexity is not None:
             ratio_of(self.perplexity)

@@ -172,3 +172,9 @@ def test_experts_are_refused_by_name(tiny_llama, tmp_path):
     folder = tiny_text_models.build("mixtral", tmp_path / "model", tiny_llama)
     with pytest.raises(UserError, match=r"experts.*sees \d+ rows for \d+ tokens.*hessian: inputs"):
         apply("quantize.gptq", base_of(folder), tmp_path / "out", **{**SETTINGS, "data": "pydoc"})
+
+
+def test_windows_of_one_token_are_refused(tiny_llama):
+    source = Skeleton(tiny_llama, "float32", "cpu")
+    with pytest.raises(UserError, match="windows of one token have no next token"):
+        loss_weights.loss_weights(source, layers_of(source), [[[5]], [[6]]])

@@ -191,6 +191,8 @@ def test_patterns_name_each_layer_and_its_grid():
         ({"size": "0.4x", "bits": 4.0}, "--size and --bits: name one of"),
         ({"bits": -1.0}, "--bits -1.0: a number above 0"),
         ({"kl": 0.0}, "--kl 0.0: a number above 0"),
+        ({"bits": float("inf")}, "--bits inf: a number above 0"),
+        ({"perplexity": "9" * 400 + "x"}, "a multiple of the base's, above 1"),
         ({"perplexity": "0.9x"}, "--perplexity '0.9x': a multiple of the base's, above 1"),
     ],
 )
@@ -203,7 +205,7 @@ def test_sizes_are_shares_and_bytes(base):
     assert budget_bytes("0.5x", base) == base.bytes_on_disk // 2
     assert budget_bytes("100MB", base) == 10**8
     assert budget_bytes("1.5 GiB", base) == 3 * 2**29
-    for wrong in "x", "many", "0x", "-3MB", "5 parsecs":
+    for wrong in "x", "many", "0x", "-3MB", "5 parsecs", "9" * 400 + "x":
         with pytest.raises(UserError, match="share of the base"):
             budget_bytes(wrong, base)
 

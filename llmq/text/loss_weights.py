@@ -35,6 +35,8 @@ def loss_weights(source: Skeleton, layers: Collection[str], batches: Sequence[Ba
     """
     import torch
 
+    if all(len(window) < 2 for batch in batches for window in batch):
+        raise UserError("windows of one token have no next token whose loss weighs anything; set length to 2 or more")
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with block_by_block(source):
         for batch in track(batches, "gradients"):
