@@ -42,6 +42,7 @@ def as_text(swept: "Swept") -> str:
         star = "*" if point.name in swept.front else " "
         ended = figures if point.done else f"FAILED with {point.code}, see {point.name}.log"
         lines.append(f"{star} {point.name}  {ended}  {point.gate}".rstrip())
+        lines += [f"    not ranked beside the first: {point.unlike}"] if point.unlike else []
     best = swept.best or ("none passes the gate" if any(p.done for p in swept.points) else "none ended")
     page = swept.folder / "compare.html"
     return visible("\n".join([*lines, f"best: {best}", *([f"page: {page}"] if page.is_file() else ())]))

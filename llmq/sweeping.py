@@ -27,7 +27,7 @@ from llmq.rules import Rule, read_rule
 from llmq.runs import folder as run_folder
 from llmq.source import read, to_flow, to_yaml
 from llmq.terminal import say
-from llmq.types import JsonObject
+from llmq.types import JsonObject, Measurement
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -96,6 +96,10 @@ class Point:
     """The objectives, by name."""
     losses: Sequence[float] = ()
     """The same figures, with those turned round that are better when higher."""
+    measured: Sequence[Measurement] = ()
+    """The objectives with their protocols."""
+    unlike: str = ""
+    """The reason why its objectives cannot be ranked beside those of the first run."""
     hashes: Sequence[str] = ()
     """The beginnings of the recipe, once they were looked at."""
     gate: str = ""
@@ -108,7 +112,7 @@ class Point:
 
     def plain(self) -> JsonObject:
         """The point as JSON holds it."""
-        told = {k: v for k, v in asdict(self).items() if k not in ("recipe", "folder", "losses", "hashes")}
+        told = {k: v for k, v in asdict(self).items() if k not in ("recipe", "folder", "losses", "measured", "hashes")}
         return {**told, "folder": self.folder.name, "settings": dict(self.settings)}
 
 
@@ -170,8 +174,8 @@ def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None) -> Swept:
             _run(point, done, run_in or in_a_process)
             if point.done:
                 _judge(asked, point)
-            told(point)
             swept = _write(asked, out, done)
+            told(point)
     return swept
 
 
@@ -227,8 +231,9 @@ def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point]
         point = _point(asked, settings, out)
 
         def told(point: Point, trial: Any = trial) -> None:
-            failed = None if point.done else optuna.trial.TrialState.FAIL
-            study.tell(trial, list(point.losses) or None, state=failed)
+            ranked = point.done and not point.unlike
+            failed = None if ranked else optuna.trial.TrialState.FAIL
+            study.tell(trial, list(point.losses) if ranked else None, state=failed)
 
         if point.name in known:  # few values to choose among are chosen twice
             told(known[point.name])
@@ -383,6 +388,7 @@ def _judge(asked: Sweep, point: Point) -> None:
     *_, last = results.run(point.folder).values()
     found = [gate.resolve(Rule(name, name, True, False), last.measurements) for name in asked.objectives]
     point.figures = {name: m.value for name, m in zip(asked.objectives, found, strict=True)}
+    point.measured = found
     point.losses = [m.value if m.better == "lower" else -m.value for m in found]
     point.gate = gate.overall(gate.of_run(str(point.folder), asked.gate)) if asked.gate else ""
 
@@ -397,10 +403,14 @@ def front(rows: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def _write(asked: Sweep, out: Path, points: Sequence[Point]) -> Swept:
-    """Write the table of the runs so far, and their comparison as a page."""
+    """Write the table of the runs so far, and their comparison as a page; figures of unlike protocols have no rank."""
+    from llmq.judge import protocols
+
     done = [point for point in points if point.done]
-    rows = {point.name: point.losses for point in done}
-    passing = [p.name for p in done if p.gate in ("", "pass")]
+    for point in done:
+        point.unlike = next(filter(None, map(protocols.unlike, point.measured, done[0].measured)), "")
+    rows = {point.name: point.losses for point in done if not point.unlike}
+    passing = [p.name for p in done if p.gate in ("", "pass") and not p.unlike]
     best = min(passing, key=lambda name: tuple(rows[name]), default=None)
     swept = Swept(out, list(points), front(rows), best)
     write_json(out / TOLD, {"sweep": asked.model_dump(mode="json"), **swept.plain()})

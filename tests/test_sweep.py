@@ -11,6 +11,7 @@ from llmq import cli, cli_sweeping, sweeping
 from llmq.errors import UserError
 from llmq.report import Report
 from llmq.runs import folder as run_folder
+from llmq.types import Measurement
 
 
 @pytest.fixture
@@ -114,6 +115,24 @@ def test_the_best_is_the_first_of_those_that_pass_and_none_may(sweep_of, tmp_pat
     assert len(swept.front) == 3
     none = sweeping.sweep(asked, tmp_path / "b", Fake(monkeypatch, lambda s: [1, 9]))
     assert none.best is None
+
+
+def test_figures_of_other_data_are_shown_and_not_ranked(sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}, objectives=["token_perplexity"]))
+    fake = Fake(monkeypatch, None)
+
+    def judge(asked, point):
+        seed = point.settings["seed"]
+        told = f"data.file held_out, sha256 {min(seed, 1)}"
+        point.measured = [Measurement("perplexity", "token_perplexity", 9.0 - seed, "per token", "lower", 4, 0.1, told)]
+        point.losses = [9.0 - seed]
+
+    monkeypatch.setattr(sweeping, "_judge", judge)
+    swept = sweeping.sweep(asked, tmp_path / "out", fake)
+    first, *others = (sweeping.name_of({"seed": s}) for s in (0, 1, 2))
+    assert (swept.best, swept.front) == (first, [first])  # the others have less, of other data
+    assert [point.name for point in swept.points if "unlike protocols" in point.unlike] == others
+    assert "not ranked beside the first: unlike protocols, 'sha256 1'" in cli_sweeping.as_text(swept)
 
 
 def test_the_front_is_what_nothing_beats():
