@@ -193,7 +193,21 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     elif step and step.in_every_process and not done:
         applied(step, before, folder.with_name(f".{folder.name}.partial"), context)
     processes.wait(context.device)
-    return Artifact.load(folder)
+    stage = Artifact.load(folder)
+    if step and done:
+        _check_same_data(step, stage, folder)
+    return stage
+
+
+def _check_same_data(step: Step, stage: Artifact, folder: Path) -> None:
+    """Raise `UserError` for a stage of a resumed run whose notes tell of other data than lies there now."""
+    about = stage.notes.get("data") or stage.notes.get("calibration", {}).get("data") or {}
+    now = {data.read().sha256: reading.called(data) for data in reading.data_of(step)}
+    if now and about.get("sha256", next(iter(now))) not in now:
+        raise UserError(
+            f"{str(folder)!r} was made from other data than {', '.join(now.values())} is now; bring back what was "
+            "read then, or use a new --out"
+        )
 
 
 def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Artifact:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import CPU
+from helpers import CPU, base_of
 from PIL import Image
 
 from llmq import cli, pipeline, plugin, reading, recipe
@@ -438,3 +438,20 @@ def test_calibration_looks_at_no_label():
     digits: Any = plugin.build("digits", "data")
     assert model.outputs == 2
     assert len(list(model.calibration(digits.read(), 3, 0))) == 3
+
+
+@pytest.mark.parametrize("place", ["data", "calibration"])
+def test_a_resumed_stage_that_was_made_from_other_data_is_refused(place, tiny_llama, tiny_jsonl, tmp_path):
+    data = shutil.copy(tiny_jsonl, tmp_path / "rows.jsonl")
+    step = plugin.build({"adapt.lora": {"data": str(data), **LORA}})
+    told = {"word": "data.file", "sha256": step.data.read().sha256}
+    notes = {"data": told} if place == "data" else {"calibration": {"data": told}}
+    base = base_of(tiny_llama)
+    folder = tmp_path / "1-adapt.lora"
+    folder.mkdir()
+    base.then(step, notes=notes).save(folder)
+    assert pipeline.make_stage(step, base, folder, CPU).notes == notes
+    Path(data).write_text(tiny_jsonl.read_text() + tiny_jsonl.read_text().splitlines()[0] + "\n")
+    step = plugin.build({"adapt.lora": {"data": str(data), **LORA}})
+    with pytest.raises(UserError, match=r"1-adapt.lora' was made from other data than data.file .*rows.jsonl"):
+        pipeline.make_stage(step, base, folder, CPU)
