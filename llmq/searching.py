@@ -6,14 +6,13 @@ several methods are named, each spends the budget in a run of its own, and the b
 """
 
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq import environment, plugin
+from llmq import environment, partials, plugin
 from llmq.budget import Budget
 from llmq.errors import LlmqError, UserError, did_you_mean, in_bytes
 from llmq.terminal import say
@@ -294,8 +293,8 @@ class Search:
         entry: JsonObject = {"prune.layers": {"drop": method.drop, **windows}}
         dropping: Any = plugin.build(entry)
         dropping.check_base(base)
-        with tempfile.TemporaryDirectory() as folder:
-            return [entry], step.foretold(dropping.apply(base, Path(folder), context), context), limit
+        with partials.scratch() as folder:
+            return [entry], step.foretold(dropping.apply(base, folder, context), context), limit
 
     def _recipe(self, steps: list[JsonObject]) -> "Recipe":
         from llmq import recipe
