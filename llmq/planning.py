@@ -7,7 +7,7 @@ would take less (`smaller`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,8 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     told = []
     for name, sketch, work in zip(recipe.stage_names, sketches, works, strict=True):
         told.append(_foretold(name, sketch, work, asked.get(name, []), known))
+    if size_of_file := recipe.model.file_bytes():
+        told[0] = replace(told[0], bytes_on_disk=size_of_file)
     seconds = [s for t in told for s in (t.seconds_of_step, t.seconds_of_tasks)]
     download, size = _download(recipe, sketches[0])
     named = zip(recipe.stage_names[1:], sketches[1:], strict=True)

@@ -139,6 +139,10 @@ class Model(Plugin):
 
         return Work()
 
+    def file_bytes(self) -> int:
+        """The bytes of the file that the base is, where the weights opened are made from it; else 0."""
+        return 0
+
     def base(self, context: Context) -> "Artifact[Any]":
         """Bring the weights to this machine and return them untouched."""
         raise NotImplementedError

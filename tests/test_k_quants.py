@@ -125,6 +125,7 @@ def test_a_run_on_a_foreign_file_tells_its_types(tiny_llama, tmp_path, monkeypat
     told("run", "job.yaml", "--out", "run")
     report = json.loads(Path("run/report.json").read_text())
     assert [stage["stored"] for stage in report["stages"]] == ["Q4_K and float16", "bfloat16"]
+    assert report["foretold"]["stages"][0]["bytes_on_disk"] == file.stat().st_size
     source = report["stages"][0]["notes"]["source"]
     assert "stored as Q4_K and float16, dequantized to bfloat16" in source
     said = "stored as bfloat16, the base as Q4_K and float16"

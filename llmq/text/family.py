@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmq.artifact import Artifact
+from llmq.files import at_home, bytes_of
 from llmq.text.opening import load_causal_lm, with_adapter, without_weights
 from llmq.text.skeleton import Skeleton
 from llmq.text.tokenizer import check_fits, load_tokenizer, refuse_ids_beyond
@@ -44,6 +45,11 @@ class LanguageModel(Model):
         from llmq.text.sizing.network import download
 
         return download(self.weights)
+
+    def file_bytes(self) -> int:
+        from llmq.text.weights import parts_of
+
+        return bytes_of(parts_of(at_home(self.weights))) if self.weights.endswith(".gguf") else 0
 
     def smaller(self) -> "Iterator[Mapping[str, object]]":
         """16 bits a weight instead of 32."""
