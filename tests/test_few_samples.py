@@ -394,6 +394,7 @@ def stored(folder, dtype, packed=False):
         ("bfloat16", "bfloat16", False, ""),
         ("bfloat16", "bfloat16", True, ""),
         ("bfloat16", "float32", False, "stored as float32, the base as bfloat16"),
+        ("bfloat16", "float16", True, ""),
     ],
 )
 def test_a_ratio_of_sizes_names_the_dtypes_where_they_differ(tmp_path, capsys, base, stage, packed, says):

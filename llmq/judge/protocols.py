@@ -72,7 +72,8 @@ def stored_otherwise(stage: str, base: str) -> str:
     """
     packed, _, floats = stage.rpartition(" and ")
     wide = base in ("float32", "float64")
-    if not (base and stage) or stage == base or (floats == base and not (packed and wide)):
+    alike = floats == base or {floats, base} == {"float16", "bfloat16"}  # two bytes a weight either way
+    if not (base and stage) or stage == base or (alike and not (packed and wide)):
         return ""
     return f"stored as {stage}, the base as {base}"
 
