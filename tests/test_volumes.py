@@ -11,8 +11,9 @@ from llmq import pipeline, plugin, recipe
 from llmq.data.rock.synthetic import rock_volume
 from llmq.errors import UserError
 from llmq.predicting import predict
-from llmq.types import Context, Exhibit
+from llmq.types import Context, Exhibit, Split
 from llmq.vision.degrade import bicubic, downsample, resize
+from llmq.vision.images import Example
 from llmq.vision.super_resolution import varied_volumes
 from llmq.vision.super_resolution_networks import VoxelShuffle
 
@@ -160,3 +161,12 @@ def test_a_scanned_volume_is_parted_along_x_and_its_partner_has_its_depth(tmp_pa
     np.savez(tmp_path / "x.npz", hr=high, lr=low.repeat(2, 0))
     with pytest.raises(UserError, match=r"low is \(8, 6, 40\) and high \(8, 12, 80\)"):
         plugin.build({"rock": {"path": tmp_path / "x.npz", "scale": 2, "dimensions": 3}}, "data").read()
+
+
+def test_blocks_end_where_a_volume_ends():
+    task = plugin.build({"rock": {"dimensions": 3, "block": 12, "distance": 4}}, "tasks")
+    pairs = [Example(str(i), np.zeros((4, 4, 4, 1)), high=np.full((8, 8, 8, 1), i)) for i in range(3)]
+    split = Split((), pairs, "low/high volumes", {}, "0", apart=1.0)
+    slices = [each[..., 0] for pair in pairs for each in pair.high]
+    (parts, *_) = task._parts({"truth": slices}, split)
+    assert [(part.shape, part.min(), part.max()) for part in parts["truth"]] == [((8, 8, 8), i, i) for i in range(3)]

@@ -37,7 +37,7 @@ class NoReference(Task[SuperResolution]):
     phases: int = Field(3, ge=3, le=5, description="of multi_otsu")
     pores: Literal["dark", "bright"] = "dark"
     shift: int = Field(5, ge=1, le=50, description="grey levels that the threshold is moved, up and down")
-    limit: PositiveInt | None = Field(None, description="slices at most")
+    limit: PositiveInt | None = Field(None, description="slices, or volumes, at most")
     pictures: int = Field(1, ge=0, description="slices shown")
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ class Rock(Task[SuperResolution]):
     dimensions: Literal[2, 3] = Field(2, description="3: the held-out slices are one volume, measured in blocks")
     block: PositiveInt = Field(64, description="pixels of a side of a block, about; in 3-D")
     distance: PositiveInt = Field(32, description="pixels up to which two points are correlated")
-    limit: PositiveInt | None = Field(None, description="slices at most")
+    limit: PositiveInt | None = Field(None, description="slices, or volumes, at most")
     pictures: int = Field(1, ge=0, description="slices shown")
 
     def check(self) -> None:
@@ -111,7 +111,13 @@ class Rock(Task[SuperResolution]):
         if self.dimensions == 2:
             return slices, 1.0, ""
         apart = split.apart or 1.0
-        parts = {kind: blocks(np.stack(images), self.block, apart) for kind, images in slices.items()}
+        # Slices of one volume are one stack; of several volumes each is cut by itself.
+        depths = [len(pair.high) for pair in split.held_out[: self.limit] if pair.high.ndim == 4]
+        ends = np.cumsum(depths, dtype=int)[:-1]
+        parts = {
+            kind: [part for stack in np.split(np.stack(images), ends) for part in blocks(stack, self.block, apart)]
+            for kind, images in slices.items()
+        }
         return parts, apart, f"; blocks of about {self.block}³ of the volume, slices {apart:g} pixels apart"
 
     def _overlaps(self, parts: Parts, protocol: str) -> Iterator[Measurement]:
