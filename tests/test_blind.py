@@ -97,6 +97,9 @@ def test_training_is_disturbed_around_what_the_scan_shows(tmp_path, capsys):
         rock(like="held_out", noise=2).check()
     with pytest.raises(UserError, match=r"there is no file '.*gone.tif'"):
         rock(like=tmp_path / "gone.tif").check()
+    Image.fromarray(np.full((64, 64), 7, np.uint8)).save(tmp_path / "flat.png")
+    with pytest.raises(UserError, match="images of one grey level tell no noise and blur"):
+        rock(like=tmp_path / "flat.png").read()
 
 
 def test_held_out_slices_are_the_scanners_and_those_to_learn_from_are_made(tmp_path):
@@ -183,6 +186,9 @@ def test_sensitivity_is_the_share_of_a_grey_level_in_a_ramp(tmp_path, monkeypatc
 
 
 def test_nothing_trains_on_a_scan_alone(tmp_path):
+    (tmp_path / "scan.raw").write_bytes(bytes(64))
+    with pytest.raises(UserError, match="dtype 'object' is no kind of numbers"):
+        judged({"scan": {"path": tmp_path / "scan.raw", "shape": (2, 4, 8), "dtype": "object"}})
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "flat.png")
     data = {"scan": {"path": tmp_path / "flat.png"}}
     with pytest.raises(UserError, match=r"all held-out pixels of data.scan are alike"):

@@ -342,6 +342,16 @@ def test_tif_volumes_with_and_without_partner(tmp_path):
     assert np.array_equal(split.train[5].image[..., 0], low[5, :, :15])
 
 
+def test_a_partner_in_the_same_file_has_a_window_of_its_own(tmp_path):
+    high, low = volume(0, 4, 8, 80).astype(np.uint16) * 100, volume(1, 2, 4, 40).astype(np.uint16) * 2
+    np.savez(tmp_path / "v.npz", hr=high, lr=low)
+    its = {"path": tmp_path / "v.npz", "scale": 2, "window": (0, 25500), "across": "y"}
+    pair = rock(**its, partner_window=(0, 510)).read().train[3]
+    assert np.array_equal(pair.high[..., 0], volume(0, 4, 8, 80)[:, 7, :60])
+    assert np.array_equal(pair.image[..., 0], volume(1, 2, 4, 40)[:, 3, :30])
+    assert rock(**its).read().train[0].image.max() < 6
+
+
 BAD_VOLUMES = [
     ({"hr": volume(0, 4, 8, 40).astype(np.uint16)}, {}, r"v.npz: 'hr' is uint16\(4, 8, 40\); scale it to uint8"),
     ({"hr": volume(0, 8, 40)}, {}, r"'hr' is uint8\(8, 40\)"),
@@ -387,6 +397,13 @@ def test_an_npz_says_the_size_of_a_voxel_in_micrometres(tmp_path):
         rock(path=tmp_path / "w.npz", scale=2).read()
 
 
+def test_a_link_that_leads_nowhere_is_no_slice(tmp_path):
+    for number, image in enumerate(volume(0, 3, 8, 80)):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert len(rock(path=tmp_path, scale=2).read().train) == 3
+
+
 def test_files_that_are_no_volumes(tmp_path):
     (tmp_path / "v.npz").write_bytes(b"PK nothing")
     (tmp_path / "v.tif").write_bytes(b"II nothing")
@@ -404,6 +421,7 @@ def test_files_that_are_no_volumes(tmp_path):
 BAD_SETTINGS = [
     ({"size": 50}, "size 50 is no multiple of scale 4"),
     ({"partner": "l.tif"}, "partner 'l.tif' needs a path to a volume"),
+    ({"dtype": "nothing"}, "dtype 'nothing' is no kind of numbers"),
     ({"path": "drsrd1", "scale": 3}, "scale 3 is not among"),
     ({"path": "v.npz", "train_until": 9, "held_out_from": 5}, "train_until 9 is past held_out_from 5"),
 ]

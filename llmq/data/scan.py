@@ -29,6 +29,7 @@ class Scan(Data):
 
     def check(self) -> None:
         check_window(self.window)
+        volumes.check_dtype(self.dtype)
         if not at_home(self.path).exists():
             raise UserError(f"there is no file {str(self.path)!r}")
 

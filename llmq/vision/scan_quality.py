@@ -33,6 +33,8 @@ def noise_and_blur(scans: Sequence[ndarray], clean: Sequence[ndarray]) -> tuple[
     side = min(TILE, *(min(image.shape) for image in (*scans, *clean)))
     if side < SMALLEST:
         raise UserError(f"images of {side} pixels tell no noise and blur; {SMALLEST} a side are needed")
+    if not all(any(np.ptp(image) for image in images) for images in (scans, clean)):
+        raise UserError("images of one grey level tell no noise and blur; is the window that of the scan?")
     (f, seen), (_, whole) = spectrum(scans, side), spectrum(clean, side)
     fits = []
     for blur in np.arange(BLURS) * 0.05:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -42,6 +42,18 @@ class Reading:
     dtype: str | None = None
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raise `UserError` for a dtype that is no kind of numbers."""
+    import numpy as np
+
+    try:
+        numbers = dtype is None or np.dtype(dtype).kind in "iuf"
+    except TypeError:
+        numbers = False
+    if not numbers:
+        raise UserError(f"dtype {dtype!r} is no kind of numbers; write uint8, <u2, >i2, <f4, …")
+
+
 def is_volume(path: Path) -> bool:
     """True for a file with the suffix of a volume, in any case, or a folder with slices."""
     folder = at_home(path)
@@ -63,11 +75,11 @@ def read_volumes(path: Path, partner: Path | None, how: Reading, of_partner: Rea
 
     In an .npz or NetCDF file the arrays are named `hr` and `lr`; a single array may have any name.
     """
-    high, low = _read(path, ("hr", "lr"), how)
+    high, low = _read(path, {"hr": how, "lr": of_partner})
     if partner is not None:
         if not partner.exists():
             raise UserError(f"{path}: its partner {str(partner)!r} is missing")
-        low, _ = _read(partner, ("lr", "hr"), of_partner)
+        low, _ = _read(partner, {"lr": of_partner})
     return high, low
 
 
@@ -75,18 +87,19 @@ def read_scan(path: Path, how: Reading) -> ndarray:
     """A scan alone, uint8 `(z, y, x)`: a volume, in files of several arrays the one named `lr`, or one picture."""
     if path.suffix.lower() in PICTURES and not path.is_dir():
         return read_image(path, 1, how.window)[None, ..., 0]
-    return _read(path, ("lr", "hr"), how)[0]
+    return _read(path, {"lr": how})[0]
 
 
-def _read(path: Path, names: Sequence[str], how: Reading) -> tuple[ndarray, ndarray | None]:
-    suffix = path.suffix.lower()
+def _read(path: Path, hows: Mapping[str, Reading]) -> tuple[ndarray, ndarray | None]:
+    """The first array that `hows` names, and the one named `lr`; a file of one array is read as the first."""
+    suffix, how = path.suffix.lower(), next(iter(hows.values()))
     if path.is_dir():
         return _folder(path, how), None
     check_plain(path)
     if suffix == ".raw":
         return _raw(path, how), None
     if suffix in (".npz", ".nc"):
-        return _named(path, _npz(path) if suffix == ".npz" else _netcdf(path), names, how)
+        return _named(path, _npz(path) if suffix == ".npz" else _netcdf(path), hows)
     if is_dicom(path):
         return _bytes(read_dicom(path).pixels, how, f"{path}: it"), None
     return _tif(path, how), None
@@ -130,20 +143,18 @@ def _netcdf(path: Path) -> dict[str, ndarray]:
             return {name: np.asarray(v.data) for name, v in file.variables.items() if len(v.shape) == 3}
 
 
-def _named(
-    path: Path, arrays: dict[str, ndarray], names: Sequence[str], how: Reading
-) -> tuple[ndarray, ndarray | None]:
-    first, second = names
+def _named(path: Path, arrays: dict[str, ndarray], hows: Mapping[str, Reading]) -> tuple[ndarray, ndarray | None]:
+    first = next(iter(hows))
     if len(arrays) == 1:
         arrays = {first: next(iter(arrays.values()))}
     if first not in arrays:
         raise UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; call the volume {first!r}")
-    volumes = {name: arrays[name] for name in names if name in arrays}
+    volumes = {name: arrays[name] for name in hows if name in arrays}
     for name, array in volumes.items():
         if array.ndim != 3:
             raise UserError(f"{path}: {name!r} is {array.dtype}{array.shape}; scale it to uint8 (z, y, x)")
-    made = {name: _bytes(array, how, f"{path}: {name!r}") for name, array in volumes.items()}
-    return made[first], made.get(second)
+    made = {name: _bytes(array, hows[name], f"{path}: {name!r}") for name, array in volumes.items()}
+    return made[first], made.get("lr")
 
 
 def _bytes(array: ndarray, how: Reading, where: str) -> ndarray:

@@ -102,15 +102,7 @@ class Rock(Data):
             raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {VOLUMES}")
         check_window(self.window)
         check_window(self.partner_window, "partner_window")
-        if self.dtype is not None:
-            import numpy as np
-
-            try:
-                numbers = np.dtype(self.dtype).kind in "iuf"
-            except TypeError:
-                numbers = False
-            if not numbers:
-                raise UserError(f"dtype {self.dtype!r} is no kind of numbers; write uint8, <u2, >i2, <f4, …")
+        volumes.check_dtype(self.dtype)
         if self.path is not None and not self._is_volume and self.scale == 3:
             raise UserError("scale 3 is not among the low-resolution images of DRSRD1: 2 or 4")
         if self.train_until and self.held_out_from and self.train_until > self.held_out_from:
@@ -299,12 +291,11 @@ def find_pairs(root: Path, part: str, subset: str, kernel: str, scale: int) -> l
 
 
 def _last_change(path: Path | None) -> int:
-    """The time of the last change to a file, or in a folder, in ns; 0 for a missing path."""
+    """The time of the last change to a file, or to a folder and its slices, in ns; 0 for a missing path."""
     path = path and at_home(path)
     if path is None or not path.exists():
         return 0
-    times: list[int] = [file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ()))]
-    return max(times)
+    return max(file.stat().st_mtime_ns for file in (path, *volumes.files_of(path)))
 
 
 @lru_cache(maxsize=4)
