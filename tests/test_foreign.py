@@ -303,6 +303,8 @@ MISFITS = [
     ({"is_a": "detector", "decoding": "yolov8", "classes": 4}, "tells 3 classes apart, and classes tells of 4"),
     ({"is_a": "detector", "decoding": "yolov8", "size": 96}, r"takes \[\?,3,64,64\].* of 96 x 96"),
     ({"is_a": "detector", "decoding": "yolov8", "channels": 1}, "these settings give 1 channels"),
+    ({"is_a": "detector", "decoding": "yolov5"}, r"answers with \[1, 7, 64\], 59 classes by decoding: yolov5; take"),
+    ({"is_a": "detector", "decoding": "rtdetr", "nms_threshold": 0.5}, "decoding: rtdetr suppresses no boxes"),
     ({"is_a": "classifier", "decoding": "yolov8"}, "decoding is no setting of a classifier"),
     ({"is_a": "detector", "decoding": "yolov8", "mean": [0, 0]}, "mean has 2 numbers"),
 ]
@@ -312,6 +314,37 @@ MISFITS = [
 def test_a_file_that_does_not_fit_is_refused_with_its_shapes(settings, message, files):
     with pytest.raises(UserError, match=message):
         opened(files["yolov8"], **settings)
+
+
+def plain(file: Path, kind: str) -> Path:
+    """The mean of the pixels of each channel, times weights, of 8 x 8 pixels in numbers of a kind."""
+    onnx = pytest.importorskip("onnx")
+    info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    nodes = [
+        node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
+        node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
+        node("MatMul", ["means", "weights"], ["answers"]),
+    ]
+    held = [np.array([2, 3]), np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "plain",
+        [info("images", onnx.TensorProto.DataType.Value(kind), [1, 3, 8, 8])],
+        [info("answers", onnx.TensorProto.FLOAT, [1, 4])],
+        [onnx.numpy_helper.from_array(each, name) for each, name in zip(held, ("axes", "weights"), strict=True)],
+    )
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
+    return file
+
+
+def test_whole_numbers_need_a_range_that_rounding_leaves(tmp_path):
+    file = plain(tmp_path / "net.onnx", "UINT8")
+    with pytest.raises(UserError, match=r"takes u8 numbers, and value_range \[0.0, 1.0\] leaves few of them; set"):
+        opened(file, is_a="classifier")
+    with opened(file, is_a="classifier", value_range=[0, 255]).open("cpu") as loaded:
+        made = loaded.artifact.model.logits(loaded, some_images((8, 8)))
+    assert float(made.abs().max()) > 20
 
 
 def test_a_broken_file_is_one_line(tmp_path):

@@ -18,6 +18,7 @@ from llmq.vision.foreign.graph import check_file, files_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from openvino import Model
     from torch import Tensor
 
     from llmq.vision.sizing import ImageSketch
@@ -127,14 +128,17 @@ class Foreign(ImageModel):
 
     def _sized(self) -> Self:
         """These settings with the size of the input in the file."""
-        from llmq.vision.foreign.graph import read
-
-        shape = read(check_file(self.weights), self.layout == "nhwc").input(0).partial_shape
+        shape = self._read().input(0).partial_shape
         if self.size is not None:
             return self
         if shape.rank.get_length() != 4 or any(shape[i].is_dynamic for i in (2, 3)):
             raise UserError(f"{self.weights!r} takes {shape} and names no size of images; set size")
         return self.model_copy(update={"size": (shape[2].get_length(), shape[3].get_length())})
+
+    def _read(self) -> Model:
+        from llmq.vision.foreign.graph import read
+
+        return read(check_file(self.weights), self.layout == "nhwc", self.value_range)
 
     def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
         """These settings with what the shapes of the outputs tell. Raises `UserError` for outputs of another kind."""
@@ -148,9 +152,9 @@ class Foreign(ImageModel):
         return self.model_copy(update={"classes": count})
 
     def _write(self, folder: Path) -> None:
-        from llmq.vision.foreign.graph import boxes_first, read, with_size, written
+        from llmq.vision.foreign.graph import boxes_first, with_size, written
 
-        graph = read(check_file(self.weights), self.layout == "nhwc")
+        graph = self._read()
         graph = boxes_first(graph, self.weights) if self.decoding == "boxes" else graph
         written(with_size(graph, self.weights, self.channels, self.sides), folder)
 

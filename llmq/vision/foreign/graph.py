@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from openvino import Model
 
 SUFFIXES = (".onnx", ".xml")
+FEWEST = 16
+"""The whole numbers from black to white that are enough for an image."""
 
 
 def check_file(weights: str) -> Path:
@@ -55,8 +57,11 @@ def _places(content: bytes) -> Iterator[str]:
         yield content[found.end() : found.end() + length].decode(errors="replace")
 
 
-def read(path: Path, channels_last: bool) -> Model:
-    """The graph in a file: one float32 input, channels before rows and columns. Raises `UserError` for others."""
+def read(path: Path, channels_last: bool, value_range: tuple[float, float]) -> Model:
+    """The graph in a file: one float32 input, channels before rows and columns. Raises `UserError` for others.
+
+    Whole numbers as input need a `value_range` that rounding leaves something of.
+    """
     from llmq.vision import apart
 
     apart.check_reads(path)  # a crash of native code ends another process
@@ -67,6 +72,12 @@ def read(path: Path, channels_last: bool) -> Model:
     if len(graph.inputs) != 1:
         shapes = ", ".join(f"{i.any_name} {i.partial_shape}" for i in graph.inputs)
         raise UserError(f"{str(path)!r} has {len(graph.inputs)} inputs ({shapes}), and one is needed, for the image")
+    kind = graph.input(0).element_type
+    if kind.is_integral() and abs(value_range[1] - value_range[0]) < FEWEST:
+        raise UserError(
+            f"{str(path)!r} takes {kind.get_type_name()} numbers, and value_range {list(value_range)} leaves few of "
+            "them; set value_range: [0, 255]"
+        )
     prepared = openvino().preprocess.PrePostProcessor(graph)
     prepared.input().tensor().set_element_type(openvino().Type.f32)
     if channels_last:

@@ -70,6 +70,8 @@ class ForeignDetector(Foreign, Detector):
             raise UserError(f"a detector needs its decoding: {', '.join(DECODINGS)}")
         if self.decoding == "boxes" and not (self.classes or self.labels):
             raise UserError("decoding: boxes does not tell the number of classes; set classes or labels")
+        if not self._decoding.nms and self.nms_threshold != type(self).model_fields["nms_threshold"].default:
+            raise UserError(f"decoding: {self.decoding} suppresses no boxes; leave nms_threshold out")
 
     @property
     def _decoding(self) -> Decoding:
@@ -137,6 +139,12 @@ class ForeignDetector(Foreign, Detector):
 
     def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
         count = self._decoding.class_count(shapes, str(self.weights))
+        # Boxes are many and classes few: the axis of classes is the longest in another layout, such as yolov8's.
+        if count and len(shapes) == 1 and max(shapes[0]) - count <= 5 and not (self.classes or self.labels):
+            raise UserError(
+                f"{self.weights!r} answers with {list(shapes[0])}, {count} classes by decoding: {self.decoding}; "
+                "take another decoding, or set classes if there are so many"
+            )
         return self._of_classes(count) if count else self
 
 
