@@ -112,8 +112,10 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"more.dcm: not a readable DICOM file: "):
         read_dicom(dicom(tmp_path / "more.dcm", numbers(6, 8), Rows=4))
     colour = dicom(tmp_path / "c.dcm", numbers(6, 24, kind="uint8"), Columns=8, SamplesPerPixel=3)
-    with pytest.raises(UserError, match="is in colour, and grey is needed"):
-        read_dicom(colour)
+    palette = dicom(tmp_path / "p.dcm", numbers(6, 8), PhotometricInterpretation="PALETTE COLOR")
+    for coloured in (colour, palette):
+        with pytest.raises(UserError, match="is in colour, and grey is needed"):
+            read_dicom(coloured)
     monkeypatch.setattr("llmq.vision.dicom.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"a.dcm: is DICOM; pip install 'llmq-suite\[dicom\]'"):
         read_dicom(file)

@@ -43,7 +43,7 @@ def read_dicom(path: Path) -> Scan:
     """Read all frames; raises `UserError` for colours, for what cannot be unpacked, and without pydicom."""
     with readable(path, "DICOM file"):
         held = _opened(path)
-        if int(held.get("SamplesPerPixel", 1)) != 1:
+        if int(held.get("SamplesPerPixel", 1)) != 1 or held.get("PhotometricInterpretation") == "PALETTE COLOR":
             raise UserError(f"{path}: is in colour, and grey is needed")
         pixels = _rescaled(held)
         down, across = (float(mm) for mm in held.get("PixelSpacing", None) or (0, 0))
