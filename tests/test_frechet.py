@@ -3,6 +3,7 @@
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from llmq.errors import LlmqError, UserError
 from llmq.matrix.gaussians import frechet_distance, frechet_with_stderr, of_moments
 from llmq.tasks.frechet import of_inception
 from llmq.tasks.frechet.inception import _A, _Last, fid_inception, resized
+from llmq.types import Split
+from llmq.vision.images import Example, Lazily
 
 quickly = settings(max_examples=25, deadline=None, database=None)
 seeds = st.integers(0, 2**31)
@@ -200,6 +203,20 @@ def test_a_generator_from_real_images(tmp_path):
     assert distance.value > 2 * floor.value  # random weights make no digits
     assert "digits held_out, sha256" in distance.convention
     assert floor.n == 20
+
+
+def test_an_image_is_opened_where_it_is_drawn(monkeypatch):
+    opened = []
+
+    def image(i: int) -> Example:
+        opened.append(i)
+        return Example(str(i), np.full((8, 8, 3), i, np.uint8))
+
+    split = Split(Lazily(range(60), image), Lazily(range(60, 100), image), "image", {}, "0")
+    task = plugin.build({"frechet": {"data": "digits", "n": 25}}, "tasks")
+    monkeypatch.setattr(type(task.data), "read", lambda data: split)
+    images, _ = task._images(SimpleNamespace(check_split=lambda split: None))
+    assert [int(i.max()) for i in images] == opened == list(range(0, 100, 4))
 
 
 def test_real_images_of_other_channels_are_refused():

@@ -5,6 +5,7 @@ from the stage's. Pictures show the confusion matrix, the wrongly classified and
 labels, the top classes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -145,8 +146,8 @@ class Accuracy(Task[Classifier]):
 
     def _examples(self) -> "tuple[Split, list[Example]]":
         split: Split = self.data.read()
-        rows = split.held_out if self.part == "held_out" else [*split.train, *split.held_out]
-        examples = list(rows[: self.limit])
+        parts = [split.held_out] if self.part == "held_out" else [split.train, split.held_out]
+        examples = list(itertools.islice(itertools.chain(*parts), self.limit))
         if not examples:
             raise UserError(f"the {self.part.replace('_', '-')} part of {self.data.word} has no image")
         return split, examples

@@ -151,11 +151,12 @@ class Frechet(Task):
         assert self.data
         split = self.data.read()
         model.check_split(split)
-        examples = {"held_out": split.held_out, "train": split.train, "all": [*split.train, *split.held_out]}[self.part]
-        if len(examples) < FEWEST:
-            raise UserError(f"{self.data.word} {self.part} has {len(examples)} images; {FEWEST} are needed")
-        step = max(1, len(examples) // self.n)
-        return [examples[i * step].image for i in range(min(self.n, len(examples)))], split
+        parts = {"held_out": [split.held_out], "train": [split.train], "all": [split.train, split.held_out]}[self.part]
+        places = [(part, i) for part in parts for i in range(len(part))]  # an image is opened where it is drawn
+        if len(places) < FEWEST:
+            raise UserError(f"{self.data.word} {self.part} has {len(places)} images; {FEWEST} are needed")
+        step = max(1, len(places) // self.n)
+        return [part[i].image for part, i in places[::step][: self.n]], split
 
     def _measured(self, metric: str, first: "ndarray", second: "ndarray", features: str, between: str) -> Measurement:
         from llmq.matrix.gaussians import frechet_with_stderr
