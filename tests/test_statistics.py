@@ -13,6 +13,7 @@ from llmq.statistics.compare import compare, paired_intervals, verdict
 from llmq.statistics.estimates import figure
 from llmq.statistics.figures import quantile_stderr, ratio_stderr
 from llmq.statistics.proportions import Table
+from llmq.statistics.resampling import quantile_spread
 from llmq.types import Measurement, Samples
 
 quickly = settings(max_examples=40, deadline=None, database=None)
@@ -335,3 +336,17 @@ def test_the_same_seed_gives_the_same_interval():
     a, b = (Samples(tuple(rng.normal(2, 1, 20))) for _ in range(2))
     assert paired_intervals(a, b, seed=3) == paired_intervals(a, b, seed=3)
     assert paired_intervals(a, b, seed=3) != paired_intervals(a, b, seed=4)
+
+
+def test_resamples_are_the_same_in_any_chunks(monkeypatch):
+    values = np.random.default_rng(1).exponential(size=51)
+    whole = quantile_spread(lambda rows: np.median(values[rows], axis=1), 51, 0)
+    seen = []
+
+    def median(rows):
+        seen.append(len(rows))
+        return np.median(values[rows], axis=1)
+
+    monkeypatch.setattr("llmq.statistics.resampling.CHUNK", 51 * 300)
+    assert quantile_spread(median, 51, 0) == whole
+    assert seen == [300, 300, 300, 100]

@@ -199,4 +199,6 @@ def t_two_sided(t: float, freedom: float) -> float:
 def quantile_spread(figures: Callable[[Array], Array], n: int, seed: int, resamples: int = 1000) -> float:
     """The bootstrap standard error of a figure that is no function of means; `figures` of (resamples, n) rows."""
     rng = np.random.default_rng(seed)
-    return float(figures(rng.integers(0, n, (resamples, n))).std(ddof=1))
+    chunk = max(1, CHUNK // n)  # the same numbers are drawn in any chunks
+    drawn = [figures(rng.integers(0, n, (min(chunk, resamples - i), n))) for i in range(0, resamples, chunk)]
+    return float(np.concatenate(drawn).std(ddof=1))
