@@ -295,6 +295,8 @@ class Split:
     """The side of a pixel of the images, of high-resolution ones in pairs, in micrometres; None if unknown."""
     apart: float | None = None
     """The distance of successive held-out slices in pixels of `pixel_size`; None where they are no volume."""
+    neighbours: bool = False
+    """True where held-out slices lie side by side in a volume: what is measured on them is no independent sample."""
 
 
 @dataclass(frozen=True)

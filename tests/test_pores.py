@@ -175,6 +175,9 @@ def test_a_volume_is_measured_in_blocks_and_each_measure_is_beside_the_truth_and
     assert dice == pytest.approx(2 * iou / (1 + iou))
     flat = figures(data, distance=4)
     assert flat["true_pore_size"].n == 24
+    assert len(set(flat["true_pore_size"].samples.clusters)) == len(set(flat["pore_iou"].samples.clusters)) == 8
+    assert "standard error over 8 stretches of neighbouring slices" in flat["pore_iou"].convention
+    assert found["pore_iou"].samples.clusters is None  # blocks
     assert flat["true_pore_size"].value > found["true_pore_size"].value  # a disc of a slice is no ball
 
 

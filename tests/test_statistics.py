@@ -10,8 +10,8 @@ from scipy import stats
 
 from llmq.statistics import proportions
 from llmq.statistics.compare import compare, paired_intervals, verdict
-from llmq.statistics.estimates import figure
-from llmq.statistics.figures import quantile_stderr, ratio_stderr
+from llmq.statistics.estimates import alone, figure
+from llmq.statistics.figures import mean, quantile_stderr, ratio_stderr, stretches
 from llmq.statistics.proportions import Table
 from llmq.statistics.resampling import quantile_spread
 from llmq.types import Measurement, Samples
@@ -350,3 +350,25 @@ def test_resamples_are_the_same_in_any_chunks(monkeypatch):
     monkeypatch.setattr("llmq.statistics.resampling.CHUNK", 51 * 300)
     assert quantile_spread(median, 51, 0) == whole
     assert seen == [300, 300, 300, 100]
+
+
+def test_neighbours_are_no_independent_samples():
+    rng = np.random.default_rng(0)
+    held, naive = [], []
+    for _ in range(200):
+        slow = 10 + np.convolve(rng.normal(size=103), np.ones(8) / 8, "valid")  # 96 values, the mean of 8 each
+        figure = mean("t", "m", slow.tolist(), "", "higher", "", clusters=stretches(96))
+        found = alone(figure.samples)
+        assert (figure.n, found.n) == (96, 8)
+        assert found.stderr == pytest.approx(figure.stderr)
+        held.append(found.low < 10 < found.high)
+        naive.append(abs(figure.value - 10) < 2 * ratio_stderr(slow.tolist())[1])
+    assert np.mean(held) > 0.93
+    assert np.mean(naive) < 0.7
+
+
+def test_stretches_are_as_long_as_the_next():
+    assert stretches(1) == (0,)
+    assert stretches(5) == (0, 1, 2, 3, 4)
+    assert np.bincount(stretches(20)).tolist() == [3, 2, 3, 2, 3, 2, 3, 2]
+    assert [max(stretches(n)) + 1 for n in (96, 160, 320, 5000)] == [8, 10, 20, 20]

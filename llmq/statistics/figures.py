@@ -21,10 +21,11 @@ def mean(
     better: Better,
     convention: str,
     ids: tuple[str, ...] | None = None,
+    clusters: tuple[int, ...] | None = None,
 ) -> Measurement:
     """The mean of one value a sample."""
-    value, stderr = ratio_stderr(values)
-    samples = Samples(tuple(values), ids=ids)
+    value, stderr = ratio_stderr(values, clusters=clusters)
+    samples = Samples(tuple(values), ids=ids, clusters=clusters)
     return Measurement(task, metric, value, unit, better, len(values), stderr, convention, samples)
 
 
@@ -45,21 +46,40 @@ def ratio(
     better: Better,
     convention: str,
     exponential: bool = False,
+    clusters: tuple[int, ...] | None = None,
 ) -> Measurement:
     """The sum of `values` over the sum of `weights`, or the exponential of that ratio, such as a perplexity."""
-    value, stderr = ratio_stderr(values, weights)
-    samples = Samples(tuple(values), tuple(map(float, weights)), "exp" if exponential else "mean")
+    value, stderr = ratio_stderr(values, weights, clusters)
+    samples = Samples(tuple(values), tuple(map(float, weights)), "exp" if exponential else "mean", clusters=clusters)
     if exponential:
         value = float(np.exp(value))
         stderr = None if stderr is None else value * stderr  # to first order
     return Measurement(task, metric, value, unit, better, len(values), stderr, convention, samples)
 
 
-def ratio_stderr(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float | None]:
-    """The sum of values over the sum of weights, and the standard error (ratio estimator, linearised)."""
+def stretches(n: int) -> tuple[int, ...]:
+    """The clusters of `n` neighbours, such as slices of a volume: 8 to 20 stretches, of 16 neighbours between these.
+
+    Neighbours are alike: on 30 and 90 slices of a real scan they correlate by 0.85 and 0.98, and the standard error of
+    slices taken one by one is a half to a third of that over 10 stretches.
+    """
+    count = min(n, max(8, min(20, n // 16)))
+    return tuple(i * count // n for i in range(n))
+
+
+def ratio_stderr(
+    values: Sequence[float], weights: Sequence[float] | None = None, clusters: Sequence[int] | None = None
+) -> tuple[float, float | None]:
+    """The sum of values over the sum of weights, and the standard error (ratio estimator, linearised).
+
+    With `clusters` whole clusters are independent, and not their values.
+    """
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     mean = float(v.sum() / w.sum())
+    if clusters is not None:
+        _, which = np.unique(clusters, return_inverse=True)
+        v, w = np.bincount(which, v), np.bincount(which, w)
     if len(v) < 2:
         return mean, None
     n = len(v)

@@ -5,6 +5,7 @@ what is sharp is true: `rock` and `super_resolution` say so where there is a reg
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -69,7 +70,7 @@ class NoReference(Task[SuperResolution]):
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
-        from llmq.vision.upscaled import PROTOCOL, enlarged, slices
+        from llmq.vision.upscaled import PROTOCOL, enlarged, in_stretches, slices
 
         split = self.data.read()
         self.check_base(loaded.artifact)
@@ -84,19 +85,29 @@ class NoReference(Task[SuperResolution]):
         levels = {kind: way.level(images) for kind, images in grey.items()}
         if levels["bicubic"] is None:
             raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
+        clusters, alike = in_stretches(split, len(lows))
         own = "" if self.segmentation == "fixed" else " over all slices, model and bicubic each its own"
-        protocol = f"x{scale}; {way.told}{own}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
+        protocol = (
+            f"x{scale}; {way.told}{own}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}{alike}"
+        )
         for kind, prefix in KINDS:
-            yield from self._figures(prefix, grey[kind], levels[kind], scale, protocol)
+            yield from self._figures(prefix, grey[kind], levels[kind], scale, protocol, clusters)
         for i, (name, low) in enumerate(lows[: self.pictures]):
             yield self._shown(name, low, {kind: grey[kind][i] for kind in grey}, levels)
 
     def _figures(
-        self, prefix: str, images: "Sequence[ndarray]", level: int | None, scale: int, protocol: str
+        self,
+        prefix: str,
+        images: "Sequence[ndarray]",
+        level: int | None,
+        scale: int,
+        protocol: str,
+        clusters: tuple[int, ...] | None,
     ) -> Iterator[Measurement]:
-        from llmq.statistics.figures import mean
+        from llmq.statistics import figures
         from llmq.vision.scan_quality import edge_width, noise_power
 
+        mean = partial(figures.mean, clusters=clusters)
         way = self._segmentation
         pores = [way.cut(image, level) for image in images]
         shares = [float(p.mean()) for p in pores]
@@ -113,13 +124,13 @@ class NoReference(Task[SuperResolution]):
             "contrast of the phases' medians over the median gradient (central differences) along their boundary, 2.5 "
             "sigmas of a Gaussian edge, mean over slices"
         )
-        yield from self._known(f"{prefix}edge_width", widths, "pixels", words, protocol)
+        yield from self._known(f"{prefix}edge_width", widths, "pixels", words, protocol, clusters)
         powers = [noise_power(image, p, REACH * scale, SMOOTH * scale) for image, p in pairs]
         words = (
             f"variance more than {REACH * scale} pixels from a boundary, less a Gaussian mean of sigma "
             f"{SMOOTH * scale} pixels, mean over slices"
         )
-        yield from self._known(f"{prefix}noise_power", powers, "grey levels²", words, protocol)
+        yield from self._known(f"{prefix}noise_power", powers, "grey levels²", words, protocol, clusters)
 
     def _moved(self, image: "ndarray", level: int | None) -> float:
         if level is None:
@@ -128,18 +139,25 @@ class NoReference(Task[SuperResolution]):
         return float((below != above).mean()) / (2 * self.shift)
 
     def _known(
-        self, metric: str, values: Sequence[float | None], unit: str, words: str, protocol: str
+        self,
+        metric: str,
+        values: Sequence[float | None],
+        unit: str,
+        words: str,
+        protocol: str,
+        clusters: tuple[int, ...] | None,
     ) -> Iterator[Measurement]:
         """The mean of the values that slices have, if any has one."""
         from llmq.statistics.figures import mean
         from llmq.terminal import say
 
+        told = tuple(c for c, value in zip(clusters, values, strict=True) if value is not None) if clusters else None
         known = [value for value in values if value is not None]
         if not known:
             say(f"{self.name}: no slice has what {metric} is told from: {words}")
             return
         left_out = f"; {len(values) - len(known)} slices without one left out" if len(known) < len(values) else ""
-        yield mean(self.name, metric, known, unit, "lower", f"{words}{left_out}; {protocol}")
+        yield mean(self.name, metric, known, unit, "lower", f"{words}{left_out}; {protocol}", clusters=told)
 
     def _shown(
         self, name: str, low: "ndarray", grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]

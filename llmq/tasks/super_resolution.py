@@ -5,6 +5,7 @@ of a network's sharpness, and bicubic's PSNR is infinite.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -59,7 +60,7 @@ class SuperResolution(Task[family.SuperResolution]):
         import numpy as np
 
         from llmq.vision.image_quality import luma, without_border
-        from llmq.vision.upscaled import PROTOCOL, upscaled
+        from llmq.vision.upscaled import PROTOCOL, in_stretches, upscaled
 
         model = loaded.artifact.model
         split = self.data.read()
@@ -86,16 +87,22 @@ class SuperResolution(Task[family.SuperResolution]):
             )
         if flat := len(scenes) - len(told):
             protocol += f"; {flat} flat image{'s' if flat > 1 else ''} left out"
-        yield from self._figures(told, scored, protocol)
+        clusters, words = in_stretches(split, len(told))
+        yield from self._figures(told, scored, protocol + words, clusters)
         for scene in scenes[: self.pictures]:
             yield from self._shown(scene, model.scale)
 
     def _figures(
-        self, scenes: Sequence["Upscaled"], scored: "Callable[[ndarray], ndarray]", protocol: str
+        self,
+        scenes: Sequence["Upscaled"],
+        scored: "Callable[[ndarray], ndarray]",
+        protocol: str,
+        clusters: tuple[int, ...] | None,
     ) -> Iterator[Measurement]:
-        from llmq.statistics.figures import mean
+        from llmq.statistics import figures
         from llmq.vision.image_quality import MOST, SSIM_PROTOCOL, capped_psnr, ssim
 
+        mean = partial(figures.mean, clusters=clusters)
         psnr = f"PSNR, at most {MOST:g} dB an image, {protocol}"
         psnrs = {}
         for prefix, kind, note in (("", "model", ""), ("bicubic_", "bicubic", "; bicubic: a = -0.5")):

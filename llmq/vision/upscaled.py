@@ -41,6 +41,16 @@ def held_out_pairs(artifact: Artifact[SuperResolution], split: Split, limit: int
     return pairs
 
 
+def in_stretches(split: Split, n: int) -> tuple[tuple[int, ...] | None, str]:
+    """The clusters of `n` held-out slices that are neighbours in a volume, and the words for them; else None and ""."""
+    from llmq.statistics.figures import stretches
+
+    if not split.neighbours:
+        return None, ""
+    clusters = stretches(n)
+    return clusters, f"; standard error over {len(set(clusters))} stretches of neighbouring slices"
+
+
 def upscaled(loaded: Loaded[SuperResolution], split: Split, limit: int | None) -> list[Upscaled]:
     """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
     scenes = []

@@ -200,7 +200,8 @@ class Rock(Data):
         scan = [sha256_files(volumes.files_of(at_home(self._scan)))] if self._scan else []
         shape = "low/high" if self.dimensions == 2 else VOLUMES_OF
         split = make_split(train, held_out, shape, [digest, settings, *scan])
-        return replace(split, pixel_size=self.voxel_size, apart=1.0 if self.dimensions == 3 else None)
+        volumetric = self.dimensions == 3
+        return replace(split, pixel_size=self.voxel_size, apart=1.0 if volumetric else None, neighbours=volumetric)
 
     def _scanned(self, held_out: Sequence[Example], number: int) -> Example:
         """A held-out example as a scanner of stated noise and blur has it, the same each time."""
@@ -331,7 +332,7 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
         for across in ("z", "y") if rock.across == "both" else (rock.across,):
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
     files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
-    split = rock.split(sides[0], sides[1], sha256_files(files))
+    split = replace(rock.split(sides[0], sides[1], sha256_files(files)), neighbours=True)
     if rock.dimensions == 2 and rock.across != "both":
         axis = ("z", "y").index(rock.across)
         split = replace(split, apart=1.0 if low is None else high.shape[axis] / low.shape[axis])

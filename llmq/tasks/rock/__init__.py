@@ -5,6 +5,7 @@ number, specific surface, size of pores (local thickness) and two-point correlat
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -75,7 +76,7 @@ class Rock(Task[SuperResolution]):
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
-        from llmq.vision.upscaled import PROTOCOL, upscaled
+        from llmq.vision.upscaled import PROTOCOL, in_stretches, upscaled
 
         split = self.data.read()
         self.check_base(loaded.artifact)
@@ -90,10 +91,11 @@ class Rock(Task[SuperResolution]):
         # Images that have fewer grey levels than phases have no pores.
         slices = {kind: [way.cut(image, levels[kind]) for image in grey[kind]] for kind in KINDS}
         parts, apart, about = self._parts(slices, split)
+        clusters, alike = in_stretches(split, len(scenes)) if self.dimensions == 2 else (None, "")
         own = "" if self.segmentation == "fixed" else f" over all slices, that of each of {', '.join(KINDS)} its own"
-        protocol = f"{way.told}{own}{about}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
-        yield from self._overlaps(parts, protocol)
-        yield from self._shapes(parts, apart, protocol)
+        protocol = f"{way.told}{own}{about}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}{alike}"
+        yield from self._overlaps(parts, protocol, clusters)
+        yield from self._shapes(parts, apart, protocol, clusters)
         # The thresholds are no part of the convention, as they are outcomes themselves.
         for kind, prefix in (("model", ""), ("truth", "true_"), ("bicubic", "bicubic_")):
             if self.segmentation != "fixed" and (level := levels[kind]) is not None:
@@ -120,11 +122,12 @@ class Rock(Task[SuperResolution]):
         }
         return parts, apart, f"; blocks of about {self.block}³ of the volume, slices {apart:g} pixels apart"
 
-    def _overlaps(self, parts: Parts, protocol: str) -> Iterator[Measurement]:
+    def _overlaps(self, parts: Parts, protocol: str, clusters: tuple[int, ...] | None) -> Iterator[Measurement]:
         """The pores of model and bicubic over the true ones."""
-        from llmq.statistics.figures import mean, ratio
+        from llmq.statistics import figures
         from llmq.vision.pores import two_point
 
+        mean, ratio = (partial(figure, clusters=clusters) for figure in (figures.mean, figures.ratio))
         of = "slices" if self.dimensions == 2 else "blocks"
         for kind, prefix in (("model", ""), ("bicubic", "bicubic_")):
             pairs = list(zip(parts[kind], parts["truth"], strict=True))
@@ -145,10 +148,13 @@ class Rock(Task[SuperResolution]):
             )
             yield mean(self.name, f"{prefix}two_point_error", errors, "probability", "lower", convention)
 
-    def _shapes(self, parts: Parts, apart: float, protocol: str) -> Iterator[Measurement]:
+    def _shapes(
+        self, parts: Parts, apart: float, protocol: str, clusters: tuple[int, ...] | None
+    ) -> Iterator[Measurement]:
         """Each measure of model, truth and bicubic, and the errors of model and bicubic."""
-        from llmq.statistics.figures import mean
+        from llmq.statistics import figures
 
+        mean = partial(figures.mean, clusters=clusters)
         of = "slices" if self.dimensions == 2 else "blocks"
         for metric, unit, words, measure in _measures(apart, self.dimensions):
             values = {kind: [measure(each) for each in parts[kind]] for kind in KINDS}
@@ -159,14 +165,17 @@ class Rock(Task[SuperResolution]):
                 errors = [abs(a - b) for a, b in zip(values[kind], values["truth"], strict=True)]
                 convention = f"mean over {of} of the absolute difference of {words}; {protocol}"
                 yield mean(self.name, f"{prefix}{metric}_error", errors, unit, "lower", convention)
-        yield from self._sizes(parts, apart, protocol)
+        yield from self._sizes(parts, apart, protocol, clusters)
 
-    def _sizes(self, parts: Parts, apart: float, protocol: str) -> Iterator[Measurement]:
+    def _sizes(
+        self, parts: Parts, apart: float, protocol: str, clusters: tuple[int, ...] | None
+    ) -> Iterator[Measurement]:
         """The mean local thickness, and the distance of the distribution from the true one."""
         from scipy.stats import wasserstein_distance
 
-        from llmq.statistics.figures import mean
+        from llmq.statistics import figures
 
+        mean = partial(figures.mean, clusters=clusters)
         of = "slices" if self.dimensions == 2 else "blocks"
         words = f"local thickness of pores (largest {'disc' if of == 'slices' else 'ball'} within, diameters 2, 4, …)"
         sizes = {kind: [_thicknesses(each, apart) for each in parts[kind]] for kind in KINDS}
@@ -197,8 +206,6 @@ class Rock(Task[SuperResolution]):
 
 def _measures(apart: float, dimensions: int) -> "list[tuple[str, str, str, Callable[[ndarray], float]]]":
     """Metric, unit, words and function of each measure of one slice or block."""
-    from functools import partial
-
     from llmq.vision import pores
 
     per = "length of the boundary over the area" if dimensions == 2 else "area of the boundary over the volume"
