@@ -54,6 +54,20 @@ def test_numbers_are_as_the_file_means_them(tmp_path):
     assert np.array_equal(white[0], 255 - stored)
 
 
+def test_slices_lie_along_their_normal(tmp_path):
+    volume = numbers(4, 8, 40, kind="uint8")
+    rows = {"coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1]}
+    for name, axis in (("coronal", 1), ("sagittal", 0)):
+        (tmp_path / name).mkdir()
+        for number, z in enumerate((3, 1, 0, 2)):
+            place = [5.0, 5.0, 5.0]
+            place[axis] = 0.5 * z if name == "coronal" else -0.5 * z  # the normal of these rows and columns is -x
+            its = {"ImagePositionPatient": place, "ImageOrientationPatient": rows[name]}
+            dicom(tmp_path / name / f"{number}.dcm", volume[z], **its)
+        split = plugin.build({"scan": {"path": tmp_path / name}}, "data").read()
+        assert all(np.array_equal(e.image[..., 0], volume[z]) for z, e in enumerate(split.held_out))
+
+
 def test_slices_lie_by_position_and_voxels_have_a_size(tmp_path):
     volume = numbers(4, 8, 40, kind="uint8")
     (tmp_path / "series").mkdir()

@@ -52,13 +52,17 @@ def read_dicom(path: Path) -> Scan:
 
 
 def in_order(files: Sequence[Path]) -> list[Path]:
-    """The files of a series by the position of their slices, else by their numbers, else as they are."""
+    """The files of a series by position along the normal of their slices, else by their numbers, else as they are."""
+    import numpy as np
+
     places: list[tuple[float, Path]] = []
     for file in files:
         with readable(file, "DICOM file"):
             held = _opened(file, stop_before_pixels=True)
             place = held.get("ImagePositionPatient", None)
-            number = place[2] if place else held.get("InstanceNumber", None)
+            rows = held.get("ImageOrientationPatient", None) or (1, 0, 0, 0, 1, 0)  # axial
+            across = np.cross(*(np.array(each, float) for each in (rows[:3], rows[3:])))  # the normal of a slice
+            number = np.dot(across, np.array(place, float)) if place else held.get("InstanceNumber", None)
         if number is None:
             return list(files)
         places.append((float(number), file))
