@@ -186,6 +186,11 @@ def test_sensitivity_is_the_share_of_a_grey_level_in_a_ramp(tmp_path, monkeypatc
 
 
 def test_nothing_trains_on_a_scan_alone(tmp_path):
+    (tmp_path / "empty").mkdir()
+    nothing = plugin.build({"scan": {"path": tmp_path / "empty"}}, "data")
+    assert nothing.expected() is None
+    with pytest.raises(UserError, match=r"empty: there is no slice in it \(.tif, "):
+        nothing.read()
     (tmp_path / "scan.raw").write_bytes(bytes(64))
     with pytest.raises(UserError, match="dtype 'object' is no kind of numbers"):
         judged({"scan": {"path": tmp_path / "scan.raw", "shape": (2, 4, 8), "dtype": "object"}})

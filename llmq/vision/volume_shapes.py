@@ -28,6 +28,8 @@ def shapes_of(path: Path, names: Sequence[str], how: Reading) -> tuple[Shape | N
     try:
         if path.is_dir():
             files = files_of(path)
+            if not files:
+                return None, None
             width, height, _ = size_of_file(files[0])
             return (len(files), height, width), None
         check_plain(path)

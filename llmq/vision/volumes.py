@@ -183,6 +183,8 @@ def _folder(path: Path, how: Reading) -> ndarray:
     import numpy as np
 
     files = files_of(path)
+    if not files:
+        raise UserError(f"{path}: there is no slice in it ({', '.join(SLICES)})")
     if is_dicom(files[0]):
         files = in_order(files)
     first = read_image(files[0], 1, how.window)
