@@ -115,6 +115,11 @@ def test_blocks_are_the_volume():
 # Segmentation
 
 
+def test_thick_slices_are_at_least_two_in_a_block():
+    parts = blocks(np.ones((5, 8, 8), bool), 6, apart=4.0)
+    assert [part.shape for part in parts] == [(3, 8, 8), (2, 8, 8)]
+
+
 def test_otsu_of_three_phases_is_the_best_of_all_pairs_of_thresholds():
     rng = np.random.default_rng(0)
     image = np.concatenate([rng.normal(m, 4, 400) for m in (40, 60, 85)]).clip(30, 99).astype(np.uint8)
@@ -191,8 +196,10 @@ def test_bright_pores_are_dark_ones_of_the_negative(tmp_path):
     assert fixed["true_porosity"].value == dark["true_porosity"].value
 
 
-def test_slices_that_are_no_volume_have_no_blocks():
+def test_slices_that_are_no_volume_have_no_blocks(tmp_path):
     with pytest.raises(UserError, match=r"slices of data.rock are no volume across one axis; take dimensions: 2"):
         figures({"scale": 2, "size": 48, "train_slices": 1, "held_out_slices": 2}, dimensions=3, distance=4)
+    with pytest.raises(UserError, match=r"one slice of data\.rock is no volume; take more"):
+        figures(scan(tmp_path / "v.npz"), dimensions=3, block=12, distance=4, limit=1)
     with pytest.raises(UserError, match="blocks of 12 are too small for distance 32"):
         plugin.build({"rock": {"dimensions": 3, "block": 12}}, "tasks").check()

@@ -88,6 +88,7 @@ def blocks(volume: ndarray, side: int, apart: float = 1.0) -> list[ndarray]:
 
     parts = [volume]
     for axis, step in enumerate((apart, 1.0, 1.0)):
-        n = max(1, round(volume.shape[axis] * step / side))
+        depth = volume.shape[axis]
+        n = max(1, min(round(depth * step / side), depth // 2))  # a surface needs two slices
         parts = [each for part in parts for each in np.array_split(part, n, axis)]
     return parts

@@ -64,7 +64,10 @@ class Rock(Task[SuperResolution]):
         split = self.data.read()
         if self.dimensions == 3 and split.apart is None:
             raise UserError(f"the slices of {self.data.word} are no volume across one axis; take dimensions: 2")
-        for pair in held_out_pairs(base, split, self.limit):
+        pairs = held_out_pairs(base, split, self.limit)
+        if self.dimensions == 3 and len(pairs) == 1 and not base.model.volumetric:
+            raise UserError(f"one slice of {self.data.word} is no volume; take more, or dimensions: 2")
+        for pair in pairs:
             if min(pair.high.shape[-3:-1]) <= self.distance:
                 raise UserError(f"{pair.name}: {pair.high.shape[-3:-1]} is no larger than distance {self.distance}")
 
