@@ -14,6 +14,7 @@ from llmq.predicting import predict
 from llmq.types import Context, Exhibit, Split
 from llmq.vision.degrade import bicubic, downsample, resize
 from llmq.vision.images import Example
+from llmq.vision.sizing import _step, sketch_of
 from llmq.vision.super_resolution import varied_volumes
 from llmq.vision.super_resolution_networks import VoxelShuffle
 
@@ -123,6 +124,19 @@ def test_a_scan_becomes_larger_along_all_axes(tmp_path):
         predict(artifact, [tmp_path / "one.tif"], tmp_path / "out2", {}, CPU)
     with pytest.raises(UserError, match="--beside shows slices"):
         predict(artifact, [tmp_path / "scan.tif"], tmp_path / "out3", {"beside": True}, CPU)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_trial_of_a_training_counts_what_it_computes(dimensions):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = model(dimensions=dimensions)
+    sketch = sketch_of(network)
+    run, told = _step(sketch, network.training, 12, False).unit("cpu")
+    with FlopCounterMode(display=False) as counter:
+        run()
+    # The way back takes twice the operations, but none for the first layer's input.
+    assert 2.8 * told < counter.get_total_flops() <= 3 * told
 
 
 def test_slices_and_volumes_are_told_apart(tmp_path):

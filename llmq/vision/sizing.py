@@ -171,7 +171,8 @@ def _pass(sketch: ImageSketch, batch: int) -> Trial:
 
 def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: bool) -> Trial:
     """A pass of the network and back; the rate counts the operations forwards."""
-    share = crop * crop / sketch.counted.pixels if crop else 1.0
+    axes = sketch.counted.axes
+    share = crop**axes / sketch.counted.pixels if crop else 1.0
     most = int(MOST / max(1.0, 3 * sketch.counted.operations * share))
     count = min(settings.batch_size, max(2, most))  # a norm over a batch needs two
 
@@ -181,7 +182,7 @@ def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: boo
         network, inputs = _of(sketch, count, device)
         network = copy.deepcopy(network).train()
         if crop:
-            inputs = inputs[..., :crop, :crop].contiguous()
+            inputs = inputs[(..., *[slice(crop)] * axes)].contiguous()
         if settings.channels_last and inputs.ndim == 4:
             order = torch.channels_last
             network, inputs = network.to(memory_format=order), inputs.to(memory_format=order)
