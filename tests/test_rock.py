@@ -421,6 +421,9 @@ def test_files_that_are_no_volumes(tmp_path):
 BAD_SETTINGS = [
     ({"size": 50}, "size 50 is no multiple of scale 4"),
     ({"partner": "l.tif"}, "partner 'l.tif' needs a path to a volume"),
+    ({"native": "held_out"}, "native 'held_out' needs a path to a volume"),
+    ({"path": "drsrd1", "train_until": 9}, "train_until '9' needs a path to a volume"),
+    ({"path": "v.npz", "dimensions": 3, "across": "y"}, "across 'y' cuts slices; leave it out"),
     ({"dtype": "nothing"}, "dtype 'nothing' is no kind of numbers"),
     ({"path": "drsrd1", "scale": 3}, "scale 3 is not among"),
     ({"path": "v.npz", "train_until": 9, "held_out_from": 5}, "train_until 9 is past held_out_from 5"),

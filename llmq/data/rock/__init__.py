@@ -98,8 +98,12 @@ class Rock(Data):
             raise UserError(f"dimensions 3 needs a path to a volume: {VOLUMES}")
         if self.path is None and self.size % self.scale:
             raise UserError(f"size {self.size} is no multiple of scale {self.scale}")
-        if self.partner is not None and not self._is_volume:
-            raise UserError(f"partner {str(self.partner)!r} needs a path to a volume: {VOLUMES}")
+        fields = type(self).model_fields
+        for name in ("partner", "native", "across", "train_until", "held_out_from"):
+            if (told := getattr(self, name)) != fields[name].default and not self._is_volume:
+                raise UserError(f"{name} {str(told)!r} needs a path to a volume: {VOLUMES}")
+        if self.across != "z" and self.dimensions == 3:
+            raise UserError(f"across {self.across!r} cuts slices; leave it out, or dimensions: 3")
         check_window(self.window)
         check_window(self.partner_window, "partner_window")
         volumes.check_dtype(self.dtype)
