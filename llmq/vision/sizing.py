@@ -182,7 +182,9 @@ def _step(sketch: ImageSketch, settings: Training, crop: int | None, halved: boo
         network, inputs = _of(sketch, count, device)
         network = copy.deepcopy(network).train()
         if crop:
-            inputs = inputs[(..., *[slice(crop)] * axes)].contiguous()
+            for axis in range(-axes, 0):
+                inputs = inputs.narrow(axis, 0, min(crop, inputs.shape[axis]))
+            inputs = inputs.contiguous()
         if settings.channels_last and inputs.ndim == 4:
             order = torch.channels_last
             network, inputs = network.to(memory_format=order), inputs.to(memory_format=order)
