@@ -140,7 +140,8 @@ class ForeignDetector(Foreign, Detector):
     def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
         count = self._decoding.class_count(shapes, str(self.weights))
         # Boxes are many and classes few: the axis of classes is the longest in another layout, such as yolov8's.
-        if count and len(shapes) == 1 and max(shapes[0]) - count <= 5 and not (self.classes or self.labels):
+        told = self.classes or self.labels
+        if count and not told and [len(shape) for shape in shapes] == [3] and max(shapes[0]) - count <= 5:
             raise UserError(
                 f"{self.weights!r} answers with {list(shapes[0])}, {count} classes by decoding: {self.decoding}; "
                 "take another decoding, or set classes if there are so many"
