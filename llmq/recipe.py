@@ -119,10 +119,22 @@ def parse(source: Source, name: str) -> Recipe:
     try:
         for i, step in enumerate(recipe.steps):
             check_part(step, source, ("steps", i, step.word))
+            _check_teacher(step, recipe.stage_names[: i + 1], source, ("steps", i, step.word))
         _check_tasks(recipe.evaluate, source)
     except UserError as error:
         raise UserError(f"{error}{lost(of_weights(recipe.model))}") from None
     return recipe
+
+
+def _check_teacher(step: Step, before: Sequence[str], source: Source, place: Place) -> None:
+    """Raise `UserError` for a teacher that is neither the base, nor a stage before the step, nor a stage's folder."""
+    teacher = getattr(step, "teacher", None)
+    if teacher is None or teacher == "base" or teacher in before or (at_home(teacher) / "artifact.json").is_file():
+        return
+    raise UserError(
+        f"{source.where((*place, 'teacher'))}: teacher {teacher!r} is neither base, nor a stage before this step "
+        f"({', '.join(before)}), nor a stage's folder{did_you_mean(teacher, before)}"
+    )
 
 
 def built(source: Source, name: str) -> Recipe:

@@ -38,7 +38,7 @@ RunIn = Callable[["Point"], int]
 """Runs a point in its folder; returns the exit code of `llmq run`."""
 DONE = (0, 1, 3)
 """The exit codes of a run that ended: its gate passed, failed, or is undecided."""
-TOLD, PAGE = "sweep.json", "compare.html"
+TOLD, PAGE, KNEE = "sweep.json", "compare.html", "knee.svg"
 ANSWERS = ("measurements.json", "clocks.json", "samples", "pictures", "lm_eval", CARD)
 """What tasks leave in a stage: another run may ask other tasks, and the cache knows answers to the same ones."""
 
@@ -94,6 +94,8 @@ class Point:
     """The stages that another run of the sweep had made."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """The objectives, by name."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Their 95 % intervals, where the samples tell one."""
     losses: Sequence[float] = ()
     """The same figures, with those turned round that are better when higher."""
     measured: Sequence[Measurement] = ()
@@ -389,8 +391,18 @@ def _judge(asked: Sweep, point: Point) -> None:
     found = [gate.resolve(Rule(name, name, True, False), last.measurements) for name in asked.objectives]
     point.figures = {name: m.value for name, m in zip(asked.objectives, found, strict=True)}
     point.measured = found
+    known = {name: _interval(m) for name, m in zip(asked.objectives, found, strict=True)}
+    point.intervals = {name: interval for name, interval in known.items() if interval}
     point.losses = [m.value if m.better == "lower" else -m.value for m in found]
     point.gate = gate.overall(gate.of_run(str(point.folder), asked.gate)) if asked.gate else ""
+
+
+def _interval(m: Measurement) -> tuple[float, float] | None:
+    """The 95 % interval of a figure; None for one that was counted, or whose scatter is unknown."""
+    from llmq.statistics.estimates import alone, by_stderr
+
+    found = None if m.exact else alone(m.samples) if m.samples else by_stderr(m)
+    return found.interval if found else None
 
 
 def front(rows: Mapping[str, Sequence[float]]) -> list[str]:
@@ -416,7 +428,27 @@ def _write(asked: Sweep, out: Path, points: Sequence[Point]) -> Swept:
     write_json(out / TOLD, {"sweep": asked.model_dump(mode="json"), **swept.plain()})
     if len(done) > 1:
         _draw(done, out)
+        _draw_knee(asked, done, out)
     return swept
+
+
+def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
+    """Draw each objective over the setting of a grid that has one setting, of numbers."""
+    from llmq.report import knee
+
+    setting, values = next(iter(asked.grid.items()), ("", []))
+    if len(asked.grid) != 1 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return
+    name = recipes.load(asked.recipe, checked=False).name
+
+    def curve(objective: str) -> knee.Curve:
+        return {
+            float(p.settings[setting]): (p.figures[objective], p.intervals.get(objective))
+            for p in done
+            if objective in p.figures
+        }
+
+    write_text(out / KNEE, knee.draw([(f"{name}: {each}", setting, curve(each)) for each in asked.objectives]))
 
 
 def _draw(done: Sequence[Point], out: Path) -> None:

@@ -297,3 +297,33 @@ def test_the_command_runs_each_in_a_process_and_ends_with_what_it_found(sweep_of
     assert "best: none passes the gate" in said.out
     assert "1 of 2 runs failed" in said.err
     assert len(list((tmp_path / "out").glob("*.log"))) == 2
+
+
+def test_the_knee_of_one_setting_is_drawn_with_its_intervals():
+    from llmq.report import knee
+    from llmq.types import Measurement, Samples
+
+    curve = {0.0: (1.0, (0.9, 1.0)), 0.5: (0.8, None)}
+    picture = knee.draw([("digits: top1", "prune.magnitude.sparsity", curve)])
+    assert "digits: top1" in picture
+    assert "prune.magnitude.sparsity" in picture
+    right = Samples((1.0,) * 90 + (0.0,) * 10)
+    low, high = sweeping._interval(Measurement("accuracy", "top1", 0.9, "", "higher", 100, 0.03, "", right))
+    assert low < 0.9 < high
+    counted = Measurement("size", "bytes_on_disk", 10.0, "bytes", "lower", 1, 0.0, "", exact=True)
+    assert sweeping._interval(counted) is None
+
+
+def test_only_a_grid_of_one_number_has_a_knee(sweep_of, tmp_path):
+    for parts, drawn in (
+        ({"grid": {"seed": [0, 1]}}, True),
+        ({"grid": {"seed": [0, 1], "adapt.lora.r": [2]}}, False),
+        ({"list": [{"seed": 0}, {"seed": 1}]}, False),
+    ):
+        asked = sweeping.load(sweep_of(**parts))
+        points = [sweeping._point(asked, s, tmp_path) for s in sweeping.settings_of(asked)]
+        for point in points:
+            point.figures = {"token_perplexity": 3.0, "bytes_on_disk": 9.0}
+        sweeping._draw_knee(asked, points, tmp_path)
+        assert (tmp_path / "knee.svg").is_file() == drawn
+        (tmp_path / "knee.svg").unlink(missing_ok=True)

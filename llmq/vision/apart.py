@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from openvino import Model
     from torch import Tensor
 
-    from llmq.types import Step
+    from llmq.types import JsonObject, Step
 
 CHANGED, INPUTS, SETTINGS, ERROR = "changed.xml", "inputs.npz", "settings.json", "error.json"
 IDLE = 180
@@ -35,14 +35,19 @@ NO_INT8 = "keep layers in float (ignored of quantize.int8), or take quantize.dyn
 NO_GRAPH = "leave the steps that export it out"
 
 
-def changed(step: Step[Any], title: str, graph: Model, inputs: Sequence[Tensor]) -> Model:
+def changed(
+    step: Step[Any], title: str, graph: Model, inputs: Sequence[Tensor], judging: JsonObject | None = None
+) -> Model:
     """The graph that `step.quantized(graph, inputs)` makes; `title` names the network in messages.
+
+    With `judging`, the graph that `step.restored(graph, inputs, judging)` makes.
 
     Raises the `UserError` or `LlmqError` of the step, and `LlmqError` for a crash.
     """
     with partials.scratch() as folder:
         openvino().save_model(graph, folder / GRAPH, compress_to_fp16=False)
-        settings = {step.word: step.model_dump(mode="json", exclude={"data"})}
+        plain = step.model_dump(mode="json", exclude={"data", "accuracy_data"})
+        settings = {"step": {step.word: plain}, "judging": judging}
         _run("change", folder, settings, inputs, f"{step.word} of {title}", NO_INT8)
         return core().read_model(folder / CHANGED)
 
@@ -178,14 +183,15 @@ def _do(job: str, folder: Path) -> None:
         (folder / ERROR).write_text(json.dumps([kind, says]), encoding="utf-8")
 
 
-def _change(folder: Path, settings: object, inputs: list[ndarray]) -> None:
+def _change(folder: Path, settings: JsonObject, inputs: list[ndarray]) -> None:
     import torch
 
     from llmq import plugin
 
-    step: Any = plugin.build(settings)
-    graph = core().read_model(folder / GRAPH)
-    made = step.quantized(graph, [torch.from_numpy(x) for x in inputs])
+    step: Any = plugin.build(settings["step"])
+    graph, tensors = core().read_model(folder / GRAPH), [torch.from_numpy(x) for x in inputs]
+    judging = settings["judging"]
+    made = step.quantized(graph, tensors) if judging is None else step.restored(graph, tensors, judging)
     openvino().save_model(made, folder / CHANGED, compress_to_fp16=False)  # True would round all weights
 
 

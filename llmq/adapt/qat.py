@@ -1,0 +1,105 @@
+"""Trains a network with the rounding of int8, or of 4-bit weights, in place (quantization-aware training), by NNCF.
+
+Ranges begin as calibration finds them. The float network before this step teaches: no label is read, outputs are
+compared. The stage is a graph for OpenVINO, as that of `quantize.int8` is. A training that is killed and resumed ends
+with the same bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmq.artifact import Artifact
+from llmq.types import Context, Loaded
+from llmq.vision.family import ImageModel, Training
+from llmq.vision.taught import NOTED, UNITS, Taught
+
+if TYPE_CHECKING:
+    from openvino import Model as Graph
+    from torch import Tensor
+
+    from llmq.sketch import Sketch, Work
+    from llmq.types import JsonObject
+
+JUDGED = 16
+"""Calibration inputs that the result is judged on."""
+SLOWER = 0.25
+"""The learning rate, as a share of the family's own: the network has learned already."""
+
+
+class Qat(Taught):
+    suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector", "super-resolution"})
+    leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
+
+    max_steps: PositiveInt = 300
+    bits: Literal[4, 8] = Field(8, description="of the weights; activations have 8")
+    samples: PositiveInt = Field(100, description="images that ranges are taken from before the training")
+    preset: Literal["performance", "mixed"] = Field(
+        "performance", description="symmetric activations; mixed: asymmetric ones, which fit lopsided values better"
+    )
+    ignored: tuple[str, ...] | None = Field(
+        None, description="layers kept in float: names in the network, or their beginnings; the family's if unset"
+    )
+    model_type: Literal["transformer"] | None = Field(None, description="transformer: for networks with attention")
+
+    def check_base(self, base: Artifact[ImageModel]) -> None:
+        self.check_taught(base)
+
+    def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
+        """The graph of integers; the network is trained beside the float one, and both are exported."""
+        from llmq.vision.sizing import as_graph, as_images, exporting
+
+        source = as_images(before)
+        assert source.model
+        made = as_graph(source, 8, activations=True)
+        return made, self.work(before, self._own(source.model)).plus(exporting(source, made, self.samples))
+
+    def _own(self, model: ImageModel) -> Training:
+        rate, unit = SLOWER * model.training.learning_rate, UNITS[self.distance_of(model.kind)]
+        return replace(model.training, loss_unit=unit, learning_rate=rate, weight_decay=0.0, autocast=False)
+
+    def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
+        """Train from the last checkpoint in `folder` if there is one, and write the graph there."""
+        from llmq.environment import library_version
+        from llmq.vision.exporting import quantized_stage
+
+        model = artifact.model
+        split, _, _ = self.examples(model)
+        inputs = list(model.calibration(split, self.samples, context.seed))
+        graph, history = self._trained(artifact, inputs, folder, context)
+        about = {"samples": len(inputs), "seed": context.seed}
+        data = {} if split is None or self.data is None else {"word": self.data.word, "sha256": split.sha256}
+        notes = {"nncf": library_version("nncf"), "bits": self.bits, "calibration": {**about, "data": data}, **history}
+        return quantized_stage(self, artifact, folder, lambda _: graph, inputs[:JUDGED], notes=notes)
+
+    def _trained(
+        self, artifact: Artifact[ImageModel], inputs: "list[Tensor]", folder: Path, context: Context
+    ) -> "tuple[Graph, JsonObject]":
+        """The graph of the trained network, and the notes of the training."""
+        from llmq.reopened import Start, meant
+        from llmq.vision.fake_quantized import graph_of, rounding
+        from llmq.vision.loop import Run
+        from llmq.vision.teaching import Lessons
+
+        model = artifact.model
+        _, examples, watched = self.examples(model)
+        training = self.settings(artifact, context, self._own(model))
+        ignored = model.floats if self.ignored is None else self.ignored
+        with artifact.open("cpu") as loaded, artifact.open(context.device) as teacher:
+            deployed = model.deployed(loaded.module)
+            network = rounding(deployed, inputs, self.bits, self.preset, ignored, self.model_type is not None)
+            network.to(context.device)
+            distance = self.distance_of(model.kind)
+            lessons = Lessons(
+                model, teacher.module, distance, self.temperature, 0.0, self.features, self.feature_weight
+            )
+            start = Start(model, network)
+            learning = Loaded(network, loaded.processor, context.device, artifact)
+            history = Run(lessons, learning, training, folder).train(examples, watched)
+            told = {name: getattr(training, name) for name in NOTED}
+            moved = start.moved(network, meant(model, network))
+            about = {"teacher": "the float network before", "distance": distance, **history, **told}
+            return graph_of(network, model), {"training": about, **moved}

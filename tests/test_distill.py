@@ -1,0 +1,240 @@
+"""adapt.distill for classifiers, detectors and super-resolution, adapt.qat, and the distances behind both."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from llmq import plugin, recipe
+from llmq.artifact import Artifact
+from llmq.errors import UserError
+from llmq.openvino_runtime import core
+from llmq.types import Context
+from llmq.vision import loop
+from llmq.vision.teaching import Lessons, Maps, check_alike, teacher_of
+
+CPU = Context("cpu", 0)
+RESNET = {
+    "timm_classifier": {
+        "architecture": "resnet10t",
+        "model_args": {"channels": [8, 8, 16, 16]},
+        "classes": 10,
+        "channels": 1,
+        "input_size": 32,
+    }
+}
+FCOS = {"torchvision_detector": {"size": 64}}
+EDSR = {"edsr": {"n_feats": 8, "n_resblocks": 1, "scale": 2}}
+DATA = {
+    "classifier": "digits",
+    "detector": {"scenes": {"train": 2, "held_out": 4, "size": 64, "scale": [10, 30]}},
+    "super-resolution": {"rock": {"scale": 2, "size": 96, "train_slices": 2}},
+}
+
+
+def model_of(entry: Any, seed: int = 0) -> Artifact:
+    return plugin.build(entry, "models").base(Context("cpu", seed))
+
+
+def lessons(kind: str = "classifier", **settings: Any) -> Lessons:
+    return Lessons(SimpleNamespace(kind=kind), nn.Identity(), **{"loss": "kl", **settings})
+
+
+def test_the_divergence_is_that_of_hinton():
+    rng = np.random.default_rng(0)
+    made, wanted = rng.normal(size=(2, 5, 4))
+    p, q = (np.exp(x / 3) / np.exp(x / 3).sum(1, keepdims=True) for x in (wanted, made))
+    slow = 9 * np.mean([sum(a * np.log(a / b) for a, b in zip(*row, strict=True)) for row in zip(p, q, strict=True)])
+    found = lessons(temperature=3.0).distance([torch.from_numpy(made)], [torch.from_numpy(wanted)])
+    assert float(found) == pytest.approx(slow, rel=1e-6)
+
+
+def test_each_of_several_outputs_counts_alike_whatever_its_scale():
+    torch.manual_seed(0)
+    wanted = [torch.randn(2, 3), torch.randn(2, 5)]
+    made = [w + torch.randn_like(w) for w in wanted]
+    plain = lessons("detector", loss="l2").distance(made, wanted)
+    scaled = lessons("detector", loss="l2").distance([made[0], 1000 * made[1]], [wanted[0], 1000 * wanted[1]])
+    assert float(scaled) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_maps_of_attention_compare_layers_of_other_widths():
+    torch.manual_seed(0)
+    wide, narrow = (nn.Sequential(nn.Conv2d(1, n, 3, padding=1), nn.ReLU()) for n in (6, 2))
+    with torch.no_grad():
+        for part in ("weight", "bias"):  # the same two channels, each three times
+            getattr(wide[0], part).copy_(getattr(narrow[0], part).repeat_interleave(3, 0))
+    ours, theirs = Maps(narrow, ["0"]), Maps(wide, ["0"])
+    x = torch.randn(2, 1, 8, 8)
+    narrow(x), wide(x)
+    assert float(ours.away(theirs)) == pytest.approx(0, abs=1e-9)
+    wide(torch.randn(2, 1, 8, 8))
+    assert float(ours.away(theirs)) > 1e-4
+    wide(x[..., :6])
+    with pytest.raises(UserError, match=r"'0' has maps of \[8, 8\] and \[8, 6\]"):
+        ours.away(theirs)
+    with pytest.raises(UserError, match="the network has no layer 'conv'"):
+        Maps(narrow, ["conv"])
+
+
+@pytest.mark.parametrize("entry", [RESNET, FCOS, EDSR])
+def test_a_network_comes_nearer_to_its_teacher(entry, tmp_path):
+    teacher, before = model_of(entry, 1), model_of(entry)
+    for name in ("teacher", "made"):
+        (tmp_path / name).mkdir()
+    teacher.save(tmp_path / "teacher")
+    data = DATA[before.model.kind]
+    settings = {"data": data, "max_steps": 8, "batch_size": 2, "learning_rate": 3e-3, "held_out_examples": 0}
+    step = plugin.build({"adapt.distill": {**settings, "teacher": str(tmp_path / "teacher")}})
+    step.check_base(before)
+    after = step.apply(before, tmp_path / "made", CPU)
+    curve = [value for _, value in after.notes["training"]["loss"]]
+    assert np.mean(curve[-2:]) < np.mean(curve[:2])
+    assert after.notes["training"]["teacher"] == str(tmp_path / "teacher")
+    assert after.notes["weights_moved_by"] > 0
+
+
+def test_labels_and_feature_maps_join_the_loss():
+    artifact = model_of(RESNET)
+    split = plugin.build("digits", "data").read()
+    with artifact.open("cpu") as loaded, model_of(RESNET, 1).open("cpu") as teacher:
+        batch = artifact.model.batch(split.train[:8], np.random.default_rng(0), "none", None)
+
+        def loss(**settings: Any) -> float:
+            made = Lessons(artifact.model, teacher.module, "kl", **settings)
+            return float(made.learners(loaded.module)[0].loss(batch))
+
+        plain, own = loss(), float(artifact.model.learners(loaded.module)[0].loss(batch))
+        assert loss(label_weight=0.25) == pytest.approx(0.75 * plain + 0.25 * own, rel=1e-5)
+        more = [loss(features=("layer1",), feature_weight=w) - plain for w in (1.0, 2.0)]
+        assert more[1] == pytest.approx(2 * more[0], rel=1e-3)
+        assert more[0] > 0
+
+
+# Teachers.
+
+
+def test_a_teacher_is_the_base_a_stage_of_the_run_or_a_folder(tmp_path):
+    artifact = model_of(RESNET)
+    run = tmp_path / "run"
+    (run / "1-adapt.train").mkdir(parents=True)
+    artifact.save(run / "1-adapt.train")
+    for name in ("1-adapt.train", str(run / "1-adapt.train")):
+        assert teacher_of(name, artifact, run / ".2-adapt.distill.partial", CPU).weights == artifact.weights
+    assert teacher_of("base", artifact, run, CPU).weights == artifact.weights
+    with pytest.raises(UserError, match=r"'2-adapt\.train' is no stage of this run; 1-adapt\.train"):
+        teacher_of("2-adapt.train", artifact, run / "x", CPU)
+    with pytest.raises(UserError, match="is a classifier, and this network is a super-resolution"):
+        teacher_of("1-adapt.train", model_of(EDSR), run / "x", CPU)
+
+
+def test_a_teacher_that_sees_or_answers_otherwise_is_refused():
+    artifact = model_of(RESNET)
+    split = plugin.build("digits", "data").read()
+    for change, told in (
+        ({"mean": [0.1]}, "makes another input of an image"),
+        ({"classes": 9}, r"answers with \[\[1, 9\]\] for one input, and the network with \[\[1, 10\]\]"),
+    ):
+        other = model_of({"timm_classifier": {**RESNET["timm_classifier"], **change}})
+        with other.open("cpu") as teacher, artifact.open("cpu") as loaded, pytest.raises(UserError, match=told):
+            check_alike(teacher, artifact.model, loaded.module, split.train)
+
+
+@pytest.mark.parametrize(
+    ("entry", "settings", "told"),
+    [
+        (RESNET, {"data": "digits"}, "random weights, and so nothing to teach; set model.weights, or name a teacher"),
+        (RESNET, {"teacher": "1-adapt.train"}, "it needs 'data' to be shown"),
+        (EDSR, {"teacher": "1-adapt.train", "loss": "kl"}, "kl compares the classes of a classifier"),
+        ({"dcgan": {}}, {"data": "digits"}, "a gan is taught on latents that it draws"),
+    ],
+)
+def test_what_cannot_teach_is_said_before_anything_runs(entry, settings, told):
+    with pytest.raises(UserError, match=told):
+        plugin.build({"adapt.distill": settings}).check_base(Artifact(plugin.build(entry, "models"), None))
+
+
+def test_a_recipe_names_a_stage_that_is_there_before_the_step(tmp_path):
+    def load(teacher: str) -> None:
+        steps = [
+            {"adapt.train": {"data": "digits"}},
+            {"prune.channels": {"ratio": 0.5}},
+            {"adapt.distill": {"data": "digits", "teacher": teacher}},
+        ]
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({"model": RESNET, "steps": steps, "evaluate": ["size"]}))
+        recipe.load(str(tmp_path / "job.yaml"))
+
+    load("1-adapt.train")
+    with pytest.raises(UserError, match=r"teacher '3-adapt\.distill' is neither base, nor a stage before this step"):
+        load("3-adapt.distill")
+    with pytest.raises(UserError, match=r"did you mean '1-adapt\.train'"):
+        load("1-adapt.trian")
+
+
+# Quantization-aware training.
+
+
+def quantizing(**settings: Any) -> Any:
+    return plugin.build({"adapt.qat": {"data": "digits", "samples": 16, "batch_size": 16, "max_steps": 4, **settings}})
+
+
+def stored(artifact: Artifact) -> list[str]:
+    graph = core().read_model(artifact.weights / "model.xml")
+    return [o.get_element_type().get_type_name() for o in graph.get_ops() if o.get_type_name() == "Constant"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "kind"), [(8, "i8"), (4, "i4")])
+def test_a_network_that_learned_to_be_rounded_is_a_graph_of_integers(bits, kind, tmp_path):
+    base = model_of(RESNET)
+    stage = quantizing(bits=bits, held_out_examples=8).apply(base, tmp_path, CPU)
+    assert (stage.runtime, stage.packed) == ("openvino", True)
+    layers = [m for m in base.model.network().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert stored(stage).count(kind) == len(layers)
+    assert stage.notes["size_ratio"] > 1
+    assert stage.notes["training"]["metric"] == "top1"
+    facts = json.loads((tmp_path / "layers.json").read_text())
+    assert {its["bits"] for its in facts.values()} <= {bits}
+    stage.save(tmp_path)
+    assert Artifact.load(tmp_path).notes["bits"] == bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [FCOS, EDSR])
+def test_detectors_and_super_resolution_learn_to_be_rounded(entry, tmp_path):
+    base = model_of(entry)
+    step = quantizing(data=DATA[base.model.kind], samples=4, batch_size=2, held_out_examples=0, max_steps=2)
+    step.check_base(base)
+    stage = step.apply(base, tmp_path, CPU)
+    assert "i8" in stored(stage)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    base = model_of(RESNET)
+    step = quantizing(save_steps=2, held_out_examples=0)
+    whole = step.apply(base, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+
+        def save_and_die(run, at, history, save=loop.Run.save):
+            save(run, at, history)
+            raise KeyboardInterrupt
+
+        patch.setattr(loop.Run, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            step.apply(base, tmp_path / "killed", CPU)
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-2").exists()
+    again = step.apply(base, tmp_path / "killed", CPU)
+    for one, other in zip(whole.weight_files(), again.weight_files(), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert whole.notes["training"]["loss"] == again.notes["training"]["loss"]
+
+
+def test_a_layer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"ignored: the network has no layer 'layer9'; did you mean 'layer"):
+        quantizing(ignored=["layer9"]).apply(model_of(RESNET), tmp_path, CPU)
