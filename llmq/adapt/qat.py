@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""
-SLOWER = 0.25
-"""The learning rate, as a share of the family's own: the network has learned already."""
 
 
 class Qat(Taught):
     suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector", "super-resolution"})
     leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True, "runtime": "openvino"}
 
-    max_steps: PositiveInt = 300
+    max_steps: PositiveInt = 600
     bits: Literal[4, 8] = Field(8, description="of the weights; activations have 8")
     samples: PositiveInt = Field(100, description="images that ranges are taken from before the training")
     preset: Literal["performance", "mixed"] = Field(
@@ -58,8 +56,8 @@ class Qat(Taught):
         return made, self.work(before, self._own(source.model)).plus(exporting(source, made, self.samples))
 
     def _own(self, model: ImageModel) -> Training:
-        rate, unit = SLOWER * model.training.learning_rate, UNITS[self.distance_of(model.kind)]
-        return replace(model.training, loss_unit=unit, learning_rate=rate, weight_decay=0.0, autocast=False)
+        unit = UNITS[self.distance_of(model.kind)]
+        return replace(model.training, loss_unit=unit, weight_decay=0.0, autocast=False)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the graph there."""

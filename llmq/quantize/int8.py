@@ -179,6 +179,8 @@ class Int8(Step[ImageModel]):
         train = model.numbered(data.read()).train
         judge = Judge(model, self.accuracy_drop or {}, [train[row] for row in judging["rows"]])
         advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))
+        for i, output in enumerate(graph.outputs):  # NNCF looks outputs up by name, and these may have none
+            output.get_tensor().set_names({f"output_{i}"})
         with TemporaryDirectory() as folder, quietly():
             restoring = library.AdvancedAccuracyRestorerParameters(num_ranking_workers=1, intermediate_model_dir=folder)
             made = library.quantize_with_accuracy_control(
