@@ -166,7 +166,7 @@ def spoilt(tmp_path_factory) -> Artifact:
     return trained
 
 
-NARROW = {"channels": [16, 24, 32, 48]}
+NARROW = {"channels": [16, 24, 64, 160]}
 
 
 @pytest.mark.slow

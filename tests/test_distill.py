@@ -180,7 +180,8 @@ def test_a_recipe_names_a_stage_that_is_there_before_the_step(tmp_path):
 
 
 def quantizing(**settings: Any) -> Any:
-    return plugin.build({"adapt.qat": {"data": "digits", "samples": 16, "batch_size": 16, "max_steps": 4, **settings}})
+    plain = {"data": "digits", "samples": 16, "batch_size": 16, "max_steps": 4, "learning_rate": 1e-4}
+    return plugin.build({"adapt.qat": {**plain, **settings}})
 
 
 def stored(artifact: Artifact) -> list[str]:
@@ -220,7 +221,7 @@ def test_detectors_and_super_resolution_learn_to_be_rounded(entry, tmp_path):
         training = {"data": data, "max_steps": 25, "batch_size": 4, "held_out_examples": 0}
         (tmp_path / "trained").mkdir()
         base = plugin.build({"adapt.train": training}).apply(base, tmp_path / "trained", CPU)
-    step = quantizing(data=data, samples=4, batch_size=2, held_out_examples=0, max_steps=1)
+    step = quantizing(data=data, samples=4, batch_size=2, held_out_examples=0, max_steps=1, learning_rate=1e-7)
     step.check_base(base)
     (tmp_path / "made").mkdir()
     stage = step.apply(base, tmp_path / "made", CPU)
