@@ -445,7 +445,7 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
         return {
             float(p.settings[setting]): (p.figures[objective], p.intervals.get(objective))
             for p in done
-            if objective in p.figures
+            if objective in p.figures and not p.unlike
         }
 
     write_text(out / KNEE, knee.draw([(f"{name}: {each}", setting, curve(each)) for each in asked.objectives]))

@@ -131,6 +131,9 @@ class Rounded(Module):
     NNCF's `strip` does so for 8 bits alone, and needs torchao.
     """
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, quantizer: Any) -> None:
         super().__init__()
         _, _, scale, zero_point = quantizer.get_parameters_for_torch_fq()
@@ -141,10 +144,9 @@ class Rounded(Module):
         self.register_buffer("zero_point", zero_point.int() if self.per_channel else zero_point.int().squeeze())
 
     def forward(self, x: Tensor) -> Tensor:
-        rounds = torch.fake_quantize_per_channel_affine if self.per_channel else torch.fake_quantize_per_tensor_affine
-        axis = (self.axis,) if self.per_channel else ()
-        made: Tensor = rounds(x, self.scale, self.zero_point, *axis, self.low, self.high)  # type: ignore[operator]
-        return made
+        if not self.per_channel:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, self.low, self.high)
 
 
 def _stripped(network: Module) -> Module:
