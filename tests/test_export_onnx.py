@@ -232,7 +232,7 @@ def test_every_family_is_exported(name, tmp_path):
         return
     notes = apply("export.onnx", small, tmp_path / "q").notes
     assert notes["largest_error_unrounded"] <= FLOAT
-    assert notes["largest_error"] <= max(STEP, 2 * notes["rounding_noise"])
+    assert notes["largest_error"] <= max(STEP, notes["rounding_noise"])
     assert notes["largest_error_of_a_layer_in_steps"] <= 1
     assert notes["largest_error_after_the_last_rounding"] <= FLOAT
 

@@ -33,7 +33,7 @@ FLOAT = 1e-3
 """The largest error of a float model that passes, as a share of the range of an output."""
 STEP = 1 / 255
 """One step of 8 bits over the range of an output: the most for int8 activations, unless rounding alone makes more."""
-NOISE = 2
+NOISE = 1
 """An error that passes, in units of what a change of the input by next to nothing changes."""
 NUDGE, NUDGES = 1e-4, 4  # a fortieth of a step of 8 bits: less would vanish where the input itself is rounded
 LARGEST = 2**31 - 1
