@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import llmq
-from llmq import environment, files, plugin, trust
+from llmq import environment, files, plugin, together, trust
 from llmq.artifact import Artifact
 from llmq.files import sha256
 from llmq.terminal import say
@@ -51,7 +51,7 @@ class AnswerCache:
 
     def _open(self, artifact: Artifact) -> Loaded:
         try:
-            return self._opened.enter_context(artifact.open(self.device))
+            return self._opened.enter_context(together.opened(artifact, self.device))
         except Exception as error:
             self.unopened = error
             raise

@@ -60,7 +60,7 @@ def run(
     from llmq.runs.folder import fresh
 
     job = load(recipe, overrides, trust_remote_code=trust_remote_code, allow_code=allow_code)
-    processes.check(any(step.in_every_process for step in job.steps))
+    processes.check(any(part.in_every_process for part in (*job.steps, *job.evaluate)))
     folder = Path(out or Path("runs") / job.name) if resume else fresh(out, job.name)
     pipeline.check_folder(job, folder, resume)
     foretold = planning.before_run(job, folder, force)
@@ -307,9 +307,9 @@ def evaluate(
 
     `suite` names a suite in `evals/` or a YAML file; `tasks` are lm-eval's instead, `limit` questions each at most.
     Tasks that name no data read what the run of the stage read, or `data`. `family` and `dtype` open a target that is
-    no stage.
+    no stage. Of several processes that a launcher started only the first returns.
     """
-    from llmq import pipeline, plugin
+    from llmq import pipeline, plugin, processes, together
     from llmq import recipe as recipes
     from llmq.overrides import in_order
     from llmq.runs.folder import fresh, holds
@@ -324,13 +324,18 @@ def evaluate(
     place = os.fspath(target)
     changes = [*in_order(overrides), *([f"model.dtype={dtype}"] if dtype else [])]
     open_stages, chosen = stages_of(place, family, asked, changes)
+    processes.check(any(task.in_every_process for task in chosen))
     folder = fresh(out, f"eval-{Path(place).name}")
-    if holds(folder):  # its files would be taken for answers about this target
+    if processes.is_first() and holds(folder):  # its files would be taken for answers about this target
         raise UserError(f"{str(folder)!r} is not empty; use a new --out")
     context = _context(device, threads)
-    artifacts = {name: bring(context) for name, bring in open_stages.items()}
+    with processes.first_does(context.device):
+        artifacts = {name: bring(context) for name, bring in open_stages.items()}
     told = {"target": place, "evaluate": [plugin.entry(task) for task in chosen]}
     made_by = recipes.of_run(place)
+    if not processes.is_first():
+        together.follow(context.device)
+        raise SystemExit(0)
     return pipeline.evaluate(artifacts, chosen, folder, context, told, cache, made_by.steps if made_by else ())
 
 

@@ -185,7 +185,7 @@ class Stage:
     """The tasks whose answers were kept from an earlier run."""
     failures: tuple[Failure, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
-    """Seconds, and peak memory above the process without a model, of the tasks that had this stage to themselves."""
+    """Seconds, peak memory above the process without a model, and `processes`, of the tasks about this stage alone."""
 
 
 def _in_run(folder: Path, name: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq import environment, hashes, measure, plugin, processes, reading, sound, stopping, trackers, trust
+from llmq import environment, hashes, measure, plugin, processes, reading, sound, stopping, together, trackers, trust
 from llmq.artifact import Artifact, Failure, Stage
 from llmq.errors import UserError, one_line
 from llmq.files import check_space, make_whole, sha256_files, write_text
@@ -34,7 +34,7 @@ def run(
     """Bring the base, apply the steps, question every stage, report. A whole stage is never lost.
 
     The report sets what was `foretold` beside what was measured. Where a launcher started several processes they share
-    the training; only the first writes and returns a report.
+    training and questions; only the first writes and returns a report.
     """
     if not processes.is_first():
         return _run(recipe, out, cache, foretold)
@@ -65,9 +65,12 @@ def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume
         for name, step in zip(names, (None, *recipe.steps), strict=True):
             artifact = make_stage(step, artifact, out / name, context)
             stages[name] = Stage(name, artifact, artifact.measurements)
-            if name in measured and first:
+            if name in measured and not first:
+                together.follow(context.device)
+            elif name in measured:
                 base = stages[measured[0]].artifact
-                stages[name] = question(stages[name], recipe.evaluate, out, context.device, base, cache)
+                with together.leading(context.device):
+                    stages[name] = question(stages[name], recipe.evaluate, out, context.device, base, cache)
                 more = overrides("clocks", recipe.evaluate) or (
                     name != measured[-1] and overrides("against", recipe.evaluate)
                 )
@@ -92,14 +95,18 @@ def evaluate(
     cache: bool = True,
     steps: Sequence[Step] = (),
 ) -> Report:
-    """Evaluate existing models; the first is the base, and `steps` are those of the run that made them."""
+    """Evaluate existing models; the first is the base, and `steps` are those of the run that made them.
+
+    Where a launcher started several processes the others must `follow`.
+    """
     reading.hashes(tasks)  # missing data is reported before a model is opened
     for name, artifact in artifacts.items():
         reading.check_base(name, (), tasks, artifact, steps)
     with run_folder.held(out), logged_to(out / "log.txt"):
         reads = say_reads(steps, tasks)
         first, base = next(iter(artifacts.items()))
-        stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
+        with together.leading(context.device):
+            stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
         stages |= take_times(stages, tasks, out, context.device)
         return finish(asked, tasks, stages, first, out, context, reads=reads)
 

@@ -1,4 +1,4 @@
-"""Several processes for one run (torchrun, accelerate launch): all of them train, the first does everything else."""
+"""Several processes for one run (torchrun, accelerate launch): all train and evaluate, the first does all else."""
 
 import ctypes
 import os
@@ -7,8 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PATIENCE = timedelta(days=2)
 """The longest wait of other processes while the first converts, quantizes or evaluates."""
@@ -23,12 +27,12 @@ def check(shares: bool) -> None:
     """Raise `UserError` where several processes were asked for, and one alone would do all the work.
 
     On processors `accelerate launch` starts one without a message; an address to meet at is all that tells. Of several
-    that were started the first does all unless a step `shares` its work.
+    that were started the first does all unless a step or a task `shares` its work.
     """
     if count() > 1 and not shares:
         raise UserError(
-            f"{count()} processes were started, and no step of this recipe shares its work among them (adapt.lora, "
-            "adapt.full and adapt.scales do); run it with llmq run alone"
+            f"{count()} processes were started, and no step and no task here shares its work among them (adapt.lora, "
+            "adapt.full, adapt.scales, perplexity, divergence and lm_eval do); start one process"
         )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
@@ -37,17 +41,27 @@ def check(shares: bool) -> None:
         )
 
 
+def number() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """True in the process that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return number() == 0
+
+
+def join(device: str) -> "PartialState":
+    """Join the processes, at the first call."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
 def wait(device: str) -> None:
     """Wait until every process has come here."""
     if count() > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=device == "cpu", timeout=PATIENCE).wait_for_everyone()
+        join(device).wait_for_everyone()
 
 
 @contextmanager

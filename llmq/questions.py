@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from llmq import environment, measure
+from llmq import environment, measure, together
 from llmq.answers import AnswerCache
 from llmq.artifact import MACHINE, SCHEMA_VERSION, Artifact, Failure, Stage
 from llmq.errors import is_of_machine, one_line
@@ -53,6 +53,7 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
         spent = {
             "seconds": round(time.perf_counter() - began, 3),
             "peak_memory": max(0, peak.bytes - measure.memory_now(device)),
+            "processes": together.count(),
         }
         _keep(answers, [failure for failure in tried if failure], known.reused, before, out / stage.name, spent)
     return _with_answers(stage, out, kept)

@@ -231,6 +231,8 @@ class Task(Plugin, Generic[M]):
     suits: ClassVar[Collection[str]]
     shapes: ClassVar[frozenset[str]] = frozenset()
     """The shapes of examples that the task reads; empty for all shapes."""
+    in_every_process: ClassVar[bool] = False
+    """True for a task that shares its questions among the processes of a run."""
 
     @property
     def name(self) -> str:

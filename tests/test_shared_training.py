@@ -1,4 +1,4 @@
-"""Two processes that `torchrun` starts train as one process with twice the accumulation, and evaluate as one does."""
+"""Two processes that `torchrun` starts train as one process with twice the accumulation, and answer as one does."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import torch
 
 import llmq
 from llmq.report import Report
+from llmq.report.facts import facts
+from llmq.report.rows import rows
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +52,15 @@ def recipes(folder, data, accumulation):
         "scales": [{"quantize.rtn": {"bits": 2, "group_size": 32}}, {"adapt.scales": scales}],
     }
     model = {"causal_lm": {"weights": str(folder), "dtype": "float32"}}
-    asked = ["size", {"perplexity": {"data": str(data), "limit": 4, "window": 32}}]
-    return {name: {"model": model, "steps": its, "evaluate": asked} for name, its in steps.items()}
+    asked = ["size", {"perplexity": {"data": str(data), "limit": 4, "window": 32, "batch_size": 1}}]
+    trained = {name: {"model": model, "steps": its, "evaluate": asked} for name, its in steps.items()}
+    rounded = [{"quantize.rtn": {"bits": 4, "group_size": 32}}]
+    questions = {"tasks": ["pydoc_continuation"], "limit": 6, "batch_size": 5}
+    compared = {"divergence": {"text": str(data), "window": 32, "windows": 5, **questions}}
+    return {
+        **trained,
+        "rtn": {"model": model, "steps": rounded, "evaluate": [*asked, compared, {"lm_eval": questions}]},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +71,15 @@ def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
     (place / "recipes.json").write_text(json.dumps(recipes(tiny_llama, tiny_jsonl, 1)))
     made = launched(place / "script.py", place / "recipes.json", place / "two")
     assert made.returncode == 0, made.stdout + made.stderr
-    assert made.stdout.count("ENDED") == 3, made.stdout  # the second process ends without a report, each time
+    assert made.stdout.count("ENDED") == 4, made.stdout  # the second process ends without a report, each time
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, recipe in recipes(tiny_llama, tiny_jsonl, 2).items():
         llmq.run(recipe, out=place / "one" / name, cache=False)
     torch.set_num_threads(threads)
-    return {name: [Report.read(place / of / name) for of in ("two", "one")] for name in ("lora", "full", "scales")}
+    return {
+        name: [Report.read(place / of / name) for of in ("two", "one")] for name in ("lora", "full", "scales", "rtn")
+    }
 
 
 @pytest.mark.parametrize("word", ["lora", "full", "scales"])
@@ -86,3 +97,15 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, wor
     ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
     assert figures[0]
+
+
+def test_two_processes_answer_to_the_bit_what_one_does(runs):
+    """Of each forward pass one process computes all, and each reports what it was asked, in the order of one."""
+    two, one = runs["rtn"]
+    assert two.measurements == one.measurements  # with the scores of every sample
+    assert {m["task"] for m in two.measurements} == {"size", "perplexity", "divergence", "pydoc_continuation"}
+    assert not two.failures
+    assert [s["asked"]["processes"] for s in two.stages] == [2, 2]
+    assert [s["asked"]["processes"] for s in one.stages] == [1, 1]
+    told = dict(facts(two, rows(two))["Stages"])
+    assert all(text.endswith("answered by 2 processes") for text in told.values()), told

@@ -40,6 +40,8 @@ def facts(report: "Report", rows: "Iterable[Row]") -> Facts:
 def _stage(stage: JsonObject) -> str:
     notes = {k: v for k, v in stage["notes"].items() if v not in (None, {}, [])}
     told = [f"{stage['seconds']:.1f} s", *(f"{k}: {_plain(v, k)}" for k, v in notes.items())]
+    if (answered := (stage.get("asked") or {}).get("processes", 1)) > 1:
+        told.append(f"answered by {answered} processes")
     reused = stage.get("reused")
     return "; ".join(
         told + ([f"not measured anew but kept from an earlier run: {', '.join(reused)}"] if reused else [])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 class Divergence(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    in_every_process: ClassVar[bool] = True
 
     text: DataWord = Field(
         "pydoc",

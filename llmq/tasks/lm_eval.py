@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 class LmEval(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    in_every_process: ClassVar[bool] = True
 
     tasks: tuple[str, ...] = Field(min_length=1)
     num_fewshot: int | None = Field(None, ge=0, description="the task's own if unset")

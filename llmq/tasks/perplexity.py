@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 class Perplexity(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = Field(
         "pydoc",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmq import together
 from llmq.errors import LlmqError
 from llmq.statistics.figures import ratio
 from llmq.terminal import track
@@ -35,16 +36,24 @@ def padded(batch: Sequence[Tokens], device: str) -> tuple[Tensor, Tensor]:
 
 def losses(module: PreTrainedModel, windows: Sequence[Tokens], device: str, batch_size: int) -> list[float]:
     """The summed loss of the scored tokens of each window, in nats; float32 softmax over the logits."""
-    sums = [0.0] * len(windows)
+    sums = together.answers(_losses, [module], device, windows, batch_size)
+    if not all(map(isfinite, sums)):
+        raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
+    return sums
+
+
+def _losses(
+    module: PreTrainedModel, device: str, share: together.Share, windows: Sequence[Tokens], batch_size: int
+) -> dict[int, float]:
+    """The losses of a share of the batches of windows."""
+    sums: dict[int, float] = {}
     with torch.inference_mode():
-        for rows in track(list(batches(windows, batch_size)), "perplexity"):
+        for rows in track(list(share.of(batches(windows, batch_size))), "perplexity"):
             ids, labels = padded([windows[i] for i in rows], device)
             logits = module(input_ids=ids, use_cache=False).logits  # (windows, tokens, vocabulary)
             for i, of_window, wanted in zip(rows, logits, labels, strict=True):
                 sums[i] = sum(map(_loss, of_window.split(ROWS), wanted.split(ROWS)))
             del logits, of_window  # the largest tensors by far; else they wait beside those of the next batch
-    if not all(map(isfinite, sums)):
-        raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
     return sums
 
 
@@ -71,18 +80,30 @@ def divergence(
 
     Both come from float64 softmax over the logits; the sums of each window are kept.
     """
-    sums: list[tuple[float, float, float]] = []  # of each window: divergence, agreements, tokens
-    with torch.inference_mode():
-        for window in track(windows, "divergence"):
-            ids, labels = padded([window], device)
-            scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
-            # A model that another runtime runs may lie elsewhere.
-            both = (m(input_ids=ids.to(m.device), use_cache=False).logits.to(device) for m in (reference, other))
-            parts = zip(*(logits[0, scored].split(ROWS) for logits in both), strict=True)
-            told = [_divergence(ours, theirs) for ours, theirs in parts]
-            sums.append((sum(t[0] for t in told), sum(t[1] for t in told), float(scored.sum())))
+    sums = together.answers(_divergences, [reference, other], device, windows)
     divergences, agreements, tokens = zip(*sums, strict=True)
     return (
         ratio(task, metric, divergences, tokens, "nats/token", "lower", protocol),
         ratio(task, "top1_agreement", agreements, tokens, "share of tokens", "higher", protocol),
     )
+
+
+def _divergences(
+    reference: PreTrainedModel,
+    other: PreTrainedModel,
+    device: str,
+    share: together.Share,
+    windows: Sequence[Tokens],
+) -> dict[int, tuple[float, float, float]]:
+    """The divergence, the agreements and the tokens of a share of the windows."""
+    sums: dict[int, tuple[float, float, float]] = {}
+    with torch.inference_mode():
+        for i in track(list(share.of(range(len(windows)))), "divergence"):
+            ids, labels = padded([windows[i]], device)
+            scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
+            # A model that another runtime runs may lie elsewhere.
+            both = (m(input_ids=ids.to(m.device), use_cache=False).logits.to(device) for m in (reference, other))
+            parts = zip(*(logits[0, scored].split(ROWS) for logits in both), strict=True)
+            told = [_divergence(ours, theirs) for ours, theirs in parts]
+            sums[i] = (sum(t[0] for t in told), sum(t[1] for t in told), float(scored.sum()))
+    return sums

@@ -1,6 +1,6 @@
 """The log-probabilities that a model gives to continuations of contexts: the scores of multiple choice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmq import together
 from llmq.terminal import Bar
 from llmq.text import prefix_attention, prefix_tree
 
@@ -42,15 +43,26 @@ def score(
     A shared beginning of sequences is computed once where the model allows it. Log-probabilities are float32, from
     logits in the dtype of the model. All continuations of one token after one context need one sequence.
     """
+    return together.answers(_scores, [module], device, requests, batch_size)
+
+
+def _scores(
+    module: PreTrainedModel,
+    device: str,
+    share: together.Share,
+    requests: Sequence[Request],
+    batch_size: int | None,
+) -> dict[int, Score]:
+    """The scores of the requests in a share of the forward passes."""
     asked: dict[tuple[int, ...], list[int]] = {}  # what the model is shown: the last token is only predicted
     for i, request in enumerate(requests):
         asked.setdefault(request.tokens[:-1], []).append(i)
     sequences = list(asked)
     scored = [max(requests[i].scored for i in asked[s]) for s in sequences]  # the most of any request
-    scores: list[Score] = [(0.0, False)] * len(requests)
-    bar = Bar("scoring", len(sequences))
+    scores: dict[int, Score] = {}
+    bar = Bar("scoring", len(sequences) // share.processes)
     with torch.inference_mode():
-        for logits, rows_of in _forwards(module, sequences, scored, device, batch_size):
+        for logits, rows_of in _forwards(module, sequences, scored, device, batch_size, share):
             members = [i for s in rows_of for i in asked[sequences[s]]]
             targets = [requests[i].tokens[len(requests[i].tokens) - requests[i].scored :] for i in members]
             rows = [rows_of[s][-requests[i].scored :] for s in rows_of for i in asked[sequences[s]]]
@@ -69,12 +81,14 @@ def _forwards(
     scored: Sequence[int],
     device: str,
     batch_size: int | None,
+    share: together.Share,
 ) -> Iterator[Forward]:
     alone = of_the_batch(module)
     if alone or prefix_attention.why_not(module, device):
-        yield from _padded(module, sequences, scored, device, 1 if alone else batch_size)
+        batches = share.of(_batches(sequences, 1 if alone else batch_size))
+        yield from _padded(module, sequences, scored, device, batches)
         return
-    for row in prefix_tree.rows(sequences, TOKENS, batch_size):
+    for row in share.of(prefix_tree.rows(sequences, TOKENS, batch_size)):
         # The places whose logits predict the scored tokens.
         ends = {i: p[-scored[i] :] for i, p in zip(row.members, row.places, strict=True)}
         kept = sorted({place for places in ends.values() for place in places})
@@ -83,19 +97,25 @@ def _forwards(
         yield prefix_attention.forward(module, row, kept, device, LEAST), rows_of
 
 
+def _batches(sequences: Sequence[tuple[int, ...]], batch_size: int | None) -> Iterator[list[int]]:
+    """The numbers of sequences of like length, longest first, in batches."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i]))
+    while order:
+        count = min(batch_size or len(order), max(1, TOKENS // len(sequences[order[0]])))
+        batch, order = order[:count], order[count:]
+        yield batch
+
+
 def _padded(
     module: PreTrainedModel,
     sequences: Sequence[tuple[int, ...]],
     scored: Sequence[int],
     device: str,
-    batch_size: int | None,
+    batches: Iterable[Sequence[int]],
 ) -> Iterator[Forward]:
-    """Logits of sequences in batches of like length, padded on the right, where a causal model cannot look."""
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i]))
-    while order:
-        width = len(sequences[order[0]])
-        count = min(batch_size or len(order), max(1, TOKENS // width))
-        batch, order = order[:count], order[count:]
+    """Logits of batches of sequences, longest first, padded on the right, where a causal model cannot look."""
+    for batch in batches:
+        width = len(sequences[batch[0]])
         ids = torch.zeros(len(batch), width, dtype=torch.long)  # (sequences, tokens)
         for row, i in enumerate(batch):
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])

@@ -1,0 +1,199 @@
+"""Questions to open models that the processes of one launcher answer together: the first asks, each answers a share.
+
+The first process alone decides what is asked, and in which order. The others `follow`: they open a model at the first
+question about it, and send their answers to the first. Each computes every N-th batch, so that the batches, and all
+sums over the answers, are those of a process that is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmq import processes
+from llmq.errors import LlmqError, one_line
+
+if TYPE_CHECKING:
+    from llmq.artifact import Artifact
+    from llmq.types import Loaded
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `processes`-th item, counted from number `process`."""
+
+    process: int = 0
+    processes: int = 1
+
+    def of(self, items: Iterable[Item]) -> Iterator[Item]:
+        return islice(items, self.process, None, self.processes)
+
+
+@dataclass
+class Crew:
+    """The processes that answer, as the first one sees them."""
+
+    device: str
+    opened: list[Loaded[Any]] = field(default_factory=list)
+    """The models that the first process has open."""
+    asked: bool = False
+    """True once the others were asked something."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the first process sends: `work` on open models, or without work the end of models, or without these of all.
+
+    `work(*modules, device, share, *arguments)` returns answers by the number of what was asked about.
+    """
+
+    work: Callable[..., Mapping[int, Any]] | None
+    models: tuple[Artifact, ...]
+    arguments: tuple[Any, ...] = ()
+
+
+Told = tuple[Mapping[int, Any], str]
+"""The answers of one process, and its error in one line, which is empty without one."""
+_crew: list[Crew] = []
+"""The crew that the first process leads, if it leads one."""
+
+
+@contextmanager
+def leading(device: str) -> Iterator[None]:
+    """Lead the other processes, which `follow`, until the block ends; it must run in the first process."""
+    if processes.count() == 1:
+        yield
+        return
+    _crew.append(Crew(device))
+    try:
+        yield
+    except Exception:  # an interrupt instead ends this process, and the launcher then ends the others
+        _send(Question(None, ()), device)
+        raise
+    else:
+        _send(Question(None, ()), device)
+    finally:
+        _crew.pop()
+
+
+@contextmanager
+def opened(artifact: Artifact, device: str) -> Iterator[Loaded[Any]]:
+    """Open a model; the other processes, if some follow, can be asked about it until the block ends."""
+    with artifact.open(device) as loaded:
+        if not _crew:
+            yield loaded
+            return
+        crew = _crew[-1]
+        crew.opened.append(loaded)
+        try:
+            yield loaded
+        finally:
+            crew.opened.remove(loaded)
+            if crew.asked:
+                _send(Question(None, (artifact,)), device)
+
+
+def count() -> int:
+    """The number of processes that have answered the questions since they follow; 1 if the first did so alone."""
+    return processes.count() if _crew and _crew[-1].asked else 1
+
+
+def answers(
+    work: Callable[..., Mapping[int, Found]], modules: Sequence[object], device: str, *arguments: object
+) -> list[Found]:
+    """The answers of `work` in the order of their numbers, each process having computed a share.
+
+    Modules that the others cannot open, because no artifact was `opened` as them, are asked by this process alone.
+    """
+    crew = _crew[-1] if _crew else None
+    of = [next((m.artifact for m in crew.opened if m.module is module), None) for module in modules] if crew else []
+    known = tuple(artifact for artifact in of if artifact)
+    if not crew or len(known) < len(modules):
+        found: dict[int, Found] = dict(work(*modules, device, Share(), *arguments))
+        return [found[i] for i in sorted(found)]
+    crew.asked = True
+    _send(Question(work, known, arguments), device)
+    error: Exception | None = None
+    own: Mapping[int, Found] = {}
+    try:
+        own = work(*modules, device, Share(0, processes.count()), *arguments)
+    except Exception as failed:  # noqa: BLE001 - the others must not wait with their answers for ever
+        error = failed
+    told = _gathered((own, ""), device)
+    if error:
+        raise error
+    for process, (_, why) in enumerate(told):
+        if why:
+            raise LlmqError(f"process {process} of {processes.count()}: {why}")
+    merged = {i: answer for part, _ in told for i, answer in part.items()}
+    return [merged[i] for i in sorted(merged)]
+
+
+def follow(device: str) -> None:
+    """Answer what the first process asks, until it leads no more."""
+    models: list[tuple[Artifact, Loaded[Any], ExitStack]] = []
+    while True:
+        asked = _received(device)
+        if asked.work:
+            _gathered(_answered(asked, models, device), device)
+            continue
+        for artifact, _, held in [m for m in models if not asked.models or m[0] in asked.models]:
+            held.close()
+            models = [m for m in models if m[0] != artifact]
+        if not asked.models:
+            return
+
+
+def _answered(asked: Question, models: list[tuple[Artifact, Loaded[Any], ExitStack]], device: str) -> Told:
+    """This process's share of the answers; models that are not open yet are opened."""
+    assert asked.work
+    try:
+        for artifact in asked.models:
+            if all(artifact != known for known, _, _ in models):
+                held = ExitStack()
+                models.append((artifact, held.enter_context(artifact.open(device)), held))
+        modules = [next(one.module for known, one, _ in models if known == artifact) for artifact in asked.models]
+        share = Share(processes.number(), processes.count())
+        return dict(asked.work(*modules, device, share, *asked.arguments)), ""
+    except Exception as error:  # noqa: BLE001 - of any kind: the first process raises it
+        return {}, one_line(error)
+
+
+@cache
+def _group(device: str) -> Any:
+    """A group of all processes for objects of Python, which gloo sends from main memory whatever the device."""
+    import torch.distributed as dist
+
+    processes.join(device)
+    return dist.new_group(backend="gloo", timeout=processes.PATIENCE)
+
+
+def _send(question: Question, device: str) -> None:
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([question], src=0, group=_group(device))
+
+
+def _received(device: str) -> Question:
+    import torch.distributed as dist
+
+    place: list[Any] = [None]
+    dist.broadcast_object_list(place, src=0, group=_group(device))
+    question: Question = place[0]
+    return question
+
+
+def _gathered(told: Told, device: str) -> list[Told]:
+    """What all processes tell, in the first one; nothing in the others."""
+    import torch.distributed as dist
+
+    every: list[Any] | None = [None] * processes.count() if processes.is_first() else None
+    dist.gather_object(told, every, dst=0, group=_group(device))
+    return every or []
