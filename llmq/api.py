@@ -60,7 +60,8 @@ def run(
     from llmq.runs.folder import fresh
 
     job = load(recipe, overrides, trust_remote_code=trust_remote_code, allow_code=allow_code)
-    processes.check(any(part.in_every_process for part in (*job.steps, *job.evaluate)))
+    shared = [part.in_every_process for parts in (job.steps, job.evaluate) for part in parts]
+    processes.check(any(shared))
     folder = Path(out or Path("runs") / job.name) if resume else fresh(out, job.name)
     pipeline.check_folder(job, folder, resume)
     foretold = planning.before_run(job, folder, force)
