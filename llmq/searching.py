@@ -241,6 +241,7 @@ class Search:
         for name in methods:
             if name not in METHODS:
                 raise UserError(f"--methods {name!r}: some of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
+        self._recipe([{"quantize.gptq": dict(self.settings)}], ())  # wrong settings are told before hours of work
         best: Searched | None = None
         for name in dict.fromkeys(methods):
             method, better = METHODS[name], True
@@ -268,7 +269,7 @@ class Search:
             say(f"search: {in_bytes(found.bytes)} foretold, KL {found.kl:.4f} nats a token")
             steps = [*before, step_of(found, {**self.settings, **method.settings}, method.rounding)]
             folder = out if attempt == 1 else out.with_name(f"{out.name}-{attempt}")
-            done = Searched(self.run(self._recipe(steps), folder), found, self.budget, limit)
+            done = Searched(self.run(self._recipe(steps, self.overrides), folder), found, self.budget, limit)
             size, upper = done.told["bytes_on_disk"], done.upper
             if limit is not None and size is not None and size > limit:
                 raise LlmqError(f"the stage has {size} bytes, and its budget was {limit}; say so to the makers of llmq")
@@ -296,13 +297,13 @@ class Search:
         with partials.scratch() as folder:
             return [entry], step.foretold(dropping.apply(base, folder, context), context), limit
 
-    def _recipe(self, steps: list[JsonObject]) -> "Recipe":
+    def _recipe(self, steps: list[JsonObject], overrides: Sequence[str]) -> "Recipe":
         from llmq import recipe
 
         plain = {"model": dict(self.model), "steps": steps, "evaluate": self.tasks, "seed": self.seed}
         source = recipe.Source("search", plain)
         recipe.check_shape(source)
-        for override in self.overrides:
+        for override in overrides:
             recipe.apply_override(source, override)
         job = recipe.parse(source, "search")
         if lost := {"tasks.size", "tasks.divergence"} - {task.word for task in job.evaluate}:

@@ -203,6 +203,12 @@ def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_p
     assert "no setting of it fits" in planning.plan(job).misfits[0].cure
 
 
+def test_a_grid_that_a_layer_forbids_is_refused_by_a_plan_too(tiny_llama):
+    job = job_of({"causal_lm": {"weights": str(tiny_llama)}}, {"quantize.rtn": {"group_size": 128}})
+    with pytest.raises(UserError, match="is not divisible by 128; 64 and 32 are"):
+        planning.plan(job)
+
+
 def test_a_resumed_run_needs_no_disk_for_the_stages_that_it_has(tiny_llama, tmp_path):
     job = job_of({"causal_lm": {"weights": str(tiny_llama)}}, {"prune.magnitude": {"sparsity": 0.5}}, "quantize.bnb")
     (tmp_path / "1-prune.magnitude").mkdir()

@@ -281,11 +281,12 @@ def test_a_suite_that_measures_no_divergence_is_refused_before_anything_runs(bas
     def run(recipe, folder):
         pytest.fail("it ran")
 
-    asked = searching.Search(
-        run, {"causal_lm": {"weights": str(base.weights)}}, Budget("0.6x"), {}, ["size"], 0, tmp_path
-    )
+    model = {"causal_lm": {"weights": str(base.weights)}}
+    asked = searching.Search(run, model, Budget("0.6x"), {}, ["size"], 0, tmp_path)
     with pytest.raises(UserError, match=r"a search asks tasks.divergence, which are not among"):
-        asked._recipe([{"quantize.gptq": {}}])
+        asked.best(["gptq"])
+    with pytest.raises(UserError, match=r"dtype: 'foo' of models.causal_lm is wrong"):
+        llmq.search(base.weights, size="0.6x", dtype="foo", out=tmp_path / "r")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from llmq.matrix.grid import Quantized, round_to_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Linear
 
 GROUP_SIZES = (128, 64, 32)  # the cures that an error offers
 
@@ -34,9 +33,8 @@ class Grid(BaseModel):
         return self.bits >= 4 if self.sym is None else self.sym
 
 
-def check_shape(name: str, layer: "Linear", grid: Grid) -> None:
+def check_shape(name: str, outputs: int, inputs: int, grid: Grid) -> None:
     """Raise `UserError` if the shape of a layer forbids the grid; the error names settings that the shape allows."""
-    inputs, outputs = layer.in_features, layer.out_features
     if grid.group_size > 0 and inputs % grid.group_size:
         can = [size for size in GROUP_SIZES if inputs % size == 0]
         cure = f"{' and '.join(map(str, can))} {'are' if len(can) > 1 else 'is'}" if can else "-1 takes the whole row"

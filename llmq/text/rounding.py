@@ -43,7 +43,8 @@ class GridStep(Grid, Step[LanguageModel]):
         if not grids:
             raise UserError("modules: skips every layer; leave one to quantize")
         for name, its in grids.items():
-            check_shape(name, source.linear(name), its)
+            layer = source.linear(name)
+            check_shape(name, layer.out_features, layer.in_features, its)
         return grids
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
@@ -57,6 +58,8 @@ class GridStep(Grid, Step[LanguageModel]):
         linears = [part.name.removesuffix(".weight") for part in source.linears]
         grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
         grids = settings_of(linears, head, grid, self.modules)
+        for name, its in grids.items():
+            check_shape(name, *names[name].shape, its)
         packed = {names[name].name: gptq(names[name], its.bits, its.group_size) for name, its in grids.items()}
         made = source.with_parts(packed)
         if head in grids and source.head not in {part.name for part in source.parts if part.role == "head"}:

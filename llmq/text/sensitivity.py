@@ -195,7 +195,8 @@ def table_of(base: Artifact[LanguageModel], step: Calibrating, seed: int, device
 
 def _fits(source: Skeleton, name: str, grid: Grid) -> bool:
     try:
-        check_shape(name, source.linear(name), grid)
+        layer = source.linear(name)
+        check_shape(name, layer.out_features, layer.in_features, grid)
     except UserError:
         return False
     return True
