@@ -59,7 +59,8 @@ class GridStep(Grid, Step[LanguageModel]):
         grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
         grids = settings_of(linears, head, grid, self.modules)
         for name, its in grids.items():
-            check_shape(name, *names[name].shape, its)
+            outputs, inputs = names[name].shape
+            check_shape(name, outputs, inputs, its)
         packed = {names[name].name: gptq(names[name], its.bits, its.group_size) for name, its in grids.items()}
         made = source.with_parts(packed)
         if head in grids and source.head not in {part.name for part in source.parts if part.role == "head"}:
