@@ -1,9 +1,5 @@
 """What training_arguments ask for is in force, or is refused in one line."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import apply, base_of
@@ -135,34 +131,3 @@ def test_every_argument_of_transformers_has_one_answer():
     for name in known - set(in_force.LOOKS):
         with pytest.raises(UserError, match="has no effect"):
             in_force.check_names({name: 1}, {}, frozenset())
-
-
-SHARDED = """
-import sys
-from helpers import CPU, apply, base_of
-from pathlib import Path
-from llmq.errors import UserError
-from llmq import processes
-processes.wait("cpu")
-try:
-    apply("adapt.lora", base_of(Path(sys.argv[1])), Path(sys.argv[3]), data=sys.argv[2], r=4, max_length=64,
-          max_steps=1, training_arguments={"fsdp": "full_shard"})
-except UserError as error:
-    print("REFUSED", error, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_sharding_that_does_not_happen_on_processors_is_refused(tiny_llama, tiny_jsonl, tmp_path):
-    """Two processes really run: transformers takes `fsdp`, and trains plain data parallelism over gloo."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    made = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631", str(script),
-         str(tiny_llama), str(tiny_jsonl), str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), "tests"]), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    refused = [line for line in made.stdout.splitlines() if "REFUSED" in line]
-    assert len(refused) == 2, made.stdout + made.stderr
-    assert all("fsdp" in line for line in refused)

@@ -1,9 +1,11 @@
 """Several processes for one run: who goes first, and who waits."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,29 @@ def test_accelerate_really_starts_one_process_for_two_on_processors(tmp_path):
     assert "started one" in launched.stderr, launched.stderr
     assert launched.returncode != 0
     assert not (tmp_path / "run").exists()
+
+
+def documented():
+    """The configuration files of accelerate in docs/scaling.md, by name."""
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"```yaml\n# (\S+) +accelerate launch[^\n]*\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "zero2.yaml"])
+def test_accelerate_reads_the_documented_configurations(name, tmp_path):
+    """accelerate refuses a setting that it does not know; those of an engine it hands on."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    file = tmp_path / name
+    file.write_text(documented()[name])
+    read = load_config_from_file(str(file))
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    engine = {**read.fsdp_config, **read.deepspeed_config} if name != "ddp.yaml" else {}
+    assert bool(engine) == (name != "ddp.yaml")
+    # The launcher reads the settings of an engine as its own options, and drops others.
+    assert all(key in known or f"deepspeed_{key}" in known for key in engine), engine.keys() - known.keys()
+    assert read.num_processes == 2
 
 
 MEETING = """

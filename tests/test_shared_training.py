@@ -25,6 +25,7 @@ for name, recipe in json.loads(open(sys.argv[1]).read()).items():
         print("ENDED", name, ended.code, flush=True)
 """
 PORT = 29640
+NAMES = ("lora", "sharded", "qlora", "full", "scales", "rtn")
 
 
 def launched(*command, port=PORT, processes=2):
@@ -46,8 +47,14 @@ def recipes(folder, data, accumulation):
         "data": str(data), "samples": 8, "length": 32, "max_steps": 4, "held_out_rows": 2, "eval_steps": 2,
         "per_device_train_batch_size": accumulation,  # it accumulates nothing
     }  # fmt: skip
+    arguments = {"logging_steps": 1, **({"fsdp": "full_shard"} if accumulation == 1 else {})}  # of several processes
     steps = {
         "lora": [{"adapt.lora": {**train, "r": 4}}],
+        "sharded": [{"adapt.lora": {**train, "r": 4, "training_arguments": arguments}}],
+        "qlora": [
+            {"quantize.bnb": {"compute_dtype": "float32"}},
+            {"adapt.lora": {**train, "r": 4, "training_arguments": arguments}},
+        ],
         "full": [{"adapt.full": {**train, "learning_rate": 1e-4}}],
         "scales": [{"quantize.rtn": {"bits": 2, "group_size": 32}}, {"adapt.scales": scales}],
     }
@@ -71,20 +78,18 @@ def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
     (place / "recipes.json").write_text(json.dumps(recipes(tiny_llama, tiny_jsonl, 1)))
     made = launched(place / "script.py", place / "recipes.json", place / "two")
     assert made.returncode == 0, made.stdout + made.stderr
-    assert made.stdout.count("ENDED") == 4, made.stdout  # the second process ends without a report, each time
+    assert made.stdout.count("ENDED") == 6, made.stdout  # the second process ends without a report, each time
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, recipe in recipes(tiny_llama, tiny_jsonl, 2).items():
         llmq.run(recipe, out=place / "one" / name, cache=False)
     torch.set_num_threads(threads)
-    return {
-        name: [Report.read(place / of / name) for of in ("two", "one")] for name in ("lora", "full", "scales", "rtn")
-    }
+    return {name: [Report.read(place / of / name) for of in ("two", "one")] for name in NAMES}
 
 
-@pytest.mark.parametrize("word", ["lora", "full", "scales"])
-def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, word):
-    two, one = (report.stages[-1]["notes"]["training"] for report in runs[word])
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, name):
+    two, one = (report.stages[-1]["notes"]["training"] for report in runs[name])
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["tokens"] == one["tokens"]
     for curve in ("loss", "held_out_loss"):
@@ -93,7 +98,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, wor
         assert [value for _, value in two[curve]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)  # told to 4 digits
     figures = [
         {(m["stage"], m["metric"]): m["value"] for m in report.measurements if m["task"] == "perplexity"}
-        for report in runs[word]
+        for report in runs[name]
     ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
     assert figures[0]
@@ -109,3 +114,10 @@ def test_two_processes_answer_to_the_bit_what_one_does(runs):
     assert [s["asked"]["processes"] for s in one.stages] == [1, 1]
     told = dict(facts(two, rows(two))["Stages"])
     assert all(text.endswith("answered by 2 processes") for text in told.values()), told
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("lora", 1, 1), ("sharded", 0.5, 0.51), ("qlora", 0.5, 0.95)])
+def test_fsdp_really_shares_weights_out_over_processors(runs, name, least, most):
+    """The weights of a float model, all of them; of a packed one those that are no bytes."""
+    notes = runs[name][0].stages[-1]["notes"]["training"]
+    assert least <= notes.get("share_of_weights_held", 1) <= most

@@ -1,8 +1,7 @@
 """The arguments that a recipe gives to transformers' `Trainer`, compared with the prepared trainer.
 
-Libraries drop arguments that they cannot follow, without a message: `fsdp` on processors trains plain data parallelism,
-and most optimizers read no `optim_args`. So each argument that a recipe may set has a check of the prepared trainer in
-`LOOKS`, and an argument without a check is refused.
+Libraries drop arguments that they cannot follow, without a message: most optimizers read no `optim_args`. So each
+argument that a recipe may set has a check of the prepared trainer in `LOOKS`, and an argument without one is refused.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from llmq.finite import advice, check_gradients, check_loss, check_weights
 from llmq.text.examples import IGNORED, Collator, Tokens
 from llmq.text.fast_path import FastPath
 from llmq.text.in_force import check_in_force
+from llmq.text.sharding import let_processors_shard, share_held
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +54,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.seconds = 0.0
         """Seconds of training up to that checkpoint."""
         self.began = 0.0
+        self.held: dict[str, float] = {}
+        """The note on the share of the weights that this process holds."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with let_processors_shard(self.args):
+            super().create_accelerator_and_postprocess()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: object, **kwargs: object) -> Tensor:
         tokens, segments = inputs.pop("tokens"), inputs.pop("segments")  # ours: the model takes no such inputs
@@ -175,6 +182,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: object, **__: object) -> None:
         check_in_force(self.trainer, self.asked)
+        self.trainer.held = share_held(self.trainer.model)
         self.trainer.go_on()
         state = self.trainer.state
         self.bar = terminal.Bar("training", state.max_steps, start=state.global_step)
@@ -274,6 +282,7 @@ def trained(
 
     return trainer, {
         "processes": processes.count(),
+        **trainer.held,
         "steps": steps,
         **skipped,
         "tokens": tokens,
