@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from llmq import plugin
 from llmq.errors import LlmqError
 from llmq.openvino_runtime import GRAPH, core, openvino, write_graph
+from llmq.tasks.size import bytes_in_memory, dense_weights
 from llmq.types import Context
 from llmq.vision import exported
 from llmq.vision.exported import ExportedModule
@@ -293,3 +295,32 @@ def test_a_signal_can_be_handled_after_graphs_were_closed(folder):
     ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
     mapped = ((int(start, 16), int(end, 16)) for start, end in ranges)
     assert not size or any(start <= address and address + size <= end for start, end in mapped)
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("i4", False), ("u4", True), ("u8", True), ("i8", False), ("i8", True)])
+def test_codes_count_as_the_weights_that_they_stand_for(kind, zero, tmp_path):
+    """Not their scales and zero points: 8 x 16 weights, of which those that equal the zero are zero."""
+    from openvino import Model, Tensor, Type, opset13
+
+    codes = np.arange(8 * 16, dtype=np.uint8).reshape(8, 16) % 7
+    dtype = {"i4": Type.i4, "u4": Type.u4, "u8": Type.u8, "i8": Type.i8}[kind]
+
+    def constant(numbers):
+        packed = numbers.reshape(-1, 2) if kind[1:] == "4" else None
+        held = numbers if packed is None else (packed[:, 0] | packed[:, 1] << 4).astype(np.uint8)
+        made = Tensor(dtype, list(numbers.shape))
+        made.data.view(np.uint8).reshape(-1)[:] = held.reshape(-1)
+        return opset13.constant(made, shared_memory=False)
+
+    weight = opset13.convert(constant(codes), "f32")
+    if zero:
+        weight = opset13.subtract(weight, opset13.convert(constant(np.full((8, 1), 3, np.uint8)), "f32"))
+    weight = opset13.multiply(weight, opset13.convert(opset13.constant(np.ones((8, 1), np.float16)), "f32"))
+    given = opset13.parameter([-1, 16], np.float32)
+    write_graph(Model([opset13.matmul(given, weight, False, True)], [given], "coded"), tmp_path / GRAPH)
+    module = ExportedModule(tmp_path)
+    ((values, bits),) = dense_weights(module)
+    nothing = 3 * zero
+    assert (values.numel(), bits, int(values.count_nonzero())) == (128, int(kind[1:]), int((codes != nothing).sum()))
+    assert bytes_in_memory(module) == 128 * bits // 8 + 16 + zero * 8 * bits // 8
+    assert torch.allclose(module(torch.eye(16)), (torch.from_numpy(codes).float() - 3 * zero).t())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
+from llmq.graph_weights import BITS, CODES, StoredWeight, coding_of, kind_of
 from llmq.openvino_runtime import GRAPH, core, last_line, openvino, options
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ third faster than a graph for all shapes, and takes a fifth of a second to compi
 class ExportedModule(nn.Module):
     """The graph in a folder's `model.xml`: one float tensor in, a tensor or a tuple of tensors out.
 
-    The graph is compiled for each shape of input and each number of torch's threads. Weights are parameters; scales and
-    zero points are buffers. Both lie in the memory of the graph: do not write to them.
+    The graph is compiled for each shape of input and each number of torch's threads. Weights are parameters, or modules
+    where they are codes; scales and zero points are buffers. All lie in the memory of the graph: do not write to them.
     """
 
     def __init__(self, graph: Path | Model):
@@ -39,9 +40,17 @@ class ExportedModule(nn.Module):
         precision = self.options["INFERENCE_PRECISION_HINT"]
         self.precision = PRECISIONS.get(precision, precision)
         self.compiled: OrderedDict[tuple[tuple[int, ...], int], _Compiled] = OrderedDict()
-        tensors = [(_as_tensor(constant), is_weight) for constant, is_weight in constants(self.graph)]
-        self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t, is_weight in tensors if is_weight)
-        for i, tensor in enumerate(t for t, is_weight in tensors if not is_weight):
+        weights = [constant for constant, is_weight in constants(self.graph) if is_weight]
+        coded, plain = [], []
+        for constant in weights:
+            zero, _ = coding_of(constant)
+            if zero is not None or kind_of(constant) in CODES:
+                coded.append(StoredWeight(constant, zero, []))
+            else:
+                plain.append(nn.Parameter(_as_tensor(constant), requires_grad=False))
+        self.codes, self.weights = nn.ModuleList(coded), nn.ParameterList(plain)
+        others = (_as_tensor(constant) for constant, is_weight in constants(self.graph) if not is_weight)
+        for i, tensor in enumerate(others):
             self.register_buffer(f"constant_{i}", tensor)
         self.eval()
 
@@ -135,9 +144,8 @@ def constants(graph: Model) -> Iterator[tuple[Node, bool]]:
     """Every constant of a graph, and True for a weight: a factor or summand, not a scale, zero point or range."""
     for constant in graph.get_ordered_ops():
         if constant.get_type_name() == "Constant":
-            kind = constant.get_element_type().get_type_name()
             coding = any(_is_coding(user, constant) for user in users(constant))
-            yield constant, kind in ("f32", "f16", "i8") and not coding
+            yield constant, kind_of(constant) in BITS and not coding
 
 
 def _is_coding(user: Node, constant: Node) -> bool:
@@ -149,6 +157,8 @@ def _is_coding(user: Node, constant: Node) -> bool:
     if user.get_type_name() not in ("Multiply", "Subtract"):
         return False
     others = [v.get_source_output().get_node() for v in user.inputs()]
+    if user.get_type_name() == "Subtract":
+        others = others[:1]
     return any(o != constant and _is_unpacked(o) for o in others)  # (integers - zero point) * scale
 
 
@@ -157,7 +167,7 @@ def _is_unpacked(operation: Node) -> bool:
     if operation.get_type_name() == "Subtract":
         return _is_unpacked(operation.input_value(0).get_node())  # less the zero point
     stored = operation.input_value(0).get_node() if operation.get_type_name() == "Convert" else None
-    return stored is not None and stored.get_element_type().get_type_name() in ("i8", "u8")
+    return stored is not None and (kind := kind_of(stored)) in BITS and kind[0] in "iu"
 
 
 def users(operation: Node) -> list[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
 from llmq.files import LAYERS, bytes_of, write_json
+from llmq.graph_weights import kind_of
 from llmq.guarded.weights import weight_files
 from llmq.openvino_runtime import DEVICE, GRAPH, PRECISION, core, openvino, quietly, write_graph
 from llmq.types import Step
@@ -208,5 +210,5 @@ def judged(
 
 def _changed_share(graph: Graph) -> float:
     """The share of a graph's weights that is stored in fewer bits than float32 has."""
-    sizes = [(c.get_element_type().get_type_name(), c.data.size) for c, is_weight in constants(graph) if is_weight]
+    sizes = [(kind_of(c), math.prod(c.get_output_shape(0))) for c, is_weight in constants(graph) if is_weight]
     return float(sum(size for kind, size in sizes if kind != "f32") / sum(size for _, size in sizes))

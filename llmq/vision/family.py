@@ -312,7 +312,7 @@ class ImageModel(Model):
 
         module.eval().to(memory_format=torch.contiguous_format)  # the order in files, on which sums depend
         with torch.inference_mode():
-            answers = module(self.example(2).to(next(module.parameters()).device))
+            answers = module(self.example(2).to(next(module.parameters(), torch.empty(0)).device))
         return [t.cpu() for t in as_tuple(answers)]
 
     def clocks(self, loaded: Loaded, workload: Workload) -> Iterable[Clock]:

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmq import resident
 from llmq.environment import library_version
 from llmq.errors import LlmqError, UserError
+from llmq.graph_weights import stored_weights
 from llmq.guarded.graphs import check_graph
 from llmq.openvino_runtime import EXACT, PRECISIONS, core, last_line, openvino
-from llmq.text.graph.constants import stored_weights
 from llmq.text.graph.pages import PLACE, Pages, to_pages, without_head
 
 if TYPE_CHECKING:

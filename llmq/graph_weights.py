@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 """Bits of a stored weight, by OpenVINO's names of dtypes."""
+CODES = ("u4", "i4", "u8", "bf16")
+"""Dtypes of weights that numpy does not hold number by number, or that count from a zero."""
 
 
 class StoredWeight(nn.Module):
@@ -23,7 +25,7 @@ class StoredWeight(nn.Module):
     def __init__(self, constant: Node, zero: Node | None, coding: list[Node]):
         super().__init__()
         self.constant, self.zero = constant, zero
-        self.bits = BITS[_kind(constant)]
+        self.bits = BITS[kind_of(constant)]
         self.bytes_as_opened = sum(int(node.get_byte_size()) for node in (constant, *coding))
 
     def stored(self) -> Tensor:
@@ -34,11 +36,11 @@ class StoredWeight(nn.Module):
 
 def stored_weights(graph: Graph) -> Iterator[StoredWeight]:
     """Every weight of a graph: the constants of several floats, and the packed ones."""
-    constants = [n for n in graph.get_ordered_ops() if n.get_type_name() == "Constant" and _kind(n) in BITS]
+    constants = [n for n in graph.get_ordered_ops() if n.get_type_name() == "Constant" and kind_of(n) in BITS]
     found = {}
     coding: set[str] = set()
     for node in constants:
-        zero, scale = _coding(node)
+        zero, scale = coding_of(node)
         if scale is not None:
             found[node.get_name()] = (zero, [each for each in (zero, scale) if each is not None])
             coding |= {each.get_name() for each in found[node.get_name()][1]}
@@ -47,9 +49,9 @@ def stored_weights(graph: Graph) -> Iterator[StoredWeight]:
             yield StoredWeight(node, *found.get(node.get_name(), (None, [])))
 
 
-def _coding(constant: Node) -> tuple[Node | None, Node | None]:
+def coding_of(constant: Node) -> tuple[Node | None, Node | None]:
     """The zeros and the scales of packed numbers, as they are decoded: (Convert - zeros) * scales."""
-    if _kind(constant)[0] not in "ui":
+    if kind_of(constant)[0] not in "ui":
         return None, None
     zero = None
     node = _reader(constant, "Convert")
@@ -70,13 +72,14 @@ def _constant(node: Node) -> Node | None:
     return node if node.get_type_name() == "Constant" else None
 
 
-def _kind(constant: Node) -> str:
+def kind_of(constant: Node) -> str:
+    """OpenVINO's name of a constant's dtype."""
     return str(constant.get_element_type().get_type_name())
 
 
 def _numbers(constant: Node) -> Tensor:
     """The numbers of a constant, each in an element of its own."""
-    kind, shape = _kind(constant), list(constant.get_output_shape(0))
+    kind, shape = kind_of(constant), list(constant.get_output_shape(0))
     if kind not in ("u4", "i4"):
         data = constant.get_data() if kind != "bf16" else constant.get_data(dtype=np.float32)
         return torch.from_numpy(np.array(data, dtype=np.int16 if kind in ("u8", "i8") else None))
