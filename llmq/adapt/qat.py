@@ -52,7 +52,7 @@ class Qat(Taught):
 
         source = as_images(before)
         assert source.model
-        made = as_graph(source, self.bits, activations=True)
+        made = as_graph(source, 8, activations=True)  # an upper bound for 4 bits: some layers stay in float
         return made, self.work(before, self._own(source.model)).plus(exporting(source, made, self.samples))
 
     def _own(self, model: ImageModel) -> Training:
