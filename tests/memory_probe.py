@@ -1,6 +1,6 @@
-"""Peak memory of quantize.gptq on the model in a folder, above that of the process with everything imported, in MiB.
+"""Peak memory of a step on the model in a folder, above that of the process with everything imported, in MiB.
 
-python tests/memory_probe.py WARM_UP_MODEL MODEL SAMPLES LENGTH
+python tests/memory_probe.py STEP WARM_UP_MODEL MODEL SAMPLES LENGTH
 """
 
 import json
@@ -18,21 +18,23 @@ from llmq.environment import release_memory
 
 
 def resident() -> float:
-    """Resident memory in MiB."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    """Resident memory in MiB, without pages of files, which the system takes back when it needs them."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024
 
 
 def main() -> None:
     """Print the peak, and the parts that it is measured against, as JSON."""
-    warm_up, folder, samples, length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    step, warm_up, folder, samples, length = sys.argv[1], *map(Path, sys.argv[2:4]), *map(int, sys.argv[4:])
+    calibrated = step != "quantize.rtn"
     environment.prepare("cpu", 0, 2)
     with tempfile.TemporaryDirectory() as out:
         # To cut a long text into tokens takes more than all that follows, and would hide it.
         text = Path(out) / "text.jsonl"
         text.write_text('{"text": "one two three four five six seven eight nine ten"}\n' * (samples * length // 10))
-        apply("quantize.gptq", base_of(Path(warm_up)), Path(out) / "warm-up", samples=1, length=64, group_size=32)
+        small = {"samples": 1, "length": 64} if calibrated else {}
+        apply(step, base_of(warm_up), Path(out) / "warm-up", group_size=32, **small)
         base = base_of(folder)
         release_memory("cpu")
         before = peak = resident()
@@ -46,7 +48,8 @@ def main() -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        apply("quantize.gptq", base, Path(out) / "quantized", samples=samples, length=length, data=str(text))
+        whole = {"samples": samples, "length": length, "data": str(text)} if calibrated else {}
+        apply(step, base, Path(out) / "quantized", **whole)
         done = True
         watcher.join()
     source = base.model.skeleton(base, "cpu")

@@ -41,9 +41,12 @@ def test_processes_that_were_asked_for_and_not_started_are_an_error(started, ask
         processes.check(shares=True)
 
 
-def test_processes_that_would_only_wait_are_an_error(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("image", [False, True])
+def test_processes_that_would_only_wait_are_an_error(image, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     plain = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": [{"quantize.rtn": {"group_size": 32}}]}
+    if image:
+        plain = {"model": "dcgan", "steps": [{"adapt.train": {"data": "digits"}}], "evaluate": ["size"]}
     with pytest.raises(UserError, match="2 processes were started, and no step and no task here shares"):
         llmq.run(plain, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
