@@ -97,7 +97,7 @@ def opened(artifact: Artifact, device: str) -> Iterator[Loaded[Any]]:
         finally:
             crew.opened.remove(loaded)
             if crew.asked:
-                _send(Question(None, (artifact,)), device)
+                _send(Question(None, (artifact,)), crew.device)
 
 
 def count() -> int:
@@ -110,7 +110,8 @@ def answers(
 ) -> list[Found]:
     """The answers of `work` in the order of their numbers, each process having computed a share.
 
-    Modules that the others cannot open, because no artifact was `opened` as them, are asked by this process alone.
+    `device` is that of the last module, which may be another than that of the run. Modules that the others cannot open,
+    because no artifact was `opened` as them, are asked by this process alone.
     """
     crew = _crew[-1] if _crew else None
     of = [next((m.artifact for m in crew.opened if m.module is module), None) for module in modules] if crew else []
@@ -119,20 +120,22 @@ def answers(
         found: dict[int, Found] = dict(work(*modules, device, Share(), *arguments))
         return [found[i] for i in sorted(found)]
     crew.asked = True
-    _send(Question(work, known, arguments), device)
+    _send(Question(work, known, arguments), crew.device)
     error: Exception | None = None
     own: Mapping[int, Found] = {}
     try:
         own = work(*modules, device, Share(0, processes.count()), *arguments)
     except Exception as failed:  # noqa: BLE001 - the others must not wait with their answers for ever
         error = failed
-    told = _gathered((own, ""), device)
+    told = _gathered((own, ""), crew.device)
     if error:
         raise error
     for process, (_, why) in enumerate(told):
         if why:
             raise LlmqError(f"process {process} of {processes.count()}: {why}")
     merged = {i: answer for part, _ in told for i, answer in part.items()}
+    if sorted(i for part, _ in told for i in part) != list(range(len(merged))):
+        raise LlmqError(f"{processes.count()} processes shared the questions out unlike one another; start one process")
     return [merged[i] for i in sorted(merged)]
 
 
@@ -159,9 +162,9 @@ def _answered(asked: Question, models: list[tuple[Artifact, Loaded[Any], ExitSta
             if all(artifact != known for known, _, _ in models):
                 held = ExitStack()
                 models.append((artifact, held.enter_context(artifact.open(device)), held))
-        modules = [next(one.module for known, one, _ in models if known == artifact) for artifact in asked.models]
+        loaded = [next(one for known, one, _ in models if known == artifact) for artifact in asked.models]
         share = Share(processes.number(), processes.count())
-        return dict(asked.work(*modules, device, share, *asked.arguments)), ""
+        return dict(asked.work(*(one.module for one in loaded), loaded[-1].device, share, *asked.arguments)), ""
     except Exception as error:  # noqa: BLE001 - of any kind: the first process raises it
         return {}, one_line(error)
 

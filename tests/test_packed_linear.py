@@ -1,5 +1,6 @@
 """The packed linear layer against the matrix that its file stands for, on the fast product and off it."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from llmq.matrix import native, unpacking
 from llmq.matrix import packed_linear as gptq_linear
 from llmq.matrix.gptq_format import to_tensors
 from llmq.matrix.grid import Quantized, round_to_nearest
-from llmq.matrix.packed_linear import PackedLinear, by_operations, in_one_pass, most_rows
+from llmq.matrix.packed_linear import PackedLinear, by_operations, in_one_pass, most_rows, unpacked
 from llmq.matrix.unpacking import compiled
 
 GROUPS = [(96, 32), (96, -1), (256, 128), (576, 64), (576, -1)]
@@ -209,6 +210,24 @@ def test_nothing_packed_gets_a_gradient():
 def test_one_pass_gives_the_bits_of_the_operations(bits, sym, outputs):
     planes = layer_of(quantized(256, outputs, bits, 64, sym))._planes()
     assert torch.equal(in_one_pass(planes), by_operations(planes))
+
+
+@fast
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_whose_scale_is_zero_are_zero(bits):
+    """Other makers write such scales for rows that are zero; the other rows have zeros beside the middle."""
+    made = quantized(128, 64, bits, 64, False)
+    made.scales[:, ::3] = 0
+    planes = layer_of(made)._planes()
+    assert torch.equal(by_operations(planes).t(), made.weight().bfloat16())
+    assert torch.equal(unpacked(planes), by_operations(planes))
+
+
+@pytest.mark.skipif(compiled() is None, reason="needs a C compiler")
+def test_a_compiler_may_have_arguments_and_the_cache_a_space(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "a place"))
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -g0")
+    assert native.library.__wrapped__("unpack") is not None
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "true"])

@@ -16,18 +16,33 @@ def doubled(module, device, share, numbers):
     return {i: module * numbers[i] for i in share.of(range(len(numbers)))}
 
 
+def placed(module, device, share, count):
+    """Work that answers with the device that it is given."""
+    return {i: device for i in share.of(range(count))}
+
+
+def unlike(module, device, share):
+    """Work that one process does as if it were alone."""
+    return dict.fromkeys(range(3), 0) if share.process else {0: 0}
+
+
 @pytest.fixture
 def two(monkeypatch):
     """Two processes in one: what the first sends is answered as the second would, before anything is gathered."""
     sent, models = [], []
 
     def gathered(told, device):
+        assert device == together._crew[-1].device
         with monkeypatch.context() as second:
             second.setenv("RANK", "1")
             return [told, together._answered(sent[-1], models, device)]
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(together, "_send", lambda question, device: sent.append(question))
+    def send(question, device):
+        assert device == together._crew[-1].device, "the processes meet by the device of the run alone"
+        sent.append(question)
+
+    monkeypatch.setattr(together, "_send", send)
     monkeypatch.setattr(together, "_gathered", gathered)
     return sent
 
@@ -39,7 +54,7 @@ class Three:
         from contextlib import nullcontext
         from types import SimpleNamespace
 
-        return nullcontext(SimpleNamespace(module=3, artifact=self))
+        return nullcontext(SimpleNamespace(module=3, artifact=self, device="cpu"))
 
 
 @pytest.mark.parametrize("of", [1, 2, 5])
@@ -71,6 +86,17 @@ def test_what_fails_in_another_process_is_raised_in_the_first(two):
         with pytest.raises(AssertionError):
             together.answers(doubled, [loaded.module], "cpu", [13, 1])
         assert together.answers(doubled, [loaded.module], "cpu", [1, 1]) == [3, 3]
+
+
+def test_a_model_that_lies_elsewhere_is_asked_where_it_lies(two):
+    """A graph of OpenVINO runs on the processor, and a group of its own would wait for the others for ever."""
+    with together.leading("cuda:0"), together.opened(Three(), "cuda:0") as loaded:
+        assert together.answers(placed, [loaded.module], loaded.device, 4) == ["cpu"] * 4
+
+
+def test_shares_that_do_not_fit_together_are_no_answers(two):
+    with together.leading("cpu"), together.opened(Three(), "cpu") as loaded, pytest.raises(LlmqError, match="unlike"):
+        together.answers(unlike, [loaded.module], "cpu")
 
 
 def test_alone_nobody_is_asked():

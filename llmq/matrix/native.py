@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from functools import cache
@@ -21,10 +22,11 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of `name`.c beside this file; None where they cannot be compiled or loaded."""
-    compiler, source = os.environ.get("CC") or shutil.which("cc"), Path(__file__).with_name(f"{name}.c")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")  # CC may have arguments: gcc -m64
+    source = Path(__file__).with_name(f"{name}.c")
+    if not compiler:
         return None
-    digest = hashlib.sha256(source.read_bytes() + _processor() + compiler.encode()).hexdigest()
+    digest = hashlib.sha256(source.read_bytes() + _processor() + repr([compiler, FLAGS]).encode()).hexdigest()
     place = files.cache("compiled", digest[:24])
     try:
         files.make_whole(place, lambda folder: _compile(compiler, source, folder), shared=True)
@@ -33,12 +35,12 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
-def _compile(compiler: str, source: Path, folder: Path) -> None:
+def _compile(compiler: list[str], source: Path, folder: Path) -> None:
     made, linked = (str(folder / f"{source.stem}.{ending}") for ending in ("o", "so"))
     # Linked without OpenMP: PyTorch's own is there, and a second one would have threads of its own.
     for command in (
-        [compiler, *FLAGS, "-c", str(source), "-o", made],
-        [compiler, "-shared", made, "-o", linked, "-lm"],
+        [*compiler, *FLAGS, "-c", str(source), "-o", made],
+        [*compiler, "-shared", made, "-o", linked, "-lm"],
     ):
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 

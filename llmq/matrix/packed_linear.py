@@ -187,7 +187,7 @@ def by_operations(planes: list[Plane]) -> Tensor:
     scales, shifts = (each.contiguous() for each in last.scales.unbind(-1))  # or the product takes four times as long
     grouped = made.view(len(scales), last.group, last.outputs)  # (groups, inputs of a group, outputs)
     if last.shifted:
-        grouped += (shifts.float() / scales.float()).round().unsqueeze(1)
+        grouped += (shifts.float() / scales.float()).nan_to_num().round().unsqueeze(1)  # 0 / 0 where all weights are 0
     grouped *= scales.unsqueeze(1)
     return made
 
