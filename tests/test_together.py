@@ -18,7 +18,7 @@ def doubled(module, device, share, numbers):
 
 def placed(module, device, share, count):
     """Work that answers with the device that it is given."""
-    return {i: device for i in share.of(range(count))}
+    return dict.fromkeys(share.of(range(count)), device)
 
 
 def unlike(module, device, share):
@@ -38,6 +38,7 @@ def two(monkeypatch):
             return [told, together._answered(sent[-1], models, device)]
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+
     def send(question, device):
         assert device == together._crew[-1].device, "the processes meet by the device of the run alone"
         sent.append(question)
