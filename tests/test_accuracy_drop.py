@@ -1,12 +1,14 @@
 """quantize.int8 with `accuracy_drop`: our own figure and paired interval decide; layers go back to float."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llmq import plugin
 from llmq.artifact import Artifact
@@ -17,6 +19,7 @@ from llmq.types import Context, Samples
 from llmq.vision import apart
 from llmq.vision.accuracy_control import METRICS, Judge, Ran, precision
 from llmq.vision.average_precision import THRESHOLDS, Match, mean_average_precision
+from llmq.vision.degrade import Disturbance
 from llmq.vision.detector import Detections
 from llmq.vision.exporting import export
 from llmq.vision.images import Example
@@ -121,7 +124,7 @@ def test_the_precision_that_decides_is_that_of_the_report():
     ("settings", "told"),
     [
         ({"accuracy_drop": {"map": 0.01}}, "'map' is no metric of a classifier; top1"),
-        ({"accuracy_drop": {"top1": "1pt"}, "samples": 2000}, "all training images of data.digits calibrate"),
+        ({"accuracy_drop": {"top1": "1pt"}, "samples": 2000}, "0 training images of data.digits, without those"),
     ],
 )
 def test_what_cannot_decide_is_said_before_anything_runs(settings, told):
@@ -187,3 +190,37 @@ def test_layers_go_back_to_float_until_the_interval_lies_within_the_bound(spoilt
     assert told["back_to_float"]
     assert told["bytes_more"] > 0
     assert math.isfinite(told["float_before"]["top1"])
+
+
+def judging(entry: Any, **settings: Any) -> dict[str, Any]:
+    step = plugin.build({"quantize.int8": {"accuracy_drop": {"top1": "1pt"}, **settings}})
+    return step._judging(Artifact(plugin.build(entry, "models").resolved(), None), 3)
+
+
+def test_images_that_calibrate_judge_nothing_where_both_settings_name_the_same_data():
+    told = judging(RESNET, data="digits", accuracy_data={"digits": {}})
+    n = len(plugin.build("digits", "data").read().train)
+    calibrate = set(np.random.default_rng(3).permutation(n)[:100].tolist())
+    assert len(told["rows"]) == n - 100
+    assert not calibrate & set(told["rows"])
+    assert "without those that calibrated" in told["what"]
+
+
+def test_no_drop_is_told_from_a_handful_of_images_nor_from_images_without_labels(tmp_path):
+    with pytest.raises(UserError, match=r"7 training images of data\.digits.*no drop is told from fewer than 8"):
+        judging(RESNET, data="digits", accuracy_samples=7)
+    for i in range(9):
+        Image.fromarray(np.full((32, 32), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    bare = {"image_folder": {"path": str(tmp_path), "labels": False, "channels": 1}}
+    with pytest.raises(UserError, match=r"the images of data\.image_folder have no labels, and no drop is told"):
+        judging(RESNET, data="digits", accuracy_data=bare)
+
+
+def test_a_scanned_pair_judges_as_it_calibrates():
+    rock = {"rock": {"scale": 2, "size": 96, "train_slices": 9}}
+    pair = plugin.build(rock, "data").read().train[0]
+    noisy = replace(pair, disturbance=Disturbance(noise=(9, 9), blur=(0, 0)))
+    seen = noisy.seen(np.random.default_rng([0, 1]))
+    assert np.array_equal(seen.image, noisy.drawn(np.random.default_rng([0, 1])))
+    assert seen.disturbance is None
+    assert np.array_equal(seen.high, pair.high)

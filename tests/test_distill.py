@@ -1,6 +1,8 @@
 """adapt.distill for classifiers, detectors and super-resolution, adapt.qat, and the distances behind both."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from llmq import plugin, recipe
@@ -29,6 +32,7 @@ RESNET = {
     }
 }
 FCOS = {"torchvision_detector": {"size": 64}}
+TWO_STAGES = {"torchvision_detector": {"architecture": "faster_rcnn", "size": 64}}
 EDSR = {"edsr": {"n_feats": 8, "n_resblocks": 1, "scale": 2}}
 DATA = {
     "classifier": "digits",
@@ -80,6 +84,54 @@ def test_maps_of_attention_compare_layers_of_other_widths():
         ours.away(theirs)
     with pytest.raises(UserError, match="the network has no layer 'conv'"):
         Maps(narrow, ["conv"])
+
+
+def test_queries_in_another_order_are_no_distance():
+    torch.manual_seed(0)
+    answers = torch.randn(2, 6, 3), torch.rand(2, 6, 4)  # classes and boxes of six queries
+    order = torch.randperm(6)
+    learner, teacher = (Said([t[:, rows] for t in answers]) for rows in (order, torch.arange(6)))
+
+    def apart(unordered: bool) -> float:
+        (found,) = Lessons(SimpleNamespace(unordered=unordered), teacher, "l2").learners(learner)
+        return float(found.loss({"images": torch.zeros(2)}))
+
+    assert apart(unordered=True) == 0
+    assert apart(unordered=False) > 0.5
+
+
+class Said(nn.Module):
+    """A network with one answer."""
+
+    def __init__(self, answers: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.answers = tuple(answers)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.answers
+
+
+def test_images_without_labels_are_shown_to_both(tmp_path):
+    bare = {"image_folder": {"path": str(folder_of_images(tmp_path)), "labels": False, "channels": 1}}
+    artifact, split = model_of(RESNET), plugin.build(bare, "data").read()
+    step = plugin.build({"adapt.qat": {"data": bare, "held_out_examples": 0}})
+    step.check_base(artifact)
+    batch = Lessons(artifact.model, nn.Identity(), "kl").batch(split.train[:3], np.random.default_rng(0), "none", None)
+    assert batch["images"].shape == (3, 1, 32, 32)
+    with pytest.raises(UserError, match="held-out examples have no labels to watch the training"):
+        plugin.build({"adapt.qat": {"data": bare}}).check_base(artifact)
+    settings = {"data": bare, "held_out_examples": 0, "teacher": str(tmp_path), "label_weight": 0.5}
+    with pytest.raises(UserError, match="has no label to learn from"):
+        plugin.build({"adapt.distill": settings}).check_base(artifact)
+
+
+def folder_of_images(folder: Path) -> Path:
+    for part, n in (("train", 4), ("val", 2)):
+        (folder / "images" / part).mkdir(parents=True)
+        for i in range(n):
+            image = np.full((32, 32), 30 * i + n, np.uint8)
+            Image.fromarray(image).save(folder / "images" / part / f"{i}.png")
+    return folder / "images"
 
 
 @pytest.mark.parametrize("entry", [RESNET, FCOS, EDSR])
@@ -145,18 +197,41 @@ def test_a_teacher_that_sees_or_answers_otherwise_is_refused():
             check_alike(teacher, artifact.model, loaded.module, split.train)
 
 
+def test_a_teacher_of_other_classes_is_refused():
+    def named(*labels: str) -> Artifact:
+        its = {**RESNET["timm_classifier"], "classes": 3, "label_names": labels}
+        return model_of({"timm_classifier": its})
+
+    ours = named("cat", "dog", "horse")
+    for labels, told in (
+        (("cat", "horse", "dog"), "output 1 of the teacher is 'horse', and that of the network 'dog'"),
+        (("ant", "bee", "fly"), "output 0 of the teacher is 'ant'"),
+        (("Cat", "dog", "pony"), None),  # another word
+    ):
+        with named(*labels).open("cpu") as teacher, ours.open("cpu") as loaded:
+            refused = pytest.raises(UserError, match=told) if told else nullcontext()
+            with refused:
+                check_alike(teacher, ours.model, loaded.module, [])
+
+
 @pytest.mark.parametrize(
     ("entry", "settings", "told"),
     [
         (RESNET, {"data": "digits"}, "random weights, and so nothing to teach; set model.weights, or name a teacher"),
         (RESNET, {"teacher": "1-adapt.train"}, "it needs 'data' to be shown"),
+        (TWO_STAGES, {"teacher": "1-adapt.train", "data": DATA["detector"]}, "those of two networks are no pairs"),
+        (
+            FCOS,
+            {"teacher": "1-adapt.train", "data": DATA["detector"], "crop": 24},
+            "a detector learns from whole images",
+        ),
         (EDSR, {"teacher": "1-adapt.train", "loss": "kl"}, "kl compares the classes of a classifier"),
         ({"dcgan": {}}, {"data": "digits"}, "a gan is taught on latents that it draws"),
     ],
 )
 def test_what_cannot_teach_is_said_before_anything_runs(entry, settings, told):
     with pytest.raises(UserError, match=told):
-        plugin.build({"adapt.distill": settings}).check_base(Artifact(plugin.build(entry, "models"), None))
+        plugin.build({"adapt.distill": settings}).check_base(Artifact(plugin.build(entry, "models").resolved(), None))
 
 
 def test_a_recipe_names_a_stage_that_is_there_before_the_step(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, apply
+from PIL import Image
 from torch import Tensor, nn
 
 from llmq import plugin
@@ -421,3 +422,22 @@ def test_boxes_that_the_graph_selects_are_taken_as_they_are_and_not_quantized(tm
         assert sorted(made.labels) == sorted((labels - 1).tolist())
     with pytest.raises(UserError, match="answers with as many rows as it finds"):
         apply("quantize.float16", stage, tmp_path / "f16")
+
+
+@pytest.mark.slow
+def test_int8_of_a_graph_for_one_image_is_written_as_onnx(tmp_path):
+    class Wide(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = Wide(nn.Conv2d(3, 64, 3, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 2), nn.ReLU(), nn.Conv2d(64, 5, 1))
+    stage = opened(write(network, tmp_path / "net.onnx", (1, 3, 64, 64), batch=False), is_a="classifier")
+    for i, image in enumerate(some_images(*[(64, 64)] * 8)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    data = {"image_folder": {"path": str(tmp_path / "images"), "labels": False, "held_out": 0.2}}
+    int8 = apply("quantize.int8", stage, tmp_path / "int8", data=data, fast_bias_correction=True)
+    notes = apply("export.onnx", int8, tmp_path / "onnx").notes
+    assert notes["batch_size"] == 1
+    assert notes["largest_error_of_a_layer_in_steps"] <= 1

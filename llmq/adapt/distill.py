@@ -49,7 +49,7 @@ class Distill(Taught):
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
         """Raise `UserError` for a base with random weights that is to teach, and for data that does not fit."""
-        self.check_taught(base)
+        self.check_taught(base, self.label_weight)
         if self.teacher == "base" and base.model.weights is None:
             raise UserError(
                 "the base has random weights, and so nothing to teach; set model.weights, or name a teacher: a stage "

@@ -1,6 +1,7 @@
 """Writes an image model as one ONNX file, which ONNX Runtime opens to the same outputs.
 
-Float networks stay float32, for any batch size, and any height and width where the family takes any. A stage of
+Float networks stay float32, for any batch size, and any height and width where the family takes any; Faster R-CNN, and
+a graph that somebody exported for one image, take one image at a time, which the stage notes. A stage of
 `quantize.int8` keeps its int8 weights and its ranges as QuantizeLinear and DequantizeLinear; int8 weights of
 `quantize.dynamic` and float16 weights of `quantize.float16` stay as they are stored, and are computed in float32.
 """

@@ -35,7 +35,7 @@ class HfClassifier(HuggingFaceModel, Classifier):
         return self.class_count()
 
     def names(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(reversed(label.split(", "))) for label in self.labels())
+        return tuple(tuple(reversed(label.split(", "))) for label in self.told_labels())
 
     def with_new_head(self, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
         return with_new_head(state, self.network(), self.outputs)

@@ -57,8 +57,7 @@ class HfDetector(HuggingFaceModel, Detector):
         return QUERIES if (self.config or {}).get("model_type") in TWO_STAGES else ()
 
     def class_names(self) -> tuple[str, ...]:
-        labels = self.labels()
-        return () if all(name == f"LABEL_{i}" for i, name in enumerate(labels)) else tuple(labels)
+        return tuple(self.told_labels())
 
     def with_new_head(self, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
         own = self.network().state_dict()

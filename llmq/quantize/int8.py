@@ -117,26 +117,35 @@ class Int8(Step[ImageModel]):
     def _judging(self, artifact: Artifact[ImageModel], seed: int) -> "JsonObject":
         """The model, the data and the images that tell the drop, as another process needs them.
 
-        They are training images, so that the held-out ones of a report stay unseen. Raises `UserError` without any.
+        They are training images that calibrate nothing, so that the held-out ones of a report stay unseen. Raises
+        `UserError` for images without labels, and for so few that nothing is told.
         """
         import numpy as np
 
         from llmq.plugin import entry
+        from llmq.statistics.estimates import FEWEST
 
         data: Any = self.accuracy_data or self.data
         if data is None:
             raise UserError("accuracy_drop needs accuracy_data, images with labels that tell the drop")
-        split = data.read()
+        split, calibrates = data.read(), self._split()
         artifact.model.check_split(split)
+        if split.shape == "image":
+            raise UserError(f"accuracy_drop: the images of {data.word} have no labels, and no drop is told from them")
         order = np.random.default_rng(seed).permutation(len(split.train))  # as `calibration` draws them
-        rows = order[0 if self.accuracy_data is not None else self.samples :][: self.accuracy_samples].tolist()
-        if not rows:
-            raise UserError(f"all training images of {data.word} calibrate, and none is left to tell the drop")
-        used = "" if self.accuracy_data is not None else ", without those that calibrated"
+        shared = calibrates is not None and calibrates.sha256 == split.sha256
+        rows = order[self.samples if shared else 0 :][: self.accuracy_samples].tolist()
+        used = ", without those that calibrated" if shared else ""
+        if len(rows) < FEWEST:
+            raise UserError(
+                f"accuracy_drop: {len(rows)} training images of {data.word}{used}, and no drop is told from fewer than "
+                f"{FEWEST}; take fewer samples, more accuracy_samples, or other accuracy_data"
+            )
         return {
             "model": {artifact.model.word: artifact.model.model_dump(mode="json")},
             "data": entry(data, whole=True),
             "rows": rows,
+            "seed": seed,
             "what": f"{len(rows)} training images of {data.word}{used}, sha256 {split.sha256[:12]}",
         }
 
@@ -168,6 +177,8 @@ class Int8(Step[ImageModel]):
 
         `judging` is what `_judging` says. The graph carries the account, which `told_by` reads.
         """
+        import numpy as np
+
         from llmq import plugin
         from llmq.openvino_runtime import core, quietly
         from llmq.vision.accuracy_control import ANSWER, Judge, rounded_layers
@@ -177,7 +188,8 @@ class Int8(Step[ImageModel]):
         model: Any = plugin.build(judging["model"])
         data: Any = plugin.build(judging["data"])
         train = model.numbered(data.read()).train
-        judge = Judge(model, self.accuracy_drop or {}, [train[row] for row in judging["rows"]])
+        examples = [train[row].seen(np.random.default_rng([judging["seed"], row])) for row in judging["rows"]]
+        judge = Judge(model, self.accuracy_drop or {}, examples)
         advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))
         for i, output in enumerate(graph.outputs):  # NNCF looks outputs up by name, and these may have none
             output.get_tensor().set_names({f"output_{i}"})

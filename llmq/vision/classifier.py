@@ -32,10 +32,6 @@ class Classifier(ImageModel):
         """The number of logits."""
         raise NotImplementedError
 
-    def names(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each output, the plainest last; empty if the outputs have no names."""
-        return ()
-
     def check_split(self, split: Split) -> None:
         self.check_images(split)
         if split.shape == "image/label" and len(split.classes) != self.outputs:
@@ -57,6 +53,10 @@ class Classifier(ImageModel):
                 f"none of them named {split.classes[0]!r}; name data of its classes, or images without (labels: false)"
             )
         return list(range(self.outputs)) if numbers is None else numbers
+
+    def not_watchable(self, examples: Sequence[Example]) -> str:
+        lacks = any(example.label is None for example in examples)
+        return f"the first {len(examples)} held-out examples have no labels" if lacks else ""
 
     def outputs_of(self, split: Split) -> Mapping[int, str]:
         return {} if numbers_of(split.classes, self.names()) else dict(enumerate(split.classes))

@@ -63,6 +63,9 @@ class Detector(ImageModel):
         """The names of the labels; empty if the weights name none."""
         return ()
 
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in self.class_names())
+
     def fit(self, images: "Images", targets: "Targets | None" = None) -> "Fitted":
         """Scale uint8 images `(h, w, 3)` to the square input.
 
@@ -111,7 +114,7 @@ class Detector(ImageModel):
 
         Raises `UserError` where the weights name only some of the classes.
         """
-        return numbers_of(split.classes, [(name,) for name in self.class_names()])
+        return numbers_of(split.classes, self.names())
 
     def outputs_of(self, split: Split) -> Mapping[int, str]:
         return {} if self.places(split) else dict(enumerate(split.classes))

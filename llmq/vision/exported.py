@@ -64,7 +64,7 @@ class ExportedModule(nn.Module):
 
     def _outputs(self, held: Tensor) -> list[Tensor]:
         """The outputs; a graph for one image, as somebody exported it, gets one image at a time."""
-        if len(held) == 1 or self.graph.input(0).partial_shape[0].is_dynamic:
+        if len(held) == 1 or not is_for_one(self.graph):
             return self._for(tuple(held.shape))(held)
         each = [self._for(tuple(one.shape))(one) for one in torch.split(held, 1)]
         return [torch.cat(parts) for parts in zip(*each, strict=True)]
@@ -93,6 +93,11 @@ class ExportedModule(nn.Module):
                 ) from None
         self.compiled.move_to_end(key)
         return self.compiled[key]
+
+
+def is_for_one(graph: Model) -> bool:
+    """True for a graph that takes one image at a time."""
+    return bool(graph.input(0).partial_shape[0].is_static)
 
 
 class _Compiled:

@@ -249,6 +249,10 @@ class ImageModel(Model):
         if self.shapes:
             the_shape(split, " or ".join(sorted(self.shapes)), self.word)
 
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each output, the plainest last; empty if the outputs have no names."""
+        return ()
+
     def numbered(self, split: Split) -> Split:
         """The split with labels numbered as the network numbers them."""
         return split

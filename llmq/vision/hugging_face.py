@@ -97,6 +97,11 @@ class HuggingFaceModel(ImageModel):
         labels = self.configuration().id2label
         return [str(labels[i]) for i in sorted(labels)]
 
+    def told_labels(self) -> list[str]:
+        """The labels; none where transformers has numbered the outputs itself."""
+        labels = self.labels()
+        return [] if all(name == f"LABEL_{i}" for i, name in enumerate(labels)) else labels
+
     def network(self) -> "Module":
         import transformers
 

@@ -52,6 +52,10 @@ class Example:
         """The image as training sees it once."""
         return self.disturbance.of(self.image, rng) if self.disturbance else self.image
 
+    def seen(self, rng: Generator) -> Example:
+        """The example with its image as training sees it once."""
+        return replace(self, image=self.drawn(rng), disturbance=None)
+
 
 @dataclass(frozen=True)
 class Lazily(Sequence[Example]):

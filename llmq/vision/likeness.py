@@ -64,5 +64,5 @@ def in_order_of(truth: Sequence[Tensor], changed: Sequence[Tensor]) -> tuple[Ten
     )
     distances = torch.cdist(rows.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.nan_to_num(1e9, 1e9)  # (images, rows, rows); `judged` refuses values that are not finite
-    orders = [torch.from_numpy(linear_sum_assignment(each.numpy())[1]) for each in distances]
+    orders = [torch.from_numpy(linear_sum_assignment(each.cpu().numpy())[1]) for each in distances]
     return tuple(torch.stack([t[i, order] for i, order in enumerate(orders)]) for t in changed)

@@ -55,11 +55,20 @@ class Taught(Step[ImageModel]):
         """The settings of the training, those of this step over `own`."""
         return own.set_by(self, artifact, context).lasting(self.max_steps, WARMUP)
 
-    def check_taught(self, base: Artifact[ImageModel]) -> None:
+    def check_taught(self, base: Artifact[ImageModel], label_weight: float = 0.0) -> None:
         """Raise `UserError` for data that this network cannot be shown, and for a distance that does not suit it."""
+        import numpy as np
+
+        from llmq.vision.teaching import unlabelled
+
         model = base.model
         if self.distance_of(model.kind) == "kl" and model.kind != "classifier":
             raise UserError(f"loss: kl compares the classes of a classifier, and this is a {model.kind}; take l1 or l2")
+        if model.two_stages:
+            raise UserError(
+                f"{model.title} answers with the objects that it finds, and those of two networks are no pairs; take a "
+                "detector of one stage, such as fcos"
+            )
         if model.kind == "gan":
             if self.data is not None:
                 raise UserError("a gan is taught on latents that it draws; leave 'data' out")
@@ -70,6 +79,8 @@ class Taught(Step[ImageModel]):
         model.check_split(split)
         if not len(split.train):
             raise UserError(f"the training part of {self.data.word} is empty; hold less out")
+        first = model.numbered(split).train[:1]
+        model.batch(first if label_weight else unlabelled(first), np.random.default_rng(0), "none", self.crop)
         if len(watched := split.held_out[: self.held_out_examples]) and (lacks := model.not_watchable(watched)):
             raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
 

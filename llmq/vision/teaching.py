@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from llmq.artifact import Artifact
 from llmq.errors import UserError, did_you_mean
 from llmq.types import Context, Loaded
 from llmq.vision.family import Batch, ImageModel, Learner, as_tuple
+from llmq.vision.likeness import in_order_of
 
 if TYPE_CHECKING:
     from llmq.vision.images import Example
@@ -48,8 +49,10 @@ class Lessons:
 
         def away(batch: Batch) -> Tensor:
             x = batch[next(name for name in INPUTS if name in batch)]
-            wanted = self.wanted(x)
-            total = self.distance(as_tuple(network(x)), wanted)
+            wanted, made = self.wanted(x), as_tuple(network(x))
+            if self.model.unordered:  # queries of one number may look for other objects
+                wanted = in_order_of([t.detach().float() for t in made], wanted)
+            total = self.distance(made, wanted)
             if own is not None:
                 total = (1 - self.label_weight) * total + self.label_weight * own(batch)
             return total + self.feature_weight * maps[0].away(maps[1]) if self.features else total
@@ -82,12 +85,18 @@ class Lessons:
         return functional.kl_div(q, p, reduction="batchmean", log_target=True) * self.temperature**2
 
     def batch(self, examples: Sequence[Any], rng: np.random.Generator, augment: str, crop: int | None) -> Batch:
-        batch: Batch = self.model.batch(examples, rng, augment, crop)
+        shown = examples if self.label_weight else unlabelled(examples)
+        batch: Batch = self.model.batch(shown, rng, augment, crop)
         return batch
 
     def validate_on(self, loaded: Loaded, examples: Sequence[Any]) -> tuple[str, float]:
         figure: tuple[str, float] = self.model.validate_on(loaded, examples)
         return figure
+
+
+def unlabelled(examples: Sequence[Example]) -> list[Example]:
+    """Examples of which no label is read: images without labels are as good."""
+    return [replace(each, label=0) for each in examples]
 
 
 class FromLatents(Lessons):
@@ -165,7 +174,7 @@ def teacher_of(name: str, artifact: Artifact[Any], folder: Path, context: Contex
 
 
 def check_alike(teacher: Loaded[Any], model: ImageModel, network: Module, examples: Sequence[Example]) -> None:
-    """Raise `UserError` for a teacher that makes other inputs of an image, or outputs of other shapes."""
+    """Raise `UserError` for a teacher that makes other inputs of an image, or other outputs, by shape or by name."""
     if examples and not isinstance(examples, range):
         image = [examples[0].image]
         ours, theirs = model.prepare(image), teacher.artifact.model.prepare(image)
@@ -179,3 +188,16 @@ def check_alike(teacher: Loaded[Any], model: ImageModel, network: Module, exampl
         shapes = [[list(t.shape) for t in as_tuple(net(x))] for net in (network.eval(), teacher.module)]
     if shapes[0] != shapes[1]:
         raise UserError(f"the teacher answers with {shapes[1]} for one input, and the network with {shapes[0]}")
+    _check_classes(model.names(), teacher.artifact.model.names())
+
+
+def _check_classes(names: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> None:
+    """Raise `UserError` for outputs that two networks name otherwise. A class may have other words, but one place."""
+    ours, theirs = ([{name.lower() for name in called} for called in side] for side in (names, others))
+    alike = [bool(a & b) for a, b in zip(ours, theirs, strict=False)]
+    for i, same in enumerate(alike):
+        if not same and (not any(alike) or any(ours[i] & its for its in theirs)):
+            raise UserError(
+                f"output {i} of the teacher is {others[i][-1]!r}, and that of the network {names[i][-1]!r}: a teacher "
+                "tells the same classes in the same order"
+            )

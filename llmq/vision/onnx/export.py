@@ -13,7 +13,7 @@ from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError
 from llmq.openvino_runtime import DEVICE, PRECISION, quietly
-from llmq.vision.exported import ExportedModule
+from llmq.vision.exported import ExportedModule, is_for_one
 from llmq.vision.exporting import export, outputs
 from llmq.vision.onnx.layerwise import ROUNDING, most_steps
 from llmq.vision.onnx.library import FILE, OPSET, onnx
@@ -45,6 +45,7 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
     try:
         with artifact.open("cpu") as loaded:
             module, model = loaded.module, artifact.model
+            alone = model.two_stages or (isinstance(module, ExportedModule) and is_for_one(module.graph))
             rounded = isinstance(module, ExportedModule) and any(map(_rounds, module.graph.get_ops()))
             if rounded:
                 facts = _compared_rounded(model, module, folder)
@@ -62,6 +63,7 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
         "onnxruntime": library_version("onnxruntime"),
         "device": DEVICE,
         "compute_dtype": "float32",
+        "batch_size": 1 if alone else "any",
         "activations": "int8 (QDQ)" if rounded else "float32",
         **{name: float(f"{error:.2g}") for name, error in facts.items()},
     }
@@ -120,7 +122,8 @@ def _compared_rounded(model: ImageModel, module: ExportedModule, folder: Path) -
 
 def _layer_by_layer(model: ImageModel, graph: Graph, floats: Graph, made: OnnxModule) -> dict[str, float]:
     """The most steps by which a layer is off, and the error after the last. Raises `LlmqError` beyond one step."""
-    worst = [most_steps(graph, floats, made, x) for x in probes(model)]
+    shown = [part for x in probes(model) for part in (x.split(1) if is_for_one(graph) else [x])]
+    worst = [most_steps(graph, floats, made, x) for x in shown]
     steps, tail = max(s for s, _ in worst), max(error for _, error in worst)
     if steps > 1 or not tail <= FLOAT:
         raise LlmqError(
