@@ -122,7 +122,8 @@ def _compared_rounded(model: ImageModel, module: ExportedModule, folder: Path) -
 
 def _layer_by_layer(model: ImageModel, graph: Graph, floats: Graph, made: OnnxModule) -> dict[str, float]:
     """The most steps by which a layer is off, and the error after the last. Raises `LlmqError` beyond one step."""
-    shown = [part for x in probes(model) for part in (x.split(1) if is_for_one(graph) else [x])]
+    parts = 1 if is_for_one(graph) else 2
+    shown = [part for x in probes(model) for part in torch.split(x, parts)]
     worst = [most_steps(graph, floats, made, x) for x in shown]
     steps, tail = max(s for s, _ in worst), max(error for _, error in worst)
     if steps > 1 or not tail <= FLOAT:
