@@ -250,10 +250,11 @@ def search(
     keeps the zero in the middle of the grids, for kernels that read no others. The foretold costs are kept in the
     cache, and serve every budget.
     """
-    from llmq import budget, searching
+    from llmq import budget, processes, searching
     from llmq.overrides import in_order
     from llmq.runs.folder import fresh
 
+    processes.check_alone("a search")
     trust.given(trust_remote_code)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
@@ -275,8 +276,9 @@ def sweep(file: Target, *, out: Target | None = None, trust_remote_code: bool = 
     Each run is a process of its own; finished ones are skipped, failed ones tried once more. Runs that begin with the
     same base and steps make those once. Returns the runs with their figures, the Pareto front and the best.
     """
-    from llmq import sweeping
+    from llmq import processes, sweeping
 
+    processes.check_alone("a sweep")
     trust.given(trust_remote_code)
     asked = sweeping.load(Path(file))
     return sweeping.sweep(asked, Path(out or Path("runs") / Path(file).stem))

@@ -41,6 +41,12 @@ def check(shares: bool) -> None:
         )
 
 
+def check_alone(what: str) -> None:
+    """Raise `UserError` where several processes were started for what makes run after run, each led by the first."""
+    if count() > 1:
+        raise UserError(f"{count()} processes were started, and {what} is made by one; start one process")
+
+
 def number() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))

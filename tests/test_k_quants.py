@@ -114,6 +114,9 @@ def test_a_model_is_no_result_yet(tiny_llama, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"is a model; measure it first \(llmq eval .*x\.gguf --out NAME\)"):
         comparisons.targets([str(tmp_path / "x.gguf")])
+    (tmp_path / "run.gguf").mkdir()  # a folder may have any name
+    with pytest.raises(UserError, match="is no run or stage"):
+        comparisons.targets([str(tmp_path / "run.gguf")])
 
 
 def test_a_run_on_a_foreign_file_tells_its_types(tiny_llama, tmp_path, monkeypatch):

@@ -52,6 +52,16 @@ def test_processes_that_would_only_wait_are_an_error(image, tiny_llama, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_run_after_run_is_made_by_one_process(tiny_llama, tmp_path, monkeypatch):
+    """The others end with the first run, and the second would wait for them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, and a search is made by one"):
+        llmq.search(tiny_llama, kl=0.1, out=tmp_path / "search")
+    with pytest.raises(UserError, match="2 processes were started, and a sweep is made by one"):
+        llmq.sweep(tmp_path / "sweep.yaml", out=tmp_path / "sweep")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_accelerate_really_starts_one_process_for_two_on_processors(tmp_path):
     launched = subprocess.run(

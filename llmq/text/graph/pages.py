@@ -144,7 +144,9 @@ class Pages:
             made = self.head(made)
         self.seen = torch.cat([self.seen if self.seen.numel() else new[:, :0], new], 1)
         if bool((wanted >= 0).all()):
-            return torch.from_numpy(made.reshape(rows, kept, -1).copy())
+            whole = made.reshape(rows, kept, -1)
+            # OpenVINO writes its next logits over these; those of a head are new.
+            return torch.from_numpy(whole.copy() if self.head is None else whole)
         logits = torch.zeros(rows, kept, made.shape[-1])
         logits[wanted >= 0] = torch.from_numpy(made[:, 0])
         return logits
