@@ -15,6 +15,7 @@ from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.quantize.int8 import told_by
 from llmq.statistics.compare import paired_intervals
+from llmq.statistics.figures import stretches
 from llmq.types import Context, Samples
 from llmq.vision import apart
 from llmq.vision.accuracy_control import METRICS, Judge, Ran, precision
@@ -224,3 +225,23 @@ def test_a_scanned_pair_judges_as_it_calibrates():
     assert np.array_equal(seen.image, noisy.drawn(np.random.default_rng([0, 1])))
     assert seen.disturbance is None
     assert np.array_equal(seen.high, pair.high)
+
+
+def test_neighbouring_slices_widen_the_interval_of_a_drop():
+    """Slices of a volume err alike: each stretch of neighbours counts once."""
+    rng = np.random.default_rng(0)
+    drops = np.repeat(rng.normal(0, 1, 8), 8) + rng.normal(0, 0.1, 64)  # dB, alike within a stretch
+    dbs = iter([np.full(64, 30.0), 30.0 - drops] * 2)
+    model = SimpleNamespace(kind="super-resolution", prepare=None)
+
+    def width(clusters: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> float:
+        told = {"psnr": lambda model, loaded, examples: Samples(tuple(map(float, next(dbs))))}
+        monkeypatch.setitem(METRICS, "super-resolution", told)
+        judge = Judge(model, {"psnr": 0.1}, examples(64), clusters)
+        judge.base = judge._samples(Ran(Compiled()))
+        low, high = judge.drops(Ran(Compiled()))["psnr"]["ci95"]
+        return high - low
+
+    with pytest.MonkeyPatch.context() as patch:
+        alone = width(None, patch)
+        assert width(stretches(64), patch) > 2 * alone

@@ -181,15 +181,19 @@ class Int8(Step[ImageModel]):
 
         from llmq import plugin
         from llmq.openvino_runtime import core, quietly
+        from llmq.statistics.figures import stretches
         from llmq.vision.accuracy_control import ANSWER, Judge, rounded_layers
         from llmq.vision.exporting import nncf
 
         library = nncf()
         model: Any = plugin.build(judging["model"])
         data: Any = plugin.build(judging["data"])
-        train = model.numbered(data.read()).train
-        examples = [train[row].seen(np.random.default_rng([judging["seed"], row])) for row in judging["rows"]]
-        judge = Judge(model, self.accuracy_drop or {}, examples)
+        split = model.numbered(data.read())
+        train, rows = split.train, judging["rows"]
+        stretch = stretches(len(train)) if split.neighbours else None
+        examples = [train[row].seen(np.random.default_rng([judging["seed"], row])) for row in rows]
+        clusters = tuple(stretch[row] for row in rows) if stretch else None
+        judge = Judge(model, self.accuracy_drop or {}, examples, clusters)
         advanced = library.AdvancedQuantizationParameters(overflow_fix=library.OverflowFix(self.overflow_fix))
         for i, output in enumerate(graph.outputs):  # NNCF looks outputs up by name, and these may have none
             output.get_tensor().set_names({f"output_{i}"})

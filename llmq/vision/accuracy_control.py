@@ -7,7 +7,7 @@ layers back to float until the interval lies within the bound.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +110,8 @@ class Judge:
     model: Any
     bounds: Mapping[str, float]
     examples: Sequence[Example]
+    clusters: tuple[int, ...] | None = None
+    """The stretch of neighbouring slices that each example lies in, as slices of one volume are alike."""
     base: dict[str, Samples] | None = None
     first: JsonObject = field(default_factory=dict)
     """The drops of the graph with every layer quantized."""
@@ -145,7 +147,8 @@ class Judge:
     def _samples(self, module: Ran) -> dict[str, Samples]:
         loaded: Loaded[Any] = Loaded(module, self.model.prepare, "cpu", Artifact(self.model, Path()))
         metrics = METRICS[self.model.kind]
-        return {name: metrics[name](self.model, loaded, self.examples) for name in self.bounds}
+        found = {name: metrics[name](self.model, loaded, self.examples) for name in self.bounds}
+        return {name: replace(samples, clusters=self.clusters) for name, samples in found.items()}
 
     def _check_enough(self) -> None:
         """Raise `UserError` where not even an equal graph would show a drop within the bound."""
@@ -175,6 +178,7 @@ class Judge:
         return {
             "bound": dict(self.bounds),
             "images": len(self.examples),
+            **({"stretches_of_neighbours": len(set(self.clusters))} if self.clusters else {}),
             "float_before": {name: float(figure(samples)[0]) for name, samples in (self.base or {}).items()},
             "drop_before": self.first,
             "drop_after": after,
