@@ -47,6 +47,11 @@ def check_alone(what: str) -> None:
         raise UserError(f"{count()} processes were started, and {what} is made by one; start one process")
 
 
+def sharding() -> str:
+    """The engine by which accelerate's configuration shares weights out among processes, or an empty string."""
+    return next((e for e in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{e.upper()}") == "true"), "")
+
+
 def number() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))

@@ -89,3 +89,12 @@ def test_the_gradient_is_that_of_plain_cross_entropy(tiny_llama, tiny_jsonl, tmp
 def test_sharded_weights_are_refused():
     with pytest.raises(UserError, match="fsdp shares weights out"):
         plugin.build({"adapt.full": {"data": "pydoc", "training_arguments": {"fsdp": "full_shard"}}}).check()
+
+
+@pytest.mark.parametrize("word", ["adapt.full", "adapt.scales"])
+def test_weights_that_the_launcher_would_share_out_are_refused(word, monkeypatch):
+    """`accelerate launch --config_file` says so in the environment, and not in the recipe."""
+    plugin.build({word: {"data": "pydoc"}}).check()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=f"accelerate's fsdp shares weights out; adapt.lora trains so, {word} not"):
+        plugin.build({word: {"data": "pydoc"}}).check()

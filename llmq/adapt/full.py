@@ -44,6 +44,8 @@ class Full(Tuning):
         super().check()
         if shared := [name for name in SHARDED if self.training_arguments.get(name)]:
             raise UserError(f"training_arguments: {shared[0]} shares weights out; adapt.lora trains so, adapt.full not")
+        if engine := processes.sharding():
+            raise UserError(f"accelerate's {engine} shares weights out; adapt.lora trains so, adapt.full not")
 
     def space(self, artifact: Artifact[LanguageModel]) -> int:
         """The bytes of the weights, and in float32 of weights and two moments in each checkpoint."""

@@ -45,6 +45,11 @@ class Scales(Windowed):
     held_out_rows: int = Field(4, ge=0, description="windows for the held-out loss while training; 0: none")
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
 
+    def check(self) -> None:
+        super().check()
+        if engine := processes.sharding():
+            raise UserError(f"accelerate's {engine} shares weights out; adapt.lora trains so, adapt.scales not")
+
     def check_base(self, base: Artifact[LanguageModel]) -> None:
         """Raise `UserError` for a base that is packed itself: the float weights are what teaches."""
         if base.packed:

@@ -5,7 +5,6 @@ A probe of the model itself, not a list of names, tells whether examples reach o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from llmq import processes
 from llmq.environment import forked_random
 from llmq.errors import LlmqError, UserError
 from llmq.text.attention import Segment, disagreement, distance, exchanged, segments_of, why_fixed, within_segments
@@ -86,7 +86,7 @@ class FastPath:
             return "the output head is no plain linear layer"
         if why := why_fixed(self.inner, DROPOUTS):
             return why
-        if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+        if processes.sharding():
             return "the output head is sharded"
         return self._probe()
 
