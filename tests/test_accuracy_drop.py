@@ -139,8 +139,9 @@ def test_points_are_hundredths_and_data_alone_is_refused():
     assert step.accuracy_drop == {"top1": pytest.approx(0.003), "psnr": 0.1}
     with pytest.raises(ValueError, match="greater than 0"):
         plugin.build({"quantize.int8": {"accuracy_drop": {"top1": "-1pt"}}})
-    with pytest.raises(UserError, match="accuracy_data is read for accuracy_drop alone"):
-        plugin.build({"quantize.int8": {"accuracy_data": "digits"}}).check()
+    for name, value in (("accuracy_data", "digits"), ("accuracy_samples", 50)):
+        with pytest.raises(UserError, match=f"{name} is read for accuracy_drop alone"):
+            plugin.build({"quantize.int8": {name: value}}).check()
 
 
 def test_images_that_judge_calibrate_nothing_and_are_of_the_training_part():

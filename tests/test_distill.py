@@ -226,12 +226,19 @@ def test_a_teacher_of_other_classes_is_refused():
             "a detector learns from whole images",
         ),
         (EDSR, {"teacher": "1-adapt.train", "loss": "kl"}, "kl compares the classes of a classifier"),
-        ({"dcgan": {}}, {"data": "digits"}, "a gan is taught on latents that it draws"),
+        ({"dcgan": {}}, {"data": "digits"}, "a gan is taught on latents that it draws; leave 'data' out"),
+        ({"dcgan": {}}, {"augment": "flip"}, "a gan is taught on latents that it draws; leave 'augment' out"),
+        (EDSR, {"teacher": "1-adapt.train", "temperature": 2.0}, "temperature is read by kl alone"),
     ],
 )
 def test_what_cannot_teach_is_said_before_anything_runs(entry, settings, told):
     with pytest.raises(UserError, match=told):
         plugin.build({"adapt.distill": settings}).check_base(Artifact(plugin.build(entry, "models").resolved(), None))
+
+
+def test_a_weight_of_no_features_is_refused():
+    with pytest.raises(UserError, match="feature_weight is read for features alone"):
+        plugin.build({"adapt.qat": {"data": "digits", "feature_weight": 2.0}}).check()
 
 
 def test_a_recipe_names_a_stage_that_is_there_before_the_step(tmp_path):

@@ -71,8 +71,9 @@ class Int8(Step[ImageModel]):
 
     def check(self) -> None:
         super().check()
-        if self.accuracy_data is not None and self.accuracy_drop is None:
-            raise UserError("accuracy_data is read for accuracy_drop alone; set that, or leave it out")
+        for name in ("accuracy_data", "accuracy_samples"):
+            if self.accuracy_drop is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(f"{name} is read for accuracy_drop alone; set that, or leave it out")
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
         self._inputs(base, self._split(), 1, 0)

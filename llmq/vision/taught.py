@@ -20,6 +20,10 @@ DISTANCES: Mapping[str, Literal["kl", "l1", "l2"]] = {"classifier": "kl", "detec
 UNITS = {"kl": "nats an image from the teacher", "l1": "L1 from the teacher", "l2": "L2 from the teacher"}
 
 
+OF_IMAGES = ("data", "augment", "crop", "held_out_examples")
+"""Settings that latents have no use for."""
+
+
 class Taught(Step[ImageModel]):
     writes: ClassVar[float] = 4.0  # the network, and in a checkpoint the network with two moments
     uses: ClassVar[Literal["training", "calibration", "comparison"]] = "training"
@@ -47,6 +51,11 @@ class Taught(Step[ImageModel]):
     save_steps: PositiveInt | None = Field(None, description="steps between checkpoints; a quarter of all if unset")
     seed: int | None = Field(None, ge=0, lt=2**32, description="the run's if unset")
 
+    def check(self) -> None:
+        super().check()
+        if self.feature_weight != 1.0 and not self.features:
+            raise UserError("feature_weight is read for features alone; name layers there, or leave it out")
+
     def distance_of(self, kind: str) -> Literal["kl", "l1", "l2"]:
         """The distance of the outputs for a kind of models."""
         return self.loss or DISTANCES.get(kind, "l1")
@@ -69,9 +78,14 @@ class Taught(Step[ImageModel]):
                 f"{model.title} answers with the objects that it finds, and those of two networks are no pairs; take a "
                 "detector of one stage, such as fcos"
             )
+        if self.temperature != 1.0 and self.distance_of(model.kind) != "kl":
+            raise UserError(
+                f"temperature is read by kl alone, and outputs are compared by {self.distance_of(model.kind)}"
+            )
         if model.kind == "gan":
-            if self.data is not None:
-                raise UserError("a gan is taught on latents that it draws; leave 'data' out")
+            told = (name for name in OF_IMAGES if getattr(self, name) != type(self).model_fields[name].default)
+            if odd := next(told, None):
+                raise UserError(f"a gan is taught on latents that it draws; leave {odd!r} out")
             return
         if self.data is None:
             raise UserError("it needs 'data' to be shown to both networks, such as what the network was trained on")
