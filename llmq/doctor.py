@@ -92,10 +92,13 @@ def _features() -> list[str]:
 
 
 def _unpacking() -> str:
-    from llmq.matrix.unpacking import compiled
+    from llmq.matrix.packed_linear import layout_is_known, one_pass_is_right
 
-    slow = "unpacked by PyTorch's operations; a C compiler (cc) makes prompts of 4-bit layers faster"
-    return slow if compiled() is None else "unpacked in one pass (C, compiled for this processor)"
+    if not layout_is_known():
+        return "unpacked by PyTorch's operations: the int4 product of this processor has another layout"
+    if one_pass_is_right():
+        return "unpacked in one pass (C, compiled for this processor)"
+    return "unpacked by PyTorch's operations: no C compiler (CC, else cc) made the function that makes prompts faster"
 
 
 def _accelerator() -> str:

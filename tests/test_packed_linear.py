@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from llmq import doctor
 from llmq.matrix import native, unpacking
 from llmq.matrix import packed_linear as gptq_linear
 from llmq.matrix.gptq_format import to_tensors
@@ -240,3 +241,10 @@ def test_without_a_compiler_operations_unpack(compiler, monkeypatch, tmp_path):
     made = quantized(128, 64, 4, 64, False)
     assert compiled.__wrapped__() is None
     assert relative(layer_of(made).weight.t(), made.weight().t()) < 0.01
+    assert "unpacked by PyTorch's operations" in doctor._unpacking()
+
+
+def test_doctor_knows_a_processor_with_another_layout(monkeypatch):
+    """There no layer is held in planes, and the function is of no use."""
+    monkeypatch.setattr(gptq_linear, "layout_is_known", lambda: False)
+    assert doctor._unpacking().endswith("has another layout")
