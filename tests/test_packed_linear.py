@@ -229,6 +229,9 @@ def test_a_compiler_may_have_arguments_and_the_cache_a_space(monkeypatch, tmp_pa
     monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "a place"))
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -g0")
     assert native.library.__wrapped__("unpack") is not None
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    assert native.library.__wrapped__("unpack") is not None
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "true"])
@@ -242,6 +245,13 @@ def test_without_a_compiler_operations_unpack(compiler, monkeypatch, tmp_path):
     assert compiled.__wrapped__() is None
     assert relative(layer_of(made).weight.t(), made.weight().t()) < 0.01
     assert "unpacked by PyTorch's operations" in doctor._unpacking()
+    layer, rows = (
+        layer_of(made),
+        torch.randn(40, 128).bfloat16(),
+    )  # more than a processor with bfloat16 multiplies packed
+    without = layer(rows)
+    monkeypatch.undo()
+    assert torch.equal(layer(rows), without)
 
 
 def test_doctor_knows_a_processor_with_another_layout(monkeypatch):

@@ -8,8 +8,10 @@ import os
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -28,11 +30,13 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     digest = hashlib.sha256(source.read_bytes() + _processor() + repr([compiler, FLAGS]).encode()).hexdigest()
     place = files.cache("compiled", digest[:24])
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         files.make_whole(place, lambda folder: _compile(compiler, source, folder), shared=True)
         return ctypes.CDLL(str(place / f"{name}.so"))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with suppress(OSError, subprocess.SubprocessError), TemporaryDirectory() as folder:  # a cache that nobody may write
+        _compile(compiler, source, Path(folder))
+        return ctypes.CDLL(str(Path(folder) / f"{name}.so"))
+    return None
 
 
 def _compile(compiler: list[str], source: Path, folder: Path) -> None:

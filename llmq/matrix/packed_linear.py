@@ -251,8 +251,11 @@ def layout_is_known() -> bool:
 
 @cache
 def most_rows() -> int:
-    """The most rows that go through the packed product; fewer where the rest is unpacked and multiplied quickly."""
-    return ROWS if lacks_bfloat16() or not one_pass_is_right() else ROWS_BESIDE_ONE_PASS
+    """The most rows that go through the packed product; fewer where the rest is unpacked and multiplied quickly.
+
+    The processor alone decides: with a compiler and without one the same products give the same bytes.
+    """
+    return ROWS if lacks_bfloat16() else ROWS_BESIDE_ONE_PASS
 
 
 @cache
