@@ -287,7 +287,7 @@ def _glibc() -> Any:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-def _holes(glibc: Any) -> Iterator[int]:
+def _holes(glibc: ctypes.CDLL) -> Iterator[int]:
     """Take the holes of the heap one by one and touch none of them; what fits in none is mapped, or lies beyond."""
     glibc.malloc_trim(0)
     glibc.malloc.restype = ctypes.c_void_p

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,7 +68,7 @@ class Predictor(BaseModel):
         """True if there is nothing to do without a file."""
         return bool(self.suffixes)
 
-    def check(self, item: Input, model: Any) -> None:
+    def check(self, item: Input, model: object) -> None:
         """Raise `UserError` for a file that cannot be read, or not by this model; called before the model is opened."""
 
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:

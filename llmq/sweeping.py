@@ -30,6 +30,8 @@ from llmq.terminal import say
 from llmq.types import JsonObject, Measurement
 
 if TYPE_CHECKING:
+    import optuna
+
     from llmq.recipe import Recipe
 
 Settings = Mapping[str, Any]
@@ -232,7 +234,7 @@ def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point]
         settings = {**asked.overrides, **{key: _chosen(trial, key, space) for key, space in asked.search.items()}}
         point = _point(asked, settings, out)
 
-        def told(point: Point, trial: Any = trial) -> None:
+        def told(point: Point, trial: "optuna.Trial" = trial) -> None:
             ranked = point.done and not point.unlike
             failed = None if ranked else optuna.trial.TrialState.FAIL
             study.tell(trial, list(point.losses) if ranked else None, state=failed)
@@ -244,7 +246,7 @@ def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point]
         yield point, told
 
 
-def _chosen(trial: Any, key: str, space: Range | tuple[Any, ...]) -> Any:
+def _chosen(trial: "optuna.Trial", key: str, space: Range | tuple[object, ...]) -> object:
     if not isinstance(space, Range):
         return trial.suggest_categorical(key, list(space))
     whole = isinstance(space.low, int) and isinstance(space.high, int)

@@ -41,7 +41,7 @@ class Crew:
     """The processes that answer, as the first one sees them."""
 
     device: str
-    opened: list[Loaded[Any]] = field(default_factory=list)
+    opened: list[Loaded] = field(default_factory=list)
     """The models that the first process has open."""
     asked: bool = False
     """True once the others were asked something."""
@@ -54,9 +54,9 @@ class Question:
     `work(*modules, device, share, *arguments)` returns answers by the number of what was asked about.
     """
 
-    work: Callable[..., Mapping[int, Any]] | None
+    work: Callable[..., Mapping[int, object]] | None
     models: tuple[Artifact, ...]
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[object, ...] = ()
 
 
 Told = tuple[Mapping[int, Any], str]
@@ -84,7 +84,7 @@ def leading(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(artifact: Artifact, device: str) -> Iterator[Loaded[Any]]:
+def opened(artifact: Artifact, device: str) -> Iterator[Loaded]:
     """Open a model; the other processes, if some follow, can be asked about it until the block ends."""
     with artifact.open(device) as loaded:
         if not _crew:
@@ -141,7 +141,7 @@ def answers(
 
 def follow(device: str) -> None:
     """Answer what the first process asks, until it leads no more."""
-    models: list[tuple[Artifact, Loaded[Any], ExitStack]] = []
+    models: list[tuple[Artifact, Loaded, ExitStack]] = []
     while True:
         asked = _received(device)
         if asked.work:
@@ -154,7 +154,7 @@ def follow(device: str) -> None:
             return
 
 
-def _answered(asked: Question, models: list[tuple[Artifact, Loaded[Any], ExitStack]], device: str) -> Told:
+def _answered(asked: Question, models: list[tuple[Artifact, Loaded, ExitStack]], device: str) -> Told:
     """This process's share of the answers; models that are not open yet are opened."""
     assert asked.work
     try:

@@ -5,13 +5,18 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from llmq.report import Report
 
 INK, BASE, STAGES = "#1f2933", "#7b8a97", ("#3b78e7", "#c8701a", "#0f9960", "#a855b5", "#d64545", "#00998c")
 """Ink, and the colours of the base and of stages, which stand out by 3 to 1 from the cards of either theme."""
 
 
-def plain_text() -> Any:
+def plain_text() -> "AbstractContextManager[None]":
     """A context of matplotlib in which `$` in a name begins no formula."""
     import matplotlib
 
@@ -25,7 +30,7 @@ def colours_of(report: "Report") -> dict[str, str]:
     return {name: BASE if i == 0 else STAGES[(i - 1) % len(STAGES)] for i, name in enumerate(names)}
 
 
-def blank(height: float, columns: int = 1) -> tuple[Any, Any]:
+def blank(height: float, columns: int = 1) -> tuple["Figure", Any]:
     """A figure and its axes, or an array of axes side by side; all as wide as one."""
     from matplotlib.figure import Figure
 
@@ -37,12 +42,12 @@ def blank(height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
-def legend(figure: Any, axes: Any) -> None:
+def legend(figure: "Figure", axes: "Axes") -> None:
     """Name what the axes show, above them, where no name covers a point."""
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside upper left", ncols=2)
 
 
-def as_svg(figure: Any) -> str:
+def as_svg(figure: "Figure") -> str:
     """A figure as text for the page, whose ink follows the theme."""
     import matplotlib
 

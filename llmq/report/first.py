@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
 from llmq.report.numbers import number, scaled, set_beside
@@ -48,7 +48,7 @@ def steps_of(report: "Report") -> list[tuple[str, str]]:
     return told
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k} {_short(v)}" if not isinstance(v, Mapping) or v else str(k) for k, v in value.items())
     if isinstance(value, bool):

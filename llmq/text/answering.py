@@ -78,7 +78,7 @@ class Answering(Predictor):
     def reads_files(self) -> bool:
         return not self.prompts
 
-    def check(self, item: Input, model: Any) -> None:
+    def check(self, item: Input, model: object) -> None:
         read_prompts(item)
 
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:

@@ -42,7 +42,7 @@ def capture_steps(module: PreTrainedModel) -> None:
         steps = _Steps(module)
 
         @wraps(module.forward)  # its signature says what the model takes
-        def forward(*args: Any, **given: Any) -> Any:
+        def forward(*args: object, **given: Any) -> object:
             return steps.forward(*args, **given)
 
         module.forward = forward
@@ -57,7 +57,7 @@ class _Steps:
         self.step: Any = None
         self.wait = WAIT
 
-    def forward(self, *args: Any, **given: Any) -> Any:
+    def forward(self, *args: object, **given: Any) -> object:
         if args or self.wait < 0 or not self._fits(given):
             return self.stock(*args, **given)
         if self.wait:

@@ -176,7 +176,7 @@ class Lessons:
 
     def __init__(self, windows: Sequence[Sequence[int]], file: Path):
         self.windows = windows
-        self.kept: NDArray[Any] = np.load(file, mmap_mode="r")
+        self.kept: NDArray[np.float32] = np.load(file, mmap_mode="r")
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         ids = torch.tensor([self.windows[i] for i in numbers])  # (windows, tokens)

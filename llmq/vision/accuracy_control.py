@@ -34,13 +34,13 @@ GROUPS = 256
 """Groups of images of the jackknife."""
 
 
-def top1(model: Any, loaded: Loaded[Any], examples: Sequence[Example]) -> Samples:
+def top1(model: Any, loaded: Loaded, examples: Sequence[Example]) -> Samples:
     """1 for each image whose largest logit is that of the label, else 0."""
     answers = model.logits(loaded, [example.image for example in examples]).argmax(1).tolist()
     return Samples(tuple(float(a == e.label) for a, e in zip(answers, examples, strict=True)))
 
 
-def precision(model: Any, loaded: Loaded[Any], examples: Sequence[Example], thresholds: slice) -> Samples:
+def precision(model: Any, loaded: Loaded, examples: Sequence[Example], thresholds: slice) -> Samples:
     """COCO's mean average precision as the influence of each group of images."""
     found = model.detect(loaded, [example.image for example in examples])
     matches = [Match.of(e, d) for e, d in zip(examples, found, strict=True)]
@@ -52,7 +52,7 @@ def precision(model: Any, loaded: Loaded[Any], examples: Sequence[Example], thre
     return Samples(tuple(map(float, each)))
 
 
-def psnr(model: Any, loaded: Loaded[Any], examples: Sequence[Example]) -> Samples:
+def psnr(model: Any, loaded: Loaded, examples: Sequence[Example]) -> Samples:
     """The PSNR of each enlarged image in dB, of bytes."""
     from llmq.vision.degrade import to_uint8
     from llmq.vision.image_quality import capped_psnr
@@ -145,7 +145,7 @@ class Judge:
         return {name: _drop(base[name], samples[name]) for name in self.bounds}
 
     def _samples(self, module: Ran) -> dict[str, Samples]:
-        loaded: Loaded[Any] = Loaded(module, self.model.prepare, "cpu", Artifact(self.model, Path()))
+        loaded: Loaded = Loaded(module, self.model.prepare, "cpu", Artifact(self.model, Path()))
         metrics = METRICS[self.model.kind]
         found = {name: metrics[name](self.model, loaded, self.examples) for name in self.bounds}
         return {name: replace(samples, clusters=self.clusters) for name, samples in found.items()}

@@ -32,7 +32,7 @@ class Classifying(Predictor):
 
     names: Mapping[int, str] = Field({}, description="of the outputs, where the weights name none")
 
-    def check(self, item: Input, model: Any) -> None:
+    def check(self, item: Input, model: object) -> None:
         check_window(self.window)
         read_shown(item.path, 3, self.window)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy import ndarray
+    from pydicom import Dataset
 
 BEGIN = 128, b"DICM"
 """The place and the letters by which a file is known; its name does not count."""
@@ -77,7 +78,7 @@ def _opened(path: Path, **how: bool) -> Any:
     return pydicom.dcmread(path, **how)
 
 
-def _rescaled(held: Any) -> ndarray:
+def _rescaled(held: Dataset) -> ndarray:
     """Stored numbers through slope and intercept; whole ones stay whole. White is made the largest number."""
     import numpy as np
 

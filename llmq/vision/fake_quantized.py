@@ -19,6 +19,7 @@ from llmq.vision.exporting import nncf, outputs
 from llmq.vision.likeness import Likeness
 
 if TYPE_CHECKING:
+    from nncf.torch.quantization.layers import BaseQuantizer
     from openvino import Model as Graph
 
     from llmq.vision.family import ImageModel
@@ -112,7 +113,7 @@ class _Said(Module):
         return self.answer
 
 
-def _quantizers(network: Module) -> list[tuple[str, Any]]:
+def _quantizers(network: Module) -> list[tuple[str, BaseQuantizer]]:
     """NNCF's rounding modules and their names in the storage of hooks."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
     from nncf.torch.quantization.layers import BaseQuantizer
@@ -120,7 +121,7 @@ def _quantizers(network: Module) -> list[tuple[str, Any]]:
     return [(name, hook) for name, hook in get_hook_storage(network).named_hooks() if isinstance(hook, BaseQuantizer)]
 
 
-def _is_of_weights(quantizer: Any) -> bool:
+def _is_of_weights(quantizer: BaseQuantizer) -> bool:
     """True for the rounding of a weight: a range for each output channel."""
     return bool(quantizer.per_channel)
 
@@ -134,7 +135,7 @@ class Rounded(Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: Any) -> None:
+    def __init__(self, quantizer: BaseQuantizer) -> None:
         super().__init__()
         _, _, scale, zero_point = quantizer.get_parameters_for_torch_fq()
         self.low, self.high = quantizer.level_low, quantizer.level_high

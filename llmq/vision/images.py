@@ -61,7 +61,7 @@ class Example:
 class Lazily(Sequence[Example]):
     """Examples that are opened at each access, so that few are in memory at once."""
 
-    items: Sequence[Any]
+    items: Sequence[object]
     open: Callable[[Any], Example] = field(repr=False)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.guarded.files import check_plain
@@ -195,7 +195,7 @@ def _of_imagej(file: TiffFile) -> JsonObject:
     return {"imagej": True, "metadata": said} if said and file.series[0].dtype.name in OF_IMAGEJ else {}
 
 
-def _ratio(value: Any) -> float:
+def _ratio(value: tuple[int, int] | int) -> float:
     above, below = value if isinstance(value, tuple) else (value, 1)
     return float(above) / float(below) if below else 0.0
 

@@ -107,7 +107,7 @@ def _counted(model: ImageModel, network: Module) -> Pass:
     inputs = model.example(1)
     live, kept, layers = 0, dict[int, int](), 0
 
-    def note(module: Module, given: Any, made: Any) -> None:
+    def note(module: Module, given: object, made: Any) -> None:
         nonlocal live, layers
         layers += 1
         live = max(live, sum(t.nbytes for t in _tensors((given, made))))

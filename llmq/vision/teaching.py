@@ -127,8 +127,8 @@ class Maps:
                 raise UserError(f"features: the network has no layer {name!r}{did_you_mean(name, layers)}")
             layers[name].register_forward_hook(self._keeper(name))
 
-    def _keeper(self, name: str) -> Callable[[Module, Any, Any], None]:
-        def keep(module: Module, inputs: Any, output: Any) -> None:
+    def _keeper(self, name: str) -> Callable[[Module, object, object], None]:
+        def keep(module: Module, inputs: object, output: object) -> None:
             if not isinstance(output, Tensor) or output.dim() < 3:
                 raise UserError(f"features: {name!r} gives no feature map; name a convolution, or a block of them")
             self.seen[name] = output
@@ -152,7 +152,7 @@ def _attention(map_: Tensor) -> Tensor:
     return functional.normalize(map_.float().square().mean(1).flatten(1), dim=1)
 
 
-def teacher_of(name: str, artifact: Artifact[Any], folder: Path, context: Context) -> Artifact[Any]:
+def teacher_of(name: str, artifact: Artifact, folder: Path, context: Context) -> Artifact:
     """The base, a stage of the run that `folder` lies in, or a stage in any folder.
 
     Raises `UserError` for one of another kind, or that sees images otherwise.
@@ -160,7 +160,7 @@ def teacher_of(name: str, artifact: Artifact[Any], folder: Path, context: Contex
     from llmq.files import at_home
 
     if name == "base":
-        base: Artifact[Any] = artifact.model.base(context)
+        base: Artifact = artifact.model.base(context)
         return base
     places = [folder.parent / name, at_home(name)]
     where = next((place for place in places if (place / "artifact.json").is_file()), None)

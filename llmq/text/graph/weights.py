@@ -13,6 +13,7 @@ from llmq.matrix.packed_linear import PackedLinear
 from llmq.openvino_runtime import openvino
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from openvino import Model as Graph
     from openvino import Node
 
@@ -84,7 +85,7 @@ def weight(made: Quantized, order: Tensor) -> Node:
     groups = len(made.scales)
     codes = made.codes[order].t().reshape(outputs, groups, inputs // groups).numpy()
     scales = made.scales.t().half().unsqueeze(-1).numpy()  # (outputs, groups, 1)
-    zeros: Any = made.zeros.t().unsqueeze(-1).numpy().astype(np.uint8)  # (outputs, groups, 1)
+    zeros: NDArray[np.uint8] = made.zeros.t().unsqueeze(-1).numpy().astype(np.uint8)  # (outputs, groups, 1)
     packed = _bytes if made.bits == 8 else _nibbles
     # A symmetric grid has one zero for all.
     zero: Node = _constant(zeros[:1, :1]) if (zeros == zeros.flat[0]).all() else packed(zeros)
@@ -93,18 +94,18 @@ def weight(made: Quantized, order: Tensor) -> Node:
     return op.convert(node, np.float32)
 
 
-def _constant(array: Any) -> Node:
+def _constant(array: NDArray[np.generic]) -> Node:
     from openvino import opset13 as op
 
     # An array that is not contiguous would become one of another type.
     return op.constant(np.ascontiguousarray(array))
 
 
-def _bytes(codes: Any) -> Node:
+def _bytes(codes: NDArray[np.uint8]) -> Node:
     return _constant(codes.astype(np.uint8))
 
 
-def _nibbles(codes: Any) -> Node:
+def _nibbles(codes: NDArray[np.uint8]) -> Node:
     """A constant of 4 bits a code, two in a byte."""
     from openvino import opset13 as op
 

@@ -14,7 +14,7 @@ from llmq.vision.onnx.library import OPSET, onnx
 
 if TYPE_CHECKING:
     from numpy import ndarray
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
     from openvino import Model, Node, Output
 
 Attributes = dict[str, Any]
@@ -54,12 +54,12 @@ class Writer:
 
     def __init__(self) -> None:
         self.helper = onnx().helper
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
         self.named: dict[tuple[str, int], str] = {}
         """The names of what operations give: the operation and the number of its output."""
 
-    def add(self, kind: str, *inputs: str, outputs: int = 1, **attributes: object) -> list[str]:
+    def add(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
         """Add a node. Returns the names of its outputs."""
         names = [f"{kind}_{len(self.nodes)}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
         self.nodes.append(self.helper.make_node(kind, list(inputs), names, names[0], **attributes))
@@ -129,7 +129,7 @@ class Writer:
         opsets = [self.helper.make_opsetid("", OPSET)]
         return self.helper.make_model(made, opset_imports=opsets, ir_version=8, producer_name="llmq")
 
-    def _told(self, name: str, output: Output) -> Any:
+    def _told(self, name: str, output: Output) -> ValueInfoProto:
         """The type and shape of an input or output; sizes that are free have names."""
         shape = [
             f"{name}_{'nchw'[i : i + 1] or i}" if size.is_dynamic else size.get_length()
