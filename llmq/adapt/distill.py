@@ -15,7 +15,7 @@ from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.types import Context
 from llmq.vision.family import IMAGE_MODELS, ImageModel, Training
-from llmq.vision.taught import NOTED, UNITS, Taught
+from llmq.vision.taught import UNITS, Taught
 
 if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
@@ -69,7 +69,7 @@ class Distill(Taught):
         told: dict[str, object] = {
             "teacher": "0-base" if self.teacher == "base" else self.teacher,
             "distance": self.distance_of(model.kind),
-            **{name: getattr(training, name) for name in NOTED},
+            **training.noted(),
         }
         notes: dict[str, object] = {"training": told}
         if split is not None and self.data is not None:

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from llmq.artifact import Artifact
 from llmq.types import Context, Loaded
 from llmq.vision.family import ImageModel, Training
-from llmq.vision.taught import NOTED, UNITS, Taught
+from llmq.vision.taught import UNITS, Taught
 
 if TYPE_CHECKING:
     from openvino import Model as Graph
@@ -97,7 +97,6 @@ class Qat(Taught):
             start = Start(model, network)
             learning = Loaded(network, loaded.processor, context.device, artifact)
             history = Run(lessons, learning, training, folder).train(examples, watched)
-            told = {name: getattr(training, name) for name in NOTED}
             moved = start.moved(network, meant(model, network))
-            about = {"teacher": "the float network before", "distance": distance, **history, **told}
+            about = {"teacher": "the float network before", "distance": distance, **history, **training.noted()}
             return graph_of(network, model), {"training": about, **moved}

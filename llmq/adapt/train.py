@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.artifact import Artifact
-from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Context, Step
-from llmq.vision.family import IMAGE_MODELS, ImageModel
+from llmq.vision.family import IMAGE_MODELS, ImageModel, fewer_at_once
 
 if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
@@ -54,15 +53,13 @@ class Train(Step[ImageModel]):
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         """The same tensors, trained; weights, gradients, the optimizer's numbers and activations are there at once."""
-        from dataclasses import fields, replace
+        from dataclasses import replace
 
-        from llmq.vision.family import Training
         from llmq.vision.sizing import as_images, forward, opening, training
 
         sketch = as_images(before)
         assert sketch.model
-        told = {f.name: value for f in fields(Training) if (value := getattr(self, f.name, None)) is not None}
-        settings = replace(sketch.model.training, **told)
+        settings = sketch.model.training.overridden(self)
         expected = self.data.expected()
         rows = self.num_train_epochs * expected.train / settings.batch_size if expected else 0
         steps = self.max_steps or max(0, round(rows))
@@ -74,23 +71,11 @@ class Train(Step[ImageModel]):
 
     def smaller(self) -> "Iterator[Mapping[str, object]]":
         """Fewer examples at once."""
-        size = self.batch_size or 0
-        yield from ({"batch_size": size // n} for n in (2, 4, 8, 16) if size >= 2 * n)
+        return fewer_at_once(self.batch_size or 0)
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
         """Raise `UserError` for data that this network cannot learn from."""
-        model = base.model
-        split = self.data.read()
-        model.check_split(split)
-        if not len(split.train):
-            raise UserError(f"the training part of {self.data.word} is empty; hold less out")
-        import numpy as np
-
-        # A batch of one example shows whether the family can learn from the labels, the channels, the crop.
-        model.batch(model.numbered(split).train[:1], np.random.default_rng(0), "none", self.crop)
-        watched = split.held_out[: self.held_out_examples]
-        if len(watched) and (lacks := model.not_watchable(watched)):
-            raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
+        base.model.check_training(self.data, self.crop, self.held_out_examples, lambda examples: examples)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the network there."""
@@ -102,21 +87,8 @@ class Train(Step[ImageModel]):
         steps = self.max_steps or max(1, round(self.num_train_epochs * len(split.train) / training.batch_size))
         notes = {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
-            "training": {name: getattr(training, name) for name in NOTED},
+            "training": training.noted(),
         }
         held_out = split.held_out[: self.held_out_examples]
         training = training.lasting(steps, self.warmup_ratio)
         return trained_stage(self, artifact, folder, context, model, split.train, held_out, training, notes)
-
-
-NOTED = (
-    "batch_size",
-    "learning_rate",
-    "optim",
-    "weight_decay",
-    "augment",
-    "autocast",
-    "channels_last",
-    "seed",
-    "loss_unit",
-)

@@ -1,7 +1,7 @@
 """The base of the families of image models: weights at rest, opening, timing, and the settings of a training."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from llmq.files import at_home, cache, make_whole, sha256_files, sha256_text
 from llmq.guarded.weights import safetensors_of
 from llmq.matrix.products import lacks_bfloat16
 from llmq.plugin import KindsOf
-from llmq.types import Clock, Context, Loaded, Model, Reading, Split, Step, Workload
+from llmq.types import Clock, Context, Data, Loaded, Model, Reading, Split, Step, Workload
 from llmq.vision.images import Example
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Batch = dict[str, Any]
 """The tensors of a batch by name; a detector's targets are a list of such dicts, one for each image."""
+NOTED = (
+    "batch_size", "learning_rate", "optim", "weight_decay", "augment", "autocast", "channels_last", "seed", "loss_unit"
+)  # fmt: skip
+"""The settings of a training that a stage notes."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,20 @@ class Training:
     """True keeps at zero, after every step, the weights that were zero when the training began."""
 
     def set_by(self, step: Step[Any], artifact: Artifact[Any], context: Context) -> "Training":
-        """These settings, overridden by the settings of the step that have the same names."""
-        told = {f.name: value for f in fields(self) if (value := getattr(step, f.name, None)) is not None}
+        """These settings as a run has them, overridden by the settings of the step that have the same names."""
         pruned = "prune.magnitude" in artifact.history  # then training must not fill the zeros
         slow = context.device == "cpu" and lacks_bfloat16()  # then float32 trains at several times the speed
-        given = {"seed": context.seed, "keep_sparsity": pruned, "autocast": self.autocast and not slow}
-        return replace(self, **{**given, **told})
+        as_run = replace(self, seed=context.seed, keep_sparsity=pruned, autocast=self.autocast and not slow)
+        return as_run.overridden(step)
+
+    def overridden(self, step: Step[Any]) -> "Training":
+        """These settings, overridden by the settings of the step that have the same names."""
+        told = {f.name: value for f in fields(self) if (value := getattr(step, f.name, None)) is not None}
+        return replace(self, **told)
+
+    def noted(self) -> dict[str, object]:
+        """What a stage notes of them."""
+        return {name: getattr(self, name) for name in NOTED}
 
     def lasting(self, steps: int, warmup_ratio: float) -> "Training":
         """These settings for `steps` steps; unless set, held-out figures and checkpoints come every quarter of them."""
@@ -84,6 +96,11 @@ class Training:
         done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)  # 0 to 1
         factors = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
         return self.learning_rate * factors[self.lr_scheduler_type]
+
+
+def fewer_at_once(batch_size: int) -> Iterator[Mapping[str, object]]:
+    """Settings that take less memory, the next one first."""
+    yield from ({"batch_size": batch_size // n} for n in (2, 4, 8, 16) if batch_size >= 2 * n)
 
 
 @dataclass(frozen=True)
@@ -248,6 +265,24 @@ class ImageModel(Model):
         """Raise `UserError` for images that this network cannot take; labels do not matter."""
         if self.shapes:
             the_shape(split, " or ".join(sorted(self.shapes)), self.word)
+
+    def check_training(
+        self, data: Data, crop: int | None, watched: int, shown: Callable[[Sequence[Example]], Sequence[Example]]
+    ) -> None:
+        """Raise `UserError` for data from which this network cannot learn, `shown` as that gives them.
+
+        `watched` is the number of held-out examples that give a figure while training.
+        """
+        import numpy as np
+
+        split = data.read()
+        self.check_split(split)
+        if not len(split.train):
+            raise UserError(f"the training part of {data.word} is empty; hold less out")
+        # A batch of one example shows whether the family can learn from the labels, the channels, the crop.
+        self.batch(shown(self.numbered(split).train[:1]), np.random.default_rng(0), "none", crop)
+        if len(held_out := split.held_out[:watched]) and (lacks := self.not_watchable(held_out)):
+            raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
 
     def names(self) -> tuple[tuple[str, ...], ...]:
         """The names of each output, the plainest last; empty if the outputs have no names."""

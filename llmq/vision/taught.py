@@ -9,7 +9,7 @@ from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Context, Split, Step
-from llmq.vision.family import ImageModel, Training
+from llmq.vision.family import ImageModel, Training, fewer_at_once
 
 if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
@@ -66,8 +66,6 @@ class Taught(Step[ImageModel]):
 
     def check_taught(self, base: Artifact[ImageModel], label_weight: float = 0.0) -> None:
         """Raise `UserError` for data that this network cannot be shown, and for a distance that does not suit it."""
-        import numpy as np
-
         from llmq.vision.teaching import unlabelled
 
         model = base.model
@@ -89,14 +87,8 @@ class Taught(Step[ImageModel]):
             return
         if self.data is None:
             raise UserError("it needs 'data' to be shown to both networks, such as what the network was trained on")
-        split = self.data.read()
-        model.check_split(split)
-        if not len(split.train):
-            raise UserError(f"the training part of {self.data.word} is empty; hold less out")
-        first = model.numbered(split).train[:1]
-        model.batch(first if label_weight else unlabelled(first), np.random.default_rng(0), "none", self.crop)
-        if len(watched := split.held_out[: self.held_out_examples]) and (lacks := model.not_watchable(watched)):
-            raise UserError(f"{lacks} to watch the training; hold more out, or set held_out_examples: 0")
+        shown = list if label_weight else unlabelled
+        model.check_training(self.data, self.crop, self.held_out_examples, shown)
 
     def examples(self, model: ImageModel) -> tuple[Split | None, Sequence[Any], Sequence[Any]]:
         """The data, what is shown, and what is watched; a gan has no data, and latents by number alone."""
@@ -109,13 +101,12 @@ class Taught(Step[ImageModel]):
 
     def work(self, before: "Sketch", own: Training) -> "Work":
         """A training beside the teacher."""
-        from dataclasses import fields, replace
+        from dataclasses import replace
 
         from llmq.vision.sizing import as_images, forward, opening, training, working
 
         sketch = as_images(before)
-        told = {f.name: value for f in fields(Training) if (value := getattr(self, f.name, None)) is not None}
-        settings = replace(own, **told)
+        settings = own.overridden(self)
         assert sketch.model
         crop = self.crop or sketch.model.cropped
         taught = forward(sketch, settings.batch_size * self.max_steps, settings.batch_size)
@@ -125,19 +116,4 @@ class Taught(Step[ImageModel]):
 
     def smaller(self) -> "Iterator[Mapping[str, object]]":
         """Fewer examples at once."""
-        size = self.batch_size or 0
-        yield from ({"batch_size": size // n} for n in (2, 4, 8, 16) if size >= 2 * n)
-
-
-NOTED = (
-    "batch_size",
-    "learning_rate",
-    "optim",
-    "weight_decay",
-    "augment",
-    "autocast",
-    "channels_last",
-    "seed",
-    "loss_unit",
-)
-"""The settings of a training that a stage notes."""
+        return fewer_at_once(self.batch_size or 0)
