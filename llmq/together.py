@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,10 @@ class Share:
     def of(self, items: Iterable[Item]) -> Iterator[Item]:
         return islice(items, self.process, None, self.processes)
 
+    def in_batches(self, count: int, size: int) -> list[int]:
+        """The numbers of the items in every `processes`-th batch, of `count` items in batches of `size`."""
+        return [i for begin in self.of(range(0, count, size)) for i in range(begin, min(count, begin + size))]
+
 
 @dataclass
 class Crew:
@@ -51,12 +55,11 @@ class Crew:
 class Question:
     """What the first process sends: `work` on open models, or without work the end of models, or without these of all.
 
-    `work(*modules, device, share, *arguments)` returns answers by the number of what was asked about.
+    `work(models, share)` returns answers by the number of what was asked about.
     """
 
-    work: Callable[..., Mapping[int, object]] | None
+    work: Callable[[Sequence[Loaded], Share], Mapping[int, object]] | None
     models: tuple[Artifact, ...]
-    arguments: tuple[object, ...] = ()
 
 
 Told = tuple[Mapping[int, Any], str]
@@ -108,23 +111,42 @@ def count() -> int:
 def answers(
     work: Callable[..., Mapping[int, Found]], modules: Sequence[object], device: str, *arguments: object
 ) -> list[Found]:
-    """The answers of `work` in the order of their numbers, each process having computed a share.
+    """The answers of `work(*modules, device, share, *arguments)` in the order of their numbers.
 
-    `device` is that of the last module, which may be another than that of the run. Modules that the others cannot open,
-    because no artifact was `opened` as them, are asked by this process alone.
+    Each process computes a share. `device` is that of the last module, which may be another than that of the run.
+    Modules that the others cannot open, because no artifact was `opened` as them, are asked by this process alone.
     """
-    crew = _crew[-1] if _crew else None
-    of = [next((m.artifact for m in crew.opened if m.module is module), None) for module in modules] if crew else []
-    known = tuple(artifact for artifact in of if artifact)
-    if not crew or len(known) < len(modules):
-        found: dict[int, Found] = dict(work(*modules, device, Share(), *arguments))
-        return [found[i] for i in sorted(found)]
+    known = [loaded for module in modules if (loaded := opened_as(module))]
+    if len(known) < len(modules):
+        return _in_order(work(*modules, device, Share(), *arguments))
+    return answers_of(partial(_by_modules, work, arguments), known)
+
+
+def _by_modules(
+    work: Callable[..., Mapping[int, Found]], arguments: tuple[object, ...], models: Sequence[Loaded], share: Share
+) -> Mapping[int, Found]:
+    return work(*(one.module for one in models), models[-1].device, share, *arguments)
+
+
+def opened_as(module: object) -> Loaded | None:
+    """The open model of a module that the other processes can open, too; None where they cannot, or nobody follows."""
+    return next((one for one in _crew[-1].opened if one.module is module), None) if _crew else None
+
+
+def answers_of(work: Callable[[Sequence[Loaded], Share], Mapping[int, Found]], models: Sequence[Loaded]) -> list[Found]:
+    """The answers of `work(models, share)` in the order of their numbers, each process having computed a share.
+
+    `work` is a function that other processes can import, or a `partial` of one.
+    """
+    if not _crew or not all(one in _crew[-1].opened for one in models):
+        return _in_order(work(models, Share()))
+    crew = _crew[-1]
     crew.asked = True
-    _send(Question(work, known, arguments), crew.device)
+    _send(Question(work, tuple(one.artifact for one in models)), crew.device)
     error: Exception | None = None
     own: Mapping[int, Found] = {}
     try:
-        own = work(*modules, device, Share(0, processes.count()), *arguments)
+        own = work(models, Share(0, processes.count()))
     except Exception as failed:  # noqa: BLE001 - the others must not wait with their answers for ever
         error = failed
     told = _gathered((own, ""), crew.device)
@@ -136,7 +158,11 @@ def answers(
     merged = {i: answer for part, _ in told for i, answer in part.items()}
     if sorted(i for part, _ in told for i in part) != list(range(len(merged))):
         raise LlmqError(f"{processes.count()} processes shared the questions out unlike one another; start one process")
-    return [merged[i] for i in sorted(merged)]
+    return _in_order(merged)
+
+
+def _in_order(found: Mapping[int, Found]) -> list[Found]:
+    return [found[i] for i in sorted(found)]
 
 
 def follow(device: str) -> None:
@@ -163,8 +189,7 @@ def _answered(asked: Question, models: list[tuple[Artifact, Loaded, ExitStack]],
                 held = ExitStack()
                 models.append((artifact, held.enter_context(artifact.open(device)), held))
         loaded = [next(one for known, one, _ in models if known == artifact) for artifact in asked.models]
-        share = Share(processes.number(), processes.count())
-        return dict(asked.work(*(one.module for one in loaded), loaded[-1].device, share, *asked.arguments)), ""
+        return dict(asked.work(loaded, Share(processes.number(), processes.count()))), ""
     except Exception as error:  # noqa: BLE001 - of any kind: the first process raises it
         return {}, one_line(error)
 

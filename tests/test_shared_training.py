@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from lm_eval_tasks import LAMBADA, metrics, write
 
 import llmq
 from llmq.report import Report
@@ -25,7 +26,7 @@ for name, recipe in json.loads(open(sys.argv[1]).read()).items():
         print("ENDED", name, ended.code, flush=True)
 """
 PORT = 29640
-NAMES = ("lora", "sharded", "qlora", "full", "scales", "rtn")
+NAMES = ("lora", "sharded", "qlora", "full", "scales", "rtn", "images")
 
 
 def launched(*command, port=PORT, processes=2):
@@ -64,9 +65,25 @@ def recipes(folder, data, accumulation):
     rounded = [{"quantize.rtn": {"bits": 4, "group_size": 32}}]
     questions = {"tasks": ["pydoc_continuation"], "limit": 6, "batch_size": 5}
     compared = {"divergence": {"text": str(data), "window": 32, "windows": 5, **questions}}
+    written = {**LAMBADA, "output_type": "generate_until", "metric_list": metrics("exact_match")}
+    sampled = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    texts = [
+        write(data.parent / "texts", "greedy", {**written, "generation_kwargs": {**sampled, "do_sample": False}}),
+        write(data.parent / "texts", "sampled", {**written, "generation_kwargs": sampled}),
+    ]
+    asking = {
+        "lm_eval": {**questions, "tasks": [*questions["tasks"], *texts], "include_path": str(data.parent / "texts")}
+    }
+    slices = {"rock": {"scale": 2, "train_slices": 1, "held_out_slices": 3, "size": 48}}
+    upscaling = ["super_resolution", "rock", "no_reference", "fidelity"]
     return {
         **trained,
-        "rtn": {"model": model, "steps": rounded, "evaluate": [*asked, compared, {"lm_eval": questions}]},
+        "rtn": {"model": model, "steps": rounded, "evaluate": [*asked, compared, asking]},
+        "images": {
+            "model": {"srcnn": {"scale": 2}},
+            "steps": [{"prune.magnitude": {"sparsity": 0.3}}],
+            "evaluate": [{word: {"data": slices}} for word in upscaling],
+        },
     }
 
 
@@ -78,7 +95,7 @@ def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
     (place / "recipes.json").write_text(json.dumps(recipes(tiny_llama, tiny_jsonl, 1)))
     made = launched(place / "script.py", place / "recipes.json", place / "two")
     assert made.returncode == 0, made.stdout + made.stderr
-    assert made.stdout.count("ENDED") == 6, made.stdout  # the second process ends without a report, each time
+    assert made.stdout.count("ENDED") == len(NAMES), made.stdout  # the second process ends without a report, each time
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, recipe in recipes(tiny_llama, tiny_jsonl, 2).items():
@@ -87,7 +104,7 @@ def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
     return {name: [Report.read(place / of / name) for of in ("two", "one")] for name in NAMES}
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize("name", NAMES[:-2])
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, name):
     two, one = (report.stages[-1]["notes"]["training"] for report in runs[name])
     assert (two["processes"], one["processes"]) == (2, 1)
@@ -104,11 +121,19 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, nam
     assert figures[0]
 
 
-def test_two_processes_answer_to_the_bit_what_one_does(runs):
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("rtn", {"size", "perplexity", "divergence", "pydoc_continuation", "greedy", "sampled"}),
+        ("images", {"super_resolution", "rock", "no_reference", "fidelity"}),
+    ],
+)
+def test_two_processes_answer_to_the_bit_what_one_does(runs, name, tasks):
     """Of each forward pass one process computes all, and each reports what it was asked, in the order of one."""
-    two, one = runs["rtn"]
+    two, one = runs[name]
     assert two.measurements == one.measurements  # with the scores of every sample
-    assert {m["task"] for m in two.measurements} == {"size", "perplexity", "divergence", "pydoc_continuation"}
+    assert [dict(e) for e in two.exhibits] == [dict(e) for e in one.exhibits]
+    assert {m["task"] for m in two.measurements} == tasks
     assert not two.failures
     assert [s["asked"]["processes"] for s in two.stages] == [2, 2]
     assert [s["asked"]["processes"] for s in one.stages] == [1, 1]

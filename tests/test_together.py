@@ -1,13 +1,17 @@
 """Questions that several processes answer together: shares, order, and what fails in one of them."""
 
+import pickle
+
 import pytest
 import torch
+from generators import GAN, lively, off
+from helpers import CPU
 
 from llmq import plugin, processes, together
 from llmq.errors import LlmqError
-from llmq.text import losses, scoring
+from llmq.text import decoding, losses, scoring
 from llmq.text.examples import Tokens
-from llmq.types import Context
+from llmq.types import Context, Measurement
 
 
 def doubled(module, device, share, numbers):
@@ -41,7 +45,7 @@ def two(monkeypatch):
 
     def send(question, device):
         assert device == together._crew[-1].device, "the processes meet by the device of the run alone"
-        sent.append(question)
+        sent.append(pickle.loads(pickle.dumps(question)))  # noqa: S301 - as the processes send it
 
     monkeypatch.setattr(together, "_send", send)
     monkeypatch.setattr(together, "_gathered", gathered)
@@ -50,6 +54,11 @@ def two(monkeypatch):
 
 class Three:
     """An artifact whose network is the number 3."""
+
+    def __eq__(self, other):
+        return isinstance(other, Three)
+
+    __hash__ = None
 
     def open(self, device):
         from contextlib import nullcontext
@@ -121,3 +130,76 @@ def test_shares_of_batches_give_the_losses_and_scores_of_one_process_to_the_bit(
             assert all(parts)
             assert {**parts[0], **parts[1]} == whole
             assert sorted(whole) == list(range(7))
+
+
+SLICES = {"rock": {"scale": 2, "train_slices": 1, "held_out_slices": 3, "size": 48}}
+IMAGES = {
+    "accuracy": ({"data": "digits", "limit": 9}, {"timm_classifier": {
+        "architecture": "test_resnet", "classes": 10, "channels": 1, "input_size": 32}}),
+    "detection": ({"data": {"scenes": {"train": 1, "held_out": 5}}, "batch_size": 2}, {"torchvision_detector": {
+        "architecture": "fcos", "classes": 10, "size": 64, "score_threshold": 0.001}}),
+    "super_resolution": ({"data": SLICES}, {"srcnn": {"scale": 2}}),
+    "no_reference": ({"data": SLICES}, {"srcnn": {"scale": 2}}),
+    "rock": ({"data": SLICES}, {"srcnn": {"scale": 2}}),
+    "fidelity": ({"n": 9, "shown": 2}, GAN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", IMAGES)
+def test_two_processes_measure_images_as_one_does(word, two, tmp_path, monkeypatch):
+    """Every figure with its samples, and every picture."""
+    monkeypatch.setattr("llmq.models.dcgan.BATCH", 4)
+    asked, model = IMAGES[word]
+    task = plugin.build({word: asked}, "tasks")
+    assert task.in_every_process
+    if word == "fidelity":
+        base = lively(model, tmp_path / "base")
+        stages = [off(base, tmp_path / "stage", 0.1), base]
+    else:
+        stages = [plugin.build(model, "models").base(CPU)]
+    method = task.against if word == "fidelity" else task.score
+    with stages[0].open("cpu") as loaded, stages[-1].open("cpu") as base:
+        alone = list(method(*[loaded, base][: len(stages)]))
+    with (
+        together.leading("cpu"),
+        together.opened(stages[0], "cpu") as loaded,
+        together.opened(stages[-1], "cpu") as other,
+    ):
+        shared = list(method(*[loaded, other][: len(stages)]))
+        assert together.count() == 2
+    assert sum(bool(question.work) for question in two) == 1
+    assert shared == alone
+    assert any(isinstance(answer, Measurement) for answer in shared)
+
+
+def test_two_processes_write_the_texts_of_one(two, tiny_llama, monkeypatch):
+    """Those side by side in groups, and the sampled ones with the seeds of their order."""
+    monkeypatch.setattr(decoding, "GROUP", 3)
+    drawn = torch.randint(5, 60, (11, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    jobs = [decoding.Job(tuple(row[: 12 - i]), (), 6) for i, row in enumerate(drawn)]
+    jobs += [decoding.Job((5, 6, 7), (), 6, {"do_sample": True, "temperature": 1.0})] * 3
+    base = plugin.build({"causal_lm": {"weights": str(tiny_llama)}}, "models").base(CPU)
+    with base.open("cpu") as loaded:
+        alone = decoding.generate(loaded.module, loaded.processor, jobs, "cpu")
+    with together.leading("cpu"), together.opened(base, "cpu") as loaded:
+        assert decoding.generate(loaded.module, loaded.processor, jobs, "cpu") == alone
+        assert together.count() == 2
+    assert len(set(alone[-3:])) > 1
+
+
+def test_a_process_that_reads_other_data_is_an_error(two, monkeypatch):
+    asked, model = IMAGES["super_resolution"]
+    task = plugin.build({"super_resolution": asked}, "tasks")
+    base = plugin.build(model, "models").base(CPU)
+    read = type(task.data).read
+
+    def changed(self):
+        from dataclasses import replace
+
+        split = read(self)
+        return replace(split, sha256="changed") if processes.number() else split
+
+    monkeypatch.setattr(type(task.data), "read", changed)
+    refused = pytest.raises(LlmqError, match=r"process 1 of 2: .*reads other data than the first, sha256 changed")
+    with together.leading("cpu"), together.opened(base, "cpu") as loaded, refused:
+        list(task.score(loaded))

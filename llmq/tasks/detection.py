@@ -7,10 +7,12 @@ stages be compared in pairs.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord, data_of_run
@@ -39,6 +41,7 @@ COLUMNS = 3
 class Detection(Task[Detector]):
     suits: ClassVar[frozenset[str]] = frozenset({"detector"})
     shapes: ClassVar[frozenset[str]] = frozenset({"image/boxes"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = data_of_run("scenes")
     limit: PositiveInt | None = Field(None, description="held-out images at most")
@@ -59,7 +62,7 @@ class Detection(Task[Detector]):
         split, examples = self._examples(loaded.artifact)
         model = loaded.artifact.model
         places = model.places(split)
-        detections = model.detect(loaded, [example.image for example in examples], self.batch_size)
+        detections = together.answers_of(partial(_share_of_detections, self, split.sha256), [loaded])
         if places is not None:
             numbers = {place: number for number, place in enumerate(places)}
             detections = [_renumbered(each, numbers) for each in detections]
@@ -114,6 +117,20 @@ class Detection(Task[Detector]):
             samples, stderr = Samples(tuple(map(float, each))), float(each.std(ddof=1) / groups**0.5)
             protocol += f"; jackknife over {groups} groups of images: a sample is what one does to the figure"
         return Measurement(self.name, metric, value, "", "higher", len(matches), stderr, protocol, samples)
+
+
+def _share_of_detections(
+    task: Detection, sha256: str, models: Sequence[Loaded[Detector]], share: together.Share
+) -> "dict[int, Detections]":
+    """The detections in the images in a share of the batches, with the labels of the model."""
+    from llmq.vision.family import check_same
+
+    (loaded,) = models
+    split, examples = task._examples(loaded.artifact)
+    check_same(split, sha256, task.data.word)
+    numbers = share.in_batches(len(examples), task.batch_size)
+    found = loaded.artifact.model.detect(loaded, [examples[i].image for i in numbers], task.batch_size)
+    return dict(zip(numbers, found, strict=True))
 
 
 def _renumbered(detections: "Detections", numbers: dict[int, int]) -> "Detections":

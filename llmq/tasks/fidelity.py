@@ -4,12 +4,15 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord, build
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 class Fidelity(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"gan", "super-resolution"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord | None = Field(
         None, description="its held-out images are the input, the run's if unset; a gan draws latents"
@@ -43,7 +47,9 @@ class Fidelity(Task):
 
     def score(self, loaded: Loaded) -> Iterable[Exhibit]:
         """The first images, to look at."""
-        if images := list(self._pictures(loaded, self.shown)):
+        if images := list(
+            chain.from_iterable(made for _, made in self._pictures(loaded, self.shown, together.Share()))
+        )[: self.shown]:
             yield Exhibit(self.name, "Images made", "", self._inputs(), picture=_grid([images], [""]))
 
     def foresee(self, stage: "Sketch") -> "Work":
@@ -64,17 +70,12 @@ class Fidelity(Task):
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement | Exhibit]:
         """PSNR and SSIM, and base, stage and their difference one above the other."""
         from llmq.statistics.figures import mean
-        from llmq.vision.image_quality import MOST, SMALLEST, SSIM_PROTOCOL, capped_psnr, ssim
+        from llmq.vision.image_quality import MOST, SSIM_PROTOCOL
 
-        pairs: list[tuple[ndarray, ndarray]] = []
-        near: list[float] = []
-        alike: list[float] = []
-        for ours, theirs in zip(self._pictures(loaded, self.n), self._pictures(base, self.n), strict=True):
-            if min(ours.shape[:2]) < SMALLEST:
-                raise UserError(f"SSIM needs {SMALLEST} pixels on a side, and an image is {ours.shape[:2]}")
-            near.append(capped_psnr(ours, theirs, 255))
-            alike.append(ssim(ours, theirs, 255))
-            pairs += [(theirs, ours)] * (len(pairs) < self.shown)
+        of_batches = together.answers_of(partial(_share_of_pairs, self), [loaded, base])
+        compared = list(chain.from_iterable(of_batches))[: self.n]
+        near, alike = [one.psnr for one in compared], [one.ssim for one in compared]
+        pairs = [one.pair for one in compared[: self.shown] if one.pair]
         if not near:
             raise UserError(f"{self._inputs()}: there are none")
         between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
@@ -85,15 +86,40 @@ class Fidelity(Task):
             picture = _grid(list(zip(*pairs, strict=True)), ["base", "stage"])
             yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=picture)
 
-    def _pictures(self, loaded: Loaded, n: int) -> "Iterator[ndarray]":
+    def _pictures(self, loaded: Loaded, n: int, share: together.Share) -> "Iterator[tuple[int, list[ndarray]]]":
         model: Any = loaded.artifact.model
-        for image in islice(model.pictures(loaded, self.data.read() if self.data else None, n, self.seed), n):
-            if not isfinite(float(image.sum())):  # NaN would pass for the largest PSNR
+        for i, made in model.pictures(loaded, self.data.read() if self.data else None, n, self.seed, share):
+            if not all(isfinite(float(image.sum())) for image in made):  # NaN would pass for the largest PSNR
                 raise LlmqError("the stage makes values that are not finite numbers")
-            yield image
+            yield i, made
 
     def _inputs(self) -> str:
         return f"held-out images of {self.data.word}" if self.data else f"the same latents, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """An image of a stage beside the base's."""
+
+    psnr: float
+    ssim: float
+    pair: "tuple[ndarray, ndarray] | None"
+    """The images of base and stage, if they are among the first of their batch, which may be shown."""
+
+
+def _share_of_pairs(task: Fidelity, models: Sequence[Loaded], share: together.Share) -> dict[int, list[_Compared]]:
+    """The images in a share of the batches, or of the held-out images, compared."""
+    from llmq.vision.image_quality import SMALLEST, capped_psnr, ssim
+
+    found: dict[int, list[_Compared]] = {}
+    for (i, ours), (_, theirs) in zip(*(task._pictures(one, task.n, share) for one in models), strict=True):
+        found[i] = []
+        for place, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+            if min(own.shape[:2]) < SMALLEST:
+                raise UserError(f"SSIM needs {SMALLEST} pixels on a side, and an image is {own.shape[:2]}")
+            pair = (other, own) if i + place < task.shown else None
+            found[i].append(_Compared(capped_psnr(own, other, 255), ssim(own, other, 255), pair))
+    return found
 
 
 def _grid(rows: "Sequence[Sequence[ndarray]]", names: Sequence[str]) -> bytes:

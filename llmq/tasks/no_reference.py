@@ -29,6 +29,7 @@ REACH, SMOOTH = 3, 2
 
 class NoReference(Task[SuperResolution]):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = data_of_run("rock")
     segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
@@ -70,14 +71,15 @@ class NoReference(Task[SuperResolution]):
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
-        from llmq.vision.upscaled import PROTOCOL, enlarged, in_stretches, slices
+        from llmq.vision.upscaled import PROTOCOL, all_enlarged, in_stretches, slices
 
         split = self.data.read()
         self.check_base(loaded.artifact)
         lows: list[tuple[str, ndarray]] = []
         grey: dict[str, list[ndarray]] = {"model": [], "bicubic": []}
-        for example in split.held_out[: self.limit]:
-            for name, low, (simple, made) in slices(example.name, example.image, *enlarged(loaded, example)):
+        examples = split.held_out[: self.limit]
+        for example, images in zip(examples, all_enlarged(loaded, self.data, self.limit), strict=True):
+            for name, low, (simple, made) in slices(example.name, example.image, *images):
                 lows.append((name, low))
                 grey["bicubic"].append(luma(simple).round().astype("uint8"))
                 grey["model"].append(luma(made).round().astype("uint8"))

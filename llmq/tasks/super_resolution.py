@@ -30,6 +30,7 @@ SCORING = 150_000_000
 
 class SuperResolution(Task[family.SuperResolution]):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = data_of_run("rock")
     channel: Literal["all", "y"] = Field("all", description="of colour images: every channel, or Y of YCbCr (BT.601)")
@@ -65,7 +66,7 @@ class SuperResolution(Task[family.SuperResolution]):
         model = loaded.artifact.model
         split = self.data.read()
         self.check_base(loaded.artifact)
-        scenes = upscaled(loaded, split, self.limit)
+        scenes = upscaled(loaded, self.data, self.limit)
         border = self._border(model)
 
         def scored(image: "ndarray") -> "ndarray":

@@ -6,18 +6,27 @@ No text depends on the others: every token attends to the keys of its own text, 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmq import together
 from llmq.environment import free_memory
 from llmq.terminal import Bar
 from llmq.text import prefix_attention, prefix_tree
 from llmq.text.scoring import LEAST, TOKENS, of_the_batch
 
+if TYPE_CHECKING:
+    from llmq.types import Loaded
+
 SLOTS = 32
 """Texts that are written at once, if their keys and values fit into `MEMORY`."""
+GROUP = 4 * SLOTS
+"""Texts that are written to their end before the next ones begin, so that any number of processes writes them beside
+the same others: the last bits of a product depend on its other rows."""
 FEWEST = 8
 """Tokens in a step at least: a product may sum a single row in another order than one of several rows."""
 MEMORY = 2**30
@@ -51,22 +60,52 @@ def generate(
     slots: int | None = None,
 ) -> list[str]:
     """The model's text for each job, up to the first stop sequence; at most `slots` texts at once."""
-    made: list[list[int]] = [[] for _ in jobs]
-    stock = bool(prefix_attention.why_not(module, device)) or steered(module)
-    alone = [i for i, job in enumerate(jobs) if stock or not job.greedy]
-    together = [i for i, job in enumerate(jobs) if not stock and job.greedy]
-    bar = Bar("writing", len(jobs))
-    with torch.inference_mode():
-        asked: Counter[str] = Counter()  # the same job again gets another seed, or all samples would be equal
-        for i in alone:
-            made[i] = _by_itself(module, tokenizer, jobs[i], device, asked[str(jobs[i])])
-            asked[str(jobs[i])] += 1
-            bar.advance()
-    for i, ids in side_by_side(module, tokenizer, {i: jobs[i] for i in together}, device, slots, bar).items():
-        made[i] = ids
-    bar.close()
+    opened = together.opened_as(module)
+    if opened:  # the others have a tokenizer of their own
+        made = together.answers_of(partial(_written_by, jobs, slots), [opened])
+    else:
+        found = _written(module, tokenizer, jobs, device, slots, together.Share())
+        made = [found[i] for i in range(len(jobs))]
     texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
     return [cut(text, job.stops) for text, job in zip(texts, jobs, strict=True)]
+
+
+def _written_by(
+    jobs: Sequence[Job], slots: int | None, models: Sequence["Loaded"], share: together.Share
+) -> dict[int, list[int]]:
+    (one,) = models
+    return _written(one.module, one.processor, jobs, one.device, slots, share)
+
+
+def _written(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[Job],
+    device: str,
+    slots: int | None,
+    share: together.Share,
+) -> dict[int, list[int]]:
+    """The new tokens of a share of the jobs: every N-th of those written alone, and every N-th group of the others."""
+    stock = bool(prefix_attention.why_not(module, device)) or steered(module)
+    asked: Counter[str] = Counter()  # the same job again gets another seed, or all samples would be equal
+    alone: list[tuple[int, int]] = []  # job, seed
+    for i, job in enumerate(jobs):
+        if stock or not job.greedy:
+            alone.append((i, asked[str(job)]))
+            asked[str(job)] += 1
+    others = sorted({*range(len(jobs))} - {i for i, _ in alone}, key=lambda i: (-len(jobs[i].ids), i))
+    own = list(share.of(alone))
+    groups = [others[begin : begin + GROUP] for begin in share.of(range(0, len(others), GROUP))]
+    bar = Bar("writing", len(own) + sum(map(len, groups)))
+    made: dict[int, list[int]] = {}
+    with torch.inference_mode():
+        for i, seed in own:
+            made[i] = _by_itself(module, tokenizer, jobs[i], device, seed)
+            bar.advance()
+    for group in groups:
+        made |= side_by_side(module, tokenizer, {i: jobs[i] for i in group}, device, slots, bar)
+    bar.close()
+    return made
 
 
 def side_by_side(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field
 
 from llmq.artifact import Artifact
-from llmq.errors import UserError
+from llmq.errors import LlmqError, UserError
 from llmq.files import at_home, cache, make_whole, sha256_files, sha256_text
 from llmq.guarded.weights import safetensors_of
 from llmq.matrix.products import lacks_bfloat16
@@ -405,6 +405,12 @@ def the_shape(split: Split, wanted: str, word: str) -> Split:
     if split.shape not in wanted.split(" or "):
         raise UserError(f"{word}: its examples are {split.shape}, and {wanted} is needed")
     return split
+
+
+def check_same(split: Split, sha256: str, word: str) -> None:
+    """Raise `LlmqError` unless this process reads the data that the first one read."""
+    if split.sha256 != sha256:
+        raise LlmqError(f"{word}: this process reads other data than the first, sha256 {split.sha256[:12]}")
 
 
 def varied(images: "Sequence[ndarray]", rng: "Generator", augment: str, side: int | None) -> "list[ndarray]":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
+from llmq.together import Share
 from llmq.types import Loaded, Split
 from llmq.vision.family import Batch, ImageModel, Learner, Training, the_shape, varied
 from llmq.vision.images import VOLUMES, Example
@@ -171,16 +172,28 @@ class SuperResolution(ImageModel):
 
         return Upscaling
 
-    def pictures(self, loaded: Loaded, split: Split | None, n: int, seed: int) -> "Iterator[ndarray]":
-        """The images that a stage makes of the first `n` held-out ones: grey levels, float64 on [0, 255].
+    def pictures(
+        self, loaded: Loaded, split: Split | None, n: int, seed: int, share: Share
+    ) -> "Iterator[tuple[int, list[ndarray]]]":
+        """The images that a stage makes of the first held-out ones, `n` at least: grey levels, float64 on [0, 255].
 
-        Raises `UserError` without data, or for data that does not fit.
+        Those of a share of the held-out images or volumes, each with its number. Raises `UserError` without data, or
+        for data that does not fit.
         """
         if split is None:
             raise UserError(f"{self.word} needs 'data' to make images of")
         self.check_split(split)
-        made = (self.upscale(loaded, pair.image).clip(0, 255) for pair in split.held_out[:n])
-        return (image for volume in made for image in volume) if self.volumetric else made
+        for i, pair in share.of(enumerate(self._first(split, n))):
+            made = self.upscale(loaded, pair.image).clip(0, 255)
+            yield i, list(made) if self.volumetric else [made]
+
+    def _first(self, split: Split, n: int) -> "Iterator[Example]":
+        """The first held-out examples of which `n` images are made; a volume gives one for each of its slices."""
+        for pair in split.held_out:
+            if n <= 0:
+                return
+            yield pair
+            n -= len(pair.image) * self.scale if self.volumetric else 1
 
 
 Window = tuple[slice, ...]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from llmq import together
 from llmq.errors import LlmqError, UserError
+from llmq.vision.family import check_same
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
     from llmq.artifact import Artifact
-    from llmq.types import Loaded, Split
+    from llmq.types import Data, Loaded, Split
     from llmq.vision.images import Example
     from llmq.vision.super_resolution import SuperResolution
 
@@ -51,13 +54,30 @@ def in_stretches(split: Split, n: int) -> tuple[tuple[int, ...] | None, str]:
     return clusters, f"; standard error over {len(set(clusters))} stretches of neighbouring slices"
 
 
-def upscaled(loaded: Loaded[SuperResolution], split: Split, limit: int | None) -> list[Upscaled]:
+def upscaled(loaded: Loaded[SuperResolution], data: Data, limit: int | None) -> list[Upscaled]:
     """The first `limit` held-out pairs, upscaled. Raises `UserError` for data that does not fit the network."""
     scenes = []
-    for pair in held_out_pairs(loaded.artifact, split, limit):
-        for name, low, (truth, simple, made) in slices(pair.name, pair.image, pair.high, *enlarged(loaded, pair)):
-            scenes.append(Upscaled(name, low, truth, simple, made, split.pixel_size))
+    split = data.read()
+    pairs = held_out_pairs(loaded.artifact, split, limit)
+    for pair, made in zip(pairs, all_enlarged(loaded, data, limit), strict=True):
+        for name, low, (truth, simple, its) in slices(pair.name, pair.image, pair.high, *made):
+            scenes.append(Upscaled(name, low, truth, simple, its, split.pixel_size))
     return scenes
+
+
+def all_enlarged(loaded: Loaded[SuperResolution], data: Data, limit: int | None) -> list[tuple[ndarray, ndarray]]:
+    """Each of the first `limit` held-out images, `enlarged`; the processes of a run share the images."""
+    return together.answers_of(partial(_share_of_enlarged, data, data.read().sha256, limit), [loaded])
+
+
+def _share_of_enlarged(
+    data: Data, sha256: str, limit: int | None, models: Sequence[Loaded[SuperResolution]], share: together.Share
+) -> dict[int, tuple[ndarray, ndarray]]:
+    (loaded,) = models
+    split = data.read()
+    check_same(split, sha256, data.word)
+    examples = split.held_out[:limit]
+    return {i: enlarged(loaded, examples[i]) for i in share.of(range(len(examples)))}
 
 
 def slices(name: str, low: ndarray, *high: ndarray) -> Iterator[tuple[str, ndarray, list[ndarray]]]:

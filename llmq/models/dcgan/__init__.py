@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.files import sha256_files, sha256_text
+from llmq.together import Share
 from llmq.types import Loaded, Split
 from llmq.vision.family import Batch, ImageModel, Learner, Training, in_batches
 from llmq.vision.hub import carried
@@ -148,9 +149,15 @@ class Dcgan(ImageModel):
         generator = torch.Generator().manual_seed(int(sha256_text(purpose, str(seed))[:15], 16))
         return torch.randn(n, self.latent_size, 1, 1, generator=generator)
 
-    def pictures(self, loaded: Loaded, split: Split | None, n: int, seed: int) -> "Iterator[ndarray]":
-        """The images that a stage makes of `n` latents, the same for every stage: grey levels, float64 on [0, 255]."""
-        return self._made(loaded, self.latents(n, seed))
+    def pictures(
+        self, loaded: Loaded, split: Split | None, n: int, seed: int, share: Share
+    ) -> "Iterator[tuple[int, list[ndarray]]]":
+        """The images that a stage makes of `n` latents, the same for every stage: grey levels, float64 on [0, 255].
+
+        Those of a share of the batches, each with its number.
+        """
+        for i, part in share.of(enumerate(self.latents(n, seed).split(BATCH))):  # type: ignore[no-untyped-call]
+            yield i, list(self._made(loaded, part))
 
     def generate(self, loaded: Loaded, latents: "Tensor") -> "list[ndarray]":
         """One uint8 image `(64, 64, channels)` a latent. Raises `LlmqError` for numbers that are not finite."""

@@ -9,10 +9,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
 from llmq.errors import LlmqError, UserError
 from llmq.plugin import DataWord, data_of_run
@@ -31,6 +33,7 @@ COLUMNS, SIDE, WIDTH = 6, 160, 18  # images in a row, pixels of one at most, let
 
 class Accuracy(Task[Classifier]):
     suits: ClassVar[frozenset[str]] = frozenset({"classifier"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = data_of_run("photographs")
     part: Literal["held_out", "all"] = "held_out"
@@ -60,7 +63,7 @@ class Accuracy(Task[Classifier]):
 
         split, examples = self._examples()
         model = loaded.artifact.model
-        logits = self._logits(loaded, examples)  # (images, classes)
+        logits = self._logits(loaded, split)  # (images, classes)
         names = _names(model, split)
         top = logits.argmax(1).tolist()
         if split.shape == "image":
@@ -120,7 +123,7 @@ class Accuracy(Task[Classifier]):
         from llmq.statistics.figures import mean, share
 
         split, examples = self._examples()
-        ours, theirs = (self._logits(side, examples) for side in (loaded, base))  # (images, classes) each
+        ours, theirs = (self._logits(side, split) for side in (loaded, base))  # (images, classes) each
         top, base_top = ours.argmax(1).tolist(), theirs.argmax(1).tolist()
         same = [float(a == b) for a, b in zip(top, base_top, strict=True)]
         convention = self._convention("the largest logit is the base's", split)
@@ -138,8 +141,13 @@ class Accuracy(Task[Classifier]):
             "changed class", f"{len(changed)} of {len(examples)}: base → this stage", examples, titles, changed
         )
 
-    def _logits(self, loaded: Loaded[Classifier], examples: "Sequence[Example]") -> "Tensor":
-        logits: Tensor = loaded.artifact.model.logits(loaded, [example.image for example in examples])
+    def _logits(self, loaded: Loaded[Classifier], split: Split) -> "Tensor":
+        """The logits of all images `(images, classes)`; the processes of a run share the batches."""
+        import numpy as np
+        import torch
+
+        rows = together.answers_of(partial(_share_of_logits, self, split.sha256), [loaded])
+        logits = torch.from_numpy(np.stack(rows))
         if not bool(logits.isfinite().all()):
             raise LlmqError("the network answers with numbers that are not finite")
         return logits
@@ -161,6 +169,22 @@ class Accuracy(Task[Classifier]):
         chosen = list(which[: self.pictures])
         picture = grid([examples[i].image for i in chosen], [titles[i] for i in chosen]) if chosen else b""
         yield Exhibit(self.name, title, "", text, picture=picture)
+
+
+def _share_of_logits(
+    task: Accuracy, sha256: str, models: "Sequence[Loaded[Classifier]]", share: together.Share
+) -> "dict[int, ndarray]":
+    """The logits `(classes,)` of the images in a share of the batches."""
+    from llmq.vision.classifier import BATCH
+    from llmq.vision.family import check_same
+
+    (loaded,) = models
+    split, examples = task._examples()
+    check_same(split, sha256, task.data.word)
+    numbers = share.in_batches(len(examples), BATCH)
+    images = [examples[i].image for i in numbers]
+    logits = loaded.artifact.model.logits(loaded, images).numpy() if images else ()
+    return dict(zip(numbers, logits, strict=True))
 
 
 def _names(model: Classifier, split: Split) -> Callable[[int], str]:

@@ -30,6 +30,7 @@ Parts = Mapping[str, "Sequence[ndarray]"]
 
 class Rock(Task[SuperResolution]):
     suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = data_of_run("rock")
     segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
@@ -83,7 +84,7 @@ class Rock(Task[SuperResolution]):
 
         split = self.data.read()
         self.check_base(loaded.artifact)
-        scenes = upscaled(loaded, split, self.limit)
+        scenes = upscaled(loaded, self.data, self.limit)
         grey: dict[str, list[ndarray]] = {
             kind: [luma(getattr(s, kind)).round().astype("uint8") for s in scenes] for kind in KINDS
         }
