@@ -415,6 +415,7 @@ def test_names_go_before_numbers_in_learning_and_in_scoring_alike():
     found = {m.metric: m for m in task.score(opened(answers)) if isinstance(m, Measurement)}
     assert found["top1"].value == 1
     assert found["top1"].chance == 0.5
+    assert "by number" not in found["top1"].convention
 
 
 # accuracy
@@ -444,6 +445,7 @@ def test_accuracy_and_agreement_are_what_torchmetrics_counts():
         assert found[f"top{k}"].value == pytest.approx(expected)
         assert found[f"top{k}"].n == 200
         assert found[f"top{k}"].stderr == pytest.approx(math.sqrt(expected * (1 - expected) / 200), rel=0.02)
+    assert "classes by number" in found["top1"].convention, "the network has names, and none is one of the data's"
     by_class = [multiclass_accuracy(stage, labels, 7, average="none")[c].item() for c in labels.unique()]
     assert found["balanced_accuracy"].value == pytest.approx(np.mean(by_class))
     assert found["balanced_accuracy"].value == pytest.approx(balanced_accuracy_score(labels, stage.argmax(1)))

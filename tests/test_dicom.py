@@ -83,6 +83,57 @@ def test_slices_lie_by_position_and_voxels_have_a_size(tmp_path):
     assert frames.pixel_size is None  # a width and another height
 
 
+def dataset(**tags):
+    held = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(held, name, value)
+    return held
+
+
+def test_frames_of_an_enhanced_file_have_numbers_and_places_of_their_own(tmp_path):
+    stored, places, slopes = numbers(3, 6, 8), (2.0, 0.0, 1.0), (1, 1, 2)
+    frames = [
+        dataset(
+            PixelValueTransformationSequence=[dataset(RescaleSlope=slope, RescaleIntercept=-1024)],
+            PlanePositionSequence=[dataset(ImagePositionPatient=[0, 0, place])],
+        )
+        for place, slope in zip(places, slopes, strict=True)
+    ]
+    measures = dataset(PixelSpacing=[0.5, 0.25], SliceThickness=1.0)
+    rows = dataset(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    shared = [dataset(PixelMeasuresSequence=[measures], PlaneOrientationSequence=[rows])]
+    about = {"SharedFunctionalGroupsSequence": shared, "PerFrameFunctionalGroupsSequence": frames}
+    scan = read_dicom(dicom(tmp_path / "a.dcm", stored, **about))
+    hounsfield = stored.astype(int) * np.array(slopes)[:, None, None] - 1024
+    assert np.array_equal(scan.pixels, hounsfield[[1, 2, 0]])
+    assert (scan.width, scan.height, scan.depth) == (0.25, 0.5, 1.0)
+    frames[0].PlanePositionSequence[0].ImagePositionPatient = [0, 0, 1.0]
+    with pytest.raises(UserError, match=r"a\.dcm: two slices lie at 1 mm; keep one series"):
+        read_dicom(dicom(tmp_path / "a.dcm", stored, **about))
+    about["PerFrameFunctionalGroupsSequence"] = frames[:2]
+    with pytest.raises(UserError, match=r"a\.dcm: .* 3 frames, and functional groups of 2"):
+        read_dicom(dicom(tmp_path / "a.dcm", stored, **about))
+
+
+def test_a_table_of_numbers_is_looked_up(tmp_path):
+    table = dataset(LUTDescriptor=[200, 0, 16], ModalityLUTType="US")
+    table.add_new("LUTData", "US", [3 * i for i in range(200)])
+    stored = numbers(6, 8)
+    assert np.array_equal(read_dicom(dicom(tmp_path / "a", stored, ModalityLUTSequence=[table])).pixels[0], 3 * stored)
+
+
+def test_two_series_in_a_folder_are_not_mixed(tmp_path):
+    slices = numbers(4, 8, 8, kind="uint8")
+    for name, place in zip("abcd", (0, 1, 1, 2), strict=True):
+        dicom(tmp_path / f"{name}.dcm", slices[0], ImagePositionPatient=[0, 0, 0.001 * place])
+    scan = plugin.build({"scan": {"path": tmp_path}}, "data")
+    with pytest.raises(UserError, match=r"two slices lie at 0\.001 mm"):
+        scan.read()
+    dicom(tmp_path / "c.dcm", slices[0], InstanceNumber=3)
+    with pytest.raises(UserError, match=r"c\.dcm: tells no position, and other slices"):
+        scan.read()
+
+
 @pytest.mark.parametrize(("kind", "deep"), [("uint16", True), ("int16", False)])
 def test_what_is_made_of_it_is_a_tiff_with_smaller_voxels_in_its_own_units(kind, deep, tmp_path):
     stored = (2000 + 3 * numbers(3, 16, 16).astype(int)).astype(kind)

@@ -14,6 +14,7 @@ from test_rock import volume
 from llmq.errors import LlmqError, UserError
 from llmq.vision import pixels
 from llmq.vision.images import numbers_of, read_image
+from llmq.vision.rasters import read_raster
 from llmq.vision.volumes import Reading, read_volumes
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (12, 8, 40)).astype(np.uint16)
@@ -232,6 +233,26 @@ def test_netcdf_is_read_or_named(tmp_path):
         rock(tmp_path / "broken.nc")
 
 
+def test_packed_and_unsigned_numbers_of_netcdf_are_unpacked(tmp_path):
+    """Classic NetCDF has no unsigned numbers and no small floats: attributes say what the stored ones mean."""
+    from scipy.io import netcdf_file
+
+    meant = np.random.default_rng(0).integers(0, 256, (3, 4, 5)).astype(np.uint8)
+    packed = {"_Unsigned": "true"}, {"scale_factor": 0.5, "add_offset": 10.0}
+    for name, stored, kind, about in (("a", meant.view(np.int8), "b", packed[0]), ("b", meant, "h", packed[1])):
+        with netcdf_file(str(tmp_path / name), "w") as file:
+            for axis, side in zip("zyx", meant.shape, strict=True):
+                file.createDimension(axis, side)
+            made = file.createVariable("tomo", kind, tuple("zyx"))
+            made[:] = stored
+            for attribute, value in about.items():
+                setattr(made, attribute, value)
+        (tmp_path / name).rename(tmp_path / f"{name}.nc")
+    assert np.array_equal(read_volumes(tmp_path / "a.nc", None, Reading(), Reading())[0], meant)
+    scaled = read_volumes(tmp_path / "b.nc", None, Reading((10.0, 137.5)), Reading())[0]
+    assert np.array_equal(scaled, meant)
+
+
 def test_sixteen_bit_arrays_go_through_the_window_too(tmp_path):
     np.savez(tmp_path / "v.npz", hr=DEEP)
     assert np.array_equal(rock(tmp_path / "v.npz", window=WINDOW).train[2].high[..., 0], in_window(DEEP[2, :, :30]))
@@ -359,6 +380,31 @@ def test_sixteen_bit_images_in_folders_go_through_a_window(tmp_path):
         assert np.array_equal(image, in_window(DEEP[int(Path(name).stem)]))
 
 
+@pytest.mark.parametrize("magic", [b"P5", b"P2"])
+def test_a_pgm_has_its_own_numbers_and_not_those_that_pillow_makes(magic, tmp_path):
+    values = np.arange(16).reshape(4, 4) * 60 + 7
+    body = values.astype(">u2").tobytes() if magic == b"P5" else " ".join(map(str, values.ravel())).encode()
+    (tmp_path / "a.pgm").write_bytes(magic + b"\n4 4\n1023\n" + body)
+    assert np.array_equal(read_image(tmp_path / "a.pgm", 1, (0, 1023))[..., 0], in_window(values, 0, 1023))
+    assert np.array_equal(read_raster(tmp_path / "a.pgm").pixels[0], values)
+    with pytest.raises(UserError, match="more than 8 bits a pixel"):
+        read_image(tmp_path / "a.pgm")
+    (tmp_path / "a.ppm").write_bytes(b"P6\n4 4\n1023\n" + np.repeat(values, 3).astype(">u2").tobytes())
+    with pytest.raises(UserError, match=r"a\.ppm: RGB up to 1023 holds more than 8 bits"):
+        read_image(tmp_path / "a.ppm")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_is_not_taken_for_its_first_picture(suffix, tmp_path):
+    first, second = (Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (50, 200))
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
+    with pytest.raises(UserError, match=rf"a\.{suffix}: holds 2 pictures, and one is needed"):
+        read_image(tmp_path / f"a.{suffix}")
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])  # as telephones write
+    assert abs(int(read_image(tmp_path / "a.jpg")[0, 0, 0]) - 50) < 3
+    assert read_raster(tmp_path / "a.jpg").pixels.shape == (1, 8, 8, 3)
+
+
 # Names of classes
 
 NAMES = (
@@ -399,3 +445,13 @@ def test_a_pipe_is_no_volume_and_nobody_waits_for_it(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="is a pipe, and no file"):
         read_volumes(tmp_path / name, None, Reading(None, None, None), Reading(None, None, None))
+
+
+def test_classes_that_are_called_by_numbers_are_these_outputs():
+    """ImageNetV2 calls its folders 0 to 999, and as texts 10 comes before 2."""
+    names = [(f"n{i}", f"thing {i}") for i in range(12)]
+    classes = sorted(map(str, range(12)))
+    assert numbers_of(classes, names) == [int(name) for name in classes]
+    assert numbers_of(classes[:-1], names) is None
+    assert numbers_of((*classes[:-1], "thing"), names) is None
+    assert numbers_of(classes, ()) is None, "where nothing names the outputs, classes are in the order of their names"

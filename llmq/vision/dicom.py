@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 BEGIN = 128, b"DICM"
 """The place and the letters by which a file is known; its name does not count."""
+MEASURES = ("PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,75 @@ def read_dicom(path: Path) -> Scan:
         held = _opened(path)
         if int(held.get("SamplesPerPixel", 1)) != 1 or held.get("PhotometricInterpretation") == "PALETTE COLOR":
             raise UserError(f"{path}: is in colour, and grey is needed")
-        pixels = _rescaled(held)
-        down, across = (float(mm) for mm in held.get("PixelSpacing", None) or (0, 0))
-        depth = float(held.get("SpacingBetweenSlices", None) or held.get("SliceThickness", None) or 0)
-    return Scan(pixels.reshape(-1, *pixels.shape[-2:]), across or None, down or None, depth or None)
+        pixels = _rescaled(held)[_order(path, held)]
+        measures = [_told(held, "PixelMeasuresSequence", name)[0] for name in MEASURES]
+        down, across = (float(mm) for mm in measures[0] or (0, 0))
+        depth = float(measures[1] or measures[2] or 0)
+    return Scan(pixels, across or None, down or None, depth or None)
+
+
+def _told(held: Dataset, group: str, name: str) -> list[Any]:
+    """A value for each frame: of its own functional groups, else of those that frames share, else of the file."""
+    count = int(held.get("NumberOfFrames", None) or 1)
+    shared = list(held.get("SharedFunctionalGroupsSequence", None) or [])[:1]
+    own = list(held.get("PerFrameFunctionalGroupsSequence", None) or [])
+    if own and len(own) != count:
+        raise ValueError(f"it has {count} frames, and functional groups of {len(own)}")
+    told = []
+    for frame in range(count):
+        groups = [(each.get(group, None) or [{}])[0] for each in own[frame : frame + 1] + shared]
+        values = [each.get(name, None) for each in (*groups, held)]
+        told.append(next((value for value in values if value is not None), None))
+    return told
+
+
+def _order(path: Path, held: Dataset) -> list[int]:
+    """The frames by position along the normal, if each frame tells its own; else as they are."""
+    places = _told(held, "PlanePositionSequence", "ImagePositionPatient")
+    rows = _told(held, "PlaneOrientationSequence", "ImageOrientationPatient")
+    frames = list(range(len(places)))
+    if "PerFrameFunctionalGroupsSequence" not in held or None in places:
+        return frames
+    depths = [_along(*each) for each in zip(places, rows, strict=True)]
+    _check_apart(str(path), depths)
+    return sorted(frames, key=depths.__getitem__)
+
+
+def _along(place: Sequence[float], rows: Sequence[float] | None) -> float:
+    """The position of a slice along its normal, in mm; axial where `rows` does not say otherwise."""
+    import numpy as np
+
+    rows = rows or (1, 0, 0, 0, 1, 0)
+    return float(np.dot(np.cross(*(np.array(each, float) for each in (rows[:3], rows[3:]))), np.array(place, float)))
+
+
+def _check_apart(where: str, depths: Sequence[float]) -> None:
+    """Raise `UserError` for two slices at one place: they are of two series, and their order would mean nothing."""
+    for one, other in pairwise(sorted(depths)):
+        if other - one < 1e-6:
+            raise UserError(f"{where}: two slices lie at {one:g} mm; keep one series, without the others")
 
 
 def in_order(files: Sequence[Path]) -> list[Path]:
-    """The files of a series by position along the normal of their slices, else by their numbers, else as they are."""
-    import numpy as np
+    """The files of a series by position along the normal of their slices, else by their numbers, else as they are.
 
-    places: list[tuple[float, Path]] = []
+    Raises `UserError` for slices at one place, and where only some tell their place.
+    """
+    places: dict[Path, float] = {}
+    numbers: dict[Path, int] = {}
     for file in files:
         with readable(file, "DICOM file"):
             held = _opened(file, stop_before_pixels=True)
-            place = held.get("ImagePositionPatient", None)
-            rows = held.get("ImageOrientationPatient", None) or (1, 0, 0, 0, 1, 0)  # axial
-            across = np.cross(*(np.array(each, float) for each in (rows[:3], rows[3:])))  # the normal of a slice
-            number = np.dot(across, np.array(place, float)) if place else held.get("InstanceNumber", None)
-        if number is None:
-            return list(files)
-        places.append((float(number), file))
-    return [file for _, file in sorted(places, key=lambda each: each[0])]
+            if place := held.get("ImagePositionPatient", None):
+                places[file] = _along(place, held.get("ImageOrientationPatient", None))
+            if (number := held.get("InstanceNumber", None)) is not None:
+                numbers[file] = int(number)
+    if places and len(places) < len(files):
+        lacking = next(file for file in files if file not in places)
+        raise UserError(f"{lacking}: tells no position, and other slices beside it do; move it to another folder")
+    _check_apart(str(files[0].parent), list(places.values()))
+    keys = places or (numbers if len(numbers) == len(files) else {})
+    return sorted(files, key=keys.__getitem__) if keys else list(files)
 
 
 def _opened(path: Path, **how: bool) -> Any:
@@ -79,7 +128,10 @@ def _opened(path: Path, **how: bool) -> Any:
 
 
 def _rescaled(held: Dataset) -> ndarray:
-    """Stored numbers through slope and intercept; whole ones stay whole. White is made the largest number."""
+    """Stored numbers `(frames, height, width)` through slope and intercept, of each frame where it tells its own.
+
+    Whole numbers stay whole. White is made the largest number.
+    """
     import numpy as np
 
     with warnings.catch_warnings():
@@ -89,11 +141,20 @@ def _rescaled(held: Dataset) -> ndarray:
         ends = np.iinfo(stored.dtype)
         bits = int(held.BitsStored)
         stored = (2**bits - 1 if ends.min == 0 else -1) - stored
-    slope, intercept = float(held.get("RescaleSlope", 1)), float(held.get("RescaleIntercept", 0))
-    if (slope, intercept) == (1, 0):
+    stored = stored.reshape(-1, *stored.shape[-2:])
+    if held.get("ModalityLUTSequence", None):
+        from pydicom.pixels import apply_modality_lut
+
+        return np.asarray(apply_modality_lut(stored, held))
+    group = "PixelValueTransformationSequence"
+    slope, intercept = (
+        np.array([usual if told is None else float(told) for told in _told(held, group, name)])[:, None, None]
+        for name, usual in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    )  # (frames, 1, 1) each
+    if bool((slope == 1).all() and (intercept == 0).all()):
         return stored
     made: ndarray = stored * slope + intercept
-    if not (slope.is_integer() and intercept.is_integer()):
+    if bool((slope % 1).any() or (intercept % 1).any()):
         return made.astype(np.float32)
     fits = np.iinfo(np.int16).min <= made.min() and made.max() <= np.iinfo(np.int16).max
     return made.astype(np.int16 if fits else np.int32)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy import ndarray
     from numpy.random import Generator
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
     from llmq.vision.degrade import Disturbance
@@ -124,11 +125,12 @@ def _by_pillow(path: Path, channels: int, window: Window | None) -> ndarray:
     from PIL import Image, ImageOps
 
     with readable(path, "image"), Image.open(path) as opened:
-        deep, plain = deep_mode(path, opened), opened.mode.startswith(("I", "F"))
+        check_single(path, opened)
+        deep, plain, white = deep_mode(path, opened), opened.mode.startswith(("I", "F")), white_of(opened)
         if deep and window is None:
             raise UserError(f"{path}: {_too_deep(deep)}")
         shown = ImageOps.exif_transpose(opened)
-        pixels = np.asarray(shown if plain else shown.convert("RGB" if channels == 3 else "L"))
+        pixels = unstretched(shown, white) if plain else np.asarray(shown.convert("RGB" if channels == 3 else "L"))
     return pixels if window is None else as_bytes(pixels[None], window, str(path), "")[0]
 
 
@@ -157,6 +159,27 @@ def _facts(path: Path, size: int, changed: int) -> tuple[int, int, int, str]:  #
     return *size_of_file(path), sha256(path)
 
 
+def check_single(path: Path, opened: ImageFile) -> None:
+    """Raise `UserError` for an animation. Of an MPO, as telephones write, the first picture is the photograph."""
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format != "MPO":
+        raise UserError(f"{path}: holds {frames} pictures, and one is needed; save each in a file of its own")
+
+
+def white_of(opened: ImageFile) -> int:
+    """The number that a PGM or PPM says is white, where Pillow stretches the pixels; 0 for other files."""
+    codec, _, _, about = opened.tile[0] if opened.tile else ("", None, 0, ())
+    return int(about[1]) if codec in ("ppm", "ppm_plain") and isinstance(about, tuple) and len(about) > 1 else 0
+
+
+def unstretched(shown: Image, white: int) -> ndarray:
+    """Deep pixels in the numbers of their file: Pillow stretches those of a PGM to 65535."""
+    import numpy as np
+
+    pixels: ndarray = np.asarray(shown)
+    return np.rint(pixels * (white / 65535)).astype(pixels.dtype) if white else pixels
+
+
 def deep_mode(path: Path, opened: ImageFile) -> str:
     """The mode of an image with more than 8 bits a channel, in Pillow or in the file; empty for 8 bits or less.
 
@@ -164,6 +187,8 @@ def deep_mode(path: Path, opened: ImageFile) -> str:
     """
     raw = next((str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in opened.tile), opened.mode)
     deep = next((mode for mode in (opened.mode, raw) if mode.startswith(("I", "F")) or ";16" in mode), "")
+    if (white := white_of(opened)) > 255:
+        deep = f"{opened.mode} up to {white}"
     if deep and not opened.mode.startswith(("I", "F")):
         raise UserError(f"{path}: {deep} holds more than 8 bits a pixel; scale it to 8, or save it as TIFF")
     return deep
@@ -191,6 +216,7 @@ def _renumbered(part: Sequence[Example], numbers: Sequence[int], place: int) -> 
 def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[int] | None:
     """Find the output that stands for each class by name; None where no class is among the `names` of the outputs.
 
+    Classes that are called 0 to the last output, as in ImageNetV2, are these outputs: as texts 10 comes before 2.
     Raises `UserError` where only some classes have an output, where several outputs share a name (ImageNet has two
     cranes), and where two classes have one output.
     """
@@ -200,7 +226,7 @@ def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[i
             outputs.setdefault(name, []).append(number)
     known = {name: outputs.get(name.lower(), []) for name in classes}
     if not any(known.values()):
-        return None
+        return _counted(classes, len(names))
     for name, places in known.items():
         if not places:
             raise UserError(
@@ -219,6 +245,13 @@ def numbers_of(classes: Sequence[str], names: Sequence[Sequence[str]]) -> list[i
             f"the data's classes {first!r} and {classes[twice]!r} are both output {numbers[twice]}; join them"
         )
     return numbers
+
+
+def _counted(classes: Sequence[str], outputs: int) -> list[int] | None:
+    """The outputs of classes that are called by the numbers of all outputs; None for other names."""
+    numbers = [int(name) for name in classes if name.isascii() and name.isdecimal()]
+    alike = len(numbers) == len(classes) == outputs > 0 and set(numbers) == set(range(outputs))
+    return numbers if alike else None
 
 
 def make_split(

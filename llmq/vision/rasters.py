@@ -17,7 +17,7 @@ from llmq.errors import UserError
 from llmq.guarded.files import check_plain
 from llmq.types import JsonObject
 from llmq.vision.dicom import is_dicom, read_dicom
-from llmq.vision.images import deep_mode
+from llmq.vision.images import check_single, deep_mode, unstretched, white_of
 from llmq.vision.pixels import ORIENTATION, is_tiff, range_of, read_tiff, readable
 
 if TYPE_CHECKING:
@@ -130,12 +130,11 @@ def _by_pillow(path: Path) -> ndarray:
     from PIL import Image, ImageOps
 
     with readable(path, "image"), Image.open(path) as opened:
-        if (frames := getattr(opened, "n_frames", 1)) > 1:
-            raise UserError(f"{path}: holds {frames} pictures, and one is needed; save them as a TIFF stack")
-        deep = deep_mode(path, opened)
+        check_single(path, opened)
+        deep, white = deep_mode(path, opened), white_of(opened)
         shown = ImageOps.exif_transpose(opened)
         grey = opened.mode in ("1", "L", "LA")
-        pixels: ndarray = np.asarray(shown if deep else shown.convert("L" if grey else "RGB"))
+        pixels = unstretched(shown, white) if deep else np.asarray(shown.convert("L" if grey else "RGB"))
     if not deep:
         return pixels
     if pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 65535:

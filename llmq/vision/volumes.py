@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
 from llmq.files import at_home
@@ -136,11 +136,28 @@ def _netcdf(path: Path) -> dict[str, ndarray]:
             import h5py
 
             with h5py.File(path, "r") as file:
-                return {name: np.asarray(v) for name, v in file.items() if getattr(v, "ndim", 0) == 3}
+                return {n: _meant(np.asarray(v), v.attrs) for n, v in file.items() if getattr(v, "ndim", 0) == 3}
         from scipy.io import netcdf_file
 
         with netcdf_file(str(path), "r", mmap=False) as file:
-            return {name: np.asarray(v.data) for name, v in file.variables.items() if len(v.shape) == 3}
+            volumes = {name: v for name, v in file.variables.items() if len(v.shape) == 3}
+            return {name: _meant(np.asarray(v.data), vars(v)) for name, v in volumes.items()}
+
+
+def _meant(array: ndarray, told: Mapping[str, Any]) -> ndarray:
+    """Stored numbers as attributes of NetCDF mean them: `_Unsigned` whole ones, and packed ones unpacked."""
+    import numpy as np
+
+    unsigned = told.get("_Unsigned", "")
+    if str(unsigned.decode() if isinstance(unsigned, bytes) else unsigned).lower() == "true":
+        array = array.view(array.dtype.str.replace("i", "u"))
+    scale, offset = (
+        float(np.ravel(told.get(name, usual))[0]) for name, usual in (("scale_factor", 1), ("add_offset", 0))
+    )
+    if (scale, offset) == (1, 0):
+        return array
+    made: ndarray = array.astype(np.result_type(array, np.float32)) * scale + offset
+    return made
 
 
 def _named(path: Path, arrays: dict[str, ndarray], hows: Mapping[str, Reading]) -> tuple[ndarray, ndarray | None]:

@@ -71,15 +71,17 @@ class Accuracy(Task[Classifier]):
             yield from self._shown("what it sees", f"of {len(examples)} images", examples, seen, range(len(examples)))
             return
         places = model.places(split)
+        by_number = "; classes by number" if model.names() and model.outputs_of(split) else ""  # names that none shares
+        told = partial(self._convention, split=split, more=by_number)
         truth = [places[example.label] for example in examples if example.label is not None]
         for k in (1, 5):
             if k == 1 or k < logits.shape[1]:
                 best = logits.topk(k, dim=1).indices.tolist()  # (images, k)
                 right = [float(t in b) for t, b in zip(truth, best, strict=True)]
-                convention = self._convention(f"the label among the {k} largest logits of {logits.shape[1]}", split)
+                convention = told(f"the label among the {k} largest logits of {logits.shape[1]}")
                 figure = share(self.name, f"top{k}", right, "share of images", "higher", convention)
                 yield replace(figure, chance=k / logits.shape[1])
-        yield from self._by_class(truth, top, logits, split)
+        yield from self._by_class(truth, top, logits, told)
         wrong = [i for i, (t, p) in enumerate(zip(truth, top, strict=True)) if t != p]
         yield Exhibit(
             self.name,
@@ -94,7 +96,7 @@ class Accuracy(Task[Classifier]):
         )
 
     def _by_class(
-        self, truth: Sequence[int], top: Sequence[int], logits: "Tensor", split: Split
+        self, truth: Sequence[int], top: Sequence[int], logits: "Tensor", told: Callable[[str], str]
     ) -> Iterable[Measurement]:
         """The accuracy of the classes on equal terms, and the expected calibration error of the top class."""
         import numpy as np
@@ -105,16 +107,15 @@ class Accuracy(Task[Classifier]):
 
         right = [float(t == p) for t, p in zip(truth, top, strict=True)]
         scores, stderr = balanced(truth, right)
-        convention = self._convention(f"mean over the {len(set(truth))} classes that occur of each one's top-1", split)
+        convention = told(f"mean over the {len(set(truth))} classes that occur of each one's top-1")
         figure = mean(self.name, "balanced_accuracy", scores, "share of images", "higher", convention)
         yield replace(figure, stderr=stderr, chance=1 / logits.shape[1])
         sure, hits = logits.double().softmax(1).amax(1).numpy(), np.array(right)
         value, n = float(calibration_error(sure, hits)), len(right)
         spread = quantile_spread(lambda rows: calibration_error(sure[rows], hits[rows]), n, 0) if n > 1 else None
-        convention = self._convention(
+        convention = told(
             f"|confidence - accuracy| of the top class in {BINS} bins of equal width, weighed by images (Guo et al. "
-            "2017); biased upwards for few images; standard error by bootstrap",
-            split,
+            "2017); biased upwards for few images; standard error by bootstrap"
         )
         yield Measurement(self.name, "calibration_error", value, "probability", "lower", n, spread, convention)
 
@@ -160,8 +161,8 @@ class Accuracy(Task[Classifier]):
             raise UserError(f"the {self.part.replace('_', '-')} part of {self.data.word} has no image")
         return split, examples
 
-    def _convention(self, what: str, split: Split) -> str:
-        return f"{what}; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
+    def _convention(self, what: str, split: Split, more: str = "") -> str:
+        return f"{what}{more}; {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
 
     def _shown(
         self, title: str, text: str, examples: "Sequence[Example]", titles: Sequence[str], which: Sequence[int]
