@@ -145,7 +145,8 @@ def _rescaled(held: Dataset) -> ndarray:
     if held.get("ModalityLUTSequence", None):
         from pydicom.pixels import apply_modality_lut
 
-        return np.asarray(apply_modality_lut(stored, held))
+        looked_up: ndarray = np.asarray(apply_modality_lut(stored, held))
+        return looked_up
     group = "PixelValueTransformationSequence"
     slope, intercept = (
         np.array([usual if told is None else float(told) for told in _told(held, group, name)])[:, None, None]
