@@ -1,8 +1,8 @@
-"""A graph that somebody exported, in ONNX or for OpenVINO, as a classifier, detector or super-resolution network.
+"""A graph that somebody exported, in ONNX or for OpenVINO: a classifier, detector, super-resolution network or GAN.
 
-The settings say what the file does not: the kind, the input, and the layout of a detector's outputs. OpenVINO runs the
-graph; it is measured, quantized, compared and used like any other stage. It has no torch weights: it is not trained or
-pruned.
+The settings say what the file does not: the kind, the input, the layout of a detector's outputs, the range of what a
+generator makes. OpenVINO runs the graph; it is measured, quantized, compared and used like any other stage. It has no
+torch weights: it is not trained or pruned.
 """
 
 from typing import Any, Self, cast

@@ -50,11 +50,16 @@ def _stage(stage: JsonObject) -> str:
 
 def _plain(value: Any, key: str = "") -> str:
     if isinstance(value, Mapping):
-        inner = {k: v for k, v in value.items() if not isinstance(v, list)}  # curves are drawn, not listed
+        inner = {k: v for k, v in value.items() if not _is_curve(v)}  # curves are drawn, not listed
         return ", ".join(
             f"{k} ({_plain(v, k)})" if isinstance(v, Mapping) else f"{k} {_plain(v, k)}" for k, v in inner.items()
         )
     return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)
+
+
+def _is_curve(value: Any) -> bool:
+    """True for points of a training, and for a list of none."""
+    return isinstance(value, list) and all(isinstance(point, list) for point in value)
 
 
 def sentence(v: JsonObject) -> str:

@@ -1,4 +1,4 @@
-"""The two networks of a DCGAN for 64x64 images (Radford et al. 2015, figure 1; names as in PyTorch's own example)."""
+"""The two networks of a DCGAN (Radford et al. 2015, figure 1, for 64 pixels; names as in PyTorch's own example)."""
 
 from itertools import pairwise
 from typing import cast
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Generator(nn.Module):
-    """Latents `(n, latent_size, 1, 1)` to images `(n, channels, 64, 64)` on [-1, 1]."""
+    """Latents `(n, latent_size, 1, 1)` to images `(n, channels, size, size)` on [-1, 1]."""
 
-    def __init__(self, latent_size: int, features: int, channels: int):
+    def __init__(self, latent_size: int, features: int, channels: int, size: int = 64):
         super().__init__()
         layers: list[nn.Module] = []
-        sides = [latent_size, *(features * k for k in (8, 4, 2, 1))]  # numbers of channels
+        sides = [latent_size, *reversed(widths(features, size))]  # numbers of channels
         for i, (inputs, outputs) in enumerate(pairwise(sides)):
-            stride, padding = (1, 0) if i == 0 else (2, 1)  # 4 x 4 pixels, then 8, 16, 32
+            stride, padding = (1, 0) if i == 0 else (2, 1)  # 4 x 4 pixels, then 8, 16, …
             layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False)]
             layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         layers += [nn.ConvTranspose2d(features, channels, 4, 2, 1, bias=False), nn.Tanh()]
@@ -27,20 +27,25 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images `(n, channels, 64, 64)` on [-1, 1] to the logits `(n,)` that they are real."""
+    """Images `(n, channels, size, size)` on [-1, 1] to the logits `(n,)` that they are real."""
 
-    def __init__(self, features: int, channels: int):
+    def __init__(self, features: int, channels: int, size: int = 64):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, features, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        for inputs in (features, features * 2, features * 4):  # 16 x 16 pixels, then 8, 4
-            layers += [nn.Conv2d(inputs, inputs * 2, 4, 2, 1, bias=False), nn.BatchNorm2d(inputs * 2)]
+        for inputs, outputs in pairwise(widths(features, size)):  # halved at each, to 4 x 4 pixels
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs)]
             layers += [nn.LeakyReLU(0.2, inplace=True)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(features * 8, 1, 4, 1, 0, bias=False))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths(features, size)[-1], 1, 4, 1, 0, bias=False))
         self.apply(_begin)
 
     def forward(self, images: Tensor) -> Tensor:
         # (n, 1, 1, 1); the sigmoid is in the loss, where it loses no precision
         return cast(Tensor, self.main(images)).flatten()
+
+
+def widths(features: int, size: int) -> list[int]:
+    """The channels from the layer of size / 2 pixels to that of 4: each half has twice as many."""
+    return [features * 2**i for i in range((size // 8).bit_length())]
 
 
 def _begin(layer: nn.Module) -> None:

@@ -33,6 +33,7 @@ OWN = {
     "detector": {"labels", "classes", "size", "mean", "std", "decoding", "letterbox", "first_label"}
     | {"nms_threshold", "score_threshold", "max_detections"},
     "super-resolution": {"scale", "tile", "overlap"},
+    "gan": {"latent", "noise", "size"},
 }
 """The settings that only some kinds read."""
 
@@ -48,16 +49,16 @@ class Foreign(ImageModel):
     training: ClassVar[Training] = Training(1, 1e-4, "no loss")
     begins_in: ClassVar[str] = "openvino"
 
-    is_a: Literal["classifier", "detector", "super-resolution"] = Field(description="the kind of the network")
+    is_a: Literal["classifier", "detector", "super-resolution", "gan"] = Field(description="the kind of the network")
     weights: str = Field(description="an .onnx file, or OpenVINO's .xml with its .bin beside it")
-    layout: Literal["nchw", "nhwc"] = Field("nchw", description="of the input: channels before or after the pixels")
-    channels: Literal[1, 3] = Field(3, description="of the input; images become grey for 1")
+    layout: Literal["nchw", "nhwc"] = Field("nchw", description="of the images: channels before or after the pixels")
+    channels: Literal[1, 3] = Field(3, description="of the images; they become grey for 1")
     colours: Literal["rgb", "bgr"] = Field("rgb", description="order of the channels")
-    value_range: tuple[float, float] = Field((0.0, 1.0), description="that black and white become")
+    value_range: tuple[float, float] = Field((0.0, 1.0), description="that black and white are in the graph")
     mean: Numbers = Field((0.0,), description="taken off after that, one for all channels or one for each")
     std: tuple[PositiveFloat, ...] = Field((1.0,), description="divided by after that")
     size: tuple[PositiveInt, PositiveInt] | PositiveInt | None = Field(
-        None, description="side of the square input, or its rows and columns; needed where the file leaves it open"
+        None, description="side of the square image, or its rows and columns; needed where the file leaves it open"
     )
     classes: PositiveInt | None = Field(None, description="as the outputs have; needed for decoding: boxes")
     labels: tuple[str, ...] = Field((), description="names of the classes, in their order")
@@ -72,6 +73,11 @@ class Foreign(ImageModel):
     scale: Literal[2, 3, 4] = Field(4, description="of super-resolution")
     tile: PositiveInt = Field(256, description="low-resolution pixels; larger images are made in tiles of this side")
     overlap: int | None = Field(None, ge=0, description="pixels that a tile sees of its neighbours; 48 if unset")
+
+    latent: tuple[PositiveInt, ...] | None = Field(
+        None, description="shape of one latent of a gan, such as [100, 1, 1]; needed where the file leaves it open"
+    )
+    noise: Literal["normal", "uniform"] = Field("normal", description="latents of a gan; uniform: from -1 to 1")
 
     @property
     def word(self) -> str:
@@ -136,9 +142,10 @@ class Foreign(ImageModel):
         return self.model_copy(update={"size": (shape[2].get_length(), shape[3].get_length())})
 
     def _read(self) -> Model:
-        from llmq.vision.foreign.graph import read
+        from llmq.vision.foreign.graph import of_images, read
 
-        return read(check_file(self.weights), self.layout == "nhwc", self.value_range)
+        path = check_file(self.weights)
+        return of_images(read(path), path, self.layout == "nhwc", self.value_range)
 
     def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
         """These settings with what the shapes of the outputs tell. Raises `UserError` for outputs of another kind."""
@@ -152,11 +159,16 @@ class Foreign(ImageModel):
         return self.model_copy(update={"classes": count})
 
     def _write(self, folder: Path) -> None:
-        from llmq.vision.foreign.graph import boxes_first, with_size, written
+        from llmq.vision.foreign.graph import written
 
-        graph = self._read()
+        written(self._reshaped(self._read()), folder)
+
+    def _reshaped(self, graph: Model) -> Model:
+        """The graph for the input of these settings. Raises `UserError` where it takes another."""
+        from llmq.vision.foreign.graph import boxes_first, with_size
+
         graph = boxes_first(graph, self.weights) if self.decoding == "boxes" else graph
-        written(with_size(graph, self.weights, self.channels, self.sides), folder)
+        return with_size(graph, self.weights, self.channels, self.sides)
 
     @property
     def sides(self) -> tuple[int, int] | None:

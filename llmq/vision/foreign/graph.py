@@ -57,11 +57,8 @@ def _places(content: bytes) -> Iterator[str]:
         yield content[found.end() : found.end() + length].decode(errors="replace")
 
 
-def read(path: Path, channels_last: bool, value_range: tuple[float, float]) -> Model:
-    """The graph in a file: one float32 input, channels before rows and columns. Raises `UserError` for others.
-
-    Whole numbers as input need a `value_range` that rounding leaves something of.
-    """
+def read(path: Path) -> Model:
+    """The graph in a file, which has one input. Raises `UserError` for others."""
     from llmq.vision import apart
 
     apart.check_reads(path)  # a crash of native code ends another process
@@ -71,7 +68,15 @@ def read(path: Path, channels_last: bool, value_range: tuple[float, float]) -> M
         raise UserError(f"{str(path)!r} is no graph that OpenVINO reads: {last_line(error)}") from None
     if len(graph.inputs) != 1:
         shapes = ", ".join(f"{i.any_name} {i.partial_shape}" for i in graph.inputs)
-        raise UserError(f"{str(path)!r} has {len(graph.inputs)} inputs ({shapes}), and one is needed, for the image")
+        raise UserError(f"{str(path)!r} has {len(graph.inputs)} inputs ({shapes}), and one is needed")
+    return graph
+
+
+def of_images(graph: Model, path: Path, channels_last: bool, value_range: tuple[float, float]) -> Model:
+    """The graph for float32 images, channels before rows and columns. Raises `UserError` for others.
+
+    Whole numbers as input need a `value_range` that rounding leaves something of.
+    """
     kind = graph.input(0).element_type
     if kind.is_integral() and abs(value_range[1] - value_range[0]) < FEWEST:
         raise UserError(
@@ -84,6 +89,31 @@ def read(path: Path, channels_last: bool, value_range: tuple[float, float]) -> M
         prepared.input().tensor().set_layout(openvino().Layout("NCHW"))
         prepared.input().model().set_layout(openvino().Layout("NHWC"))
     return prepared.build()
+
+
+def of_latents(graph: Model, path: Path, channels_last: bool) -> Model:
+    """The graph for float32 latents, images with channels before rows and columns. Raises `UserError` for others."""
+    if (kind := graph.input(0).element_type).is_integral():
+        raise UserError(f"{str(path)!r} takes {kind.get_type_name()} numbers, and latents are no whole numbers")
+    if len(graph.outputs) != 1 or graph.output(0).partial_shape.rank != openvino().Dimension(4):
+        shapes = ", ".join(str(output.partial_shape) for output in graph.outputs)
+        raise UserError(f"{str(path)!r} answers with {shapes}, and a gan gives one output, images")
+    prepared = openvino().preprocess.PrePostProcessor(graph)
+    prepared.input().tensor().set_element_type(openvino().Type.f32)
+    prepared.output().tensor().set_element_type(openvino().Type.f32)
+    if channels_last:
+        prepared.output().model().set_layout(openvino().Layout("NHWC"))
+        prepared.output().tensor().set_layout(openvino().Layout("NCHW"))
+    return prepared.build()
+
+
+def with_latent(graph: Model, weights: str, latent: tuple[int, ...]) -> Model:
+    """The graph for latents of one shape. Raises `UserError` that tells the real shape."""
+    shape = graph.input(0).partial_shape
+    if not shape.compatible(openvino().PartialShape([1, *latent])):
+        raise UserError(f"{weights!r} takes {shape}, and one latent of {list(latent)} does not fit")
+    graph.reshape([-1 if shape.rank.is_dynamic or shape[0].is_dynamic else 1, *latent])
+    return graph
 
 
 def with_size(graph: Model, weights: str, channels: int, size: tuple[int, int] | None) -> Model:

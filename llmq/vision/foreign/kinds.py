@@ -8,14 +8,19 @@ from llmq.vision.classifier import Classifier, with_channels
 from llmq.vision.decodings import DECODINGS, Decoding, selected
 from llmq.vision.detector import Detections, Detector
 from llmq.vision.foreign.family import GREY, LETTERBOXED, Foreign, resized
+from llmq.vision.generator import Generator, drawing
 from llmq.vision.super_resolution import SuperResolution, Window
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from openvino import Model
     from torch import Tensor
 
     from llmq.types import Loaded
     from llmq.vision.detector import Fitted, Images, Sizes, Targets
+
+FAR = 0.01
+"""The share of values far outside of the range that a generator's settings name, from which the range is wrong."""
 
 
 class ForeignClassifier(Foreign, Classifier):
@@ -197,11 +202,68 @@ class ForeignSuperResolution(Foreign, SuperResolution):
         return self
 
 
+class ForeignGenerator(Foreign, Generator):
+    kind: ClassVar[str] = Generator.kind
+    suite: ClassVar[str] = Generator.suite
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.latent or ()
+
+    def example(self, batch_size: int) -> "Tensor":
+        return Generator.example(self, batch_size)
+
+    def latents(self, n: int, seed: int, purpose: str = "samples") -> "Tensor":
+        import torch
+
+        if self.noise == "normal":
+            return super().latents(n, seed, purpose)
+        return torch.rand(n, *self.latent_shape, generator=drawing(seed, purpose)) * 2 - 1
+
+    def grey(self, outputs: "Tensor") -> "Tensor":
+        """Grey levels by `value_range`. Raises `UserError` for values that lie far outside of it."""
+        low, high = self.value_range
+        levels = (outputs.double() - low) / (high - low)
+        if float(((levels < -0.5) | (levels > 1.5)).double().mean()) > FAR:
+            raise UserError(
+                f"{self.weights!r} makes values from {float(outputs.min()):.3g} to {float(outputs.max()):.3g}, and "
+                f"value_range says {list(self.value_range)}; set value_range to what black and white are"
+            )
+        return (levels.flip(1) if self.colours == "bgr" else levels).clamp(0, 1) * 255  # (n, channels, h, w)
+
+    def _sized(self) -> Self:
+        shape = self._read().input(0).partial_shape
+        if self.latent is not None:
+            return self
+        if shape.rank.is_dynamic or len(shape) < 2 or any(d.is_dynamic for d in list(shape)[1:]):
+            raise UserError(f"{self.weights!r} takes {shape} and names no size of latents; set latent")
+        return self.model_copy(update={"latent": tuple(d.get_length() for d in list(shape)[1:])})
+
+    def _read(self) -> "Model":
+        from llmq.vision.foreign.graph import check_file, of_latents, read
+
+        path = check_file(self.weights)
+        return of_latents(read(path), path, self.layout == "nhwc")
+
+    def _reshaped(self, graph: "Model") -> "Model":
+        from llmq.vision.foreign.graph import with_latent
+
+        return with_latent(graph, self.weights, self.latent_shape)
+
+    def _fitted(self, shapes: Sequence[tuple[int, ...]]) -> Self:
+        found = shapes[0][2:]
+        if shapes[0][:2] != (1, self.channels) or (self.sides and self.sides != found):
+            told = " x ".join(map(str, self.sides)) if self.sides else "rows, columns"
+            raise self._misfit(shapes, f"[1, {self.channels}, {told}]; set channels, size or layout")
+        return self.model_copy(update={"size": found})
+
+
 def family_of(model: Foreign) -> type[Foreign]:
     """The class of a kind."""
     if model.is_a == "detector":
         return ForeignQueries if model.decoding in ("detr", "rtdetr", "dfine") else ForeignDetector
-    return {"classifier": ForeignClassifier, "super-resolution": ForeignSuperResolution}[model.is_a]
+    kinds = {"classifier": ForeignClassifier, "super-resolution": ForeignSuperResolution, "gan": ForeignGenerator}
+    return kinds[model.is_a]
 
 
 def pixels_of(image: "ndarray", channels: int) -> "Tensor":
