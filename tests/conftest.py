@@ -3,7 +3,7 @@
 import gc
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import tiny_text_models
+from helpers import exit_code
 from pytest_socket import disable_socket, socket_allow_hosts
 
 from llmq import trust
@@ -75,6 +76,13 @@ def _texts_are_tokenized_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Windowed, "_ids", once)
         yield
+
+
+@pytest.fixture
+def llmq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in an empty folder: exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: (exit_code(*words), *capsys.readouterr())
 
 
 @pytest.fixture

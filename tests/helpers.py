@@ -45,6 +45,17 @@ def adapter_bytes(artifact: Artifact) -> bytes:
     return (artifact.adapter / "adapter_model.safetensors").read_bytes()
 
 
+def exit_code(*words: object) -> int:
+    """What a command line ends with, run in this process."""
+    from llmq import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["llmq", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    return int(stop.value.code or 0)
+
+
 @contextmanager
 def dying_at(step: int, monkeypatch: Any) -> Iterator[None]:
     """Each training of a language model is interrupted after a step."""

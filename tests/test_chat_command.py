@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import base_of, reshaped, some_ids
+from helpers import base_of, exit_code, reshaped, some_ids
 from tiny_text_models import ARCHITECTURES, build
 
 from llmq import chatting, cli
@@ -31,11 +31,9 @@ def llmq(monkeypatch, capsys):
     def run(text: str | bytes, *words: object) -> tuple[int, str, str]:
         data = text if isinstance(text, bytes) else text.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        monkeypatch.setattr(sys, "argv", ["llmq", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
+        code = exit_code(*words)
         out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, " ".join(err.split())
+        return code, out, " ".join(err.split())
 
     return run
 

@@ -10,25 +10,11 @@ import pytest
 from helpers import CPU, base_of
 from run_folders import accuracy, perplexity, size, speed, write_run
 
-from llmq import cli, pipeline, plugin
+from llmq import pipeline, plugin
 from llmq.errors import UserError
 from llmq.files import bundled
 from llmq.judge import comparisons as compare
 from llmq.judge import results
-
-
-@pytest.fixture
-def llmq(tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder: exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str):
-        monkeypatch.setattr(sys, "argv", ["llmq", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def figures(seed: int, shift: float, **more):

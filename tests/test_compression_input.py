@@ -1,14 +1,11 @@
 """Whatever is wrong with a quantization or a pruning: one line that quotes it, exit code 2, and nothing written."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import apply, base_of, reshaped
 from test_bad_input import Bad, Files, assert_one_line, listing, recipe, write
-
-from llmq import cli
 
 CALIBRATED = ("quantize.gptq", "prune.wanda", "prune.sparsegpt", "prune.layers")
 FLOAT = (*CALIBRATED, "quantize.rtn", "prune.magnitude")
@@ -71,25 +68,11 @@ ORDER = [
 ]
 
 
-@pytest.fixture
-def ended(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line in an empty folder; its exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmq", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.mark.parametrize("bad", [*SETTINGS, *UNQUOTED, *ORDER], ids=lambda bad: bad.name)
-def test_wrong_settings_are_seen_in_the_recipe(bad, ended, tmp_path):
+def test_wrong_settings_are_seen_in_the_recipe(bad, llmq, tmp_path):
     write(bad.files, tmp_path)
     before = listing(tmp_path)
-    assert_one_line(bad, *ended(*bad.argv))
+    assert_one_line(bad, *llmq(*bad.argv))
     assert listing(tmp_path) == before
 
 
@@ -160,13 +143,13 @@ SHOWN_BY_THE_BASE = {
 
 
 @pytest.fixture
-def refusal(ended, models, tmp_path) -> Callable[[str, str, str], str]:
+def refusal(llmq, models, tmp_path) -> Callable[[str, str, str], str]:
     """Runs a recipe of one step on an odd model; the last line of what it says."""
 
     def run(model: str, word: str, settings: str) -> str:
         text = f"model: {{causal_lm: {{weights: {models(model)}}}}}\nsteps:\n- {word}: {{{settings}}}\n"
         write({"r.yaml": text}, tmp_path)
-        code, out, err = ended("run", "r.yaml")
+        code, out, err = llmq("run", "r.yaml")
         *before, line = err.splitlines()
         assert code == 2, err
         assert out == ""

@@ -1,7 +1,6 @@
 """A gate judges by the interval: what passes, what fails, and what it says when it cannot know."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folders import accuracy, perplexity, size, speed, write_run
 
-from llmq import cli, pipeline, recipe
+from llmq import pipeline, recipe
 from llmq.errors import UserError
 from llmq.judge import gate
 from llmq.report import Report
@@ -24,20 +23,6 @@ def one(rule: str, stage, base=None):
     """The verdict on one rule."""
     (found,) = gate.judge([read_rule(rule)], "1-x", stage, stage if base is None else base)
     return found
-
-
-@pytest.fixture
-def llmq(tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder: exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str):
-        monkeypatch.setattr(sys, "argv", ["llmq", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

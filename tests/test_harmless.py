@@ -2,18 +2,18 @@
 
 import io
 import json
-import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import exit_code
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from llmq import cli, harmless
+from llmq import harmless
 from llmq.artifact import Artifact, Failure, Stage
 from llmq.errors import UNSEEN, UserError, one_line, visible
 from llmq.files import to_json
@@ -136,11 +136,8 @@ def test_what_the_command_line_quotes_back_moves_no_cursor(name, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     commands = (["run", name], ["eval", name, "--suite", "x"], ["gate", name, "--rule", name], ["show", name], [name])
     for words in (*commands, ["compare", name], ["run", "text/quickstart", f"seed={name}"], ["list", name]):
-        monkeypatch.setattr(sys, "argv", ["llmq", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
+        assert exit_code(*words) == 2, words
         said = capsys.readouterr()
-        assert stop.value.code == 2, words
         assert not UNSEEN.search(said.err + said.out), words
         assert said.err.count("\n") == 1, words
 

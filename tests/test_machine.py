@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CPU
+from helpers import CPU, exit_code
 
-from llmq import cli, errors, files, pipeline, plugin, recipe
+from llmq import errors, files, pipeline, plugin, recipe
 from llmq.errors import LlmqError, UserError
 from llmq.terminal import logged_to
 
@@ -64,11 +64,9 @@ def test_what_is_wrong_in_the_input_is_no_fault_of_the_machine():
         assert not errors.is_of_machine(error)
 
 
-def ended(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["llmq", *argv])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code, capsys.readouterr().err
+def ended(capsys, *words):
+    """The exit code of a command line, and its standard error."""
+    return exit_code(*words), capsys.readouterr().err
 
 
 @pytest.fixture
@@ -98,7 +96,7 @@ def test_a_step_that_fails_is_one_line_and_its_traceback_stands_in_the_log(job, 
 
     with monkeypatch.context() as patch:
         patch.setattr(cls, "apply", broken)
-        code, err = ended(patch, capsys, "run", str(job), "--out", str(tmp_path / "o"))
+        code, err = ended(capsys, "run", str(job), "--out", str(tmp_path / "o"))
     assert code == 4
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if line.startswith("llmq: ")]
@@ -108,7 +106,7 @@ def test_a_step_that_fails_is_one_line_and_its_traceback_stands_in_the_log(job, 
     assert (tmp_path / "o" / "0-base" / "artifact.json").is_file()
     if isinstance(error, OSError):
         assert str(tmp_path / "o") in lines[0]  # a write names no file: the run's folder is named
-    code, err = ended(monkeypatch, capsys, "run", str(job), "--out", str(tmp_path / "o"), "--resume")
+    code, err = ended(capsys, "run", str(job), "--out", str(tmp_path / "o"), "--resume")
     assert not code, err
 
 
@@ -116,7 +114,7 @@ def test_a_failure_outside_of_a_run_has_its_traceback_in_the_cache(monkeypatch, 
     from llmq import listing
 
     monkeypatch.setattr(listing, "everything", lambda: 1 // 0)
-    code, err = ended(monkeypatch, capsys, "list")
+    code, err = ended(capsys, "list")
     assert code == 4
     assert err.startswith("llmq: unforeseen: ZeroDivisionError")
     assert "ZeroDivisionError" in (llmq_cache / "log.txt").read_text()
@@ -216,7 +214,7 @@ def test_a_locale_that_knows_ascii_alone_is_enough(tmp_path):
     ],
 )
 def test_names_that_can_be_no_files_are_one_line(monkeypatch, capsys, argv, says):
-    code, err = ended(monkeypatch, capsys, *argv)
+    code, err = ended(capsys, *argv)
     assert code == 2
     assert says in err
     assert err.count("\n") == 1
@@ -234,9 +232,9 @@ def test_a_limit_on_memory_is_named(tmp_path):
 
 
 def test_damaged_answers_of_a_run_are_named_when_it_is_resumed(job, tmp_path, monkeypatch, capsys):
-    ended(monkeypatch, capsys, "run", str(job), "--out", str(tmp_path / "o"))
+    ended(capsys, "run", str(job), "--out", str(tmp_path / "o"))
     for content in ("{", "[]", '{"measurements": 5}', json.dumps({"measurements": [{"task": "size"}], "exhibits": []})):
         (tmp_path / "o" / "0-base" / "measurements.json").write_text(content)
-        code, err = ended(monkeypatch, capsys, "run", str(job), "--out", str(tmp_path / "o"), "--resume")
+        code, err = ended(capsys, "run", str(job), "--out", str(tmp_path / "o"), "--resume")
         assert code == 2, err
         assert "measurements.json" in err

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import tifffile
 from generators import GAN
-from helpers import CPU, apply, base_of
+from helpers import CPU, apply, base_of, exit_code
 from PIL import Image
 
-from llmq import cli, plugin
+from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.predicting import Predictions, predict
@@ -57,15 +56,13 @@ def saved(path: Path, *shape: int, kind: str = "uint8", seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def llmq(monkeypatch, capsys):
+def llmq(capsys):
     """Runs a command line; the exit code, the standard output and the errors."""
 
     def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmq", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
+        code = exit_code(*words)
         out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, " ".join(err.split())
+        return code, out, " ".join(err.split())
 
     return run
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from helpers import exit_code
 
 from llmq import hashes, pipeline, recipe
 from llmq.errors import UserError
@@ -117,29 +118,19 @@ def test_a_folder_without_a_recipe_is_not_replayed(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def exit_code(monkeypatch, *words):
-    """What the command line ends with."""
-    from llmq import cli
-
-    monkeypatch.setattr("sys.argv", ["llmq", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code or 0
-
-
 def test_the_commands_end_with_0_the_same_1_differs_2_wrong_input(run, tmp_path, monkeypatch, capsys):
-    assert exit_code(monkeypatch, "verify", run) == 0
+    assert exit_code("verify", run) == 0
     damaged = copy_of(run, tmp_path)
     (damaged / "log.txt").write_text("a log may grow")
-    assert exit_code(monkeypatch, "verify", damaged, "--json") == 0
+    assert exit_code("verify", damaged, "--json") == 0
     (damaged / "report.md").write_text("# better figures")
-    assert exit_code(monkeypatch, "verify", damaged) == 1
+    assert exit_code("verify", damaged) == 1
     assert "changed  report.md" in capsys.readouterr().out
-    assert exit_code(monkeypatch, "verify", tmp_path / "nothing") == 2
-    assert exit_code(monkeypatch, "replay", tmp_path / "nothing") == 2
+    assert exit_code("verify", tmp_path / "nothing") == 2
+    assert exit_code("replay", tmp_path / "nothing") == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("x")
-    assert exit_code(monkeypatch, "replay", run, "--out", tmp_path / "full") == 2
+    assert exit_code("replay", run, "--out", tmp_path / "full") == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 3
     assert all(line.startswith("llmq: ") for line in said)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import CPU, base_of
+from helpers import CPU, base_of, exit_code
 from PIL import Image
 
-from llmq import cli, pipeline, plugin, reading, recipe
+from llmq import pipeline, plugin, reading, recipe
 from llmq.errors import UserError
 from llmq.source import Source, to_yaml
 from llmq.targets import stages_of
@@ -319,14 +318,6 @@ def test_a_word_that_says_its_package_again_is_quoted_as_it_stands(evaluate, say
         job({"models.causal_lm": {"weights": "org/name"}}, [], [])
 
 
-def end_of(*words: Any, patch: pytest.MonkeyPatch) -> int:
-    """The exit code of a command line."""
-    patch.setattr(sys, "argv", ["llmq", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
 @pytest.mark.parametrize(
     "columns",
     [
@@ -340,7 +331,7 @@ def test_columns_of_finetune_reach_what_it_is_measured_on(
 ):
     ran: list[recipe.Recipe] = []
     monkeypatch.setattr(pipeline, "run", lambda job, *_: ran.append(job))
-    assert end_of("finetune", tiny_llama, questions, *columns, patch=monkeypatch) == 0
+    assert exit_code("finetune", tiny_llama, questions, *columns) == 0
     trained, measured, other = (data for part in (*ran[0].steps, *ran[0].evaluate) for data in reading.data_of(part))
     assert trained == measured
     assert trained.columns == {"prompt": "query", "completion": "reply"}  # type: ignore[attr-defined]
@@ -406,13 +397,13 @@ def test_check_names_what_is_read_and_with_data_reads_it(tmp_path, monkeypatch, 
     rock = {"rock": ROCK}
     plain = {"model": SRCNN, "steps": [{"adapt.train": {"data": rock}}], "evaluate": [{"rock": {"distance": 8}}]}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(plain))
-    assert end_of("check", tmp_path / "r.yaml", patch=monkeypatch) == 0
+    assert exit_code("check", tmp_path / "r.yaml") == 0
     out = capsys.readouterr().out
     assert "\n# rock reads data.rock size=48 train_slices=2 held_out_slices=3, what adapt.train trains on\n" in out
     assert yaml.safe_load(out)["evaluate"] == [{"rock": {"data": rock, "distance": 8}}]
-    assert end_of("check", tmp_path / "r.yaml", "--data", patch=monkeypatch) == 2
+    assert exit_code("check", tmp_path / "r.yaml", "--data") == 2
     assert "not scale 3 of models.srcnn" in capsys.readouterr().err
-    assert end_of("check", tmp_path / "r.yaml", "--data", "model.scale=4", patch=monkeypatch) == 0
+    assert exit_code("check", tmp_path / "r.yaml", "--data", "model.scale=4") == 0
     assert ": 2 to train on, 3 held out, low/high\n" in capsys.readouterr().out
 
 
@@ -420,7 +411,7 @@ def test_eval_takes_changes_of_tasks_and_of_a_model_that_is_no_stage(tiny_llama,
     (tmp_path / "s.yaml").write_text("- perplexity\n")
     words = ("eval", tiny_llama, "perplexity.limit=2", "perplexity.window=32", "--suite", tmp_path / "s.yaml")
     more = ("model.dtype=float32", "--out", tmp_path / "out", "--json")
-    assert end_of(*words, *more, patch=monkeypatch) == 0
+    assert exit_code(*words, *more) == 0
     report = json.loads(capsys.readouterr().out)
     assert {m["n"] for m in report["measurements"]} == {2}
     assert report["recipe"]["evaluate"] == [{"perplexity": {"data": "pydoc", "window": 32, "limit": 2}}]
@@ -428,7 +419,7 @@ def test_eval_takes_changes_of_tasks_and_of_a_model_that_is_no_stage(tiny_llama,
     assert report["environment"]["reads"] == ["perplexity reads data.pydoc, which no step reads"]
     stage = tmp_path / "out/0-base"
     assert not (stage / "artifact.json").exists()
-    assert end_of(*words, "speed.rounds=3", patch=monkeypatch) == 2
+    assert exit_code(*words, "speed.rounds=3") == 2
     assert "this recipe has no 'speed'" in capsys.readouterr().err
 
 

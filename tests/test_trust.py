@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import yaml
-from helpers import CPU
+from helpers import CPU, exit_code
 from lm_eval_tasks import CHOICE, metrics, write
 
-from llmq import cli, pipeline, plugin, recipe, trust
+from llmq import pipeline, plugin, recipe, trust
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.judge import replay, results
@@ -56,12 +55,9 @@ def stage(folder, weights, **model):
     return folder
 
 
-def llmq(monkeypatch, capsys, *words):
+def llmq(capsys, *words):
     """The exit code of a command line, and what it said."""
-    monkeypatch.setattr(sys, "argv", ["llmq", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0, capsys.readouterr()
+    return exit_code(*words), capsys.readouterr()
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -73,10 +69,10 @@ def test_a_stage_cannot_open_its_own_code(own_folder, marker, tmp_path, monkeypa
     with pytest.raises(UserError, match=FLAG), Artifact.load(where).open("cpu"):
         pass
     assert not marker.exists()
-    code, said = llmq(monkeypatch, capsys, "eval", where, "--suite", suite)
+    code, said = llmq(capsys, "eval", where, "--suite", suite)
     assert (code, FLAG in said.err) == (2, True)
     assert not marker.exists()
-    code, said = llmq(monkeypatch, capsys, "eval", where, "--suite", suite, "--trust-remote-code", "--out", "out")
+    code, said = llmq(capsys, "eval", where, "--suite", suite, "--trust-remote-code", "--out", "out")
     assert code == 0, said.err
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["environment"]["trusted"] == ["--trust-remote-code: Python that folders brought was allowed to run"]
@@ -93,23 +89,23 @@ def test_a_recipe_that_asks_for_trust_needs_the_flag(own_folder, marker, tmp_pat
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"model": told, "steps": [], "evaluate": ["size"]}))
     monkeypatch.chdir(tmp_path)
     for words in (("run", "job.yaml"), ("check", "job.yaml"), ("check", "--data", "job.yaml")):
-        code, said = llmq(monkeypatch, capsys, *words)
+        code, said = llmq(capsys, *words)
         assert code == 2
         assert FLAG in said.err
         assert said.err.count("\n") == 1
     assert not marker.exists()
-    assert llmq(monkeypatch, capsys, "run", "job.yaml", "--out", "run", "--trust-remote-code")[0] == 0
+    assert llmq(capsys, "run", "job.yaml", "--out", "run", "--trust-remote-code")[0] == 0
     report = Report.read(tmp_path / "run")
     assert report.environment["trusted"] == report.stages[0]["notes"]["trusted"] == trust.told()
-    code, said = llmq(monkeypatch, capsys, "replay", "run")
+    code, said = llmq(capsys, "replay", "run")
     assert (code, FLAG in said.err) == (2, True)
-    assert llmq(monkeypatch, capsys, "replay", "run", "--trust-remote-code")[0] == 0
+    assert llmq(capsys, "replay", "run", "--trust-remote-code")[0] == 0
 
 
 def test_one_command_does_not_trust_for_the_next(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trust.given(remote_code=True, written_code=True)
-    llmq(monkeypatch, capsys, "list")
+    llmq(capsys, "list")
     assert trust.told() == []
 
 
@@ -284,7 +280,7 @@ def test_a_run_with_a_way_out_is_opened_by_no_command(tmp_path, kind, monkeypatc
             open_run(run)
     monkeypatch.chdir(tmp_path)
     for words in (("eval", run, "--suite", "text-quick"), ("eval", run / "1-x", "--suite", "text-quick")):
-        code, said = llmq(monkeypatch, capsys, *words)
+        code, said = llmq(capsys, *words)
         assert (code, said.err.count("\n")) == (2, 1)
     assert victim.read_text() == "mine"
 
