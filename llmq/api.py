@@ -270,18 +270,21 @@ def search(
     return job.best(methods)
 
 
-def sweep(file: Target, *, out: Target | None = None, trust_remote_code: bool = False) -> "Swept":
+def sweep(
+    file: Target, *, out: Target | None = None, ray: str | None = None, trust_remote_code: bool = False
+) -> "Swept":
     """Run a recipe under many settings, as a YAML file says: a grid, a list, or a search by Optuna's TPE.
 
     Each run is a process of its own; finished ones are skipped, failed ones tried once more. Runs that begin with the
-    same base and steps make those once. Returns the runs with their figures, the Pareto front and the best.
+    same base and steps make those once. Returns the runs with their figures, the Pareto front and the best. `ray` is
+    the address of a Ray cluster whose machines run them side by side, or `local`.
     """
     from llmq import processes, sweeping
 
     processes.check_alone("a sweep")
     trust.given(trust_remote_code)
-    asked = sweeping.load(Path(file))
-    return sweeping.sweep(asked, Path(out or Path("runs") / Path(file).stem))
+    asked, folder = sweeping.load(Path(file)), Path(out or Path("runs") / Path(file).stem)
+    return sweeping.on_cluster(asked, folder, ray) if ray else sweeping.sweep(asked, folder)
 
 
 def evaluate(

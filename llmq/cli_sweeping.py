@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml")],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/NAME of the file if unset.")] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster: auto, host:port, or local for one here.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +25,7 @@ def sweep(
 
     Ends with 4 if a run failed twice, and with 1 if no run passes the gate of the sweep.
     """
-    swept = llmq.sweep(file, out=out, trust_remote_code=trust_remote_code)
+    swept = llmq.sweep(file, out=out, ray=ray, trust_remote_code=trust_remote_code)
     typer.echo(to_json(swept.plain()) if as_json else as_text(swept))
     if swept.failed:
         raise Answered(

@@ -1,7 +1,8 @@
 """Many runs of one recipe under other settings: a grid, a list or a search, one process a run.
 
-Finished runs are skipped, failed ones tried again once. Runs that begin with the same base and steps make those stages
-once: the stages of a finished run are linked into the folder of the next one, which resumes after them.
+Finished runs are skipped, failed ones tried again once; on a Ray cluster several run at once. Runs that begin with the
+same base and steps make those stages once: the stages of a finished run are linked into the folder of the next one,
+which resumes after them.
 """
 
 import json
@@ -10,7 +11,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -159,10 +162,11 @@ def load(file: Path) -> Sweep:
     return sweep.model_copy(update={"recipe": str(beside)}) if beside.is_file() else sweep
 
 
-def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None) -> Swept:
+def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None, at_once: int = 1) -> Swept:
     """Run every point of a sweep in a folder of `out`, and write the table after each. Raises `UserError` first.
 
-    `run_in` runs a point; a process of its own if unset, so that a run killed for its memory ends no other.
+    `run_in` runs a point; a process of its own if unset, so that a run killed for its memory ends no other. `at_once`
+    points of a grid or a list run side by side; a search chooses each by the ones before.
     """
     points = [_point(asked, settings, out) for settings in settings_of(asked)]
     if len({point.name for point in points}) < len(points):
@@ -171,16 +175,54 @@ def sweep(asked: Sweep, out: Path, run_in: RunIn | None = None) -> Swept:
         raise UserError("this sweep has no runs; give each setting of its grid a value")
     with run_folder.held(run_folder.no_file(out)):
         _check_recipe(asked, out)
-        chosen = _searched(asked, out) if asked.search else _in_order(points)
+        way = run_in or in_a_process
         done: list[Point] = []
-        for point, told in chosen:
+        ended = _searched(asked, out, done, way) if asked.search else _ended(points, way, at_once)
+        for point in ended:
             done.append(point)
-            _run(point, done, run_in or in_a_process)
             if point.done:
                 _judge(asked, point)
-            swept = _write(asked, out, done)
-            told(point)
+            swept = _write(asked, out, [p for p in points if p in done] if points else done)
     return swept
+
+
+def on_cluster(asked: Sweep, out: Path, address: str) -> Swept:
+    """Run every point of a sweep on a Ray cluster. Raises `UserError` where none answers."""
+    from llmq import cluster
+
+    with cluster.joined(address) as joined:
+        return sweep(asked, out.absolute(), lambda p: joined.run(_words(p), _log(p), p.recipe), joined.at_once)
+
+
+def _ended(points: Sequence[Point], run_in: RunIn, at_once: int) -> Iterator[Point]:
+    """The points in the order in which they end, at most `at_once` of them under way."""
+    waiting, done = list(points), list[Point]()
+    if at_once == 1:
+        for point in waiting:
+            _run(point, done, run_in)
+            done.append(point)
+            yield point
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        running: dict[Future[None], Point] = {}
+        while waiting or running:
+            for point in list(waiting):
+                if len(running) < at_once and not any(_makes_for(other, point) for other in running.values()):
+                    waiting.remove(point)
+                    running[pool.submit(_run, point, list(done), run_in)] = point
+            first, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in first:
+                point = running.pop(future)
+                future.result()
+                done.append(point)
+                yield point
+
+
+def _makes_for(running: Point, waiting: Point) -> bool:
+    """True if a run makes stages that another one begins with, which is then given them."""
+    for point in (running, waiting):
+        point.hashes = point.hashes or beginnings(point.recipe)
+    return _same(running, waiting) > 1 and not finished(waiting)
 
 
 def settings_of(asked: Sweep) -> Iterator[Settings]:
@@ -215,11 +257,7 @@ def _check_recipe(asked: Sweep, out: Path) -> None:
         raise UserError(f"{str(kept)!r} is of another sweep; use a new --out")
 
 
-def _in_order(points: Sequence[Point]) -> Iterator[tuple[Point, Callable[[Point], None]]]:
-    return ((point, lambda point: None) for point in points)
-
-
-def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point], None]]]:
+def _searched(asked: Sweep, out: Path, done: Sequence[Point], run_in: RunIn) -> Iterator[Point]:
     """The runs that Optuna's TPE chooses, each told of before the next; the same seed chooses the same again."""
     try:
         import optuna
@@ -233,17 +271,14 @@ def _searched(asked: Sweep, out: Path) -> Iterator[tuple[Point, Callable[[Point]
         trial = study.ask()
         settings = {**asked.overrides, **{key: _chosen(trial, key, space) for key, space in asked.search.items()}}
         point = _point(asked, settings, out)
-
-        def told(point: Point, trial: "optuna.Trial" = trial) -> None:
-            ranked = point.done and not point.unlike
-            failed = None if ranked else optuna.trial.TrialState.FAIL
-            study.tell(trial, list(point.losses) if ranked else None, state=failed)
-
-        if point.name in known:  # few values to choose among are chosen twice
-            told(known[point.name])
-            continue
-        known[point.name] = point
-        yield point, told
+        if point.name not in known:  # few values to choose among are chosen twice
+            known[point.name] = point
+            _run(point, done, run_in)
+            yield point
+        point = known[point.name]
+        ranked = point.done and not point.unlike
+        failed = None if ranked else optuna.trial.TrialState.FAIL
+        study.tell(trial, list(point.losses) if ranked else None, state=failed)
 
 
 def _chosen(trial: "optuna.Trial", key: str, space: Range | tuple[object, ...]) -> object:
@@ -276,28 +311,57 @@ def _run(point: Point, points: Sequence[Point], run_in: RunIn) -> None:
 
 
 def finished(point: Point) -> bool:
-    """True if the run of a point ended before, by this very recipe, and nothing in it failed."""
+    """True if the run of a point ended before, and nothing in it failed.
+
+    Raises `UserError` for a run, ended or not, of another recipe, or by other data, weights, code or libraries.
+    """
     report, kept = point.folder / "report.json", point.folder / "recipe.yaml"
-    if not (report.is_file() and kept.is_file()):
+    if not kept.is_file():
         return False
     same = read(kept).data == json.loads(json.dumps(point.recipe.plain(), default=str))
     if not same:
         raise UserError(f"{str(kept)!r} holds another recipe; the recipe of the sweep has changed: use a new --out")
-    return not read_json_object(report).get("failures")
+    before, now = _kept(point, "made_by"), json.loads(json.dumps(made_by(point.recipe), default=str))
+    if changed := [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]:
+        raise UserError(
+            f"{str(point.folder)!r} was made by other {', '.join(changed)} than there is now; use a new --out, or "
+            "remove the folder to make its run again"
+        )
+    return report.is_file() and not read_json_object(report).get("failures")
 
 
 def in_a_process(point: Point) -> int:
     """Run a point in a process of its own; returns the exit code, or the negative number of a signal."""
-    file = point.folder.with_name(f"{point.folder.name}.yaml")
-    write_text(file, to_yaml(point.recipe.plain()))
-    words = [sys.executable, "-m", "llmq", "run", str(file), "--out", str(point.folder), "--resume"]
-    words += ["--trust-remote-code"] if trust.remote_code() else []
-    point.folder.mkdir(exist_ok=True)
-    with (point.folder.with_name(f"{point.folder.name}.log")).open("a", encoding="utf-8") as log:
+    words = [sys.executable, "-m", "llmq", *_words(point)]
+    with _log(point).open("a", encoding="utf-8") as log:
         ended = subprocess.run(
             words, stdout=log, stderr=subprocess.STDOUT, check=False, preexec_fn=processes.end_with_parent
         )
     return ended.returncode
+
+
+def _words(point: Point) -> list[str]:
+    """The words that make `llmq` run a point, whose folder and recipe are written."""
+    file = point.folder.with_name(f"{point.folder.name}.yaml")
+    write_text(file, to_yaml(point.recipe.plain()))
+    point.folder.mkdir(exist_ok=True)
+    trusted = ["--trust-remote-code"] if trust.remote_code() else []
+    return ["run", str(file), "--out", str(point.folder), "--resume", *trusted]
+
+
+def _log(point: Point) -> Path:
+    return point.folder.with_name(f"{point.folder.name}.log")
+
+
+def made_by(recipe: "Recipe") -> JsonObject:
+    """What decides the figures of a run besides its recipe, by the words for it."""
+    return {
+        "weights": _stamp(str(getattr(recipe.model, "weights", ""))),
+        "data": reading.hashes([*recipe.steps, *recipe.evaluate]),
+        "libraries": {name: environment.library_version(name) for name in environment.LIBRARIES},
+        "code of llmq": answers.own_code(),
+        "trust": trust.told(),
+    }
 
 
 def beginnings(recipe: "Recipe") -> list[str]:
@@ -332,18 +396,14 @@ def share_beginning(point: Point, others: Sequence[Point]) -> tuple[str, ...]:
     A run keeps the beginnings that it had when it began: its data or llmq may have changed since.
     """
     point.hashes = beginnings(point.recipe)
-    write_json(_beginnings_file(point), {"beginnings": point.hashes})
+    write_json(_beginnings_file(point), {"beginnings": point.hashes, "made_by": made_by(point.recipe)})
     for each in others:
-        each.hashes = each.hashes or _kept_beginnings(each)
-
-    def same(other: Point) -> int:
-        # A hash is of all steps before, so that those in common come first.
-        return sum(a == b for a, b in zip(point.hashes, other.hashes, strict=False))
-
-    best = max(others, key=same, default=None)
-    if best is None or same(best) < 2:  # a base alone is brought as quickly
+        kept = _kept(each, "beginnings")
+        each.hashes = each.hashes or (kept if isinstance(kept, list) else ())
+    best = max(others, key=partial(_same, point), default=None)
+    if best is None or _same(point, best) < 2:  # a base alone is brought as quickly
         return ()
-    names = point.recipe.stage_names[: same(best)]
+    names = point.recipe.stage_names[: _same(point, best)]
     point.folder.mkdir(exist_ok=True)
     write_text(point.folder / "recipe.yaml", to_yaml(point.recipe.plain()))  # first: a killed sweep goes on from there
     for name in names:
@@ -355,10 +415,15 @@ def _beginnings_file(point: Point) -> Path:
     return point.folder.with_name(f"{point.name}.json")
 
 
-def _kept_beginnings(point: Point) -> Sequence[str]:
+def _kept(point: Point, what: str) -> object:
+    """What was noted of a point when it began; None if nothing was."""
     file = _beginnings_file(point)
-    kept = read_json_object(file).get("beginnings") if file.is_file() else None
-    return kept if isinstance(kept, list) else ()
+    return read_json_object(file).get(what) if file.is_file() else None
+
+
+def _same(one: Point, other: Point) -> int:
+    """The number of stages that two runs have in common; a hash is of all steps before, so that they come first."""
+    return sum(a == b for a, b in zip(one.hashes, other.hashes, strict=False))
 
 
 def _link(source: Path, target: Path) -> None:

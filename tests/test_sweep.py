@@ -1,8 +1,14 @@
 """llmq sweep: every run once, shared beginnings made once, the front and the best by slow obvious sums."""
 
 import json
+import os
 import random
+import signal
+import threading
+import time
+from functools import partial
 
+import psutil
 import pytest
 import yaml
 
@@ -327,3 +333,75 @@ def test_only_a_grid_of_one_number_has_a_knee(sweep_of, tmp_path):
         sweeping._draw_knee(asked, points, tmp_path)
         assert (tmp_path / "knee.svg").is_file() == drawn
         (tmp_path / "knee.svg").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("changed", ["data", "code of llmq", "libraries", "weights"])
+def test_a_finished_run_of_other_data_or_code_is_not_taken_for_this_one(changed, sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(list=[{"seed": 1}]))
+    point = sweeping._point(asked, {"seed": 1}, tmp_path)
+    sweeping.share_beginning(point, [])
+    point.folder.mkdir()
+    (point.folder / "recipe.yaml").write_text(sweeping.to_yaml(point.recipe.plain()))
+    (point.folder / "report.json").write_text("{}")
+    assert sweeping.finished(point)
+    now = sweeping.made_by(point.recipe)
+    monkeypatch.setattr(sweeping, "made_by", lambda recipe: {**now, changed: "other"})
+    with pytest.raises(UserError, match=f"was made by other {changed} than there is now; use a new --out"):
+        sweeping.finished(point)
+    (point.folder / "report.json").unlink()  # a run that was killed does not go on with them either
+    with pytest.raises(UserError, match=f"was made by other {changed}"):
+        sweeping.finished(point)
+
+
+def test_runs_at_once_wait_for_those_that_make_their_beginning(sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(grid={"quantize.rtn.bits": [4, 8], "adapt.lora.r": [2, 4]}))
+    fake, busy, most = Fake(monkeypatch, lambda s: [1, 1]), set(), []
+
+    def run_in(point):
+        busy.add(point.recipe.steps[0].bits)
+        most.append(len(busy))
+        time.sleep(0.2)
+        busy.remove(point.recipe.steps[0].bits)  # a KeyError if two of the same beginning ran at once
+        return fake(point)
+
+    swept = sweeping.sweep(asked, tmp_path / "out", run_in, at_once=4)
+    assert max(most) == 2
+    assert [point.settings for point in swept.points] == [dict(s) for s in sweeping.settings_of(asked)]
+    assert len(fake.ran) == 4
+
+
+def kill_worker_of(name, stop):
+    """Kill the worker of Ray that runs a point, the first time."""
+    while not stop.is_set():
+        for process in psutil.process_iter(["cmdline"]):
+            if any(word.endswith(f"{name}.yaml") for word in process.info["cmdline"] or ()):
+                os.kill(process.ppid(), signal.SIGKILL)
+                return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_workers_runs_a_sweep_and_replaces_a_killed_one(sweep_of, recipe, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    plain = yaml.safe_load(recipe.read_text())
+    plain["steps"], plain["evaluate"] = plain["steps"][:1], plain["evaluate"][:1]
+    recipe.write_text(yaml.safe_dump(plain))
+    file = sweep_of(grid={"quantize.rtn.bits": [3, 4, 8]}, objectives=["bytes_on_disk"])
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2))
+    stop, name = threading.Event(), sweeping.name_of({"quantize.rtn.bits": 4})
+    killer = threading.Thread(target=kill_worker_of, args=(name, stop))
+    killer.start()
+    try:
+        swept = llmq.sweep(file, out=tmp_path / "out", ray="local")
+    finally:
+        stop.set()
+        killer.join()
+    assert not ray.is_initialized()
+    assert [p.code for p in swept.points] == [0, 0, 0]
+    assert [p.tries for p in swept.points if p.name != name] == [1, 1]
+    assert next(p.tries for p in swept.points if p.name == name) == 2  # its worker was killed, and another took over
+    by_bits = [p.figures["bytes_on_disk"] for p in swept.points]
+    assert by_bits == sorted(by_bits)
+    assert swept.best == swept.points[0].name
+    again = sweeping.sweep(sweeping.load(file), tmp_path / "out", lambda point: pytest.fail("it is finished"))
+    assert again.best == swept.best
