@@ -253,6 +253,14 @@ def first(data: Any, part: str, **changes: Any) -> None:
             "/instances.json: has no list of 'categories', so it is no COCO annotation file of objects",
         ),
         (lambda d: d["images"][1].pop("width"), "/instances.json: images[1] (id 2) has no 'width'"),
+        (
+            lambda d: first(d, "annotations", iscrowd="0"),
+            "/instances.json: annotation 100: iscrowd '0' is neither 0 nor 1",
+        ),
+        (
+            lambda d: d["images"][1].update(file_name="a.png"),
+            "/instances.json: images 1 and 2 are one file, 'a.png'; keep one, with all annotations",
+        ),
     ],
 )
 def test_a_bad_coco_file_is_named_with_its_annotation(change, message, tmp_path):
@@ -313,6 +321,20 @@ def test_names_of_classes_are_a_list_or_count_from_0(names, tmp_path):
     file = yolo_in(tmp_path) / "data.yaml"
     file.write_text(f"train: images/train\nnames: {names}\n")
     with pytest.raises(UserError, match=r"data.yaml: names: .* is no list, and no mapping of 0 to the last class"):
+        read("coco", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("names: [yes, no]", "names: YAML reads one of them as True; write it in quotes"),
+        ("names: [three, null]", "names: YAML reads one of them as None; write it in quotes"),
+        ("names: [three, seven]\nnc: 3", "nc is 3, and names tells of 2 classes; correct one of them"),
+    ],
+)
+def test_names_that_are_not_what_they_look_like_are_refused(about, message, tmp_path):
+    (yolo_in(tmp_path) / "data.yaml").write_text(f"train: images/train\n{about}\n")
+    with pytest.raises(UserError, match=message):
         read("coco", path=str(tmp_path))
 
 

@@ -227,6 +227,13 @@ def test_boxes_move_with_their_image(augment):
     assert len(seen) == {"none": 1, "flip": 2, "dihedral": 8}[augment]
 
 
+def test_an_image_of_which_nothing_would_be_left_is_refused():
+    model: Any = plugin.build({"torchvision_detector": {}}, "models")
+    assert model.fit([np.zeros((1, 128, 3), np.uint8)])[1] == [(1, 128)]
+    with pytest.raises(UserError, match="an image of 2 x 300 pixels is too long for a square of 128"):
+        model.fit([np.zeros((8, 8, 3), np.uint8), np.zeros((300, 2, 3), np.uint8)])
+
+
 def test_a_box_at_the_edge_of_an_empty_scene_is_learned_from_without_nan():
     model = model_of(classes=3, size=64)
     examples = some_examples(2)

@@ -152,6 +152,20 @@ def test_a_window_of_deep_files_leaves_bytes_alone_and_what_lies_beyond_is_said(
     assert "b.png: uint16 without a window" in " ".join(capsys.readouterr().err.split())
 
 
+def test_transparency_that_is_lost_is_said(tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "a.tif", noise(12, 10, 4), photometric="rgb", extrasamples=["unassalpha"])
+    Image.fromarray(noise(12, 10, 3)).convert("P").save(tmp_path / "b.png", transparency=3)
+    saved(tmp_path / "c.png", 12, 10, 4)
+    saved(tmp_path / "d.png", 12, 10, 3)
+    predicted(EDSR, sorted(tmp_path.iterdir()), tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert [name for name in ("a.tif", "b.png", "c.png", "d.png") if f"{name}: its transparency" in said] == [
+        "a.tif",
+        "b.png",
+        "c.png",
+    ]
+
+
 def test_the_window_of_the_run_counts(tmp_path):
     stage = tmp_path / "run" / "1-train"
     artifact = base(EDSR)

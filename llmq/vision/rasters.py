@@ -53,6 +53,8 @@ class Raster:
     of_ome: bool = False
     """True for a TIFF with sizes in a description of OME that are not understood, and not written again."""
     of_dicom: bool = False
+    transparent: bool = False
+    """True for a file with an alpha channel or a transparent colour, which are not among the pixels."""
     voxel_size: float | None = None
     """Micrometres, as an .npz tells them."""
 
@@ -70,9 +72,9 @@ def read_raster(path: Path) -> Raster:
         raster = _of_dicom(path)
     elif is_tiff(path):
         voxels, of_ome = _voxels(path)
-        raster = Raster(read_tiff(path)[0], ".tif", voxels=voxels, of_ome=of_ome)
+        raster = Raster(read_tiff(path)[0], ".tif", voxels=voxels, of_ome=of_ome, transparent=_is_transparent(path))
     else:
-        raster = Raster(_by_pillow(path)[None], ".png")
+        raster = Raster(_by_pillow(path)[None], ".png", transparent=_is_transparent(path))
     if raster.pixels.dtype.kind not in "uif" or raster.pixels.dtype.itemsize > 8:
         raise UserError(f"{path}: holds {raster.pixels.dtype} numbers; save it as integers or floats, such as uint8")
     if 0 in raster.pixels.shape:
@@ -140,6 +142,17 @@ def _by_pillow(path: Path) -> ndarray:
     if pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 65535:
         raise UserError(f"{path}: {deep} of {range_of(pixels)} fits into no PNG; save it as TIFF")
     return pixels.astype(np.uint16)
+
+
+def _is_transparent(path: Path) -> bool:
+    import tifffile
+    from PIL import Image
+
+    if is_tiff(path):
+        with readable(path, "image"), tifffile.TiffFile(path) as file:
+            return bool(file.pages[0].aspage().extrasamples)
+    with readable(path, "image"), Image.open(path) as opened:
+        return opened.has_transparency_data
 
 
 def _voxels(path: Path) -> tuple[JsonObject, bool]:

@@ -120,6 +120,8 @@ class Upscaling(Predictor):
         taken: dict[Path, Path] = {}
         for item in inputs.items:
             raster = read_raster(item.path)
+            if raster.transparent:
+                say(f"{item.name}: its transparency is not enlarged; what is written has none")
             if raster.of_ome:
                 say(
                     f"{item.name}: the size of voxels in its description of OME is not understood, and not carried over"

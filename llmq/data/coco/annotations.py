@@ -33,6 +33,12 @@ def read_coco(file: Path, folder: Path | None) -> Part:
     images = {image["id"]: image for image in data["images"]}
     folder = folder or _folder(file, data["images"])
     paths = {number: _path(file, folder, image) for number, image in images.items()}
+    firsts: dict[Path, int] = {}
+    for number, path in paths.items():  # each would be judged by a part of its boxes
+        if (first := firsts.setdefault(path, number)) != number:
+            raise UserError(
+                f"{file}: images {first} and {number} are one file, {path.name!r}; keep one, with all annotations"
+            )
     left_out = {"crowds_left_out": 0, "empty_boxes_left_out": 0}
     boxed: dict[int, list[Boxed]] = {number: [] for number in images}
     for annotation in data["annotations"]:
@@ -50,9 +56,11 @@ def read_coco(file: Path, folder: Path | None) -> Part:
         if box is None:
             left_out["empty_boxes_left_out"] += 1
             continue
-        crowd = bool(annotation.get("iscrowd"))
+        crowd = annotation.get("iscrowd") or 0
+        if crowd not in (0, 1):
+            raise UserError(f"{where}: iscrowd {crowd!r} is neither 0 nor 1")
         left_out["crowds_left_out"] += crowd
-        boxed[number].append(Boxed(box, labels[category], _area(annotation, where), crowd))
+        boxed[number].append(Boxed(box, labels[category], _area(annotation, where), bool(crowd)))
     items = [
         Item(str(image["file_name"]), paths[number], without_copies(boxed[number], left_out))
         for number, image in images.items()

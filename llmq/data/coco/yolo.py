@@ -41,6 +41,10 @@ def read_yolo(file: Path) -> list[Part]:
 
 def _part(file: Path, name: str, about: JsonObject) -> Part:
     classes = _classes(file, about["names"])
+    if about.get("nc", len(classes)) != len(classes):
+        raise UserError(
+            f"{file}: nc is {about['nc']!r}, and names tells of {len(classes)} classes; correct one of them"
+        )
     root = (file.parent / str(about.get("path", "."))).resolve()
     images, others = _images(file, root, name, about[name])
     if not any(label_file(path).is_file() for _, path in images):
@@ -56,6 +60,8 @@ def _classes(file: Path, names: object) -> tuple[str, ...]:
         names = [names[str(number)] for number in range(len(names))]
     if not isinstance(names, list):
         raise UserError(f"{file}: names: {names!r} is no list, and no mapping of 0 to the last class; write one")
+    if (odd := next((n for n in names if isinstance(n, bool) or n is None), "")) != "":
+        raise UserError(f"{file}: names: YAML reads one of them as {odd}; write it in quotes, such as 'no'")
     return tuple(map(str, names))
 
 

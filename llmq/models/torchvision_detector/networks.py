@@ -257,7 +257,18 @@ class Selection:
         self.detector.backbone = None
 
     def fit(self, images: "Images", targets: "Targets | None") -> "Fitted":
-        """torchvision's transform of uint8 images `(h, w, 3)`: the input, the sizes of images there, and targets."""
+        """torchvision's transform of uint8 images `(h, w, 3)`: the input, the sizes of images there, and targets.
+
+        Raises `UserError` for an image so long that nothing of the shorter side would be left.
+        """
+        side = self.transform.max_size
+        kept = self.transform.fixed_size is None  # proportions
+        for height, width, _ in (image.shape for image in images):
+            if kept and min(height, width) * side < max(height, width):
+                raise UserError(
+                    f"an image of {width} x {height} pixels is too long for a square of {side} that keeps proportions; "
+                    "cut it, or leave it out"
+                )
         floats = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
         fitted, targets = self.transform(floats, targets)
         return fitted.tensors, fitted.image_sizes, targets  # tensors (n, 3, size, size)
