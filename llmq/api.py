@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmq.recipe import Recipe
     from llmq.report import Report
     from llmq.searching import Searched
+    from llmq.searching_images import ImageSearched
     from llmq.sweeping import Swept
     from llmq.targets import Bring
     from llmq.types import Loaded
@@ -93,11 +94,7 @@ def load(
         return recipe
     if not isinstance(recipe, Mapping):
         return recipes.load(os.fspath(recipe), in_order(overrides), checked=checked)
-    source = recipes.Source(said_in, dict(recipe))
-    recipes.check_shape(source)
-    for override in in_order(overrides):
-        recipes.apply_override(source, override)
-    return recipes.parse(source, name) if checked else recipes.built(source, name)
+    return recipes.of_source(recipes.Source(said_in, dict(recipe)), name, in_order(overrides), checked=checked)
 
 
 def plan(
@@ -229,6 +226,10 @@ def search(
     bits: float | None = None,
     kl: float | None = None,
     perplexity: str | None = None,
+    macs: str | None = None,
+    top1: str | None = None,
+    map: str | None = None,
+    psnr: str | None = None,
     methods: Sequence[str] = ("gptq",),
     data: Target = "pydoc",
     samples: int = 64,
@@ -241,7 +242,7 @@ def search(
     out: Target | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
-) -> "Searched":
+) -> "Searched | ImageSearched":
     """Find bits and groups for each layer within a budget, write the recipe, run and measure it.
 
     The budget is one of `size` (`"0.40x"` of the base, `"100MB"`), `bits` a quantized weight, scales included, `kl`,
@@ -249,6 +250,9 @@ def search(
     (`gptq`, `awq`, `prune.layers`) is run, and the best as measured is returned. `data` is what is calibrated on; `sym`
     keeps the zero in the middle of the grids, for kernels that read no others. The foretold costs are kept in the
     cache, and serve every budget.
+
+    Of a stage of an image model the budget is `macs` (`"0.5x"` of the base's multiplications: channels layer by layer,
+    taught by the base), or drops at most: `top1` (`"0.3pt"`), `map` (`"0.01"`), `psnr` (dB): int8, layers in float.
     """
     from llmq import budget, processes, searching
     from llmq.overrides import in_order
@@ -256,6 +260,15 @@ def search(
 
     processes.check_alone("a search")
     trust.given(trust_remote_code)
+    of_images = {k: v for k, v in {"macs": macs, "top1": top1, "map": map, "psnr": psnr}.items() if v is not None}
+    if of_images:
+        of_text = {"size": size, "bits": bits, "kl": kl, "perplexity": perplexity, "dtype": dtype, "sym": sym or None}
+        of_text |= {"length": length if length != 512 else None, "methods": None if tuple(methods) == ("gptq",) else 1}
+        if odd := [name for name, value in of_text.items() if value is not None]:
+            raise UserError(f"--{odd[0]} is of language models, and --{next(iter(of_images))} of image models")
+        if data == "pydoc":
+            raise UserError("a search of an image model needs --data, such as what it was trained on")
+        return _search_images(model, of_images, data, samples, suite, seed, out, resume, in_order(overrides))
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
     settings = {"sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
@@ -270,10 +283,34 @@ def search(
     return job.best(methods)
 
 
+def _search_images(
+    model: Target,
+    budget: Mapping[str, str],
+    data: Target,
+    samples: int,
+    suite: str | None,
+    seed: int,
+    out: Target | None,
+    resume: bool,
+    overrides: Sequence[str],
+) -> "ImageSearched":
+    from llmq import searching_images
+    from llmq.runs.folder import fresh
+
+    folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
+
+    def run_in(job: "Recipe") -> "Report":
+        return run(job, out=folder, resume=resume)
+
+    stage = searching_images.stage_of(os.fspath(model))
+    job = searching_images.ImageSearch(run_in, stage, os.fspath(data), samples, suite, seed, overrides)
+    return job.within(budget)
+
+
 def sweep(
     file: Target, *, out: Target | None = None, ray: str | None = None, trust_remote_code: bool = False
 ) -> "Swept":
-    """Run a recipe under many settings, as a YAML file says: a grid, a list, or a search by Optuna's TPE.
+    """Run a recipe under many settings, as a bundled sweep or a YAML file says: a grid, a list, or Optuna's TPE.
 
     Each run is a process of its own; finished ones are skipped, failed ones tried once more. Runs that begin with the
     same base and steps make those once. Returns the runs with their figures, the Pareto front and the best. `ray` is

@@ -160,6 +160,10 @@ def search(
     bits: Annotated[float | None, typer.Option(help="Bits a quantized weight at most, scales included.")] = None,
     kl: Annotated[float | None, typer.Option(help="Divergence from the base at most, in nats a token.")] = None,
     perplexity: Annotated[str | None, typer.Option(help="Perplexity at most: 1.05x of the base's.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Of an image model: multiplications at most, 0.5x.")] = None,
+    top1: Annotated[str | None, typer.Option(help="Of a classifier: the drop of top-1 at most, 0.3pt.")] = None,
+    map_: Annotated[str | None, typer.Option("--map", help="Of a detector: the drop of mAP at most, 0.01.")] = None,
+    psnr: Annotated[str | None, typer.Option(help="Of super-resolution: the drop in dB at most, 0.1.")] = None,
     methods: Annotated[str, typer.Option(help="What is tried, by commas: gptq, awq, prune.layers.")] = "gptq",
     data: Annotated[str, typer.Option(help="A word or path of data to calibrate on.")] = "pydoc",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
@@ -180,6 +184,9 @@ def search(
     the methods is run, and the best as measured is told: awq folds scales into what feeds a layer before GPTQ rounds,
     prune.layers drops blocks for as long as that is better. A budget of quality is met if the upper end of the 95 %
     interval is; else the command ends with 1.
+
+    Of a stage of an image model --macs takes channels out layer by layer, taught by the whole network; --top1, --map
+    and --psnr give int8 with layers back in float. Where the interval of a drop holds its bound it ends with 3.
     """
     found = api.search(
         model,
@@ -188,6 +195,10 @@ def search(
         bits=bits,
         kl=kl,
         perplexity=perplexity,
+        macs=macs,
+        top1=top1,
+        map=map_,
+        psnr=psnr,
         methods=[name.strip() for name in methods.split(",")],
         data=data,
         samples=samples,
@@ -206,10 +217,11 @@ def search(
     else:
         _show(found.report, found.report.folder, as_json)
         typer.echo(visible(f"recipe: {found.report.folder / 'recipe.yaml'}"))
-        typer.echo(visible(f"picture: {found.picture}"))
+        if found.picture:
+            typer.echo(visible(f"picture: {found.picture}"))
         typer.echo(visible(found.line))
-    if not found.met:
-        raise typer.Exit(1)
+    if found.code:
+        raise typer.Exit(found.code)
 
 
 @app.command(name="eval")

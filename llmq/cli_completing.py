@@ -15,6 +15,13 @@ def recipes(incomplete: str) -> list[str]:
     return _begun(names("recipes"), incomplete)
 
 
+def sweeps(incomplete: str) -> list[str]:
+    """The bundled sweeps that begin so."""
+    from llmq.source import names
+
+    return _begun(names("sweeps"), incomplete)
+
+
 def suites(incomplete: str) -> list[str]:
     """The bundled suites that begin so."""
     from llmq.source import names
@@ -35,9 +42,10 @@ def words_of(package: str) -> Callable[[str], list[str]]:
 
 def kinds(incomplete: str) -> list[str]:
     """The kinds of words that begin so."""
+    from llmq.source import KINDS
     from llmq.words import PACKAGES
 
-    return _begun([*PACKAGES, "recipes", "evals"], incomplete)
+    return _begun([*PACKAGES, *KINDS], incomplete)
 
 
 def shown(incomplete: str) -> list[str]:

@@ -17,13 +17,13 @@ def list_words(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, data, quantize, …, recipes or evals; all if unset.",
+            help="models, data, quantize, …, recipes, sweeps or evals; all if unset.",
             autocompletion=cli_completing.kinds,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List every word, recipe and suite, or those of one kind."""
+    """List every word, recipe, sweep and suite, or those of one kind."""
     from llmq import listing
 
     found = listing.everything()
@@ -36,16 +36,17 @@ def list_words(
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SUITE|RUN", autocompletion=cli_completing.shown)],
+    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SWEEP|SUITE|RUN", autocompletion=cli_completing.shown)],
     as_json: Json = False,
 ) -> None:
-    """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), a suite, or a run's table."""
+    """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), sweep or suite, a run's table."""
     from llmq import listing, plugin
-    from llmq.source import find, names
+    from llmq.source import KINDS, find, names
 
     name = listing.in_full(name)
-    if name in names("evals") or ("/" in name and not Path(name).is_dir()):
-        file = find("evals" if name in names("evals") else "recipes", name)
+    kind = next((kind for kind in KINDS if name in names(kind)), None)
+    if kind or ("/" in name and not Path(name).is_dir()):
+        file = find(kind or "recipes", name)
         typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
         return
     folder = Path(name)

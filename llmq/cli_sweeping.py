@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import llmq
+from llmq import cli_completing
 from llmq.cli_options import Json, Trust
 from llmq.errors import Answered, visible
 from llmq.files import to_json
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml")],
+    file: Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=cli_completing.sweeps)],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/NAME of the file if unset.")] = None,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster: auto, host:port, or local for one here.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe under many settings: a grid, a list, or a search; finished runs are skipped.
+    """Run a recipe under many settings, as a bundled sweep or a YAML file says; finished runs are skipped.
 
     Ends with 4 if a run failed twice, and with 1 if no run passes the gate of the sweep.
     """

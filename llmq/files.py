@@ -109,7 +109,7 @@ def write_json(path: Path, data: object) -> None:
 
 
 def bundled(kind: str) -> Path:
-    """The folder of `recipes` or `evals`: inside the installed package, or beside it in a checkout."""
+    """The folder of `recipes`, `sweeps` or `evals`: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     inside = package / kind
     return inside if inside.is_dir() else package.parent / kind

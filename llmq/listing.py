@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError, visible
-from llmq.files import bundled
+from llmq.source import KINDS, names
 from llmq.words import PACKAGES, words
 
 if TYPE_CHECKING:
@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """Every word, recipe and suite, with a line on each."""
-    found = {"words": words()}
-    for kind, pattern in (("recipes", "*/*.yaml"), ("evals", "*.yaml")):
-        files = sorted(bundled(kind).glob(pattern))
-        found[kind] = {str(f.relative_to(bundled(kind)).with_suffix("")): _what(f) for f in files}
-    return found
+    """Every word, recipe, sweep and suite, with a line on each."""
+    return {"words": words()} | {kind: {name: _what(f) for name, f in names(kind).items()} for kind in KINDS}
 
 
 def in_full(name: str) -> str:
@@ -44,10 +40,10 @@ def _what(file: Path) -> str:
 
 def by_kind(found: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """The same lists, with the words of each folder apart."""
-    kinds: dict[str, dict[str, str]] = {kind: {} for kind in (*PACKAGES, "recipes", "evals")}
+    kinds: dict[str, dict[str, str]] = {kind: {} for kind in (*PACKAGES, *KINDS)}
     for word, line in found["words"].items():
         kinds[word.partition(".")[0]][word] = line
-    return {**kinds, **{kind: dict(found[kind]) for kind in ("recipes", "evals")}}
+    return {**kinds, **{kind: dict(found[kind]) for kind in KINDS}}
 
 
 def as_text(found: Mapping[str, Mapping[str, str]]) -> str:

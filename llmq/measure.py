@@ -12,15 +12,16 @@ from llmq.types import Clock, Measurement, Reading, Samples
 
 SETTLE = 0.01
 """Seconds of rest before a unit of work: threads of one runtime spin on for milliseconds, and would slow the next."""
-VISITS = 3
-"""The times that each stage is opened where memory has no room for all stages at once."""
+VISITS = 8
+"""The times that each stage is opened where memory has no room for all stages at once: rounds of one visit share the
+state of the machine, and fewer than eight visits decide nothing (`statistics.estimates.FEWEST`)."""
 SHORT = 0.1
 """Seconds; shorter work runs once untimed before each timing, so that the caches hold the weights."""
 # The rule and not its outcome: a protocol must not depend on the times.
 IN_TURN = (
     f"rounds taken in turn with every other stage, where work takes under {SHORT:g} s each after one that is not timed"
 )
-IN_VISITS = f"rounds taken in {VISITS} visits to every stage, open alone"
+IN_VISITS = f"rounds taken in {VISITS} visits to every stage, open alone, visits resampled whole"
 
 
 class ClockFailed(Exception):
@@ -63,12 +64,15 @@ def in_visits(stages: Mapping[str, Opening], device: str) -> dict[str, list[Meas
     """Time the clocks of stages that memory has no room for at once: one stage is open at a time.
 
     Each stage is visited `VISITS` times, alternately forwards and backwards, and takes its share of the rounds each
-    time. Samples of the same number are minutes apart, so their pairs bear the drift of a machine between visits.
+    time; clocks of fewer rounds are visited as often as they have rounds. Samples of the same number are minutes
+    apart, so their pairs bear the drift of a machine between visits: the samples of one visit are a cluster.
     Raises `ClockFailed` for the stage that fails.
     """
     visited: dict[str, list[list[_Timed]]] = {name: [] for name in stages}
     for visit in range(VISITS):
         for name in list(stages)[:: 1 if visit % 2 == 0 else -1]:
+            if visit and all(visit >= clock.rounds for clock, _ in visited[name][0]):
+                continue
             try:
                 visited[name].append(_visit(stages[name], visit, device))
             except Exception as error:
@@ -88,14 +92,18 @@ def _of_visits(visits: Sequence[list[_Timed]]) -> Iterator[Measurement]:
     for of_clock in zip(*visits, strict=True):
         clock = of_clock[0][0]
         seconds = [s for _, shared in of_clock for s in shared]
-        yield from (read(clock, reading, seconds, IN_VISITS) for reading in clock.readings)
+        numbers = tuple(i for i, (_, shared) in enumerate(of_clock) for _ in shared)
+        yield from (read(clock, reading, seconds, IN_VISITS, numbers) for reading in clock.readings)
 
 
 def _share(clock: Clock, visit: int, device: str) -> list[float]:
     """The seconds of the rounds of one visit, after the warm-up."""
+    visits = min(VISITS, clock.rounds)
+    if visit >= visits:
+        return []
     for _ in range(max(1, clock.warmup)):
         seconds_of(clock, device)
-    first, after = (clock.rounds * n // VISITS for n in (visit, visit + 1))
+    first, after = (clock.rounds * n // visits for n in (visit, visit + 1))
     return [seconds_of(clock, device) for _ in range(first, after)]
 
 
@@ -123,11 +131,20 @@ def seconds_of(clock: Clock, device: str, again: bool = False) -> float:
     return time.perf_counter() - start
 
 
-def read(clock: Clock, reading: Reading, seconds: Sequence[float], turns: str = IN_TURN) -> Measurement:
-    """The quantile over the rounds, with the standard error; `turns` says how the rounds were taken."""
+def read(
+    clock: Clock,
+    reading: Reading,
+    seconds: Sequence[float],
+    turns: str = IN_TURN,
+    visits: tuple[int, ...] | None = None,
+) -> Measurement:
+    """The quantile over the rounds, with the standard error; `turns` says how the rounds were taken.
+
+    `visits` numbers the visit of each round, where rounds of one visit are alike.
+    """
     values = tuple(reading.of_seconds(s) for s in seconds)
-    samples = Samples(values, statistic="quantile", quantile=reading.quantile)
-    value, stderr = quantile_stderr(values, reading.quantile)
+    samples = Samples(values, statistic="quantile", quantile=reading.quantile, clusters=visits)
+    value, stderr = quantile_stderr(values, reading.quantile, visits)
     return Measurement(
         clock.task,
         reading.metric,

@@ -83,11 +83,15 @@ def load(name: str, changes: Iterable[str] = (), *, checked: bool = True) -> Rec
     Unless `checked`, weights and data may be missing.
     """
     path = find("recipes", name)
-    source = read(path)
+    return of_source(read(path), path.stem, changes, checked=checked)
+
+
+def of_source(source: Source, name: str, changes: Iterable[str] = (), *, checked: bool = True) -> Recipe:
+    """The recipe in a source, called `name`, with `word.key=value` overrides folded in."""
     check_shape(source)
     for override in overrides.in_order(changes):
         apply_override(source, override)
-    return parse(source, path.stem) if checked else built(source, path.stem)
+    return parse(source, name) if checked else built(source, name)
 
 
 def apply_override(source: Source, override: str) -> None:

@@ -170,6 +170,11 @@ class Searched:
         return nats is None or (upper is not None and upper <= nats)
 
     @property
+    def code(self) -> int:
+        """The exit code: 0 for a budget that is met, else 1."""
+        return 0 if self.met else 1
+
+    @property
     def order(self) -> tuple[bool, float]:
         """The less, the better: within the budget, then the divergence within bytes, or the bytes within a quality."""
         told = self.told["kl_to_base" if self.budget.nats is None else "bytes_on_disk"]

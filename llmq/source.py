@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -93,7 +93,12 @@ def _plain(node: yaml.Node, place: Place, source: Source) -> Any:
     return yaml_files.scalar(node, where)
 
 
-def find(kind: Literal["recipes", "evals"], name: str) -> Path:
+Kind = Literal["recipes", "sweeps", "evals"]
+"""What is bundled; suites lie in one folder, recipes and sweeps in one for each field."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def find(kind: Kind, name: str) -> Path:
     """The YAML file that `name` means: a path, or a bundled name such as `text/quickstart`."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -102,16 +107,16 @@ def find(kind: Literal["recipes", "evals"], name: str) -> Path:
         raise UserError(f"there is no file {name!r}")
     known = names(kind)
     if name not in known:
-        noun = {"recipes": "recipe", "evals": "suite"}[kind]
+        noun = {"recipes": "recipe", "sweeps": "sweep", "evals": "suite"}[kind]
         hint = did_you_mean(name, known) or f"; llmq list {kind} names them"
         raise UserError(f"unknown {noun} {name!r}{hint}")
     return known[name]
 
 
-def names(kind: Literal["recipes", "evals"]) -> dict[str, Path]:
-    """The bundled recipes or suites."""
+def names(kind: Kind) -> dict[str, Path]:
+    """The bundled recipes, sweeps or suites."""
     root = bundled(kind)
-    files = sorted(root.glob("*/*.yaml")) if kind == "recipes" else sorted(root.glob("*.yaml"))
+    files = sorted(root.glob("*.yaml" if kind == "evals" else "*/*.yaml"))
     return {str(f.relative_to(root).with_suffix("")): f for f in files}
 
 

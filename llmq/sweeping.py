@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -28,7 +29,7 @@ from llmq.files import CARD, at_home, sha256_text, write_json, write_text
 from llmq.guarded.files import read_json_object
 from llmq.rules import Rule, read_rule
 from llmq.runs import folder as run_folder
-from llmq.source import read, to_flow, to_yaml
+from llmq.source import find, read, to_flow, to_yaml
 from llmq.terminal import say
 from llmq.types import JsonObject, Measurement
 
@@ -69,7 +70,10 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: str
+    recipe: str | dict[str, Any]
+    """A bundled recipe, a file, or the recipe itself."""
+    name: str = ""
+    """The name in the picture; that of the recipe, or of the file of a sweep that has its recipe in it, if unset."""
     overrides: dict[str, object] = {}
     """Settings of every run."""
     grid: dict[str, list[object]] = {}
@@ -101,6 +105,8 @@ class Point:
     """The objectives, by name."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Their 95 % intervals, where the samples tell one."""
+    base: Mapping[str, float] = field(default_factory=dict)
+    """The same figures of the stage that the others of the run are compared with."""
     losses: Sequence[float] = ()
     """The same figures, with those turned round that are better when higher."""
     measured: Sequence[Measurement] = ()
@@ -145,8 +151,9 @@ class Swept:
         return {"folder": str(self.folder), "runs": runs, "front": list(self.front), "best": self.best}
 
 
-def load(file: Path) -> Sweep:
-    """The sweep in a YAML file. Raises `UserError` with the place and the cure."""
+def load(name: str | Path) -> Sweep:
+    """The sweep in a YAML file, or a bundled one. Raises `UserError` with the place and the cure."""
+    file = find("sweeps", str(name))
     source = read(file)
     try:
         sweep = Sweep.model_validate(source.data if isinstance(source.data, dict) else {})
@@ -158,6 +165,8 @@ def load(file: Path) -> Sweep:
         raise UserError(f"{source.name}: a sweep has one of 'grid', 'list' and 'search'")
     for rule in sweep.gate:
         read_rule(rule)
+    if not isinstance(sweep.recipe, str):
+        return sweep.model_copy(update={"name": sweep.name or file.stem})
     beside = file.parent / sweep.recipe  # a path starts at the sweep's own folder
     return sweep.model_copy(update={"recipe": str(beside)}) if beside.is_file() else sweep
 
@@ -234,12 +243,20 @@ def settings_of(asked: Sweep) -> Iterator[Settings]:
         yield {**asked.overrides, **entry}
 
 
-def _point(asked: Sweep, settings: Settings, out: Path) -> Point:
-    """The run of some settings. Raises `UserError` for settings that the recipe does not take."""
+def recipe_of(asked: Sweep, settings: Settings, *, checked: bool = True) -> "Recipe":
+    """The recipe of a sweep under some settings. Raises `UserError` for settings that it does not take."""
     from llmq.overrides import in_order
 
+    if isinstance(asked.recipe, str):
+        return recipes.load(asked.recipe, in_order(settings), checked=checked)
+    source = recipes.Source(f"the recipe of {asked.name}", deepcopy(asked.recipe))
+    return recipes.of_source(source, asked.name, in_order(settings), checked=checked)
+
+
+def _point(asked: Sweep, settings: Settings, out: Path) -> Point:
+    """The run of some settings."""
     name = name_of({k: v for k, v in settings.items() if asked.overrides.get(k) != v})
-    return Point(name, settings, recipes.load(asked.recipe, in_order(settings)), out / name)
+    return Point(name, settings, recipe_of(asked, settings), out / name)
 
 
 def name_of(settings: Settings) -> str:
@@ -290,7 +307,7 @@ def _chosen(trial: "optuna.Trial", key: str, space: Range | tuple[object, ...]) 
 
 
 def _run(point: Point, points: Sequence[Point], run_in: RunIn) -> None:
-    """Run a point unless it is finished, and once more if it fails."""
+    """Run a point unless it is finished, and once more if it fails by something else than its input."""
     if finished(point):
         point.code = 0
         say(f"{point.name}: finished already")
@@ -304,7 +321,7 @@ def _run(point: Point, points: Sequence[Point], run_in: RunIn) -> None:
         beside = f", after {point.shared[-1]} of another run" if point.shared and not again else ""
         say(f"{point.name}: runs{again}{beside}")
         point.code = run_in(point)
-        if point.done or point.code in (130, 143):
+        if point.done or point.code in (2, 130, 143):  # wrong input stays wrong
             break
     if point.code in (130, 143, -2, -15):
         raise LlmqError(f"{point.name} was stopped; the same command goes on")
@@ -454,10 +471,12 @@ def _judge(asked: Sweep, point: Point) -> None:
     """
     from llmq.judge import gate, results
 
-    *_, last = results.run(point.folder).values()
+    first, *_, last = 2 * [*results.run(point.folder).values()]  # a stage alone is both
     found = [gate.resolve(Rule(name, name, True, False), last.measurements) for name in asked.objectives]
     point.figures = {name: m.value for name, m in zip(asked.objectives, found, strict=True)}
     point.measured = found
+    same = {(m.task, m.metric): name for name, m in zip(asked.objectives, found, strict=True)}
+    point.base = {same[key]: m.value for m in first.measurements if (key := (m.task, m.metric)) in same}
     known = {name: _interval(m) for name, m in zip(asked.objectives, found, strict=True)}
     point.intervals = {name: interval for name, interval in known.items() if interval}
     point.losses = [m.value if m.better == "lower" else -m.value for m in found]
@@ -506,7 +525,9 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
     setting, values = next(iter(asked.grid.items()), ("", []))
     if len(asked.grid) != 1 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return
-    name = recipes.load(asked.recipe, checked=False).name
+    name = asked.name or done[0].recipe.name
+    bases = [point.base for point in done if not point.unlike]
+    same = {each: base for each, base in bases[0].items() if all(other.get(each) == base for other in bases)}
 
     def curve(objective: str) -> knee.Curve:
         return {
@@ -515,7 +536,8 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
             if objective in p.figures and not p.unlike
         }
 
-    write_text(out / KNEE, knee.draw([(f"{name}: {each}", setting, curve(each)) for each in asked.objectives]))
+    panels = [knee.Panel(f"{name}: {each}", setting, curve(each), same.get(each)) for each in asked.objectives]
+    write_text(out / KNEE, knee.draw(panels))
 
 
 def _draw(done: Sequence[Point], out: Path) -> None:

@@ -1,7 +1,9 @@
 """adapt.distill for classifiers, detectors and super-resolution, adapt.qat, and the distances behind both."""
 
 import json
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +19,9 @@ from llmq import plugin, recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.openvino_runtime import core
-from llmq.types import Context
+from llmq.types import Context, Samples
 from llmq.vision import loop
+from llmq.vision.images import Example
 from llmq.vision.teaching import Lessons, Maps, check_alike, teacher_of
 
 CPU = Context("cpu", 0)
@@ -260,6 +263,32 @@ def test_a_recipe_names_a_stage_that_is_there_before_the_step(tmp_path):
 
 # Quantization-aware training.
 
+ALONE = r"the rounding alone has top1 0\.\d{3} on 8 held-out images, and 0\.\d{3} after the training \(.*\)"
+
+
+def test_what_a_training_adds_to_the_rounding_alone_is_told_in_pairs():
+    from llmq.adapt.qat import _told
+    from llmq.statistics.proportions import Table, difference
+
+    before, after = (1.0,) * 70 + (0.0,) * 30, (1.0,) * 95 + (0.0,) * 5
+    _, (low, high) = difference(Table.of(after, before))
+    told = _told(("top1", Samples(before)), ("top1", Samples(after)))["finding"]
+    gain = f"(+0.250, 95 % {low:+.3f} to {high:+.3f})"
+    assert told == f"the rounding alone has top1 0.700 on 100 held-out images, and 0.950 after the training {gain}"
+    assert _told(None, None) == {}
+
+
+def test_images_without_labels_or_too_few_tell_no_gain():
+    from llmq.adapt.qat import _seen
+
+    artifact = model_of(RESNET)
+    images = [Example(str(i), np.zeros((8, 8, 1), np.uint8), i % 2) for i in range(9)]
+    with artifact.open("cpu") as loaded:
+        assert _seen(artifact.model, loaded, images[:7], None) is None
+        name, samples = _seen(artifact.model, loaded, images, None)
+        assert (name, len(samples.values)) == ("top1", 9)
+        assert _seen(artifact.model, loaded, [replace(image, label=None) for image in images], None) is None
+
 
 def quantizing(**settings: Any) -> Any:
     plain = {"data": "digits", "samples": 16, "batch_size": 16, "max_steps": 4, "learning_rate": 1e-4}
@@ -288,6 +317,7 @@ def test_a_network_that_learned_to_be_rounded_is_a_graph_of_integers(trained, bi
     assert stored(stage).count(kind) == len(layers)
     assert stage.notes["size_ratio"] > 1
     assert stage.notes["training"]["metric"] == "top1"
+    assert re.fullmatch(ALONE, stage.notes["finding"])
     facts = json.loads((tmp_path / "layers.json").read_text())
     assert {its["bits"] for its in facts.values()} <= {bits}
     stage.save(tmp_path)

@@ -124,7 +124,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache("data") == tmp_path / "theirs" / "llmq" / "data"
 
 
-@pytest.mark.parametrize("kind", ["recipes", "evals"])
+@pytest.mark.parametrize("kind", ["recipes", "sweeps", "evals"])
 def test_what_is_bundled_is_there(kind):
     assert bundled(kind).is_dir()
 

@@ -1,6 +1,7 @@
 """Timing in turn, on a clock that only the work itself moves."""
 
 import mmap
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -189,10 +190,35 @@ def test_stages_without_room_beside_one_another_are_visited_one_at_a_time(time):
         opened.append("closed")
 
     found = in_visits({n: partial(stage, n, s) for n, s in (("a", 1.0), ("b", 2.0))}, "cpu")
-    assert [name for name in opened if name != "closed"] == ["a", "b", "b", "a", "a", "b"]
-    assert log.count("a") == log.count("b") == 7 + 3 * 2
+    assert [name for name in opened if name != "closed"] == [*"abbaabbaabbaab"]  # as many visits as rounds
+    assert log.count("a") == log.count("b") == 7 + 7 * 2
     assert {name: m.samples.values for name, (m,) in found.items()} == {"a": (1000.0,) * 7, "b": (2000.0,) * 7}
-    assert found["a"][0].convention.endswith("median of rounds taken in 3 visits to every stage, open alone")
+    assert found["a"][0].convention.endswith(
+        "rounds taken in 8 visits to every stage, open alone, visits resampled whole"
+    )
+
+
+def test_rounds_of_one_visit_are_one_sample_of_the_machine(time):
+    from contextlib import contextmanager
+
+    from llmq.statistics import estimates
+
+    rng = np.random.default_rng(0)
+
+    @contextmanager
+    def stage(name, seconds):
+        drift = float(np.exp(rng.normal(0, 0.2)))  # of the machine, in this visit
+        yield [clock(time, [], name, [seconds * drift * float(f) for f in np.exp(rng.normal(0, 0.005, 9))], rounds=40)]
+
+    found = in_visits({n: partial(stage, n, s) for n, s in (("a", 1.0), ("b", 1.0))}, "cpu")
+    (a,), (b,) = found.values()
+    assert a.samples.clusters == tuple(i for i in range(8) for _ in range(5))
+    beside = estimates.ratio(a.samples, b.samples)
+    assert beside.n == 8
+    assert beside.low < 1 < beside.high
+    alone = replace(a.samples, clusters=None), replace(b.samples, clusters=None)
+    assert beside.stderr > 1.5 * estimates.ratio(*alone).stderr
+    assert a.stderr > 0.04
 
 
 def test_a_visit_that_fails_names_its_stage(time):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmq import pipeline, plugin, reading, recipe
+from llmq import pipeline, plugin, reading, recipe, sweeping
 from llmq.files import bundled
 from llmq.text import weights
 
 RECIPES = recipe.names("recipes")
+SWEEPS = recipe.names("sweeps")
 SUITES = recipe.names("evals")
-FILES = sorted([*bundled("recipes").rglob("*.yaml"), *bundled("evals").rglob("*.yaml")])
+FILES = sorted(file for kind in ("recipes", "sweeps", "evals") for file in bundled(kind).rglob("*.yaml"))
 TASK_FILES = sorted((bundled("evals") / "lm_eval").glob("*.yaml"))
 
 
@@ -39,7 +40,19 @@ def test_every_yaml_is_found():
     assert len(RECIPES) > 0
     assert len(SUITES) > 0
     assert len(TASK_FILES) > 0
-    assert set(FILES) == {*RECIPES.values(), *SUITES.values(), *TASK_FILES}
+    assert set(FILES) == {*RECIPES.values(), *SWEEPS.values(), *SUITES.values(), *TASK_FILES}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_loads_every_run_and_tells_its_own_story(name):
+    asked = sweeping.load(name)
+    jobs = [sweeping.recipe_of(asked, settings) for settings in sweeping.settings_of(asked)]
+    assert len(jobs) > 4
+    assert len({str(job.plain()) for job in jobs}) == len(jobs)
+    what, needs, expect = comments(SWEEPS[name])[:3]
+    assert re.fullmatch(r"# What:   \S.*\.", what)
+    assert re.search(rf"# Needs:  \S.* Run: llmq sweep {re.escape(name)}$", needs)
+    assert re.match(r"# Expect: \S.*", expect)
 
 
 @pytest.mark.parametrize("name", RECIPES)

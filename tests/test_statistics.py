@@ -13,7 +13,7 @@ from llmq.statistics.compare import compare, paired_intervals, verdict
 from llmq.statistics.estimates import alone, figure
 from llmq.statistics.figures import mean, quantile_stderr, ratio_stderr, stretches
 from llmq.statistics.proportions import Table
-from llmq.statistics.resampling import quantile_spread
+from llmq.statistics.resampling import cluster_spread, quantile_spread, t_quantile
 from llmq.types import Measurement, Samples
 
 quickly = settings(max_examples=40, deadline=None, database=None)
@@ -372,3 +372,14 @@ def test_stretches_are_as_long_as_the_next():
     assert stretches(5) == (0, 1, 2, 3, 4)
     assert np.bincount(stretches(20)).tolist() == [3, 2, 3, 2, 3, 2, 3, 2]
     assert [max(stretches(n)) + 1 for n in (96, 160, 320, 5000)] == [8, 10, 20, 20]
+
+
+def test_the_spread_of_whole_clusters_covers_what_visits_to_a_drifting_machine_scatter():
+    rng, hits = np.random.default_rng(3), 0
+    visits = tuple(i for i in range(8) for _ in range(2 + i % 2))
+    for trial in range(120):
+        drift = rng.normal(0, 0.1, 8)
+        v = np.array([drift[visit] for visit in visits]) + rng.normal(0, 0.01, len(visits))
+        stderr = cluster_spread(lambda rows, v=v: np.median(v[rows], axis=1), visits, trial, resamples=150)
+        hits += abs(np.median(v)) < t_quantile(0.975, 7) * stderr
+    assert 0.89 < hits / 120 <= 1

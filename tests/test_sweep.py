@@ -114,6 +114,14 @@ def test_a_failed_run_is_tried_once_more_and_told_of(sweep_of, tmp_path, monkeyp
     assert "FAILED with 4" in cli_sweeping.as_text(swept)
 
 
+def test_wrong_input_is_not_tried_again(sweep_of, tmp_path, monkeypatch):
+    asked = sweeping.load(sweep_of(grid={"seed": [0, 1]}))
+    names = [sweeping.name_of({"seed": s}) for s in (0, 1)]
+    fake = Fake(monkeypatch, lambda s: [1, 1], {names[0]: [2]})
+    assert [p.name for p in sweeping.sweep(asked, tmp_path / "out", fake).failed] == names[:1]
+    assert fake.ran == names
+
+
 def test_the_best_is_the_first_of_those_that_pass_and_none_may(sweep_of, tmp_path, monkeypatch):
     asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}, gate=["perplexity <= 3"]))
     swept = sweeping.sweep(asked, tmp_path / "a", Fake(monkeypatch, lambda s: [s["seed"], 5 - 2 * s["seed"]]))
@@ -310,7 +318,7 @@ def test_the_knee_of_one_setting_is_drawn_with_its_intervals():
     from llmq.types import Measurement, Samples
 
     curve = {0.0: (1.0, (0.9, 1.0)), 0.5: (0.8, None)}
-    picture = knee.draw([("digits: top1", "prune.magnitude.sparsity", curve)])
+    picture = knee.draw([knee.Panel("digits: top1", "prune.magnitude.sparsity", curve, base=0.9)])
     assert "digits: top1" in picture
     assert "prune.magnitude.sparsity" in picture
     right = Samples((1.0,) * 90 + (0.0,) * 10)
@@ -318,6 +326,18 @@ def test_the_knee_of_one_setting_is_drawn_with_its_intervals():
     assert low < 0.9 < high
     counted = Measurement("size", "bytes_on_disk", 10.0, "bytes", "lower", 1, 0.0, "", exact=True)
     assert sweeping._interval(counted) is None
+
+
+def test_a_recipe_within_a_sweep_is_one_and_a_bad_setting_is_told(tmp_path):
+    inner = {"model": {"srcnn": {"scale": 2}}, "steps": ["prune.magnitude"], "evaluate": ["size"]}
+    file = tmp_path / "thin.yaml"
+    file.write_text(yaml.safe_dump({"recipe": inner, "grid": {"prune.magnitude.sparsity": [0.3, 0.6]}}))
+    asked = sweeping.load(file)
+    one, two = (sweeping.recipe_of(asked, settings) for settings in sweeping.settings_of(asked))
+    assert (one.name, one.steps[0].sparsity, two.steps[0].sparsity) == ("thin", 0.3, 0.6)
+    file.write_text(yaml.safe_dump({"recipe": {**inner, "step": []}, "grid": {"seed": [0]}}))
+    with pytest.raises(UserError, match="the recipe of thin"):
+        sweeping.recipe_of(sweeping.load(file), {})
 
 
 def test_only_a_grid_of_one_number_has_a_knee(sweep_of, tmp_path):

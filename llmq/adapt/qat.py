@@ -5,7 +5,7 @@ compared. The stage is a graph for OpenVINO, as that of `quantize.int8` is. A tr
 with the same bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
+from llmq.errors import UserError
 from llmq.types import Context, Loaded
 from llmq.vision.family import ImageModel, Training
 from llmq.vision.taught import UNITS, Taught
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmq.sketch import Sketch, Work
-    from llmq.types import JsonObject
+    from llmq.types import JsonObject, Samples
+    from llmq.vision.images import Example
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""
@@ -78,12 +80,14 @@ class Qat(Taught):
     ) -> "tuple[Graph, JsonObject]":
         """The graph of the trained network, and the notes of the training."""
         from llmq.reopened import Start, meant
+        from llmq.statistics.figures import stretches
         from llmq.vision.fake_quantized import graph_of, rounding
         from llmq.vision.loop import Run
         from llmq.vision.teaching import Lessons
 
         model = artifact.model
-        _, examples, watched = self.examples(model)
+        split, examples, watched = self.examples(model)
+        alike = stretches(len(split.held_out))[: len(watched)] if split and split.neighbours else None
         training = self.settings(artifact, context, self._own(model))
         ignored = model.floats if self.ignored is None else self.ignored
         with artifact.open("cpu") as loaded, artifact.open(context.device) as teacher:
@@ -96,7 +100,42 @@ class Qat(Taught):
             )
             start = Start(model, network)
             learning = Loaded(network, loaded.processor, context.device, artifact)
+            alone = _seen(model, learning, watched, alike)  # a checkpoint is opened later, by `train`
             history = Run(lessons, learning, training, folder).train(examples, watched)
+            told = _told(alone, _seen(model, learning, watched, alike))
             moved = start.moved(network, meant(model, network))
             about = {"teacher": "the float network before", "distance": distance, **history, **training.noted()}
-            return graph_of(network, model), {"training": about, **moved}
+            return graph_of(network, model), {"training": about, **told, **moved}
+
+
+def _seen(
+    model: ImageModel, loaded: Loaded, watched: "Sequence[Example]", alike: tuple[int, ...] | None
+) -> "tuple[str, Samples] | None":
+    """The first metric of the kind on the held-out images that are watched; None for too few, or without labels.
+
+    `alike` numbers the stretch of neighbouring slices that each image lies in.
+    """
+    from llmq.statistics.estimates import FEWEST
+    from llmq.vision.accuracy_control import METRICS
+
+    if len(watched) < FEWEST or model.not_watchable(watched):
+        return None
+    name, metric = next(iter(METRICS[model.kind].items()))
+    loaded.module.eval()
+    try:
+        return name, replace(metric(model, loaded, watched), clusters=alike)
+    except UserError:  # boxes in too few of the images
+        return None
+
+
+def _told(alone: "tuple[str, Samples] | None", trained: "tuple[str, Samples] | None") -> "JsonObject":
+    """The gain of the training over the rounding alone, as a finding of the stage."""
+    from llmq.statistics.estimates import difference, figure
+
+    if alone is None or trained is None:
+        return {}
+    (name, before), (_, after) = alone, trained
+    gain, (was, now) = difference(after, before), (float(figure(samples)[0]) for samples in (before, after))
+    told = f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
+    seen = f"{name} {was:.3f} on {len(before.values)} held-out images"
+    return {"finding": f"the rounding alone has {seen}, and {now:.3f} after the training{told}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmq.report.drawing import BASE, STAGES, as_svg, plain_text
@@ -11,26 +12,38 @@ Curve = Mapping[float, tuple[float, tuple[float, float] | None]]
 """By value of the setting: the figure, and its interval where one is known."""
 
 
-def draw(curves: Sequence[tuple[str, str, Curve]]) -> str:
-    """The picture as SVG, a panel for each (title, name of the setting, curve)."""
+@dataclass(frozen=True)
+class Panel:
+    """One figure over a setting; `base` is that of the stage before, a dotted line."""
+
+    title: str
+    setting: str
+    curve: Curve
+    base: float | None = None
+
+
+def draw(shown: Sequence[Panel]) -> str:
+    """The picture as SVG, a panel for each figure."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with plain_text(), matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        columns = min(3, len(curves))
-        rows = -(-len(curves) // columns)
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
         figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
         panels: Any = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (title, setting, curve) in zip(panels, curves, strict=False):
-            places = sorted(curve)
+        for axes, panel in zip(panels, shown, strict=False):
+            curve, places = panel.curve, sorted(panel.curve)
             values = [curve[x][0] for x in places]
+            if panel.base is not None:
+                axes.axhline(panel.base, color=BASE, lw=0.9, ls=":")
             axes.plot(places, values, "o-", color=STAGES[0], markersize=3.5, lw=1.2)
             for x in places:
                 if interval := curve[x][1]:
                     axes.plot([x, x], interval, color=BASE, lw=1.2)
-            axes.set_title(title, fontsize=9)
-            axes.set_xlabel(setting)
+            axes.set_title(panel.title, fontsize=9)
+            axes.set_xlabel(panel.setting)
             axes.tick_params(labelsize=8)
-        for empty in list(figure.axes)[len(curves) :]:
+        for empty in list(figure.axes)[len(shown) :]:
             empty.set_axis_off()
         return as_svg(figure)

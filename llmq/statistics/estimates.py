@@ -29,6 +29,7 @@ from llmq.statistics.resampling import (
     Resampled,
     Scale,
     believed,
+    cluster_spread,
     commonest,
     quantile_spread,
     t_quantile,
@@ -281,10 +282,10 @@ def _weights(samples: Samples) -> Array:
 
 def _spread(a: Samples, figures: Callable[[Array], Array], value: float, seed: int, scale: float) -> Estimate | None:
     """A t interval about a quantile. None if no sample lies beyond the quantile: the scatter is unknown."""
-    n = len(a.values)
-    if n < 3 or n * min(a.quantile, 1 - a.quantile) < 1:
+    n = count(a)
+    if n < 3 or len(a.values) * min(a.quantile, 1 - a.quantile) < 1:
         return None
-    stderr = quantile_spread(figures, n, seed)
+    stderr = cluster_spread(figures, a.clusters, seed) if a.clusters else quantile_spread(figures, n, seed)
     if stderr <= ROUNDING * scale:  # equal rounds tell nothing of the scatter
         return None
     half = t_quantile((1 + LEVEL) / 2, n - 1) * stderr

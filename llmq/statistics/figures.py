@@ -1,10 +1,11 @@
 """Figures with standard errors, built out of samples. Pure: numbers in, numbers out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from llmq.statistics.resampling import quantile_spread
+from llmq.statistics.resampling import cluster_spread, quantile_spread
 from llmq.types import Better, Measurement, Samples
 
 
@@ -86,11 +87,16 @@ def ratio_stderr(
     return mean, float(np.sqrt(n / (n - 1) * np.sum((v - mean * w) ** 2)) / w.sum())
 
 
-def quantile_stderr(values: Sequence[float], quantile: float = 0.5) -> tuple[float, float | None]:
-    """A quantile and its bootstrap standard error."""
+def quantile_stderr(
+    values: Sequence[float], quantile: float = 0.5, clusters: Sequence[int] | None = None
+) -> tuple[float, float | None]:
+    """A quantile and its bootstrap standard error; with `clusters` whole clusters are drawn."""
     v = np.asarray(values, dtype=np.float64)
-    if len(v) < 2:
-        return float(v[0]), None
-    return float(np.quantile(v, quantile)), quantile_spread(
-        lambda rows: np.quantile(v[rows], quantile, axis=1), len(v), 0
-    )
+    value = float(np.quantile(v, quantile))
+    if len(v if clusters is None else set(clusters)) < 2:
+        return value, None
+
+    def figures(rows: Any) -> Any:
+        return np.quantile(v[rows], quantile, axis=1)
+
+    return value, quantile_spread(figures, len(v), 0) if clusters is None else cluster_spread(figures, clusters, 0)

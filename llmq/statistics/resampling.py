@@ -202,3 +202,17 @@ def quantile_spread(figures: Callable[[Array], Array], n: int, seed: int, resamp
     chunk = max(1, CHUNK // n)  # the same numbers are drawn in any chunks
     drawn = [figures(rng.integers(0, n, (min(chunk, resamples - i), n))) for i in range(0, resamples, chunk)]
     return float(np.concatenate(drawn).std(ddof=1))
+
+
+def cluster_spread(
+    figures: Callable[[Array], Array], clusters: Sequence[int], seed: int, resamples: int = 1000
+) -> float:
+    """The same where whole clusters are drawn; k clusters scatter by the root of k / (k - 1) more than their resamples.
+
+    Clusters may differ in size: each resample has as many samples as the clusters that it drew.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [np.flatnonzero(np.asarray(clusters) == c) for c in dict.fromkeys(clusters)]
+    k = len(rows)
+    drawn = [figures(np.concatenate([rows[c] for c in rng.integers(0, k, k)])[None]) for _ in range(resamples)]
+    return float(np.concatenate(drawn).std(ddof=1) * (k / (k - 1)) ** 0.5)

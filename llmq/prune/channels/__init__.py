@@ -21,9 +21,11 @@ from llmq.types import Context, Step
 from llmq.vision.family import IMAGE_MODELS, ImageModel
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
     from llmq.prune.channels.cuts import Cut
+    from llmq.prune.channels.trials import Trials
     from llmq.sketch import Sketch, Work
 
 
@@ -113,6 +115,19 @@ class Channels(Ratio, Step[ImageModel]):
             "changed_share": round(1 - after["parameters"] / before["parameters"], 4),
         }
         return reopened(what, artifact.then(self, weights=folder, notes=notes), "cpu")
+
+    def trials(self, artifact: Artifact[ImageModel], inputs: "Tensor") -> "Trials":
+        """Every group cut alone at several ratios, for a search; `inputs` show how far each cut moves the outputs."""
+        from llmq.prune.channels.trials import RATIOS, tried
+        from llmq.vision.shapes import without_weight_norm
+
+        with artifact.open("cpu") as loaded:
+            without_weight_norm(loaded.module)
+            cuts = {
+                ratio: self.model_copy(update={"ratio": ratio}).cuts(loaded.module, artifact.model)[0]
+                for ratio in RATIOS
+            }
+            return tried(loaded.module, artifact.model.example(1), cuts, inputs)
 
     def cuts(self, network: "Module", model: ImageModel) -> "tuple[list[Cut], dict[str, str]]":
         """The cuts that shapes allow, and the reason why each other layer stays. Raises `UserError` if all stay."""
