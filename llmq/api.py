@@ -268,7 +268,7 @@ def search(
             raise UserError(f"--{odd[0]} is of language models, and --{next(iter(of_images))} of image models")
         if data == "pydoc":
             raise UserError("a search of an image model needs --data, such as what it was trained on")
-        return _search_images(model, of_images, data, samples, suite, seed, out, resume, in_order(overrides))
+        return _search_images(model, of_images, data, samples, suite, seed, out, resume, in_order(overrides), device)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
     settings = {"sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
@@ -293,6 +293,7 @@ def _search_images(
     out: Target | None,
     resume: bool,
     overrides: Sequence[str],
+    device: str,
 ) -> "ImageSearched":
     from llmq import searching_images
     from llmq.runs.folder import fresh
@@ -303,7 +304,7 @@ def _search_images(
         return run(job, out=folder, resume=resume)
 
     stage = searching_images.stage_of(os.fspath(model))
-    job = searching_images.ImageSearch(run_in, stage, os.fspath(data), samples, suite, seed, overrides)
+    job = searching_images.ImageSearch(run_in, stage, os.fspath(data), samples, suite, seed, overrides, device)
     return job.within(budget)
 
 

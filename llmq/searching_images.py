@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 DROPS = ("top1", "map", "psnr")
 HEADLINE = {"classifier": "top1", "detector": "map", "super-resolution": "psnr"}
 """The figure by which a network with fewer multiplications is told beside the base."""
-SAMPLES = 32
-"""Images on which each cut is tried."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,7 @@ class ImageSearch:
     tasks: object
     seed: int
     overrides: Sequence[str] = ()
+    device: str = "auto"
 
     def within(self, asked: Mapping[str, str]) -> ImageSearched:
         """Find, run and measure what meets one budget: `{"macs": "0.5x"}`, or drops such as `{"top1": "0.3pt"}`."""
@@ -151,8 +150,11 @@ class ImageSearch:
         import torch
 
         model = self.stage.model
+        if model.two_stages:
+            raise UserError(f"--macs: {model.title} cannot be taught once it is cut; take a detector of one stage")
         data: Any = plugin.build(plugin.data_entry(self.data, model.kind), "data")
-        inputs = torch.cat(list(model.calibration(data.read(), SAMPLES, self.seed)))
+        inputs = list(model.calibration(data.read(), self.samples, self.seed))
+        inputs = [torch.cat(inputs)] if len({x.shape for x in inputs}) == 1 else inputs
         step: Any = plugin.build("prune.channels")
         return step.trials(self.stage, inputs)
 
@@ -164,6 +166,7 @@ class ImageSearch:
         opened = {**settings, "weights": str(self.stage.weights.resolve() / "model.safetensors")}
         entry = {model.word.removeprefix("models."): opened}
         plain = {"model": entry, "steps": steps, "evaluate": self.tasks or model.suite, "seed": self.seed}
+        plain |= {"device": self.device}
         return recipe.of_source(recipe.Source("search", plain), "search", self.overrides)
 
 
@@ -178,14 +181,13 @@ def share_of(macs: str) -> float:
 def stage_of(target: str) -> Artifact[Any]:
     """The last stage in a folder. Raises `UserError` for what no recipe can begin with."""
     from llmq import targets
-    from llmq.vision.family import ImageModel
 
     if not ((Path(target) / "artifact.json").is_file() or (Path(target) / "report.json").is_file()):
         raise UserError(f"{target!r} is no stage and no run: a budget of image models is of a trained network's stage")
     name, bring = targets.last_stage(target, "causal_lm")
     artifact = bring(Context("cpu", 0))
-    if not isinstance(artifact.model, ImageModel):
-        raise UserError(f"{name} is a {artifact.model.kind}; its budgets are --size, --bits, --kl and --perplexity")
+    if artifact.model.kind not in HEADLINE:
+        raise UserError(f"{name} is a {artifact.model.kind}, and these budgets are of a {', '.join(HEADLINE)} network")
     if artifact.runtime != "torch" or (artifact.weights / "shapes.json").is_file():
         raise UserError(f"{name} is a graph, or pruned already: name the stage of whole weights before it")
     return artifact

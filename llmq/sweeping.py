@@ -529,6 +529,8 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
     bases = [point.base for point in done if not point.unlike]
     same = {each: base for each, base in bases[0].items() if all(other.get(each) == base for other in bases)}
 
+    units = {each: m.unit for each, m in zip(asked.objectives, done[0].measured, strict=False)}
+
     def curve(objective: str) -> knee.Curve:
         return {
             float(p.settings[setting]): (p.figures[objective], p.intervals.get(objective))
@@ -536,7 +538,10 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
             if objective in p.figures and not p.unlike
         }
 
-    panels = [knee.Panel(f"{name}: {each}", setting, curve(each), same.get(each)) for each in asked.objectives]
+    panels = [
+        knee.Panel(f"{name}: {each}", setting, curve(each), same.get(each), units.get(each, ""))
+        for each in asked.objectives
+    ]
     write_text(out / KNEE, knee.draw(panels))
 
 

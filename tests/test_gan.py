@@ -44,6 +44,20 @@ def test_images_come_out_at_64_pixels_and_the_first_weights_are_the_papers():
     assert Discriminator(4, 1)(torch.zeros(2, 1, 64, 64)).shape == (2,)
 
 
+def test_images_of_128_pixels_take_a_layer_more():
+    model = model_of({"dcgan": {"features": 4, "latent_size": 8, "size": 128}})
+    network = model.network()
+    assert network(model.latents(2, 0)).shape == (2, 3, 128, 128)
+    assert [m.out_channels for m in network.modules() if hasattr(m, "out_channels")] == [64, 32, 16, 8, 4, 3]
+    assert model.framed([np.zeros((200, 150, 3), np.uint8)])[0].shape == (128, 128, 3)
+    tells, fools = model.learners(network)
+    photographs = plugin.build({"photographs": {"train": 4, "held_out": 1}}, "data").read()
+    model.check_split(photographs)
+    batch = model.batch(photographs.train, np.random.default_rng(0), "none", None)
+    assert batch["images"].shape == (4, 3, 128, 128)
+    assert all(np.isfinite(learner.loss(batch).item()) for learner in (tells, fools))
+
+
 @faces
 def test_gan_faces_is_what_its_own_numbers_make():
     model = model_of({"dcgan": {"weights": "gan-faces"}})

@@ -30,7 +30,7 @@ CARRIED = (
 
 
 class Photographs(Data):
-    suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector"})
+    suits: ClassVar[frozenset[str]] = frozenset({"classifier", "detector", "gan"})
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
 
     train: PositiveInt = Field(192, description="crops to calibrate with")

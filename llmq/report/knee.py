@@ -14,12 +14,13 @@ Curve = Mapping[float, tuple[float, tuple[float, float] | None]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure over a setting; `base` is that of the stage before, a dotted line."""
+    """One figure over a setting; `base` is that of the stage before, a dotted line. Bytes are drawn as MB."""
 
     title: str
     setting: str
     curve: Curve
     base: float | None = None
+    unit: str = ""
 
 
 def draw(shown: Sequence[Panel]) -> str:
@@ -34,14 +35,15 @@ def draw(shown: Sequence[Panel]) -> str:
         panels: Any = figure.subplots(rows, columns, squeeze=False).flat
         for axes, panel in zip(panels, shown, strict=False):
             curve, places = panel.curve, sorted(panel.curve)
-            values = [curve[x][0] for x in places]
+            size = 1e-6 if panel.unit == "bytes" else 1.0
+            values = [size * curve[x][0] for x in places]
             if panel.base is not None:
-                axes.axhline(panel.base, color=BASE, lw=0.9, ls=":")
+                axes.axhline(size * panel.base, color=BASE, lw=0.9, ls=":")
             axes.plot(places, values, "o-", color=STAGES[0], markersize=3.5, lw=1.2)
             for x in places:
                 if interval := curve[x][1]:
-                    axes.plot([x, x], interval, color=BASE, lw=1.2)
-            axes.set_title(panel.title, fontsize=9)
+                    axes.plot([x, x], [size * end for end in interval], color=BASE, lw=1.2)
+            axes.set_title(f"{panel.title}{' (MB)' if panel.unit == 'bytes' else ''}", fontsize=9)
             axes.set_xlabel(panel.setting)
             axes.tick_params(labelsize=8)
         for empty in list(figure.axes)[len(shown) :]:

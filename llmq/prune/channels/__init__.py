@@ -6,7 +6,8 @@ PixelShuffle turns into pixels, channels that a LayerNorm mixes. The notes of th
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -116,18 +117,19 @@ class Channels(Ratio, Step[ImageModel]):
         }
         return reopened(what, artifact.then(self, weights=folder, notes=notes), "cpu")
 
-    def trials(self, artifact: Artifact[ImageModel], inputs: "Tensor") -> "Trials":
+    def trials(self, artifact: Artifact[ImageModel], inputs: "Sequence[Tensor]") -> "Trials":
         """Every group cut alone at several ratios, for a search; `inputs` show how far each cut moves the outputs."""
         from llmq.prune.channels.trials import RATIOS, tried
         from llmq.vision.shapes import without_weight_norm
 
         with artifact.open("cpu") as loaded:
             without_weight_norm(loaded.module)
-            cuts = {
-                ratio: self.model_copy(update={"ratio": ratio}).cuts(loaded.module, artifact.model)[0]
-                for ratio in RATIOS
-            }
-            return tried(loaded.module, artifact.model.example(1), cuts, inputs)
+            network, largest = loaded.module, RATIOS[-1]
+            cuts = {largest: self.model_copy(update={"ratio": largest}).cuts(network, artifact.model)[0]}
+            for ratio in RATIOS[:-1]:
+                with suppress(UserError):  # of few channels less a quarter as many stay
+                    cuts[ratio] = self.model_copy(update={"ratio": ratio}).cuts(network, artifact.model)[0]
+            return tried(network, artifact.model, cuts, inputs)
 
     def cuts(self, network: "Module", model: ImageModel) -> "tuple[list[Cut], dict[str, str]]":
         """The cuts that shapes allow, and the reason why each other layer stays. Raises `UserError` if all stay."""

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from llmq.errors import UserError
 from llmq.matrix.allotment import allot
 from llmq.prune.channels.cuts import Cut, figures, outputs, proven, take_out
+from llmq.vision.likeness import in_order_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+    from llmq.vision.family import ImageModel
 
 RATIOS = (0.25, 0.5, 0.75)
 HALVINGS = 12
@@ -65,8 +68,9 @@ class Trials:
         return ratios, self.counted(best), sum(self.costs[i][j] for i, j in enumerate(best))
 
 
-def tried(network: Module, example: Tensor, cuts: Mapping[float, Sequence[Cut]], inputs: Tensor) -> Trials:
+def tried(network: Module, model: ImageModel, cuts: Mapping[float, Sequence[Cut]], inputs: Sequence[Tensor]) -> Trials:
     """The trials of all groups that some ratio of `cuts` cuts, on `inputs`; cuts that prove unsound are left out."""
+    example = model.example(1)
     sound = {cut.group.makers for cut in proven(network, example, cuts[max(cuts)])}
     choices: dict[tuple[str, ...], list[tuple[float, Cut | None]]] = {}
     for ratio in sorted(cuts):
@@ -75,8 +79,8 @@ def tried(network: Module, example: Tensor, cuts: Mapping[float, Sequence[Cut]],
             if cut.group.makers in sound and (its[-1][1] is None or cut.gone != its[-1][1].gone):
                 its.append((ratio, cut))
     groups = [its for its in choices.values() if len(its) > 1]
-    truth = _answers(network, inputs)
-    costs = [[_cost(network, cut, inputs, truth) for _, cut in its] for its in groups]
+    truth = [_answers(network, x) for x in inputs]
+    costs = [[_cost(network, model, cut, inputs, truth) for _, cut in its] for its in groups]
     macs = [[_counted(network, example, [cut]) for _, cut in its] for its in groups]
     return Trials(network, example, figures(network, example)["macs"], groups, costs, macs)
 
@@ -98,9 +102,17 @@ def _answers(network: Module, inputs: Tensor) -> list[Tensor]:
         return outputs(network, inputs)
 
 
-def _cost(network: Module, cut: Cut | None, inputs: Tensor, truth: Sequence[Tensor]) -> float:
-    """The squared error of each output as a share of its variance, added up."""
+def _cost(
+    network: Module, model: ImageModel, cut: Cut | None, inputs: Sequence[Tensor], truth: Sequence[list[Tensor]]
+) -> float:
+    """The squared error of each output as a share of its variance, added up; the mean over inputs."""
     if cut is None:
         return 0.0
-    made = _answers(_without(network, [cut]), inputs)
-    return float(sum((a - b).square().mean() / b.var().clamp_min(1e-12) for a, b in zip(made, truth, strict=True)))
+    smaller, total = _without(network, [cut]), 0.0
+    for x, wanted in zip(inputs, truth, strict=True):
+        made: Sequence[Tensor] = _answers(smaller, x)
+        made = in_order_of(wanted, made) if model.unordered else made
+        total += sum(
+            float((a - b).square().mean() / b.var().clamp_min(1e-12)) for a, b in zip(made, wanted, strict=True)
+        )
+    return total / len(inputs)
