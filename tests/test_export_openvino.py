@@ -18,7 +18,6 @@ from llmq.text.graph.weights import in_float16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("gpt2", "gemma2")
 GRIDS: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4, "group_size": 32},
     "asymmetric": {"bits": 4, "group_size": 32, "sym": False},
@@ -45,7 +44,8 @@ def in_float32(artifact: Artifact) -> Artifact:
     return base_of(artifact.weights, "float32")
 
 
-@pytest.mark.parametrize("architecture", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in PROVEN])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", PROVEN)
 def test_the_logits_of_an_architecture_are_those_of_torch(architecture: str, tiny_llama: Path, tmp_path: Path):
     base = base_of(build(architecture, tmp_path / "model", tiny_llama), "float32")
     stage = apply("export.openvino", base, tmp_path / "graph")
@@ -57,9 +57,14 @@ def test_the_logits_of_an_architecture_are_those_of_torch(architecture: str, tin
     assert float((meant - made).abs().max() / meant.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "grid", [g if g == "with the head" else pytest.param(g, marks=pytest.mark.slow) for g in GRIDS]
-)
+def test_a_graph_is_packed_and_says_how_far_it_is_from_torch(packed: Artifact, exported: Artifact):
+    assert exported.packed
+    assert exported.notes["packed_layers"] == packed.notes["quantized_layers"]
+    assert exported.notes["logits_off_by"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
 def test_packed_layers_keep_their_codes(grid: str, tiny_llama: Path, tmp_path: Path):
     stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", **GRIDS[grid])
     graph = apply("export.openvino", stage, tmp_path / "graph")
@@ -208,6 +213,7 @@ def test_positions_that_change_with_the_length_are_refused(tiny_llama: Path, tmp
         graph_of(module)
 
 
+@pytest.mark.slow
 def test_a_graph_with_other_logits_is_an_error_and_leaves_nothing(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -519,6 +519,7 @@ def test_python_says_the_same(tmp_path, monkeypatch):
     assert llmq.predict(stage, [file], out=tmp_path / "2").rows == 1
 
 
+@pytest.mark.slow
 def test_a_graph_of_openvino_answers_as_its_own_generation_does(tiny_llama, tmp_path):
     pytest.importorskip("openvino")
     exported = apply("export.openvino", base_of(tiny_llama, "float32"), tmp_path / "stage")
