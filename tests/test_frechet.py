@@ -217,6 +217,9 @@ def test_an_image_is_opened_where_it_is_drawn(monkeypatch):
     monkeypatch.setattr(type(task.data), "read", lambda data: split)
     images, _ = task._images(SimpleNamespace(check_split=lambda split: None))
     assert [int(i.max()) for i in images] == opened == list(range(0, 100, 4))
+    task = plugin.build({"frechet": {"data": "digits", "n": 60}}, "tasks")
+    images, _ = task._images(SimpleNamespace(check_split=lambda split: None))
+    assert [int(i.max()) for i in images] == [i * 100 // 60 for i in range(60)], "from the first to the last part"
 
 
 def test_real_images_of_other_channels_are_refused():

@@ -26,7 +26,7 @@ from llmq.vision import efficientnet_lite0 as lite0
 from llmq.vision import exported
 from llmq.vision.exported import ExportedModule
 from llmq.vision.exporting import export
-from llmq.vision.state import save_network
+from llmq.vision.state import read_state, save_network
 from tests.exported_families import Heads
 
 State = dict[str, torch.Tensor]
@@ -357,6 +357,23 @@ def test_a_broken_pickle_is_one_line(family, content, tmp_path):
         opened(family, tmp_path / "w.pth")
     assert "w.pth" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema", "params_ema"])
+def test_averaged_weights_go_before_those_of_the_last_step_and_wrappers_are_no_names(averaged, tmp_path, capsys):
+    state = network_of("edsr").state_dict()
+    means = {f"module._orig_mod.{name}": t + 1 for name, t in state.items()} | {"n_averaged": torch.tensor(5)}
+    torch.save({"state_dict": state, averaged: means}, tmp_path / "w.pth")
+    taken = read_state(str(tmp_path / "w.pth"))
+    assert all(torch.equal(taken[name], t + 1) for name, t in state.items())
+    assert taken.keys() == state.keys()
+    assert f"the averaged weights, {averaged}, are taken" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pickled_module_is_refused_with_the_cure(tmp_path):
+    torch.save(network_of("edsr"), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth' holds more than tensors, .*; save its state_dict\(\)$"):
+        read_state(str(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("word", ["gan-faces", "efficientnet-lite0"])

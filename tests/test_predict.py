@@ -20,6 +20,7 @@ from llmq.predictors import Predictor
 from llmq.vision.degrade import to_uint8
 from llmq.vision.foreign.kinds import ForeignClassifier, ForeignDetector, ForeignSuperResolution
 from llmq.vision.rasters import voxel_size
+from llmq.vision.upscaling import Upscaling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDSR = {"edsr": {"n_resblocks": 1, "n_feats": 8, "scale": 2}}
@@ -236,7 +237,7 @@ def test_pictures_beside(tmp_path):
     assert stack.shape == (24, 20)
 
 
-def test_folders_are_walked_and_keep_their_shape(tmp_path, capsys):
+def test_folders_are_walked_and_keep_their_shape(tmp_path, capsys, monkeypatch):
     for name in ("x/a.png", "x/y/a.png", "x/.hidden.png", "x/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("png"):
@@ -248,6 +249,11 @@ def test_folders_are_walked_and_keep_their_shape(tmp_path, capsys):
     assert "passed over in the folders: 1 other files, 1 system files" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"would be written to one place; take two --out"):
         predicted(EDSR, [tmp_path / "x", tmp_path / "x" / "y" / "a.png"], tmp_path / "out2")
+    saved(tmp_path / "x" / "a.bmp", 8, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Upscaling, "_enlarge", lambda *given: pytest.fail("enlarged before the names were looked at"))
+        with pytest.raises(UserError, match=r"a\.png and .*a\.bmp would both become 'a\.png'"):
+            predicted(EDSR, [tmp_path / "x" / "a.png", tmp_path / "x" / "a.bmp"], tmp_path / "out3")
 
 
 @pytest.mark.parametrize(

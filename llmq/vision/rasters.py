@@ -52,7 +52,6 @@ class Raster:
     """The size of pixels and slices, as tifffile writes it."""
     of_ome: bool = False
     """True for a TIFF with sizes in a description of OME that are not understood, and not written again."""
-    of_dicom: bool = False
     transparent: bool = False
     """True for a file with an alpha channel or a transparent colour, which are not among the pixels."""
     voxel_size: float | None = None
@@ -110,7 +109,7 @@ def _of_dicom(path: Path) -> Raster:
         if scan.depth and scan.pixels.dtype.name in OF_IMAGEJ:  # the only description that has a distance of slices
             told = {"resolution": (1 / scan.width, 1 / scan.height), "imagej": True}
             told["metadata"] = {"spacing": scan.depth, "unit": "mm"}
-    return Raster(scan.pixels, ".tif", voxels=told, of_dicom=True)
+    return Raster(scan.pixels, ".tif", voxels=told)
 
 
 def voxel_size_of_npz(path: Path) -> float | None:

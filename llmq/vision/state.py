@@ -10,6 +10,7 @@ from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.guarded.files import read_json, read_json_object
 from llmq.guarded.weights import INDEX, entry_of, safetensors_of
+from llmq.terminal import say
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     State = Mapping[str, Tensor]
 
 PICKLES = (".pth", ".pt")  # opened as tensors alone
+PLAIN = ("state_dict", "model", "params")
+"""The keys under which training scripts keep the tensors."""
+AVERAGED = ("state_dict_ema", "model_ema", "params_ema")
+"""Those of timm, torchvision and BasicSR for means over the steps, which these evaluate where there are both."""
+COUNTER = "n_averaged"
+"""The number of the steps, which lies among the means of torchvision."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
 SHOWN = 3
 """The most names of tensors that an error shows."""
 
@@ -52,11 +61,13 @@ def read_state(weights: str) -> "dict[str, Tensor]":
     if path.suffix not in PICKLES:
         return _of_safetensors(path)
     held = read_pickle(path)
-    # Training scripts keep the tensors under one of these keys.
-    inner = next((held[k] for k in ("state_dict", "model", "params") if isinstance(held.get(k), dict)), held)
-    state = {n: t for n, t in inner.items() if isinstance(t, torch.Tensor) and isinstance(n, str)}
-    if all(name.startswith("module.") for name in state):  # as DistributedDataParallel writes them
-        return {name.removeprefix("module."): t for name, t in state.items()}
+    parts = [key for key in (*AVERAGED, *PLAIN) if isinstance(held.get(key), dict)]
+    if len(parts) > 1 and parts[0] in AVERAGED:
+        say(f"{weights}: holds {', '.join(parts)}; the averaged weights, {parts[0]}, are taken")
+    inner = held[parts[0]] if parts else held
+    state = {n: t for n, t in inner.items() if isinstance(t, torch.Tensor) and isinstance(n, str) and n != COUNTER}
+    while state and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in state)), "")):
+        state = {name.removeprefix(wrapper): t for name, t in state.items()}
     return state
 
 
@@ -71,6 +82,8 @@ def read_pickle(path: Path) -> JsonObject:
         held = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
     except broken as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
+        if "Weights only" in why:  # torch then advises to run the code of the file
+            why = "it may be a whole module; save its state_dict()"
         raise UserError(f"{str(path)!r} holds more than tensors, or is broken: {why}") from None
     if not isinstance(held, dict):
         raise UserError(f"{str(path)!r} holds a {type(held).__name__}, and a dict of tensors by name is needed")

@@ -16,7 +16,8 @@ from pydantic import Field
 from llmq.errors import LlmqError, UserError
 from llmq.predictors import PICTURES, Input, Inputs, Predictor
 from llmq.terminal import Bar, say
-from llmq.vision.pixels import check_window
+from llmq.vision.dicom import is_dicom
+from llmq.vision.pixels import check_window, is_tiff
 from llmq.vision.rasters import VOLUMES, Enlarged, Raster, read_raster
 
 if TYPE_CHECKING:
@@ -89,6 +90,19 @@ def _say_beyond(pixels: ndarray, window: tuple[float, float], name: str) -> None
         say(f"{name}: {beyond / pixels.size:.2%} lie beyond the window {window[0]:g} to {window[1]:g}: cut to it")
 
 
+def _targets(inputs: Inputs, folder: Path) -> list[tuple[Input, Path]]:
+    """Each file with the one that it becomes. Raises `UserError`, before any is made, for two that become one."""
+    taken: dict[Path, Input] = {}
+    for item in inputs.items:
+        kept = item.path.suffix.lower() in VOLUMES or (is_tiff(item.path) and not is_dicom(item.path))
+        suffix = item.place.suffix if kept else ".tif" if is_dicom(item.path) else ".png"
+        target = folder / item.place.with_suffix(suffix)
+        if target in taken:
+            raise UserError(f"{item.path} and {taken[target].path} would both become {target.name!r}; take two --out")
+        taken[target] = item
+    return [(item, target) for target, item in taken.items()]
+
+
 class Upscaling(Predictor):
     suffixes: ClassVar[frozenset[str]] = PICTURES | {*VOLUMES, ".dcm"}
 
@@ -117,8 +131,7 @@ class Upscaling(Predictor):
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write each file enlarged, under its own name; returns the number of slices."""
         slices = 0
-        taken: dict[Path, Path] = {}
-        for item in inputs.items:
+        for item, target in _targets(inputs, folder):
             raster = read_raster(item.path)
             if raster.transparent:
                 say(f"{item.name}: its transparency is not enlarged; what is written has none")
@@ -126,12 +139,6 @@ class Upscaling(Predictor):
                 say(
                     f"{item.name}: the size of voxels in its description of OME is not understood, and not carried over"
                 )
-            kept = raster.suffix in (*VOLUMES, ".tif") and not raster.of_dicom
-            suffix = item.place.suffix if kept else raster.suffix
-            target = folder / item.place.with_suffix(suffix)
-            if target in taken:
-                raise UserError(f"{item.path} and {taken[target]} would both become {target.name!r}; take two --out")
-            taken[target] = item.path
             target.parent.mkdir(parents=True, exist_ok=True)
             model: Any = loaded.artifact.model
             enlarge = self._enlarge_whole if model.volumetric else self._enlarge

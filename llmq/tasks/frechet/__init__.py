@@ -155,8 +155,8 @@ class Frechet(Task):
         places = [(part, i) for part in parts for i in range(len(part))]  # an image is opened where it is drawn
         if len(places) < FEWEST:
             raise UserError(f"{self.data.word} {self.part} has {len(places)} images; {FEWEST} are needed")
-        step = max(1, len(places) // self.n)
-        return [part[i].image for part, i in places[::step][: self.n]], split
+        drawn = [places[k * len(places) // self.n] for k in range(self.n)] if self.n < len(places) else places
+        return [part[i].image for part, i in drawn], split
 
     def _measured(self, metric: str, first: "ndarray", second: "ndarray", features: str, between: str) -> Measurement:
         from llmq.matrix.gaussians import frechet_with_stderr
