@@ -252,7 +252,7 @@ def test_folders_are_walked_and_keep_their_shape(tmp_path, capsys, monkeypatch):
     saved(tmp_path / "x" / "a.bmp", 8, 8)
     with monkeypatch.context() as patch:
         patch.setattr(Upscaling, "_enlarge", lambda *given: pytest.fail("enlarged before the names were looked at"))
-        with pytest.raises(UserError, match=r"a\.png and .*a\.bmp would both become 'a\.png'"):
+        with pytest.raises(UserError, match=r"a\.bmp and .*a\.png would both become 'a\.png'"):
             predicted(EDSR, [tmp_path / "x" / "a.png", tmp_path / "x" / "a.bmp"], tmp_path / "out3")
 
 
