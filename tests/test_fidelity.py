@@ -75,6 +75,16 @@ def test_of_super_resolution_the_held_out_images_are_the_input(tmp_path):
     assert len(pictures) == 1
 
 
+def test_slices_that_are_neighbours_are_told_in_stretches(tmp_path):
+    np.savez(tmp_path / "v.npz", np.random.default_rng(0).integers(0, 256, (24, 16, 80)).astype(np.uint8))
+    scan = {"rock": {"path": str(tmp_path / "v.npz"), "scale": 2}}
+    task = plugin.build({"fidelity": {"data": scan, "n": 24, "shown": 0}}, "tasks")
+    figures, _ = asked(task, *stage_of(UPSCALER, tmp_path / "a", 0.1))
+    for figure in figures.values():
+        assert len(set(figure.samples.clusters)) == 8
+        assert figure.convention.endswith("; standard error over 8 stretches of neighbouring slices")
+
+
 def test_super_resolution_without_data_is_told_so(tmp_path):
     stage, base = stage_of(UPSCALER, tmp_path / "a", 0.05)
     with pytest.raises(UserError, match="srcnn needs 'data'"):

@@ -71,6 +71,7 @@ class Fidelity(Task):
         """PSNR and SSIM, and base, stage and their difference one above the other."""
         from llmq.statistics.figures import mean
         from llmq.vision.image_quality import MOST, SSIM_PROTOCOL
+        from llmq.vision.upscaled import in_stretches
 
         of_batches = together.answers_of(partial(_share_of_pairs, self), [loaded, base])
         compared = list(chain.from_iterable(of_batches))[: self.n]
@@ -78,10 +79,13 @@ class Fidelity(Task):
         pairs = [one.pair for one in compared[: self.shown] if one.pair]
         if not near:
             raise UserError(f"{self._inputs()}: there are none")
-        between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding"
+        clusters, words = in_stretches(self.data.read(), len(near)) if self.data else (None, "")
+        between = f"stage against base on {self._inputs()}, mean of {len(near)} images, floats before rounding{words}"
         range_ = "data range 255, all channels"
-        yield mean(self.name, "psnr", near, "dB", "higher", f"PSNR, {range_}, at most {MOST:g} an image; {between}")
-        yield mean(self.name, "ssim", alike, "", "higher", f"SSIM, {range_}, {SSIM_PROTOCOL}; {between}")
+        psnr = f"PSNR, {range_}, at most {MOST:g} an image; {between}"
+        yield mean(self.name, "psnr", near, "dB", "higher", psnr, clusters=clusters)
+        ssims = f"SSIM, {range_}, {SSIM_PROTOCOL}; {between}"
+        yield mean(self.name, "ssim", alike, "", "higher", ssims, clusters=clusters)
         if pairs:
             picture = _grid(list(zip(*pairs, strict=True)), ["base", "stage"])
             yield Exhibit(self.name, "Base and stage", "", self._inputs(), picture=picture)
