@@ -199,6 +199,14 @@ def test_a_folder_of_slices_is_a_volume_in_the_order_of_their_numbers(tmp_path):
         rock(tmp_path)
 
 
+def test_masks_of_another_kind_are_no_slices(tmp_path):
+    for number in range(2):
+        tifffile.imwrite(tmp_path / f"s{number}.tif", DEEP[number].astype(np.uint8))
+        Image.fromarray(DEEP[number] > 9).save(tmp_path / f"s{number}_mask.png")
+    with pytest.raises(UserError, match=r"holds \.png and \.tif, and the slices of one volume are of one kind"):
+        rock(tmp_path)
+
+
 def test_bare_numbers_need_their_shape_and_kind(tmp_path):
     path = tmp_path / "v.raw"
     DEEP.astype(">u2").tofile(path)
@@ -403,6 +411,20 @@ def test_an_animation_is_not_taken_for_its_first_picture(suffix, tmp_path):
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])  # as telephones write
     assert abs(int(read_image(tmp_path / "a.jpg")[0, 0, 0]) - 50) < 3
     assert read_raster(tmp_path / "a.jpg").pixels.shape == (1, 8, 8, 3)
+
+
+def test_a_window_of_deep_files_leaves_bytes_beside_them_alone(tmp_path):
+    """Through [0, 65535] all of a picture of bytes would be black: so were low partners of deep volumes."""
+    levels = np.random.default_rng(0).integers(0, 256, (12, 40)).astype(np.uint8)
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert np.array_equal(read_image(tmp_path / name, 1, (0, 65535))[..., 0], levels)
+        assert read_image(tmp_path / name, 1, (0, 100))[..., 0].max() == 255, "a window within bytes counts"
+    low = np.random.default_rng(1).integers(0, 256, (12, 4, 20)).astype(np.uint8)
+    np.savez(tmp_path / "v.npz", hr=DEEP, lr=low)
+    split = rock(tmp_path / "v.npz", window=WINDOW)
+    assert np.array_equal(split.train[3].image[..., 0], low[3, :, :15])
+    assert np.array_equal(split.train[3].high[..., 0], in_window(DEEP[3, :, :30]))
 
 
 # Names of classes

@@ -12,7 +12,7 @@ from pydantic import Field
 from llmq.errors import LlmqError
 from llmq.predictors import PICTURES, Input, Inputs, Predictor
 from llmq.terminal import track
-from llmq.vision.images import read_shown
+from llmq.vision.images import read_image
 from llmq.vision.pixels import check_window
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Classifying(Predictor):
 
     def check(self, item: Input, model: object) -> None:
         check_window(self.window)
-        read_shown(item.path, 3, self.window)
+        read_image(item.path, 3, self.window)
 
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write `predictions.csv`: file, class, probability, then the next likeliest classes; one row a picture."""
@@ -47,7 +47,7 @@ class Classifying(Predictor):
             table.writerow(["file", *(f"{column}{n}" for n in numbers for column in ("class", "probability"))])
             for begin in track(range(0, len(inputs.items), BATCH), "classifying"):
                 items = inputs.items[begin : begin + BATCH]
-                logits = model.logits(loaded, [read_shown(item.path, 3, self.window) for item in items])
+                logits = model.logits(loaded, [read_image(item.path, 3, self.window) for item in items])
                 if not bool(logits.isfinite().all()):
                     raise LlmqError("the network answers with numbers that are not finite")
                 shares, classes = logits.double().softmax(1).topk(top)  # (pictures, top) each

@@ -13,7 +13,7 @@ from llmq.files import write_json
 from llmq.predictors import PICTURES, Input, Inputs, Predictor
 from llmq.terminal import track
 from llmq.types import JsonObject
-from llmq.vision.images import read_shown
+from llmq.vision.images import read_image
 from llmq.vision.pixels import check_window
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Detecting(Predictor):
 
     def check(self, item: Input, model: object) -> None:
         check_window(self.window)
-        read_shown(item.path, 3, self.window)
+        read_image(item.path, 3, self.window)
 
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write `detections.json` and the pictures as PNG; returns the number of detections.
@@ -51,7 +51,7 @@ class Detecting(Predictor):
         names = dict(enumerate(model.class_names())) or self.names
         for begin in track(range(0, len(inputs.items), BATCH), "detecting"):
             items = inputs.items[begin : begin + BATCH]
-            pixels = [read_shown(item.path, 3, self.window) for item in items]
+            pixels = [read_image(item.path, 3, self.window) for item in items]
             for item, image, objects in zip(items, pixels, model.detect(loaded, pixels, BATCH), strict=True):
                 height, width = image.shape[:2]
                 images.append({"id": len(images) + 1, "file_name": item.name, "width": width, "height": height})

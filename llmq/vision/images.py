@@ -89,16 +89,6 @@ def read_image(path: Path, channels: int = 3, window: Window | None = None) -> n
     return in_channels(image, channels)
 
 
-def read_shown(path: Path, channels: int, window: Window | None) -> ndarray:
-    """Read a picture as `read_image` does; for a file of bytes only a window within bytes counts."""
-    if window is None or window[1] <= 255:
-        return read_image(path, channels, window)
-    try:
-        return read_image(path, channels)
-    except UserError:
-        return read_image(path, channels, window)
-
-
 def in_channels(image: ndarray, channels: int) -> ndarray:
     """Bring uint8 `(height, width[, 3])` to `(height, width, channels)`; Pillow weighs the colours of grey."""
     import numpy as np

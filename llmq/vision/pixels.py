@@ -178,12 +178,13 @@ def _turned(slices: ndarray, orientation: int) -> ndarray:
 def as_bytes(pixels: ndarray, window: Window | None, where: str, otherwise: str) -> ndarray:
     """Bring pixels `(slices, …)` to uint8: unchanged, or from `window`, whose ends become 0 and 255, halves up.
 
+    A window beyond 255 is meant for deeper files, and leaves bytes beside them unchanged: they would become black.
     Raises `UserError` for numbers that are not finite, and, with the text `otherwise`, for numbers other than bytes
     without a window.
     """
     import numpy as np
 
-    if window is None:
+    if window is None or (pixels.dtype == np.uint8 and window[1] > 255):
         if pixels.dtype == np.bool_:
             pixels = pixels.astype(np.uint8) * np.uint8(255)
         if pixels.dtype != np.uint8:

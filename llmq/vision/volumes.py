@@ -202,6 +202,9 @@ def _folder(path: Path, how: Reading) -> ndarray:
     files = files_of(path)
     if not files:
         raise UserError(f"{path}: there is no slice in it ({', '.join(SLICES)})")
+    kinds = sorted({file.suffix.lower().replace(".tiff", ".tif") for file in files})
+    if len(kinds) > 1:  # masks or copies beside the slices would be slices among them
+        raise UserError(f"{path}: holds {' and '.join(kinds)}, and the slices of one volume are of one kind; part them")
     if is_dicom(files[0]):
         files = in_order(files)
     first = read_image(files[0], 1, how.window)
