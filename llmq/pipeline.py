@@ -36,6 +36,8 @@ def run(
     The report sets what was `foretold` beside what was measured. Where a launcher started several processes they share
     training and questions; only the first writes and returns a report.
     """
+    if processes.count() > 1:  # each has named the folder before the first makes it, or the next would name another
+        processes.wait(environment.prepare(recipe.device, recipe.seed, recipe.threads))
     if not processes.is_first():
         return _run(recipe, out, cache, foretold)
     check_folder(recipe, out, resume)

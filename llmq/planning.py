@@ -111,7 +111,7 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
 
     Raises `UserError` for a configuration that is not there.
     """
-    from llmq import environment
+    from llmq import environment, processes
     from llmq.rates import measure
 
     device = environment.prepare(recipe.device, recipe.seed, recipe.threads)
@@ -143,7 +143,9 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     total = None if any(s is None for s in seconds) else AROUND + sum(s for s in seconds if s is not None)
     peak = max(work.memory for work in [brought, *(d.work for d in done)])
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
-    misfits = tuple(_misfits(done, sketches, int(machine["memory"]), disk, int(machine["disk"])))
+    # Each process opens a whole model, sharded or not; of cards each has its own.
+    sharers = processes.here() if device == "cpu" else 1
+    misfits = tuple(_misfits(done, sketches, int(machine["memory"]), sharers, disk, int(machine["disk"])))
     shown = {str(kind): rate for kind, rate in known.items()}
     sized = None if any(sketch.unknown for sketch in sketches) else (peak, disk)
     most, kept = sized or (None, None)
@@ -214,7 +216,10 @@ def _download(recipe: Recipe, base: Sketch) -> tuple[str, int]:
     return name, base.on_disk if name and not base.unknown else 0
 
 
-def _misfits(done: list[_Done], sketches: list[Sketch], memory: int, disk: int, free: int) -> Iterator[Misfit]:
+def _misfits(
+    done: list[_Done], sketches: list[Sketch], whole: int, sharers: int, disk: int, free: int
+) -> Iterator[Misfit]:
+    """The parts that have no room; `sharers` processes share the `whole` memory for what is done in every process."""
     worst: dict[tuple[str, bool], _Done] = {}  # of each stage the step, and the task that needs most
     for each in done:
         key = each.stage, each.name == each.part.word
@@ -222,6 +227,7 @@ def _misfits(done: list[_Done], sketches: list[Sketch], memory: int, disk: int, 
             worst[key] = each
     for each in worst.values():
         needed = each.work.needed + LIBRARIES
+        memory = whole // (sharers if getattr(each.part, "in_every_process", False) else 1)
         if each.work.memory and needed > memory:
             yield Misfit(each.stage, each.part.word, "memory", needed, memory, _cure(each, memory))
     if disk > free:

@@ -52,6 +52,11 @@ def sharding() -> str:
     return next((e for e in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{e.upper()}") == "true"), "")
 
 
+def here() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
 def number() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -121,3 +122,33 @@ def test_what_the_first_process_made_is_there_for_the_second(tmp_path):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert launched.stdout.count("FOUND True") == 2, launched.stderr
+
+
+def test_every_process_names_the_folder_before_the_first_makes_it(tiny_llama, tmp_path, monkeypatch):
+    """Without --out each takes the first free name: the next one would take another if the first had made its own."""
+    from llmq import pipeline, recipe
+
+    job = recipe.parse(recipe.Source("recipe", {"model": {"causal_lm": {"weights": str(tiny_llama)}}}), "job")
+    waited = []
+
+    def wait(device):
+        waited.append((tmp_path / "run").exists())
+        raise InterruptedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "wait", wait)
+    with pytest.raises(InterruptedError):
+        pipeline.run(job, tmp_path / "run")
+    assert waited == [False]
+
+
+@pytest.mark.parametrize(("here", "fits"), [(1, True), (3, False)])
+def test_processes_that_train_together_need_the_memory_of_a_model_each(here, fits, tiny_llama, monkeypatch):
+    from llmq import environment, planning, recipe
+
+    plain = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": [{"adapt.lora": {"data": "pydoc"}}]}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr(environment, "free_memory", lambda device: int(2.5 * planning.LIBRARIES))
+
+    made = planning.plan(recipe.parse(recipe.Source("recipe", plain), "job"), rates=defaultdict(lambda: 1e9))
+    assert (not made.misfits) == fits
