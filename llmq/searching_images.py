@@ -93,7 +93,11 @@ class ImageSearched:
         last = self.report.stages[-1]["name"]
         names = self._bounds() if "macs" not in self.budget else [*HEADLINE.values()]
         drops = {
-            c["metric"]: {"drop": -c["difference"], "ci95": c["ci95"] and [-c["ci95"][1], -c["ci95"][0]], "n": c["n"]}
+            c["metric"]: {
+                "drop": 0.0 - c["difference"],
+                "ci95": c["ci95"] and [-c["ci95"][1], -c["ci95"][0]],
+                "n": c["n"],
+            }
             for c in self.report.comparisons
             if c["stage"] == last and c["metric"] in names and c["task"] != "fidelity"
         }
