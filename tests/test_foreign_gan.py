@@ -68,6 +68,20 @@ def test_a_range_that_is_not_that_of_the_graph_is_told(file):
         images_of(opened(file))
 
 
+class Faint(nn.Module):
+    """Images `(n, 3, 4, 4)` that lie closely around the middle of [-1, 1]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 0.2 * torch.tanh(z).reshape(-1, 3, 4, 4)
+
+
+def test_faint_images_are_not_cut_at_black(tmp_path):
+    graph = write(Faint(), tmp_path / "faint.onnx", 1, 48)
+    with pytest.raises(UserError, match=r"makes values from -0\.\d+ to 0\.\d+, and value_range says"):
+        images_of(opened(graph))
+    assert 100 < images_of(opened(graph, value_range=[-1, 1])).mean() < 155
+
+
 class Flat(nn.Module):
     """Latents `(n, 6)` to images `(n, 4, 6, 3)` of whole grey levels in BGR, black and white for -1 and 1."""
 

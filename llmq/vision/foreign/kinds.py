@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from llmq.types import Loaded
     from llmq.vision.detector import Fitted, Images, Sizes, Targets
 
-FAR = 0.01
-"""The share of values far outside of the range that a generator's settings name, from which the range is wrong."""
+FAR, OUTSIDE = 0.01, 0.25
+"""The shares of values far outside of the range that a generator's settings name (by half of the range and more), and
+just outside, from which the range is wrong: some generators overshoot a little."""
 
 
 class ForeignClassifier(Foreign, Classifier):
@@ -224,7 +225,8 @@ class ForeignGenerator(Foreign, Generator):
         """Grey levels by `value_range`. Raises `UserError` for values that lie far outside of it."""
         low, high = self.value_range
         levels = (outputs.double() - low) / (high - low)
-        if float(((levels < -0.5) | (levels > 1.5)).double().mean()) > FAR:
+        beyond = (levels - levels.clamp(0, 1)).abs()
+        if float((beyond > 0.5).double().mean()) > FAR or float((beyond > 0.01).double().mean()) > OUTSIDE:
             raise UserError(
                 f"{self.weights!r} makes values from {float(outputs.min()):.3g} to {float(outputs.max()):.3g}, and "
                 f"value_range says {list(self.value_range)}; set value_range to what black and white are"
