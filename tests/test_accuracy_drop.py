@@ -97,6 +97,18 @@ def test_a_bound_that_nothing_reaches_is_an_error():
         judge.told(wrong, SimpleNamespace(get_ordered_ops=list), [])
 
 
+def test_a_bound_that_takes_every_layer_back_is_told_with_the_drop_of_int8(monkeypatch):
+    from llmq.vision import accuracy_control
+
+    judge = judge_of(1000, 0.01)
+    judge(Compiled(places(judge.examples, range(100, 150))), range(1000))
+    monkeypatch.setattr(accuracy_control, "float_layers", lambda graph, layers: {"a": 9, "b": 9})
+    told = r"all 2 layers went back to float, .*: top1 dropped by 0\.05 \(.*\) with all in int8, and 0\.01 is allowed"
+    with pytest.raises(LlmqError, match=told):
+        judge.told(Compiled(), SimpleNamespace(get_ordered_ops=list), ["a", "b"])
+    assert judge.told(Compiled(), SimpleNamespace(get_ordered_ops=list), ["a", "b", "c"])["back_to_float"] == ["a", "b"]
+
+
 def test_a_graph_for_one_image_is_shown_one_at_a_time():
     x = torch.rand(5, 1, 1, 1)
     assert torch.equal(Ran(Compiled(alone=True))(x), Ran(Compiled())(x))

@@ -165,8 +165,18 @@ class Judge:
 
         Raises `LlmqError` where a drop is not within its bound.
         """
-        after = self.drops(Ran(compiled))
-        back = float_layers(graph, set(full))
+        after, full = self.drops(Ran(compiled)), set(full)
+        back = float_layers(graph, full)
+        if full and len(back) == len({_layer(name) for name in full}):
+            seen = "; ".join(
+                f"{name} dropped by {drop['drop']:.4g} ({drop['ci95'][0]:.4g} to {drop['ci95'][1]:.4g}) with all in "
+                f"int8, and {self.bounds[name]:g} is allowed"
+                for name, drop in self.first.items()
+            )
+            raise LlmqError(
+                f"accuracy_drop: all {len(back)} layers went back to float, and nothing would be quantized: {seen}; "
+                "allow more, take more accuracy_samples, or train with adapt.qat"
+            )
         for name, drop in after.items():
             if not drop["ci95"][1] <= self.bounds[name]:
                 raise LlmqError(
@@ -212,12 +222,19 @@ def _is_rounded(weight: Node) -> bool:
 
 def float_layers(graph: Graph, layers: set[str]) -> dict[str, int]:
     """Those of `layers` (names of operations) whose weights are stored in float, each with its number of weights."""
-    from llmq.vision.graph_layers import MODULE, WEIGHTED
+    from llmq.vision.graph_layers import WEIGHTED
 
     found = {}
     for operation in graph.get_ordered_ops():
         name = operation.get_friendly_name()
         weight = operation.input_value(1).get_node() if operation.get_type_name() in WEIGHTED else None
         if weight is not None and name in layers and weight.get_type_name() == "Constant":
-            found[name.removeprefix(MODULE).partition("/")[0]] = int(weight.data.size)
+            found[_layer(name)] = int(weight.data.size)
     return found
+
+
+def _layer(operation: str) -> str:
+    """The layer of an operation's name."""
+    from llmq.vision.graph_layers import MODULE
+
+    return operation.removeprefix(MODULE).partition("/")[0]
