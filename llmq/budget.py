@@ -10,7 +10,7 @@ from llmq.errors import UserError
 
 if TYPE_CHECKING:
     from llmq.text.family import LanguageModel
-    from llmq.text.sensitivity import Table
+    from llmq.text.sensitivity import Sizes
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -53,10 +53,10 @@ class Budget:
         if self.perplexity is not None:
             ratio_of(self.perplexity)
 
-    def bytes(self, table: "Table", base: "Artifact[LanguageModel]") -> int | None:
+    def bytes(self, sizes: "Sizes", base: "Artifact[LanguageModel]") -> int | None:
         """The bytes of the stage at most; None for a budget of quality."""
         if self.bits is not None:
-            return table.rest + int(self.bits * table.weights / 8)
+            return sizes.rest + int(self.bits * sizes.weights / 8)
         return budget_bytes(self.size, base) if self.size is not None else None
 
     @property

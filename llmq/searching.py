@@ -6,11 +6,13 @@ several methods are named, each spends the budget in a run of its own, and the b
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmq import environment, partials, plugin
 from llmq.budget import Budget
@@ -19,10 +21,12 @@ from llmq.terminal import say
 from llmq.types import Context, JsonObject
 
 if TYPE_CHECKING:
+    from llmq.artifact import Artifact
     from llmq.recipe import Recipe
     from llmq.report import Report
+    from llmq.text.family import LanguageModel
     from llmq.text.grids import Grid
-    from llmq.text.sensitivity import Table
+    from llmq.text.sensitivity import Sizes, Table
 
 TASKS = ["size", {"perplexity": {"limit": 32}}, {"divergence": {"tasks": []}}]
 """The tasks of a search: the bytes of the budget, and the divergence that was foretold, among others."""
@@ -37,24 +41,41 @@ class Found:
     kl: float
 
 
+class Unmet(UserError):
+    """A budget that no choice of a method meets."""
+
+
 def within_bytes(table: "Table", budget: int) -> Found:
-    """The choice that costs least within a number of bytes. Raises `UserError` for fewer than any choice has."""
+    """The choice that costs least within a number of bytes. Raises `Unmet` for fewer than any choice has."""
     from llmq.matrix.allotment import allot
 
+    check_bytes(table, budget)
     taken = allot([*table.costs.values()], [*table.sizes.values()], budget - table.rest)
-    if taken is None:
-        raise UserError(
-            f"the smallest stage has {in_bytes(table.least)}, of which {in_bytes(table.rest)} lie outside of what can "
-            f"be quantized, and the budget is {in_bytes(budget)}"
-        )
+    assert taken is not None  # the least of each layer fits
     return _found(table, taken)
 
 
+def check_bytes(sizes: "Sizes", budget: int, dropped: int = 0) -> None:
+    """Raise `Unmet` if no choice has so few bytes, after the largest blocks, `dropped` of them, were dropped."""
+    least = sizes.least_without(dropped)
+    if least > budget:
+        after = f" after {dropped} of {len(sizes.blocks)} blocks were dropped" if dropped else ""
+        raise Unmet(
+            f"the smallest stage{after} has {in_bytes(least)}, and the budget is {in_bytes(budget)}; "
+            f"{in_bytes(sizes.rest)} of all lie outside of what can be quantized"
+        )
+
+
 def within_kl(table: "Table", kl: float) -> Found:
-    """The choice with the fewest bytes whose foretold divergence from the base is `kl` at most."""
+    """The choice with the fewest bytes whose foretold divergence from the base is `kl` at most.
+
+    Raises `Unmet` where the model is farther from the base before it is quantized.
+    """
     from llmq.matrix.allotment import allot
 
-    taken = allot([*table.sizes.values()], [*table.costs.values()], kl)
+    if kl <= table.lost:
+        raise Unmet(f"what was dropped costs {table.lost:.4f} nats a token already, and {kl:.4f} are left")
+    taken = allot([*table.sizes.values()], [*table.costs.values()], kl - table.lost)
     assert taken is not None  # float weights cost nothing
     return _found(table, taken)
 
@@ -64,7 +85,7 @@ def _found(table: "Table", taken: Sequence[int]) -> Found:
     return Found(
         {name: table.grids[name][i] for name, i in choices.items()},
         table.rest + sum(table.sizes[name][i] for name, i in choices.items()),
-        sum(table.costs[name][i] for name, i in choices.items()),
+        table.lost + sum(table.costs[name][i] for name, i in choices.items()),
     )
 
 
@@ -93,7 +114,7 @@ def step_of(found: Found, settings: JsonObject, rounding: str = "quantize.gptq")
 
     grids = [grid for grid in found.grids.values() if grid is not None]
     if not grids:
-        raise UserError("the budget is met by the untouched weights; nothing is to be quantized")
+        raise Unmet("the budget leaves all weights as they are; nothing is to be quantized")
     default = Counter(grids).most_common(1)[0][0]
     grid = {"bits": default.bits, "group_size": default.group_size}
     return {rounding: {**grid, **settings, "modules": modules_of(found, default)}}
@@ -118,6 +139,8 @@ METHODS: Mapping[str, Method] = {
 """The methods of a search. `prune.layers` drops one block, and another one for as long as that is better."""
 PICTURE = "search.svg"
 """The file of the picture in the folder of the run."""
+LOST = 8
+"""Windows that tell how far dropping blocks moves the model."""
 TRIES = 3
 """Runs at most for a budget of quality: each aims lower, by what the one before measured."""
 
@@ -133,26 +156,42 @@ class Searched:
 
     @property
     def told(self) -> dict[str, float | int | bool | None]:
-        """What was foretold, and what was measured of the last stage, with the upper ends of 95 % intervals."""
+        """What was foretold, and what was measured of the last stage, with the upper ends of 95 % intervals.
+
+        Of several texts the worst counts. None stands for a figure that one of the texts does not have.
+        """
         from llmq.statistics.resampling import t_quantile
 
         last = self.report.stages[-1]["name"]
-        values = {m["metric"]: m for m in self.report.measurements if m["stage"] == last}
-        beside = {c["metric"]: c for c in self.report.comparisons if c["stage"] == last}
-        if lost := [name for name in ("bytes_on_disk", "kl_to_base") if name not in values]:
+        sizes, kls = (self._of("measurements", metric, last) for metric in ("bytes_on_disk", "kl_to_base"))
+        asked = {m["task"] for m in self.report.measurements if m["metric"] == "kl_to_base"}
+        lost = ["bytes_on_disk"] * (not sizes) + ["kl_to_base"] * (not kls or asked != kls.keys())
+        if lost:
             raise LlmqError(f"{last} has no {' and no '.join(lost)}; {self.report.folder / 'report.md'} says why")
-        kl, perplexity = values["kl_to_base"], beside.get("token_perplexity", {})
-        spread = None if kl["stderr"] is None or kl["n"] < 2 else t_quantile(0.975, kl["n"] - 1) * kl["stderr"]
+        beside = self._of("comparisons", "token_perplexity", last)
+        # A text on which the stage was not set beside the base has no ratio, and so the budget is not met.
+        texts = {m["task"] for m in self.report.measurements if m["metric"] == "token_perplexity"}
+        ratios = [beside.get(task, {}) for task in texts]
+
+        def upper(kl: JsonObject) -> float | None:
+            known = kl["stderr"] is not None and kl["n"] > 1
+            return kl["value"] + t_quantile(0.975, kl["n"] - 1) * kl["stderr"] if known else None
+
         return {
             "budget_bytes": self.limit,
             "foretold_bytes": self.found.bytes,
-            "bytes_on_disk": values["bytes_on_disk"]["value"],
+            "bytes_on_disk": next(iter(sizes.values()))["value"],
             "foretold_kl": self.found.kl,
-            "kl_to_base": kl["value"],
-            "kl_upper": None if spread is None else kl["value"] + spread,
-            "perplexity_ratio": perplexity.get("ratio"),
-            "perplexity_ratio_upper": (perplexity.get("ratio_ci95") or (None, None))[1],
+            "kl_to_base": _largest(kl["value"] for kl in kls.values()),
+            "kl_upper": _largest(map(upper, kls.values())),
+            "perplexity_ratio": _largest(its.get("ratio") for its in ratios),
+            "perplexity_ratio_upper": _largest((its.get("ratio_ci95") or (None, None))[1] for its in ratios),
         }
+
+    def _of(self, kind: Literal["measurements", "comparisons"], metric: str, stage: str) -> dict[str, JsonObject]:
+        """By task, what a report says of a figure of a stage."""
+        rows: Sequence[JsonObject] = getattr(self.report, kind)
+        return {row["task"]: row for row in rows if row["stage"] == stage and row["metric"] == metric}
 
     @property
     def upper(self) -> float | None:
@@ -203,6 +242,13 @@ class Searched:
         return f"; upper end of the interval {upper}, asked for {asked}: {'met' if self.met else 'MISSED'}"
 
 
+def _largest(values: Iterable[float | None]) -> float | None:
+    """The largest value; None if any is None, or there is none."""
+    every = list(values)
+    known = [value for value in every if value is not None]
+    return max(known) if known and len(known) == len(every) else None
+
+
 POINTS = 12
 """Sizes of the front in the picture."""
 
@@ -241,72 +287,130 @@ class Search:
     def best(self, methods: Sequence[str]) -> Searched:
         """The best of all methods, by measured divergence within bytes, or by bytes within a quality.
 
-        Raises `UserError` for an unknown method.
+        Raises `UserError` for an unknown method, and for a budget that none of the methods meets.
         """
+        self._check(methods)
+        best: Searched | None = None
+        unmet: list[Unmet] = []
+        for name in dict.fromkeys(methods):
+            method = METHODS[name]
+            while method.drop < self._blocks:
+                called = f"{name}-{method.drop}" if method.drop else name
+                out = self.out if best is None else self.out.with_name(f"{self.out.name}-{called}")
+                better = False
+                try:
+                    done = self.spend(method, out)
+                except Unmet as error:
+                    say(f"search: {called}: {error}")
+                    unmet.append(error)
+                else:
+                    if len(methods) > 1:
+                        say(f"search: {called}: {done.line}")
+                    better = best is None or done.order < best.order
+                    best = done if better else best
+                # More blocks are dropped for as long as that is better, or until what is left fits.
+                if not method.drop or not (better or (best is None and self.budget.nats is None)):
+                    break
+                method = replace(method, drop=method.drop + 1)
+        if best is None:
+            raise unmet[-1]
+        return best
+
+    def _check(self, methods: Sequence[str]) -> None:
+        """Raise `UserError` for unknown methods and wrong settings, which else would be told after hours of work."""
         for name in methods:
             if name not in METHODS:
                 raise UserError(f"--methods {name!r}: some of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
-        self._recipe([{"quantize.gptq": dict(self.settings)}], ())  # wrong settings are told before hours of work
-        best: Searched | None = None
-        for name in dict.fromkeys(methods):
-            method, better = METHODS[name], True
-            while better:
-                called = f"{name}-{method.drop}" if method.drop else name
-                done = self.spend(method, self.out if best is None else self.out.with_name(f"{self.out.name}-{called}"))
-                if len(methods) > 1:
-                    say(f"search: {called}: {done.line}")
-                better = best is None or done.order < best.order
-                best = done if better else best
-                better, method = better and method.drop > 0, replace(method, drop=method.drop + 1)
-        assert best is not None
-        return best
+        steps: list[JsonObject] = [{"quantize.gptq": dict(self.settings)}]
+        asked, plain = self._recipe(steps, self.overrides), self._recipe(steps, ())
+        for part in ("model", "steps", "seed"):
+            if getattr(asked, part) != getattr(plain, part):
+                raise UserError(
+                    f"an override changes the {part} of a search ({', '.join(self.overrides)}), whose costs are "
+                    "foretold without it; override tasks alone, and edit the recipe that the search writes"
+                )
 
     def spend(self, method: Method, out: Path) -> Searched:
         """Find the choice of one method within the budget, run its recipe in `out`, and compare.
 
         A budget of quality is met if the upper end of the measured interval (95 %) is; else it is tried again with a
-        lower aim, in `out-2` and `out-3`. Raises `LlmqError` for a stage larger than its budget.
+        lower aim, in `out-2` and `out-3`. Raises `Unmet` where no choice meets the budget, `LlmqError` for a stage
+        larger than its budget.
         """
         before, table, limit = self._foretold(method)
-        aim = self.budget.nats or 0.0
+        aim, done = self.budget.nats or 0.0, None
         for attempt in range(1, TRIES + 1):
-            found = within_kl(table, aim) if limit is None else within_bytes(table, limit)
+            try:
+                found = within_kl(table, aim) if limit is None else within_bytes(table, limit)
+                rounding = step_of(found, {**self.settings, **method.settings}, method.rounding)
+            except Unmet as error:
+                if done is None:
+                    raise
+                say(f"search: {error}")
+                break
             say(f"search: {in_bytes(found.bytes)} foretold, KL {found.kl:.4f} nats a token")
-            steps = [*before, step_of(found, {**self.settings, **method.settings}, method.rounding)]
             folder = out if attempt == 1 else out.with_name(f"{out.name}-{attempt}")
-            done = Searched(self.run(self._recipe(steps, self.overrides), folder), found, self.budget, limit)
+            job = self._recipe([*before, rounding], self.overrides)
+            done = Searched(self.run(job, folder), found, self.budget, limit)
             size, upper = done.told["bytes_on_disk"], done.upper
             if limit is not None and size is not None and size > limit:
                 raise LlmqError(f"the stage has {size} bytes, and its budget was {limit}; say so to the makers of llmq")
             if done.met or upper is None or self.budget.nats is None:
                 break
             aim *= 0.95 * self.budget.nats / upper
+        assert done is not None
         _write_picture(done, table)
         return done
 
     def _foretold(self, method: Method) -> tuple[list[JsonObject], "Table", int | None]:
         """The steps before the rounding, the table of the model that they leave, and the bytes at most."""
-        context = Context(environment.prepare(self.device, self.seed, None), self.seed)
-        opener: Any = plugin.build(dict(self.model), "models")
+        context, base = self._opened
         step: Any = plugin.build({"quantize.gptq": {**SETTINGS, **self.settings}})
         step.check()
-        base = opener.base(context)
-        table = step.foretold(base, context)
-        limit = self.budget.bytes(table, base)
+        limit = self.budget.bytes(self._sizes, base)
+        if limit is not None:
+            check_bytes(self._sizes, limit, method.drop)  # before the costs, which take minutes
         if not method.drop:
-            return [], table, limit
+            return [], step.foretold(base, context), limit
         windows = {key: self.settings[key] for key in ("data", "samples", "length") if key in self.settings}
         entry: JsonObject = {"prune.layers": {"drop": method.drop, **windows}}
         dropping: Any = plugin.build(entry)
         dropping.check_base(base)
         with partials.scratch() as folder:
-            return [entry], step.foretold(dropping.apply(base, folder, context), context), limit
+            left = dropping.apply(base, folder, context)
+            table = replace(step.foretold(left, context), lost=self._lost(left, step.windows(base, self.seed)[0]))
+        return [entry], table, limit
+
+    @cached_property
+    def _opened(self) -> tuple[Context, "Artifact[LanguageModel]"]:
+        context = Context(environment.prepare(self.device, self.seed, None), self.seed)
+        opener: Any = plugin.build(dict(self.model), "models")
+        return context, opener.base(context)
+
+    @cached_property
+    def _sizes(self) -> "Sizes":
+        from llmq.text.sensitivity import sizes_of
+
+        context, base = self._opened
+        return sizes_of(base, base.model.skeleton(base, context.device), self.settings.get("sym"))
+
+    @property
+    def _blocks(self) -> int:
+        return len(self._sizes.blocks)
+
+    def _lost(self, left: "Artifact[LanguageModel]", windows: Sequence[Sequence[int]]) -> float:
+        """The divergence from the base of what dropping blocks leaves, on some windows of the calibration."""
+        from llmq.text.end_check import divergence_of
+
+        context, base = self._opened
+        skeletons = (its.model.skeleton(its, context.device) for its in (left, base))
+        return divergence_of(*skeletons, windows[:: -(-len(windows) // LOST)])
 
     def _recipe(self, steps: list[JsonObject], overrides: Sequence[str]) -> "Recipe":
         from llmq import recipe
 
-        plain = {"model": dict(self.model), "steps": steps, "evaluate": self.tasks, "seed": self.seed}
-        source = recipe.Source("search", plain)
+        plain = {"model": self.model, "steps": steps, "evaluate": self.tasks, "seed": self.seed}
+        source = recipe.Source("search", deepcopy(plain))  # overrides are folded into the data itself
         recipe.check_shape(source)
         for override in overrides:
             recipe.apply_override(source, override)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,8 +104,8 @@ def test_more_bytes_never_cost_more_and_a_divergence_is_met_by_as_few_as_needed(
     budgets = [int(table.least * (1 + i / 8)) for i in range(6)]
     costs = [within_bytes(table, budget).kl for budget in budgets]
     assert costs == sorted(costs, reverse=True)
-    found = within_kl(table, costs[2])
-    assert found.kl <= costs[2] * (1 + 1e-6)
+    found = within_kl(table, costs[2] * (1 + 1e-5))  # the solver may miss what meets the budget to the last digit
+    assert found.kl <= costs[2] * (1 + 2e-5)
     assert found.bytes <= budgets[2]
 
 
@@ -165,10 +166,10 @@ def test_costs_are_corrected_by_what_rounding_does_to_each_token_and_to_the_end(
     assert factors[4][layers[3]] / factors[4][layers[0]] == pytest.approx(0.1, rel=0.02)
     for bits, its in rounded.items():
         after = base.model.open(base, "cpu").module
-        before = logits_of(after, torch.tensor(windows[:2])).float().log_softmax(-1)
+        before = logits_of(after, torch.tensor(windows)).float().log_softmax(-1)
         for name, weight in its.items():
             after.get_submodule(name).weight.data = weight.to(after.dtype)
-        q = logits_of(after, torch.tensor(windows[:2])).float().log_softmax(-1)
+        q = logits_of(after, torch.tensor(windows)).float().log_softmax(-1)
         foretold = sum(factors[bits][name] * cost for name, cost in costs[bits].items())
         assert foretold == pytest.approx(float((before.exp() * (before - q)).sum(-1).mean()), rel=0.05)
 
@@ -310,21 +311,87 @@ def test_quality_that_was_foretold_too_good_is_tried_again(budget, base, tmp_pat
     assert not done.met
 
 
-def test_quality_is_met_by_the_upper_end_of_its_interval():
-    def searched(budget, kl_stderr=0.01, n=20, ends=(1.0, 1.04)):
-        measured = {"bytes_on_disk": (1, 0.0), "kl_to_base": (0.04, kl_stderr)}
-        figures = [
-            {"stage": "1", "metric": metric, "value": value, "stderr": stderr, "n": n}
-            for metric, (value, stderr) in measured.items()
-        ]
-        beside = {"stage": "1", "metric": "token_perplexity", "ratio": 1.02, "ratio_ci95": ends}
-        report = Report(2, {}, {}, [{"name": "1"}], figures, [beside], [])
-        return Searched(report, Found({}, 1, 0.04), budget, None)
+def searched(budget, kls=((0.04, 0.01),), n=20, ends=((1.0, 1.04),)):
+    """A search whose last stage has a divergence and an error on each text, and an interval of perplexities or None."""
+    rows = [("size", "bytes_on_disk", 1, 0.0)]
+    rows += [(f"divergence-{i}", "kl_to_base", kl, stderr) for i, (kl, stderr) in enumerate(kls)]
+    rows += [(f"perplexity-{i}", "token_perplexity", 9.0, 0.1) for i in range(len(ends))]
+    keys = "task", "metric", "value", "stderr"
+    figures = [{"stage": "1", "n": n, **dict(zip(keys, row, strict=True))} for row in rows]
+    beside = [
+        {"stage": "1", "task": f"perplexity-{i}", "metric": "token_perplexity", "ratio": 1.02, "ratio_ci95": its}
+        for i, its in enumerate(ends)
+        if its
+    ]
+    report = Report(2, {}, {}, [{"name": "1"}], figures, beside, [])
+    return Searched(report, Found({}, 1, 0.04), budget, None)
 
+
+def test_quality_is_met_by_the_upper_end_of_its_interval():
     assert searched(Budget(kl=0.07)).met
     assert not searched(Budget(kl=0.06)).met  # 0.04 + 2.09 * 0.01
     assert not searched(Budget(kl=0.07), n=1).met  # nothing tells how far off one window is
     assert searched(Budget(perplexity="1.05x")).met
     assert not searched(Budget(perplexity="1.03x")).met
-    assert not searched(Budget(perplexity="1.05x"), ends=None).met
+    assert not searched(Budget(perplexity="1.05x"), ends=[None]).met
+    assert not searched(Budget(perplexity="1.05x"), ends=[]).met
     assert "MISSED" in searched(Budget(perplexity="1.03x")).line
+
+
+def test_quality_on_several_texts_is_that_of_the_worst():
+    assert searched(Budget(perplexity="1.05x"), ends=[(1.0, 1.02), (1.0, 1.04)]).met
+    for ends in [(1.0, 1.09), (1.0, 1.02)], [(1.0, 1.02), (1.0, 1.09)], [(1.0, 1.02), None]:
+        assert not searched(Budget(perplexity="1.05x"), ends=ends).met
+    assert not searched(Budget(kl=0.07), kls=[(0.9, 0.01), (0.04, 0.01)]).met
+    assert searched(Budget(kl=0.07), kls=[(0.01, 0.01), (0.04, 0.01)]).told["kl_to_base"] == 0.04
+
+
+def test_a_method_that_cannot_meet_the_bytes_leaves_them_to_the_others(base, tmp_path, monkeypatch):
+    source = base.model.skeleton(base, "cpu")
+    sizes = sensitivity.sizes_of(base, source, False)
+    spent = []
+
+    def spend(search, method, out):
+        spent.append((method.drop, out.name))
+        _, table, limit = search._foretold(method)
+        found = within_bytes(table, limit)
+        return replace(searched(search.budget, kls=((0.04 + method.drop, 0.01),)), found=found, limit=limit)
+
+    def search(size, *methods):
+        asked = {"model": {"causal_lm": {"weights": str(base.weights)}}, "settings": {"samples": 2, "length": 32}}
+        job = searching.Search(
+            None, **asked, budget=Budget(str(size)), tasks=searching.TASKS, seed=0, out=tmp_path / "r"
+        )
+        return job.best(methods)
+
+    monkeypatch.setattr(searching.Search, "spend", spend)
+    done = search(sizes.least_without(1) + 1, "gptq", "prune.layers")
+    assert spent == [(0, "r"), (1, "r"), (2, "r-prune.layers-2")]  # a second block gains nothing
+    assert done.told["kl_to_base"] == 1.04
+    assert done.found.bytes <= sizes.least_without(1) + 1
+    spent.clear()
+    assert search(sizes.least_without(2) + 1, "prune.layers", "gptq").told["kl_to_base"] == 2.04
+    assert spent == [(1, "r"), (2, "r"), (0, "r-gptq")]
+    with pytest.raises(UserError, match="smallest stage after 2 of 3 blocks were dropped has"):
+        search(sizes.least_without(2) - 1, "gptq", "prune.layers")
+
+
+def test_what_dropping_blocks_cost_is_foretold_with_the_rounding(base, table, tmp_path):
+    shorter = plugin.build({"prune.layers": {"drop": 1, "samples": 2, "length": 32}}).apply(base, tmp_path, CPU)
+    windows = some_ids(2, 24)
+    p, q = (logits_of(its.model.open(its, "cpu").module, windows).float().log_softmax(-1) for its in (base, shorter))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    skeletons = [its.model.skeleton(its, "cpu") for its in (shorter, base)]
+    lost = end_check.divergence_of(*skeletons, windows.tolist())
+    assert lost == pytest.approx(expected, rel=1e-3)
+    after = replace(table, lost=lost)
+    assert within_bytes(after, table.least).kl == pytest.approx(within_bytes(table, table.least).kl + lost)
+    assert within_kl(after, lost + 1e-3).kl <= lost + 1e-3
+    with pytest.raises(searching.Unmet, match="what was dropped costs"):
+        within_kl(after, lost)
+
+
+@pytest.mark.parametrize("override", ["model.weights=smollm2-135m", "quantize.gptq.sweeps=0", "seed=3"])
+def test_an_override_of_what_was_foretold_is_refused(override, base, tmp_path):
+    with pytest.raises(UserError, match="override tasks alone"):
+        llmq.search(base.weights, [override], size="0.6x", out=tmp_path / "r")

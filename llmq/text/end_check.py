@@ -25,8 +25,6 @@ Rounded = Callable[[str], "Tensor"]
 """The rounded weight `(outputs, inputs)` of a layer."""
 MOST = 30.0
 """The largest factor, and the reciprocal of the least: a divergence near 0 is noise."""
-MEASURED = 2
-"""Windows whose divergence is measured at the end of the model."""
 
 
 def corrections(
@@ -42,7 +40,7 @@ def corrections(
     """
     harms = harms_of(source, rounded[middle], list(costs[middle]), windows)
     by_layer = {name: _factor(harm, costs[middle][name]) for name, harm in harms.items()}
-    measured = divergences(source, list(rounded.values()), windows[:MEASURED])
+    measured = divergences(source, list(rounded.values()), windows)
     factors = {}
     for bits, divergence in zip(rounded, measured, strict=True):
         whole = _factor(divergence, sum(by_layer[name] * cost for name, cost in costs[bits].items()))
@@ -113,15 +111,34 @@ def divergences(source: Skeleton, rounded: Sequence[Rounded], windows: Sequence[
             assert chosen
             source.set(f"{name}.weight", chosen(name).to(source.device, source.dtype))
 
-    def outputs() -> list[Tensor]:
-        ids = (torch.tensor([window], device=source.device) for window in windows)
-        return [source.module(input_ids=each, use_cache=False).logits[0].float().log_softmax(-1) for each in ids]
-
-    made = []
+    sums = [0.0] * len(rounded)
     with torch.no_grad(), block_by_block(source, load):
-        base = outputs()  # (tokens, vocabulary) each
-        for way in track(rounded, "measured"):
-            chosen = way
-            apart = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(base, outputs(), strict=True)]
-            made.append(max(0.0, float(torch.stack(apart).mean())))
-    return made
+        for window in track(windows, "measured"):
+            chosen = None
+            base = _log_shares(source, window)
+            for i, way in enumerate(rounded):
+                chosen = way
+                sums[i] += _divergence(base, _log_shares(source, window))
+    return [max(0.0, total / len(windows)) for total in sums]
+
+
+def divergence_of(changed: Skeleton, base: Skeleton, windows: Sequence[Sequence[int]]) -> float:
+    """The mean divergence of a changed model from its base in nats a token; both are skeletons without weights."""
+    import torch
+
+    with torch.no_grad(), block_by_block(base), block_by_block(changed):
+        apart = [_divergence(_log_shares(base, w), _log_shares(changed, w)) for w in track(windows, "measured")]
+    return max(0.0, sum(apart) / len(apart))
+
+
+def _log_shares(source: Skeleton, window: Sequence[int]) -> Tensor:
+    """The logarithms of the shares of all tokens `(tokens, vocabulary)` after each token of a window."""
+    import torch
+
+    ids = torch.tensor([window], device=source.device)
+    logits: Tensor = source.module(input_ids=ids, use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    return float((p.exp() * (p - q)).sum(-1).mean())

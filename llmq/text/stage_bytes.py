@@ -7,13 +7,15 @@ never larger than foretold, and smaller by a few bytes a tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from math import prod
 from typing import TYPE_CHECKING
 
 from llmq.matrix.gptq_format import TENSORS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmq.text.grids import Grid
     from llmq.text.skeleton import Skeleton
 
@@ -45,15 +47,19 @@ def bytes_dense(source: Skeleton, layer: str) -> int:
     return itemsize * prod(shape) + _entry(source.file_name(f"{layer}.weight"), shape)
 
 
-def bytes_of_rest(source: Skeleton, layers: Collection[str]) -> int:
-    """The bytes of a stage without the weights of `layers`: other tensors, and what each file has besides."""
+def bytes_of_block(source: Skeleton, block: str, layers: Collection[str]) -> int:
+    """The bytes of the file of a block without the weights of `layers`."""
     weights = {f"{layer}.weight" for layer in layers}
-    held = [(name, tensor) for block in source.blocks for name, tensor in source.held(block).items()]
-    total: int = FILE * (len(source.blocks) + 1)
-    for name, tensor in [*held, *source.outside()]:
-        if name not in weights:
-            total += tensor.nbytes + _entry(source.file_name(name), list(tensor.shape))
-    return total
+    return _bytes_of_file(source, ((name, its) for name, its in source.held(block).items() if name not in weights))
+
+
+def bytes_outside(source: Skeleton) -> int:
+    """The bytes of the file of all that lies outside the blocks."""
+    return _bytes_of_file(source, source.outside())
+
+
+def _bytes_of_file(source: Skeleton, tensors: Iterable[tuple[str, Tensor]]) -> int:
+    return FILE + sum(its.nbytes + _entry(source.file_name(name), list(its.shape)) for name, its in tensors)
 
 
 def _entry(name: str, shape: list[int]) -> int:
