@@ -174,6 +174,14 @@ def test_costs_are_corrected_by_what_rounding_does_to_each_token_and_to_the_end(
         assert foretold == pytest.approx(float((before.exp() * (before - q)).sum(-1).mean()), rel=0.05)
 
 
+@pytest.mark.parametrize(("count", "checked"), [(1, 1), (2, 1), (3, 1), (7, 1), (8, 2), (12, 3), (64, 4)])
+def test_costs_are_checked_on_windows_that_nothing_was_rounded_by(count, checked):
+    seen, aside = sensitivity._apart_from([[0]] * count)
+    assert len(aside) == checked
+    assert sorted({*seen, *aside}) == list(range(count))
+    assert not {*seen} & {*aside} or count == 1
+
+
 def test_patterns_name_each_layer_and_its_grid():
     grids = {f"model.layers.{i}.mlp.down_proj": Grid(bits=8 if i in (1, 11) else 4) for i in range(12)}
     grids |= {f"model.layers.{i}.mlp.up_proj": None if i == 1 else Grid(bits=3, group_size=32) for i in range(12)}
