@@ -174,8 +174,9 @@ class Searched:
         ratios = [beside.get(task, {}) for task in texts]
 
         def upper(kl: JsonObject) -> float | None:
-            known = kl["stderr"] is not None and kl["n"] > 1
-            return kl["value"] + t_quantile(0.975, kl["n"] - 1) * kl["stderr"] if known else None
+            if kl["stderr"] is None or kl["n"] < 2:
+                return None
+            return float(kl["value"] + t_quantile(0.975, kl["n"] - 1) * kl["stderr"])
 
         return {
             "budget_bytes": self.limit,
@@ -338,7 +339,8 @@ class Search:
         larger than its budget.
         """
         before, table, limit = self._foretold(method)
-        aim, done = self.budget.nats or 0.0, None
+        aim = self.budget.nats or 0.0
+        done: Searched | None = None
         for attempt in range(1, TRIES + 1):
             try:
                 found = within_kl(table, aim) if limit is None else within_bytes(table, limit)

@@ -59,7 +59,10 @@ def bytes_outside(source: Skeleton) -> int:
 
 
 def _bytes_of_file(source: Skeleton, tensors: Iterable[tuple[str, Tensor]]) -> int:
-    return FILE + sum(its.nbytes + _entry(source.file_name(name), list(its.shape)) for name, its in tensors)
+    total: int = FILE
+    for name, its in tensors:
+        total += its.nbytes + _entry(source.file_name(name), list(its.shape))
+    return total
 
 
 def _entry(name: str, shape: list[int]) -> int:
