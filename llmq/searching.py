@@ -405,8 +405,8 @@ class Search:
         from llmq.text.end_check import divergence_of
 
         context, base = self._opened
-        skeletons = (its.model.skeleton(its, context.device) for its in (left, base))
-        return divergence_of(*skeletons, windows[:: -(-len(windows) // LOST)])
+        changed, untouched = (its.model.skeleton(its, context.device) for its in (left, base))
+        return divergence_of(changed, untouched, windows[:: -(-len(windows) // LOST)])
 
     def _recipe(self, steps: list[JsonObject], overrides: Sequence[str]) -> "Recipe":
         from llmq import recipe

@@ -146,7 +146,7 @@ def sensitivities(
     weights = kept_weights(source, folder, trials, windows, keep=True)
     seen, aside = _apart_from(windows)
     trials.tokens = sum(len(windows[i]) for i in seen)
-    of_seen = {name: torch.cat([its.split(len(windows[0]))[i] for i in seen]) for name, its in weights.items()}
+    of_seen = {name: torch.cat([torch.split(its, len(windows[0]))[i] for i in seen]) for name, its in weights.items()}
     trials.means = {name: float(its.double().mean()) for name, its in of_seen.items()}
     calibration = Calibration(source, trials, [windows[i] for i in seen], True, of_seen)
     with torch.no_grad(), calibration.started():
