@@ -139,8 +139,6 @@ METHODS: Mapping[str, Method] = {
 """The methods of a search. `prune.layers` drops one block, and another one for as long as that is better."""
 PICTURE = "search.svg"
 """The file of the picture in the folder of the run."""
-LOST = 8
-"""Windows that tell how far dropping blocks moves the model."""
 TRIES = 3
 """Runs at most for a budget of quality: each aims lower, by what the one before measured."""
 
@@ -367,8 +365,7 @@ class Search:
     def _foretold(self, method: Method) -> tuple[list[JsonObject], "Table", int | None]:
         """The steps before the rounding, the table of the model that they leave, and the bytes at most."""
         context, base = self._opened
-        step: Any = plugin.build({"quantize.gptq": {**SETTINGS, **self.settings}})
-        step.check()
+        step = self._step
         limit = self.budget.bytes(self._sizes, base)
         if limit is not None:
             check_bytes(self._sizes, limit, method.drop)  # before the costs, which take minutes
@@ -380,8 +377,14 @@ class Search:
         dropping.check_base(base)
         with partials.scratch() as folder:
             left = dropping.apply(base, folder, context)
-            table = replace(step.foretold(left, context), lost=self._lost(left, step.windows(base, self.seed)[0]))
-        return [entry], table, limit
+            return [entry], replace(step.foretold(left, context), lost=step.lost(left, base, context)), limit
+
+    @cached_property
+    def _step(self) -> Any:
+        """The `quantize.gptq` that foretells."""
+        step: Any = plugin.build({"quantize.gptq": {**SETTINGS, **self.settings}})
+        step.check()
+        return step
 
     @cached_property
     def _opened(self) -> tuple[Context, "Artifact[LanguageModel]"]:
@@ -391,22 +394,13 @@ class Search:
 
     @cached_property
     def _sizes(self) -> "Sizes":
-        from llmq.text.sensitivity import sizes_of
-
         context, base = self._opened
-        return sizes_of(base, base.model.skeleton(base, context.device), self.settings.get("sym"))
+        sizes: Sizes = self._step.sizes(base, context)
+        return sizes
 
     @property
     def _blocks(self) -> int:
         return len(self._sizes.blocks)
-
-    def _lost(self, left: "Artifact[LanguageModel]", windows: Sequence[Sequence[int]]) -> float:
-        """The divergence from the base of what dropping blocks leaves, on some windows of the calibration."""
-        from llmq.text.end_check import divergence_of
-
-        context, base = self._opened
-        changed, untouched = (its.model.skeleton(its, context.device) for its in (left, base))
-        return divergence_of(changed, untouched, windows[:: -(-len(windows) // LOST)])
 
     def _recipe(self, steps: list[JsonObject], overrides: Sequence[str]) -> "Recipe":
         from llmq import recipe

@@ -20,7 +20,10 @@ from llmq.types import Context
 
 if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
-    from llmq.text.sensitivity import Table
+    from llmq.text.sensitivity import Sizes, Table
+
+FEW = 8
+"""Windows that tell how far a change moves a model."""
 
 
 class Gptq(GridStep, Calibrated):
@@ -60,3 +63,17 @@ class Gptq(GridStep, Calibrated):
         from llmq.text.sensitivity import table_of
 
         return table_of(artifact, self, context.seed, context.device)
+
+    def sizes(self, artifact: Artifact[LanguageModel], context: Context) -> "Sizes":
+        """The bytes of each layer on many grids."""
+        from llmq.text.sensitivity import sizes_of
+
+        return sizes_of(artifact, artifact.model.skeleton(artifact, context.device), self.sym)
+
+    def lost(self, changed: Artifact[LanguageModel], base: Artifact[LanguageModel], context: Context) -> float:
+        """The divergence of a changed model from its base in nats a token, on a few windows of the calibration."""
+        from llmq.text.end_check import divergence_of
+
+        windows, _ = self.windows(base, context.seed)
+        skeletons = [its.model.skeleton(its, context.device) for its in (changed, base)]
+        return divergence_of(skeletons[0], skeletons[1], windows[:: -(-len(windows) // FEW)])
