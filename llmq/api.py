@@ -256,7 +256,7 @@ def search(
     """
     from llmq import budget, processes, searching
     from llmq.overrides import in_order
-    from llmq.runs.folder import fresh
+    from llmq.runs.folder import fresh, named
 
     processes.check_alone("a search")
     trust.given(trust_remote_code)
@@ -273,7 +273,7 @@ def search(
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
     settings = {"sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
     tasks = suite or searching.TASKS
-    folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
+    folder = named(Path(out or Path("runs") / "search")) if resume else fresh(out, "search")
 
     def run_in(job: "Recipe", place: Path) -> "Report":
         goes_on = resume and (place == folder or place.is_dir())  # a kill came before most of the runs

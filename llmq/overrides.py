@@ -10,6 +10,8 @@ from llmq.errors import UserError, did_you_mean
 from llmq.source import Place, Source, to_flow, value_of, with_suite, word_at
 
 Settings = dict[str, Any]
+INSTEAD = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}
+"""Settings that take the place of another one."""
 
 
 def in_order(overrides: Mapping[str, object] | Iterable[str]) -> list[str]:
@@ -37,6 +39,9 @@ def fold(source: Source, override: str, keys: Collection[str]) -> None:
         source.lines.setdefault(place, -1)
     parent[inner[-1]] = value
     source.lines[(*place, inner[-1])] = -1
+    other = INSTEAD.get(inner[-1], "")
+    if value is not None and source.lines.get((*place, other)) != -1:  # unless both were asked for
+        parent.pop(other, None)
 
 
 def _into(parent: Settings, key: str, following: str, place: Place, kind: str | None) -> tuple[Settings, Place]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llmq import environment, hashes, measure, plugin, processes, reading, sound, stopping, together, trackers, trust
 from llmq.artifact import Artifact, Failure, Stage
 from llmq.errors import UserError, one_line
-from llmq.files import check_space, make_whole, sha256_files, write_text
+from llmq.files import check_space, make_whole, sha256_files, write_json, write_text
+from llmq.guarded.files import read_json_object
 from llmq.judge import gate
 from llmq.judge.protocols import stored_otherwise
 from llmq.questions import overrides, question, take_times
@@ -26,6 +27,9 @@ from llmq.types import Context, JsonObject, Plugin, Step, Task
 
 if TYPE_CHECKING:
     from llmq.planning import Plan
+
+BEGUN = "begun.json"
+"""The file of a half stage with the hashes of the data that it is made from."""
 
 
 def run(
@@ -185,11 +189,13 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
             check_space(folder, step.space(before), f"stage {folder.name}")
         made, spent = before, {}
         if step:
+            _begin(step, partial, folder)
             began = time.perf_counter()
             with environment.without_holes(), measure.peak_memory(context.device) as peak:
                 made = applied(step, before, partial, context)
             alone = max(0, peak.bytes - measure.memory_now(context.device))  # every library is loaded by now
             spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}
+            (partial / BEGUN).unlink(missing_ok=True)
         trusted = {"trusted": trust.told()} if trust.told() else {}
         replace(made, notes={**made.notes, **spent, **trusted}).save(partial)
 
@@ -213,10 +219,23 @@ def _check_same_data(step: Step, stage: Artifact, folder: Path) -> None:
     about = stage.notes.get("data") or stage.notes.get("calibration", {}).get("data") or {}
     now = {data.read().sha256: reading.called(data) for data in reading.data_of(step)}
     if now and about.get("sha256", next(iter(now))) not in now:
-        raise UserError(
-            f"{str(folder)!r} was made from other data than {', '.join(now.values())} is now; bring back what was "
-            "read then, or use a new --out"
-        )
+        raise _of_other_data(folder, now.values())
+
+
+def _begin(step: Step, partial: Path, folder: Path) -> None:
+    """Note the data that a stage is made from. Raises `UserError` for a half stage that was begun with other data."""
+    now = reading.hashes([step])
+    begun = partial / BEGUN
+    if begun.exists() and read_json_object(begun) != now:
+        raise _of_other_data(folder, now)
+    write_json(begun, now)
+
+
+def _of_other_data(folder: Path, names: Iterable[str]) -> UserError:
+    return UserError(
+        f"{str(folder)!r} was made from other data than {', '.join(names)} is now; bring back what was read then, or "
+        "use a new --out"
+    )
 
 
 def applied(step: Step, before: Artifact, folder: Path, context: Context) -> Artifact:

@@ -43,6 +43,8 @@ def predict(
     """
     model: Model = artifact.model
     predictor = _built(model, {"seed": context.seed, **_of_run(artifact, model.predictor())}, options)
+    if Path.cwd().is_relative_to(out.resolve()):  # a folder made anew would not be the one that the terminal is in
+        raise UserError(f"--out {str(out)!r} is the folder that the command runs in; name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{str(out)!r} exists and is not empty; use a new --out")
     found = _gathered(predictor, inputs, skip_bad, model)

@@ -80,3 +80,16 @@ def reshaped(folder: Path, target: Path, **changes: int) -> Path:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     return target
+
+
+def beginning_with_a_mark(folder: Path) -> Any:
+    """The tokenizer of a folder as that of Llama or Gemma, which puts a mark before every text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer

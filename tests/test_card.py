@@ -44,3 +44,10 @@ def test_a_card_is_edited_freely(run):
     card.write_text(card.read_text() + "More.\n")
     assert verify(run).whole
     assert not verify(run).added
+
+
+def test_a_run_that_measured_nothing_ends_with_cards(tiny_llama, tmp_path):
+    steps = [{"quantize.rtn": {"group_size": 32}}]
+    recipe = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": steps, "evaluate": []}
+    card = llmq.run(recipe, out=tmp_path / "run").folder / "1-quantize.rtn/README.md"
+    assert "## Measured\n\nNothing." in card.read_text()

@@ -1,10 +1,11 @@
 """How far a stage lies from the base: against closed forms, and nothing where nothing changed."""
 
+import json
 import math
 
 import pytest
 import torch
-from helpers import CPU, apply, base_of
+from helpers import CPU, apply, base_of, beginning_with_a_mark
 
 from llmq import pipeline, plugin, recipe
 from llmq.errors import UserError
@@ -148,6 +149,28 @@ def test_of_rows_with_prompts_the_completions_alone_are_compared(tiny_llama, tin
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     assert (same.samples.values, same.samples.weights) == ((0.0,), (float(windows[0].scored),))
     assert other.samples.values[0] == pytest.approx(expected * windows[0].scored, abs=1e-5)
+
+
+def test_windows_begin_with_the_mark_that_the_model_knows(tiny_llama):
+    tokenizer = beginning_with_a_mark(tiny_llama)
+    split = plugin.build("pydoc", "data").read()
+    windows, told_of = held_out_windows(split, tokenizer, 64, 3)
+    assert [w.tokens.ids[0] for w in windows] == [tokenizer.bos_token_id] * 3
+    assert [w.scored for w in windows] == [63] * 3
+    assert told_of.endswith("BOS first")
+
+
+def test_no_second_end_mark_follows_that_of_the_model(tiny_llama, tmp_path):
+    """The model stops at <|im_end|>, and its tokenizer names another token, as those of many base models do."""
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
+    file.write_text(f"{json.dumps({'messages': turns})}\n" * 2 + json.dumps({"messages": [*turns, *turns]}))
+    split = plugin.build({"file": {"path": str(file)}}, "data").read()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, eos_token="<|endoftext|>")
+    windows, _ = held_out_windows(split, tokenizer, 64, 1, {2})
+    assert tokenizer.decode(windows[0].tokens.ids).endswith("two<|im_end|>")
 
 
 def test_divergence_reads_data_of_any_shape(tiny_llama, tiny_jsonl):

@@ -8,6 +8,7 @@ from helpers import adapter_bytes, apply, base_of, dying_at, logits_of, some_ids
 from safetensors.torch import load
 
 from llmq import plugin
+from llmq.adapt.lora import Lora
 from llmq.text.examples import Collator, Tokens
 from llmq.text.fast_path import FastPath
 
@@ -186,6 +187,51 @@ def test_the_fast_path_gives_the_loss_and_gradients_of_the_model_itself(tiny_lla
     for name, value in gradients.items():
         torch.testing.assert_close(value, stock_gradients[name], rtol=1e-3, atol=1e-6)
     assert loss_and_gradients()[0] == stock, "switched off, the model is itself again"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.1}),
+        ("nanochat", {"final_logit_softcapping": 15.0}),
+    ],
+)
+def test_a_model_that_changes_its_logits_trains_by_its_own_loss(family, settings):
+    """Weights as small as these give about the same loss without the change, and gradients of another size."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, vocab_size=400, num_key_value_heads=2, use_cache=False, **shape, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert "after the output head" in FastPath(adapted).why_not()
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "settings", "steps"),
+    [
+        (9, 3, {"per_device_train_batch_size": 8}, 6),
+        (9, 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 6),
+        (30, 0.1, {"per_device_train_batch_size": 1}, 3),
+        (9, 1, {"per_device_train_batch_size": 8, "training_arguments": {"dataloader_drop_last": True}}, 1),
+    ],
+)
+def test_an_epoch_sees_every_row(rows, epochs, settings, steps):
+    step = Lora(data="pydoc", num_train_epochs=epochs, **settings)
+    assert step._steps_of(rows) == steps
+
+
+def test_three_epochs_see_every_token_three_times(tiny_llama, tmp_path):
+    data = tmp_path / "nine.jsonl"
+    data.write_text("".join(f'{{"prompt": "{i}+{i}=", "completion": "{2 * i}"}}\n' for i in range(9)))
+    settings = {**QUICK, "max_steps": None, "num_train_epochs": 3, "packing": False, "per_device_train_batch_size": 8}
+    stage = apply(
+        "adapt.lora", base_of(tiny_llama), tmp_path / "a", data={"file": {"path": str(data), "held_out": 0}}, **settings
+    )
+    assert stage.notes["training"]["tokens"] == 3 * stage.notes["tokens"]["train"]["tokens"]
 
 
 def test_a_trained_head_trains_by_the_models_own_loss(tiny_llama, tiny_jsonl, tmp_path):

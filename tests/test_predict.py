@@ -385,7 +385,7 @@ def test_a_gan_makes_the_same_pictures_of_the_same_seed(tmp_path):
         predicted(GAN, [Path("a.png")], tmp_path / "4")
 
 
-def test_what_a_kind_does_not_know_is_refused(tmp_path):
+def test_what_a_kind_does_not_know_is_refused(tmp_path, monkeypatch):
     file = saved(tmp_path / "a.png", 8, 8)
     with pytest.raises(UserError, match=r"--count is no option of super-resolution models; theirs: --beside, --window"):
         predicted(EDSR, [file], tmp_path / "out", count=3)
@@ -397,6 +397,9 @@ def test_what_a_kind_does_not_know_is_refused(tmp_path):
         predicted(EDSR, [], tmp_path / "out")
     with pytest.raises(UserError, match="there is no file"):
         predicted(EDSR, [tmp_path / "none.png"], tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the folder that the command runs in; name a new one"):
+        predicted(EDSR, [file], Path("."))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").touch()
     with pytest.raises(UserError, match="exists and is not empty; use a new --out"):
@@ -489,6 +492,21 @@ def test_an_answer_ends_where_the_positions_do(tiny_llama, tmp_path):
     (row,) = answers(made)
     assert row["prompt_tokens"] > 480
     assert (row["stop"], row["prompt_tokens"] + row["tokens"]) == ("positions", 512)
+
+
+def test_tools_that_the_template_leaves_out_are_refused(tiny_llama, llmq, tmp_path):
+    """The model would answer without them, and the row of the answers would hold them all the same."""
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    code, _, err = llmq("predict", tiny_llama, tmp_path / "asked.jsonl", "--out", tmp_path / "out")
+    assert (code, "leaves the tool 'look_up' out; ask without tools" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_to_draw_from_without_drawing_is_refused(tiny_llama, llmq):
+    code, _, err = llmq("predict", tiny_llama, "--prompt", "Hi", "--top-p", 0.5)
+    assert (code, err) == (2, "llmq: --top-p 0.5 has no effect at --temperature 0, which draws nothing; set both")
 
 
 def test_the_command(tiny_llama, tmp_path, llmq):

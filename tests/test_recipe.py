@@ -88,6 +88,15 @@ def test_a_later_override_wins(load):
     assert load(TEXT, "seed=1", "seed=2").seed == 2
 
 
+def test_an_override_of_epochs_takes_the_place_of_steps():
+    """The recipe sets max_steps, beside which epochs would do nothing."""
+    name = "text/lora"
+    (step,) = recipe.load(name, ["adapt.lora.num_train_epochs=3"]).steps
+    assert (step.max_steps, step.num_train_epochs) == (None, 3)
+    with pytest.raises(UserError, match="num_train_epochs has no effect with max_steps 5"):
+        recipe.load(name, ["adapt.lora.max_steps=5", "adapt.lora.num_train_epochs=3"])
+
+
 def test_the_value_of_an_override_may_hold_an_equals_sign(load):
     assert load(TEXT, "model.revision=a=b").model.revision == "a=b"
 
@@ -96,6 +105,16 @@ def test_an_override_is_yaml(load):
     lora = load(TEXT, "adapt.lora.target_modules=[q_proj, v_proj]", "adapt.lora.learning_rate=1e-4").steps[1]
     assert lora.target_modules == ("q_proj", "v_proj")
     assert lora.learning_rate == 1e-4
+
+
+def test_a_number_with_an_exponent_is_a_number_everywhere(load):
+    """YAML 1.1 wants a point in 1e-7; in a free mapping no field makes a number of the text."""
+    more = "{adam_epsilon: 1e-7, adam_beta2: 9.5E-1}"
+    lora = load(TEXT, f"adapt.lora.training_arguments={more}").steps[1]
+    assert lora.training_arguments == {"adam_epsilon": 1e-7, "adam_beta2": 0.95}
+    assert load(TEXT, "model.revision='1e7'").model.revision == "1e7"
+    with pytest.raises(UserError, match="'adam_epsilon' is '1e-7', and not a number"):
+        load(TEXT, "adapt.lora.training_arguments={adam_epsilon: '1e-7'}").steps[1].with_arguments_folded_in()
 
 
 def test_what_overrides_change_is_what_the_recipe_says(load):

@@ -446,3 +446,25 @@ def test_a_resumed_stage_that_was_made_from_other_data_is_refused(place, tiny_ll
     step = plugin.build({"adapt.lora": {"data": str(data), **LORA}})
     with pytest.raises(UserError, match=r"1-adapt.lora' was made from other data than data.file .*rows.jsonl"):
         pipeline.make_stage(step, base, folder, CPU)
+
+
+def test_a_half_stage_that_was_begun_with_other_data_is_refused(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
+    """Blocks rounded by the old calibration, or a training on the old rows, would be told as made from the new ones."""
+    data = Path(shutil.copy(tiny_jsonl, tmp_path / "rows.jsonl"))
+    word = {"quantize.gptq": {"data": str(data), "samples": 2, "length": 16, "group_size": 32}}
+    base, folder = base_of(tiny_llama), tmp_path / "1-quantize.gptq"
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.text.blockwise.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.make_stage(plugin.build(word), base, folder, CPU)
+    rows = data.read_text()
+    data.write_text(rows + rows.splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"1-quantize.gptq' was made from other data than data.file .*rows.jsonl"):
+        pipeline.make_stage(plugin.build(word), base, folder, CPU)
+    data.write_text(rows)
+    pipeline.make_stage(plugin.build(word), base, folder, CPU)
+    assert not (folder / pipeline.BEGUN).exists()
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

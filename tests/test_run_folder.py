@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from test_pipeline import job  # noqa: F401
@@ -109,3 +110,10 @@ def test_a_run_that_is_refused_by_its_data_leaves_no_folder(job, tmp_path, monke
     with pytest.raises(UserError, match="no data"):
         pipeline.run(recipe.load(str(job)), tmp_path / "runs/a")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_without_a_name_of_its_own_has_neighbours(tmp_path, monkeypatch):
+    """A search writes its further attempts beside the first one."""
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.fresh(".", "search") == tmp_path.resolve()
+    assert run_folder.fresh("x/", "search") == Path("x")

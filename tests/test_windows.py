@@ -1,13 +1,16 @@
 """Windows over a text: what is scored, what is only seen, and how much text that is."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import base_of, beginning_with_a_mark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmq import plugin
 from llmq.tasks.perplexity import Perplexity
 from llmq.text.examples import IGNORED, Tokens
 from llmq.text.losses import batches, losses, padded
@@ -202,3 +205,16 @@ def test_a_window_of_nothing_but_space_does_not_spoil_the_figure_of_a_word():
     # Texts end in blank lines, so that the last window can hold no word at all.
     found = perplexities("ab cd\n\n\n", window=4)
     assert math.isfinite(found["word_perplexity"])
+
+
+def test_calibration_windows_of_a_text_begin_with_the_mark_that_the_model_knows(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = beginning_with_a_mark(folder)
+    tokenizer.save_pretrained(folder)
+    step = plugin.build({"quantize.gptq": {"samples": 3, "length": 16}})
+    windows, _ = step.windows(base_of(folder), 0)
+    assert [(len(w), w[0]) for w in windows] == [(16, tokenizer.bos_token_id)] * 3
+    assert {w[0] for w in step.held_out_windows(base_of(folder), 2)} == {tokenizer.bos_token_id}
+    without, _ = step.windows(base_of(tiny_llama), 0)
+    assert tokenizer.bos_token_id not in {token for window in without for token in window}

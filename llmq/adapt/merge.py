@@ -164,11 +164,13 @@ class Merge(Step[LanguageModel]):
 
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.text.losses import divergence
+        from llmq.text.tokenizer import end_marks
         from llmq.text.windows import held_out_windows
 
         split = self.data.read()
         with adapted.open(device) as a, merged.open(device) as b:
-            windows, _ = held_out_windows(split, a.processor, self.window, max(1, self.tokens // self.window))
+            most, ends = max(1, self.tokens // self.window), end_marks(adapted.weights)
+            windows, _ = held_out_windows(split, a.processor, self.window, most, ends)
             if not windows:
                 raise UserError(f"the held-out part of {self.data.word} has nothing to compare on")
             count = f"{len(windows)} windows, {sum(window.scored for window in windows)} tokens"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.artifact import Artifact
+from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.types import Context, Step
 from llmq.vision.family import IMAGE_MODELS, ImageModel, fewer_at_once
@@ -72,6 +73,13 @@ class Train(Step[ImageModel]):
     def smaller(self) -> "Iterator[Mapping[str, object]]":
         """Fewer examples at once."""
         return fewer_at_once(self.batch_size or 0)
+
+    def check(self) -> None:
+        super().check()
+        if self.max_steps and "num_train_epochs" in self.model_fields_set:
+            raise UserError(
+                f"num_train_epochs {self.num_train_epochs:g} has no effect with max_steps {self.max_steps}; keep one"
+            )
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
         """Raise `UserError` for data that this network cannot learn from."""

@@ -1,5 +1,6 @@
 """Untrusted YAML: plain values of bounded size, and no tags that build objects."""
 
+import re
 from contextlib import suppress
 
 import yaml
@@ -15,6 +16,8 @@ LONGEST_NUMBER = 300
 """The most characters of a number."""
 PREFIX = "tag:yaml.org,2002:"
 NUMBERS = ("int", "float")
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
+"""A number that YAML 1.1 takes for a text, as it has no point or no sign: 1e-4."""
 TEXTS = ("str", "timestamp", "merge", "value")
 """Scalars that stay text: a recipe has no use for dates."""
 
@@ -72,7 +75,8 @@ def scalar(node: yaml.Node, where: str) -> object:
     """The value of a scalar. Raises `UserError` for a tag that is not plain, or a value that does not fit the tag."""
     tag = node.tag.removeprefix(PREFIX)
     if tag in TEXTS:
-        return node.value
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
+        return float(node.value) if plain and EXPONENT.fullmatch(node.value) else node.value
     if tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
         raise UserError(f"{where}: a number of {len(node.value)} characters; {LONGEST_NUMBER} at most")
     if tag in (*NUMBERS, "bool", "null"):

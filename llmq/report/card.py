@@ -60,6 +60,8 @@ def draw(report: "Report", stage: JsonObject, base: Path, kind: str) -> str:
 
 def _table(report: "Report", stage: str) -> str:
     """The figures of the stage beside those of the base."""
+    if not report.measured:
+        return "Nothing."
     places = dict.fromkeys((0, report.measured.index(stage) if stage in report.measured else 0))
     lines = [f"| figure | {' | '.join(inline(report.measured[i]) for i in places)} |", "|---|" + "---:|" * len(places)]
     for row in rows(report):

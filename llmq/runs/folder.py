@@ -49,11 +49,16 @@ def held(out: Path) -> Iterator[None]:
 def fresh(out: str | os.PathLike[str] | None, name: str) -> Path:
     """`out`, or the first of runs/name, runs/name-2, … that does not exist. Raises `UserError` for a file."""
     if out:
-        return no_file(Path(out))
+        return no_file(named(Path(out)))
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
+
+
+def named(path: Path) -> Path:
+    """The path itself; the whole path of `.` or `..`, which have no neighbours by name."""
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def no_file(path: Path) -> Path:

@@ -96,10 +96,12 @@ class Divergence(Task):
 
     def _on_text(self, loaded: Loaded, base: Loaded, sha256: str) -> Iterable[Measurement]:
         from llmq.text.losses import divergence
+        from llmq.text.tokenizer import end_marks
         from llmq.text.windows import held_out_windows
 
         split = self.text.read()
-        windows, told = held_out_windows(split, loaded.processor, self.window, self.windows)
+        ends = end_marks(base.artifact.weights)
+        windows, told = held_out_windows(split, loaded.processor, self.window, self.windows, ends)
         if not windows:
             raise UserError(f"the held-out part of {self.text.word} has nothing to read")
         protocol = (

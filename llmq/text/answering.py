@@ -74,6 +74,10 @@ class Answering(Predictor):
     top_p: float = Field(1.0, gt=0, le=1, description="draw among the likeliest tokens of this share")
     seed: int = Field(0, ge=0, description="of drawn answers")
 
+    def model_post_init(self, _: object) -> None:
+        if self.top_p < 1 and not self.temperature:
+            raise UserError(f"--top-p {self.top_p:g} has no effect at --temperature 0, which draws nothing; set both")
+
     @property
     def reads_files(self) -> bool:
         return not self.prompts

@@ -46,12 +46,13 @@ class Windowed(Step[LanguageModel]):
         from llmq.text.tokens import unused
 
         split = self.data.read()
-        ids = self._ids(artifact, split, split.train)
+        ids, mark = self._ids(artifact, split, split.train), self._mark(artifact, split)
         if not ids:
             raise UserError(f"the calibration data {self.data.word} has no token to calibrate on")
-        starts = range(0, max(1, len(ids) - self.length + 1), self.length)  # whole windows only, or one shorter window
+        body = self.length - len(mark)
+        starts = range(0, max(1, len(ids) - body + 1), body)  # whole windows only, or one shorter window
         drawn = sorted(random.Random(seed).sample(starts, min(self.samples, len(starts))))  # in the order of the text
-        windows = [ids[start : start + self.length] for start in drawn]  # (windows, length)
+        windows = [[*mark, *ids[start : start + body]] for start in drawn]  # (windows, length)
         return windows, {
             "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256}
             | unused(split, load_tokenizer(artifact.weights)),
@@ -62,9 +63,21 @@ class Windowed(Step[LanguageModel]):
     def held_out_windows(self, artifact: Artifact, count: int) -> list[list[int]]:
         """The first `count` whole windows of the held-out part, or as many as there are."""
         split = self.data.read()
-        ids = self._ids(artifact, split, split.held_out)
-        starts = range(0, len(ids) - self.length + 1, self.length)
-        return [ids[start : start + self.length] for start in starts[:count]]
+        ids, mark = self._ids(artifact, split, split.held_out), self._mark(artifact, split)
+        body = self.length - len(mark)
+        starts = range(0, len(ids) - body + 1, body)
+        return [[*mark, *ids[start : start + body]] for start in starts[:count]]
+
+    def _mark(self, artifact: Artifact, split: Split) -> list[int]:
+        """The mark before every window of a text: a model that learned with it (Gemma) sees nonsense without.
+
+        Rows have marks of their own.
+        """
+        from llmq.text.tokenizer import beginning, load_tokenizer
+
+        if split.shape != "text" or self.length < 2:
+            return []
+        return beginning(load_tokenizer(artifact.weights))
 
     def _ids(self, artifact: Artifact, split: Split, rows: Sequence[Row]) -> list[int]:
         """The tokens of some rows of the data: of one text, or of one row after another."""

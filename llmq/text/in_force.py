@@ -130,7 +130,7 @@ def check_names(asked: Mapping[str, object], fields: Mapping[str, object], set_f
 
     `fields` are the step's own settings by name, `set_fields` the names of those that the recipe sets.
     """
-    known = {f.name for f in fields_of(TrainingArguments)}
+    known = {f.name: f.default for f in fields_of(TrainingArguments)}
     for name, value in asked.items():
         if name in fields:
             if name in set_fields and fields[name] != value:
@@ -139,6 +139,8 @@ def check_names(asked: Mapping[str, object], fields: Mapping[str, object], set_f
             raise _refused(f"transformers has no {name!r}{did_you_mean(name, known)}")
         elif name in ELSEWHERE:
             raise _refused(f"{name!r} has no effect: {ELSEWHERE[name]}")
+        elif type(known[name]) is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise _refused(f"{name!r} is {value!r}, and not a number")
         elif name not in LOOKS:  # refused, since a library may drop the argument
             raise _refused(f"{name!r} has no effect that could be checked; leave it out")
     if "run_name" in asked and asked.get("report_to") in (None, "none", [], ["none"]):

@@ -50,6 +50,10 @@ class Prompting:
         for message in messages:
             if message["role"] == "system" and message["content"].strip() not in text:
                 raise UserError("the chat template of this model leaves the system turn out; ask without one")
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        for tool in (*(more or {}).get("tools", ()), *calls):
+            if (name := tool["function"]["name"]) not in text:
+                raise UserError(f"the chat template of this model leaves the tool {name!r} out; ask without tools")
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the marks
 
     def plain(self, text: str) -> Ids:

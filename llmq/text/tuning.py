@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -86,6 +87,9 @@ class Tuning(Step[LanguageModel]):
         super().check()
         if not self.teacher and (unused := {"alpha", "temperature"} & self.model_fields_set):
             raise UserError(f"{min(unused)} has no effect without teacher: base; set that, or leave {min(unused)} out")
+        steps = self.training_arguments.get("max_steps", self.max_steps)
+        if steps and "num_train_epochs" in {*self.model_fields_set, *self.training_arguments}:
+            raise UserError(f"num_train_epochs has no effect with max_steps {steps}; keep one")
         if self.lr_scheduler_type == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
             raise UserError("lr_scheduler_type 'constant' has no warm-up; 'constant_with_warmup' has")
         if "paged" in self.optim and not any(any(Path("/dev").glob(name)) for name in CARDS):
@@ -239,10 +243,17 @@ class Tuning(Step[LanguageModel]):
     def _per_step(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
 
+    def _steps_of(self, rows: int) -> int:
+        """The steps of `num_train_epochs`. As in `Trainer`, the last step of an epoch takes the rows that are left."""
+        at_once = self.per_device_train_batch_size * processes.count()
+        whole = floor if self.training_arguments.get("dataloader_drop_last") else ceil
+        an_epoch = max(1, ceil(whole(rows / at_once) / self.gradient_accumulation_steps))
+        return ceil(round(self.num_train_epochs * an_epoch, 6))  # 0.1 * 30 is a little more than 3
+
     def _arguments(self, rows: int, evaluates: bool, loaded: Loaded[LanguageModel], seed: int) -> dict[str, object]:
         from llmq.text.training import schedule
 
-        steps = self.max_steps or max(1, round(self.num_train_epochs * rows / self._per_step))
+        steps = self.max_steps or self._steps_of(rows)
         on_cpu = loaded.device == "cpu"
         return {
             **self.model_dump(include=FOR_TRAINER),

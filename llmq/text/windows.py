@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.text.examples import Tokens
+from llmq.text.tokenizer import beginning
 from llmq.text.tokens import encode_all, with_places
 
 if TYPE_CHECKING:
@@ -98,13 +99,18 @@ def completions(
 
 
 def held_out_windows(
-    split: Split, tokenizer: PreTrainedTokenizerBase, length: int, limit: int
+    split: Split, tokenizer: PreTrainedTokenizerBase, length: int, limit: int, ends: Iterable[int] = ()
 ) -> tuple[list[Window], str]:
-    """At most `limit` windows of the held-out part of a data set of any shape, and a description in words."""
+    """At most `limit` windows of the held-out part of a data set of any shape, and a description in words.
+
+    A window begins with the mark that the tokenizer puts before every text: a model that learned with the mark (Gemma)
+    answers nonsense without. `ends` are the tokens that the model stops at.
+    """
     if split.shape == "text":
-        windows = windows_of(joined(split.held_out), tokenizer, length, limit)
-        return windows, f"{len(windows)} windows of {length} tokens, no overlap"
-    windows = completions(split.held_out[:limit], tokenizer, length)[0]
+        bos = bool(beginning(tokenizer))
+        windows = windows_of(joined(split.held_out), tokenizer, length, limit, bos=bos)
+        return windows, f"{len(windows)} windows of {length} tokens, no overlap{', BOS first' if bos else ''}"
+    windows = completions(split.held_out[:limit], tokenizer, length, ends)[0]
     return windows, f"{len(windows)} completions after their prompts, at most {length} tokens"
 
 
