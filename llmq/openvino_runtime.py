@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 
+# It would report home. Here, for every module that imports OpenVINO, or a part of it, imports this one before.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -38,8 +41,7 @@ DEVICE = "cpu"
 
 
 def openvino() -> ModuleType:
-    """Import OpenVINO, but not `openvino_telemetry`, which would report home. Raises `UserError` without OpenVINO."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    """Import OpenVINO. Raises `UserError` without it."""
     try:
         import openvino
     except ModuleNotFoundError:

@@ -1,5 +1,7 @@
 """A language model as a graph of OpenVINO: the same logits, tokens and perplexity as torch, in folders of GenAI."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,25 @@ GRIDS: dict[str, dict[str, Any]] = {
     "8 bits, one group": {"bits": 8, "group_size": -1},
     "with the head": {"bits": 4, "group_size": 32, "sym": False, "modules": {"lm_head": {"bits": 8, "group_size": 64}}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tokenizers_are_converted_once() -> Iterator[None]:
+    """The same tokenizer gives the same graphs."""
+    stock, kept = graph_stage.write_tokenizers, dict[str, Path]()
+
+    def once(tokenizer: Any, folder: Path) -> None:
+        key = tokenizer.backend_tokenizer.to_str()
+        if key not in kept:
+            stock(tokenizer, folder)
+            kept[key] = folder
+        elif not (folder / graph_stage.TOKENIZER).exists():
+            for file in kept[key].glob("openvino_*tokenizer.*"):
+                shutil.copy(file, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_stage, "write_tokenizers", once)
+        yield
 
 
 @pytest.fixture(scope="module")

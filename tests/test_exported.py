@@ -1,5 +1,6 @@
 """An exported graph is called like the module that it was made from, here and by plain OpenVINO."""
 
+import ast
 import ctypes
 import gc
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import llmq.openvino_runtime
 from llmq import plugin
 from llmq.errors import LlmqError
 from llmq.openvino_runtime import GRAPH, core, openvino, write_graph
@@ -218,17 +220,34 @@ def test_a_module_that_cannot_be_exported_is_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_who_imports_openvino_imports_first_what_keeps_it_from_reporting_home():
+    own = Path(llmq.openvino_runtime.__file__)
+    importing = []
+    texts = {file: file.read_text() for file in own.parent.rglob("*.py")}
+    for file in (file for file, text in texts.items() if "from openvino" in text):
+        within = [n for f in ast.walk(ast.parse(texts[file])) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+        if any(isinstance(n, ast.ImportFrom) and (n.module or "").partition(".")[0] == "openvino" for n in within):
+            importing.append(file)
+    assert len(importing) > 3
+    assert not [str(file) for file in importing if "from llmq.openvino_runtime import" not in texts[file]]
+    assert sys.modules["openvino_telemetry"] is None
+
+
 @pytest.mark.slow
-def test_nobody_phones_home(tmp_path):
-    code = """
+@pytest.mark.parametrize("door", [
+    "from llmq.vision.exporting import nncf; nncf()",
+    "from llmq.text.graph.weights import packed_extensions; packed_extensions(torch.nn.ReLU())",
+])
+def test_nobody_phones_home(door, tmp_path):
+    code = f"""
 import socket, sys
+import torch
 def refuse(*arguments, **named):
     raise SystemExit("a socket")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from llmq.vision.exporting import nncf
+{door}
 from llmq.openvino_runtime import openvino
-import torch
-nncf(), openvino().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1))
+openvino().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1))
 assert sys.modules["openvino_telemetry"] is None
 """
     surroundings = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

@@ -9,6 +9,7 @@ other means (DoRA, to take norms) gets layers that are kept unpacked.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ KERNEL_ROWS = 32
 
 
 def layers_4bit(module: Module) -> Iterator[Linear4bit]:
-    """The 4-bit layers of a module."""
+    """The 4-bit layers of a module; whoever has none need not wait two seconds for the library that makes them."""
+    if "bitsandbytes" not in sys.modules:
+        return iter(())
     from bitsandbytes.nn import Linear4bit
 
     return (layer for layer in module.modules() if isinstance(layer, Linear4bit))
