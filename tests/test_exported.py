@@ -234,10 +234,13 @@ def test_who_imports_openvino_imports_first_what_keeps_it_from_reporting_home():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", [
-    "from llmq.vision.exporting import nncf; nncf()",
-    "from llmq.text.graph.weights import packed_extensions; packed_extensions(torch.nn.ReLU())",
-])
+@pytest.mark.parametrize(
+    "door",
+    [
+        "from llmq.vision.exporting import nncf; nncf()",
+        "from llmq.text.graph.weights import packed_extensions; packed_extensions(torch.nn.ReLU())",
+    ],
+)
 def test_nobody_phones_home(door, tmp_path):
     code = f"""
 import socket, sys
