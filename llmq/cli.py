@@ -367,6 +367,7 @@ def check(
     from llmq import listing, reading, support
     from llmq import recipe as recipes
     from llmq.source import to_yaml
+    from llmq.terminal import counted
 
     trust.given(trust_remote_code, allow_code)
     job = recipes.load(recipe, overrides or ())
@@ -384,7 +385,8 @@ def check(
             typer.echo(visible(f"# {line}"))
         for line in support.foretold(job.model, [*job.steps, *job.evaluate]):
             typer.echo(visible(f"# {line}"))
-        typer.echo(visible(f"# {recipe}: {len(job.steps)} steps, {len(job.evaluate)} tasks; ready to run"), err=True)
+        asked = f"{counted(len(job.steps), 'step')}, {counted(len(job.evaluate), 'task')}"
+        typer.echo(visible(f"# {recipe}: {asked}; ready to run"), err=True)
 
 
 app.command(name="list")(cli_looking.list_words)

@@ -45,8 +45,11 @@ def show(
 
     name = listing.in_full(name)
     kind = next((kind for kind in KINDS if name in names(kind)), None)
-    if kind or ("/" in name and not Path(name).is_dir()):
-        file = find(kind or "recipes", name)
+    if not kind and "/" in name and not Path(name).is_dir():
+        near = did_you_mean(name, names("recipes"))
+        raise UserError(f"{name!r} is no recipe (llmq list recipes) and no folder of a run (llmq runs){near}")
+    if kind:
+        file = find(kind, name)
         typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
         return
     folder = Path(name)

@@ -41,14 +41,15 @@ def plan(
 
 def as_text(plan: "Plan") -> str:
     """The plan as a terminal shows it."""
-    from llmq.planning import LIBRARIES, duration
+    from llmq.planning import duration
 
     lines = [*_table(plan.stages), "", LEGEND]
     reasons = [f"{stage.name}: {reason}" for stage in plan.stages for reason in stage.unknown]
     lines += ["", *reasons] if reasons else []
     memory, disk = "unknown", "unknown" if plan.disk is None else in_bytes(plan.disk)
     if plan.peak_memory is not None:
-        memory = f"about {in_bytes(plan.peak_memory + LIBRARIES)}, of which {in_bytes(LIBRARIES)} are libraries"
+        libraries = f"of which {in_bytes(plan.libraries)} are libraries" if plan.libraries else "on the card"
+        memory = f"about {in_bytes(plan.peak_memory + plan.libraries)}, {libraries}"
     lines += [
         "",
         f"time     {duration(plan.seconds)}",

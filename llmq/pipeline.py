@@ -22,7 +22,7 @@ from llmq.rules import Rule
 from llmq.runs import folder as run_folder
 from llmq.runs import paths as run_paths
 from llmq.source import Source, read, to_yaml
-from llmq.terminal import logged_to, say
+from llmq.terminal import counted, logged_to, say
 from llmq.types import Context, JsonObject, Plugin, Step, Task
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
         stopping.resumable = out
     with logged_to(out / "log.txt"):
-        say(f"{recipe.name}: {len(recipe.steps)} steps, {len(recipe.evaluate)} tasks, in {out}")
+        say(f"{recipe.name}: {counted(len(recipe.steps), 'step')}, {counted(len(recipe.evaluate), 'task')}, in {out}")
         if foretold:  # only now: wrong input is one line
             say(foretold.line())
         reads = say_reads(recipe.steps, recipe.evaluate, _made_by(recipe))

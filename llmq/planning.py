@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmq.types import Plugin
 
 LIBRARIES = 1_000_000_000
-"""Resident bytes of a process with all libraries loaded and no model, about (`NOTES.md`)."""
+"""Resident bytes of a process with all libraries loaded and no model, about (`NOTES.md`); of a card they take none."""
 
 AROUND = 2.5
 """Seconds of a run besides its steps and tasks: libraries that load on the way, the base from the cache, the report."""
@@ -74,13 +74,15 @@ class Plan:
     stages: tuple[Foretold, ...]
     seconds: float | None
     peak_memory: int | None
-    """Above the process without a model, which itself takes about `LIBRARIES`; None if a stage is not known."""
+    """Above the process without a model, which itself takes `libraries`; None if a stage is not known."""
     disk: int | None
     download: str
     download_bytes: int
     machine: Mapping[str, float]
     rates: Mapping[str, float]
     misfits: tuple[Misfit, ...] = field(default=())
+    libraries: int = LIBRARIES
+    """Bytes of the libraries in the memory that the model is in: 0 on a card."""
 
     def plain(self) -> JsonObject:
         """The plan as JSON holds it."""
@@ -91,7 +93,7 @@ class Plan:
         time = "a time that is not known" if self.seconds is None else f"about {duration(self.seconds)}"
         if self.peak_memory is None or self.disk is None:
             return f"foretold: nothing; {next(reason for stage in self.stages for reason in stage.unknown)}"
-        memory, download = in_bytes(self.peak_memory + LIBRARIES), f", of {self.download}" if self.download else ""
+        memory, download = in_bytes(self.peak_memory + self.libraries), f", of {self.download}" if self.download else ""
         return f"foretold: {time}, {memory} of memory, {in_bytes(self.disk)} on disk{download}"
 
 
@@ -145,11 +147,15 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     # Each process opens a whole model, sharded or not; of cards each has its own.
     sharers = processes.here() if device == "cpu" else 1
-    misfits = tuple(_misfits(done, sketches, int(machine["memory"]), sharers, disk, int(machine["disk"])))
+    libraries = 0 if device.startswith("cuda") else LIBRARIES
+    misfits = (
+        *_too_large(done, int(machine["memory"]), sharers, libraries),
+        *_without_room(disk, int(machine["disk"])),
+    )
     shown = {str(kind): rate for kind, rate in known.items()}
     sized = None if any(sketch.unknown for sketch in sketches) else (peak, disk)
     most, kept = sized or (None, None)
-    return Plan(recipe.name, tuple(told), total, most, kept, download, size, machine, shown, misfits)
+    return Plan(recipe.name, tuple(told), total, most, kept, download, size, machine, shown, misfits, libraries)
 
 
 def _again(before: Sketch) -> Callable[[Any], Work]:
@@ -216,35 +222,39 @@ def _download(recipe: Recipe, base: Sketch) -> tuple[str, int]:
     return name, base.on_disk if name and not base.unknown else 0
 
 
-def _misfits(
-    done: list[_Done], sketches: list[Sketch], whole: int, sharers: int, disk: int, free: int
-) -> Iterator[Misfit]:
-    """The parts that have no room; `sharers` processes share the `whole` memory for what is done in every process."""
-    worst: dict[tuple[str, bool], _Done] = {}  # of each stage the step, and the task that needs most
+def _too_large(done: list[_Done], whole: int, sharers: int, libraries: int) -> Iterator[Misfit]:
+    """The parts for which the memory beside the libraries is too small: of each stage the step, and the largest task.
+
+    `sharers` processes share the `whole` memory for what is done in every process.
+    """
+    worst: dict[tuple[str, bool], _Done] = {}
     for each in done:
         key = each.stage, each.name == each.part.word
         if key not in worst or each.work.needed > worst[key].work.needed:
             worst[key] = each
     for each in worst.values():
-        needed = each.work.needed + LIBRARIES
-        memory = whole // (sharers if getattr(each.part, "in_every_process", False) else 1)
-        if each.work.memory and needed > memory:
-            yield Misfit(each.stage, each.part.word, "memory", needed, memory, _cure(each, memory))
+        there = whole // (sharers if getattr(each.part, "in_every_process", False) else 1)
+        free = there - libraries
+        if each.work.memory and each.work.needed > free:
+            needed = each.work.needed + libraries
+            yield Misfit(each.stage, each.part.word, "memory", needed, there, _cure(each, free, libraries))
+
+
+def _without_room(disk: int, free: int) -> Iterator[Misfit]:
     if disk > free:
         yield Misfit("run", "all stages", "disk", disk, free, "make room, or name another folder with --out")
 
 
-def _cure(done: _Done, memory: int) -> str:
-    """The nearest settings by which a part fits, or the memory that it needs at the least."""
-    least = done.work.needed + LIBRARIES
+def _cure(done: _Done, free: int, libraries: int) -> str:
+    """The nearest settings by which a part fits, or the memory that it needs at the least, libraries included."""
+    least = done.work.needed
     for settings in done.part.smaller():
-        changed = done.part.model_copy(update=dict(settings))
-        needed = done.again(changed).needed + LIBRARIES
+        needed = done.again(done.part.model_copy(update=dict(settings))).needed
         least = min(least, needed)
-        if needed <= memory:
+        if needed <= free:
             told = " ".join(f"{done.part.word.removeprefix('tasks.')}.{key}={value}" for key, value in settings.items())
-            return f"it fits with {told} (about {in_bytes(needed)})"
-    return f"no setting of it fits: take a smaller model, or a machine with {in_bytes(least)} free"
+            return f"it fits with {told} (about {in_bytes(needed + libraries)})"
+    return f"no setting of it fits: take a smaller model, or a machine with {in_bytes(least + libraries)} free"
 
 
 def before_run(recipe: Recipe, out: Path, force: bool) -> Plan | None:

@@ -27,6 +27,11 @@ def say(message: str) -> None:
     log(message)
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things with their name: `1 step`, `2 steps`."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
 def log(message: str) -> None:
     """Write a message to the log of the run alone."""
     for file in _logs:

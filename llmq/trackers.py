@@ -5,7 +5,10 @@ Off unless a recipe asks (`track: [tensorboard]`); nothing is imported, and no s
 
 import importlib
 import importlib.util
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +22,8 @@ Point = tuple[str, int, float]
 """A name such as `1-adapt.lora/loss`, a step, and a value."""
 CURVES = ("loss", "held_out_loss", "held_out")
 PROJECT = "llmq"
+NOT_IN_MLFLOW = re.compile(r"[^\w.: /-]")
+"""Characters that MLflow takes in no name, such as the brackets of `exact_match (strict-match)`."""
 
 
 def check(trackers: Iterable[str]) -> None:
@@ -36,7 +41,8 @@ def hand_over(trackers: Sequence[str], report: "Report", out: Path) -> None:
     ways = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}
     for name in trackers:
         try:
-            ways[name](points, report, out)
+            with redirect_stdout(sys.stderr):  # standard output is that of --json
+                ways[name](points, report, out)
             say(f"{name} has {len(points)} points and the report")
         except Exception as error:  # noqa: BLE001  # a server that is down must not lose a run
             say(f"{name} did not take the report: {type(error).__name__}: {error}")
@@ -90,6 +96,6 @@ def _mlflow(points: Sequence[Point], report: "Report", out: Path) -> None:
     mlflow.set_experiment(PROJECT)
     with mlflow.start_run(run_name=out.resolve().name):
         for name, step, value in points:
-            mlflow.log_metric(name, value, step=step)
+            mlflow.log_metric(NOT_IN_MLFLOW.sub("_", name), value, step=step)
         mlflow.log_dict(dict(report.recipe), "recipe.json")
         mlflow.log_artifact(str(out / "report.html"))

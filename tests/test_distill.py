@@ -324,6 +324,58 @@ def test_a_network_that_learned_to_be_rounded_is_a_graph_of_integers(trained, bi
     assert Artifact.load(tmp_path).notes["bits"] == bits
 
 
+def test_logits_that_learned_by_their_chances_are_judged_by_these():
+    from llmq.adapt.qat import _chances
+    from llmq.vision.likeness import Likeness
+
+    logits = 5 * torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
+    shifted = logits + 30 * torch.randn(16, 1, generator=torch.Generator().manual_seed(1))  # of no effect on chances
+    plain, judged = Likeness(), Likeness()
+    plain.add(logits, shifted)
+    judged.add(_chances(logits), _chances(shifted))
+    assert plain.is_garbage
+    assert judged.kept > 0.999
+
+
+class Gated(nn.Module):
+    """Layers that round otherwise than plain ones: one image a channel, and squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.squeeze, self.excite, self.last = (nn.Conv2d(i, o, 1) for i, o in ((16, 8), (8, 16), (16, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.deep(self.stem(x).relu()).relu()
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        made: torch.Tensor = self.last(x)
+        return made
+
+
+GATED: Any = SimpleNamespace(
+    title="gated", any_size=False, unordered=False, deployed=lambda n: n, example=lambda n: torch.rand(n, 1, 16, 16)
+)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_alone_have_other_bits_and_files_are_foretold(bits, tmp_path):
+    from llmq.vision.exporting import write_graph
+    from llmq.vision.fake_quantized import graph_of, rounding
+    from llmq.vision.graph_sizing import graph_bytes
+
+    torch.manual_seed(0)
+    network = Gated()
+    rounded = rounding(network, [GATED.example(2)], bits, "performance", ())
+    graph = graph_of(rounded, GATED)
+    levels = {o.get_attributes()["levels"] for o in graph.get_ops() if o.get_type_name() == "FakeQuantize"}
+    assert levels == {256}  # of activations, those before the layer of one image a channel as well
+    write_graph(graph, tmp_path / "model.xml", False)
+    constants = (tmp_path / "model.bin").stat().st_size
+    files = constants + (tmp_path / "model.xml").stat().st_size
+    told = graph_bytes(GATED, network, bits, True)
+    assert told == (pytest.approx(files, rel=0.12), pytest.approx(constants, rel=0.02))  # names in the text vary
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [FCOS, {"edsr": {"n_feats": 48, "n_resblocks": 2, "scale": 2}}])
 def test_detectors_and_super_resolution_learn_to_be_rounded(entry, tmp_path):

@@ -441,3 +441,38 @@ def test_int8_of_a_graph_for_one_image_is_written_as_onnx(tmp_path):
     notes = apply("export.onnx", int8, tmp_path / "onnx").notes
     assert notes["batch_size"] == 1
     assert notes["largest_error_of_a_layer_in_steps"] <= 1
+
+
+def small_classifier(folder: Path) -> Any:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)).eval()
+    file = write(network, folder / "net.onnx", (1, 1, 16, 16))
+    return plugin.build({"exported": {"weights": str(file), "is_a": "classifier", "channels": 1}}, "models")
+
+
+def test_the_file_of_a_graph_foretells_its_sizes(tmp_path):
+    model = small_classifier(tmp_path)
+    sketch, base = model.sketch(), model.base(CPU)
+    task: Any = plugin.build("size", "tasks")
+    with base.open("cpu") as loaded:
+        counted = {m.metric: m.value for m in task.score(loaded)}
+    told = {"bytes_on_disk": sketch.on_disk, "bytes_in_memory": sketch.in_memory, "parameters": sketch.parameters}
+    assert told == pytest.approx({name: counted[name] for name in told}, rel=1e-3)
+    # Each output of a layer is a sum of products: two operations for each.
+    places = (16 * 16 * 16 * 9, 8 * 8 * 32 * 16 * 9, 3 * 3 * 64 * 32 * 9, 64 * CLASSES)
+    assert sketch.counted.operations == 2 * sum(places)
+
+
+@pytest.mark.slow
+def test_the_file_of_a_graph_foretells_its_int8(tmp_path):
+    from llmq.vision.sizing import as_graph
+
+    model = small_classifier(tmp_path)
+    made = apply("quantize.int8", model.base(CPU), tmp_path / "made", data="digits", samples=4)
+    assert as_graph(model.sketch(), 8, True).on_disk == pytest.approx(made.bytes_on_disk, rel=0.1)  # text varies
+
+
+def test_a_graph_that_is_not_there_foretells_nothing():
+    model: Any = plugin.build({"exported": {"weights": "no.onnx", "is_a": "classifier"}}, "models")
+    assert model.sketch().unknown == "there is no file 'no.onnx', and only the file of a graph tells its size"

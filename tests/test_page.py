@@ -1,6 +1,7 @@
 """The page: its first screen, its forest plot, what it folds; and in a browser its width, contrast and requests."""
 
 import html as markup
+import io
 import json
 import re
 import shutil
@@ -10,11 +11,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
 
 from llmq import cli_judging
 from llmq.errors import UserError
-from llmq.report import Report, distributions, drawing, first, forest, html, rows, samples
+from llmq.report import Report, distributions, drawing, first, forest, html, rows, samples, screen
 from llmq.report.numbers import set_beside
 from llmq.statistics.compare import compare
 from llmq.statistics.figures import mean
@@ -101,6 +103,79 @@ def test_a_useless_result_is_said_first(tmp_path):
         "BAD: 1-quantize.int8: its images are 1.84 dB below plain bicubic interpolation",
         "BAD: 1-quantize.int8: it gives another class than the base to 47% of 96 images",
     ]
+
+
+def test_a_card_sets_the_figure_of_one_task_beside_that_task_s_own(tmp_path):
+    losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
+    other = [replace(perplexity(losses + x), task="perplexity (wikitext)") for x in (0.0, 0.5)]
+    folder = write_run(
+        tmp_path / "run",
+        {"0-base": [perplexity(losses), other[0]],
+         "1-rtn": [perplexity(losses, convention="64-token windows"), other[1]]},
+    )  # fmt: skip
+    (card,) = first.cards(Report.read(folder), "1-rtn")  # the first task's windows differ: it is not compared
+    assert (card.value, card.beside, card.word) == (rows.number(perplexity(losses).value), "", "")
+
+
+def test_a_card_counts_the_pairs_and_not_the_documents_without_one(tmp_path):
+    losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
+    base, stage = perplexity(losses), perplexity(losses + 0.3)
+    ids = [replace(m, samples=replace(m.samples, ids=tuple(f"{i + first}" for i in range(16))))
+           for m, first in ((base, 0), (stage, 4))]  # fmt: skip
+    (card,) = first.cards(Report.read(write_run(tmp_path / "run", {"0-base": ids[:1], "1-rtn": ids[1:]})), "1-rtn")
+    assert card.certainty[0].startswith("n = 12;")
+
+
+@pytest.mark.parametrize(("method", "needed"), [("gptq", "optimum and gptqmodel"), ("none", "")])
+def test_the_lines_that_open_packed_weights_name_what_they_need(tmp_path, method, needed):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    lines = html._opened_by({"model": {"models.causal_lm": {}}, "weights": "."}, tmp_path)
+    assert lines.startswith(f"# needs {needed}\n" if needed else "from transformers import")
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_no_name_is_cut_on_a_narrow_terminal(run, width):
+    told = io.StringIO()
+    screen.show(Report.read(run), Console(file=told, width=width, highlight=False))
+    lines = [line.split() for line in told.getvalue().splitlines()]
+    for name in ("token_perplexity", "decode_tokens_per_second", "arc_easy"):
+        assert any(name in words for words in lines), name
+    assert max(map(len, told.getvalue().splitlines())) <= width
+
+
+def test_answers_that_are_all_the_same_are_said_to_be_so_and_no_interval_is_called_the_same(tmp_path):
+    right = np.random.default_rng(0).random(48) < 0.8
+    report = Report.read(write_run(tmp_path / "run", {"0-base": [accuracy(right)], "1-lora": [accuracy(right)]}))
+    (line,) = rows.summary(report)
+    assert re.fullmatch(r"1-lora: acc 0 pt \[-[\d.]+, \+[\d.]+\] \(the same on every sample\)", line)
+    assert next(first.cards(report, "1-lora")).certainty == ["n = 48; the same on every sample"]
+
+
+def test_a_figure_that_the_base_failed_to_give_is_no_distance_from_it(tmp_path):
+    losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
+    folder = write_run(tmp_path / "run", {"0-base": [size(10.0)], "1-rtn": [size(5.0), perplexity(losses)]})
+    failures = [{"stage": "0-base", "task": "perplexity", "asked": "score", "error": "no memory"}]
+    report = replace(Report.read(folder), failures=failures)
+    assert rows.summary(report)[-1].endswith("per token; the base has no such figure")
+    assert list(first.cards(report, "1-rtn"))[1].certainty == ["n = 16"]
+
+
+def test_a_model_that_was_destroyed_is_told_in_few_digits(tmp_path):
+    losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
+    folder = write_run(tmp_path / "run", {"0-base": [perplexity(losses)], "1-rtn": [perplexity(losses + 60)]})
+    bad, line = rows.summary(Report.read(folder))
+    assert re.fullmatch(r"BAD: 1-rtn: perplexity token perplexity 1\.\d\de\+27, of the base 10\.\d\d", bad)
+    assert len(line) < 120
+
+
+def test_what_a_merge_lost_is_no_agreement_with_the_base(tmp_path):
+    losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
+    lost = replace(agreement(0.974), task="adapt.merge")
+    folder = write_run(tmp_path / "run", {"0-base": [perplexity(losses)], "1-merge": [lost, perplexity(losses + 0.1)]})
+    report = Report.read(folder)
+    report.stages[1]["step"] = "adapt.merge"
+    assert "top1 agreement 0.974 share, by adapt.merge" in rows.summary(report)[0]
+    assert [card.metric for card in first.cards(report, "1-merge")] == ["token perplexity"]
 
 
 def distance(metric: str, value: float) -> Measurement:

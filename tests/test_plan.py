@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_folders import size, write_run
 from typer.testing import CliRunner
 
 import llmq
@@ -20,6 +22,7 @@ from llmq.report import Report, foretold
 from llmq.sketch import Part, Work, of_file
 from llmq.text.sizing import packing, trials
 from llmq.text.sizing.network import sketch_of
+from llmq.text.sizing.work import rounding, saved
 from llmq.types import Context
 
 MEASURE = rates.measure  # as it is outside of tests
@@ -203,6 +206,17 @@ def test_what_does_not_fit_names_the_nearest_setting_that_does(tiny_llama, tmp_p
     assert "no setting of it fits" in planning.plan(job).misfits[0].cure
 
 
+def test_libraries_take_no_memory_of_a_card(tiny_llama, tmp_path, monkeypatch):
+    job = job_of({"causal_lm": {"weights": str(configuration_alone(tiny_llama, tmp_path / "bare"))}}, "quantize.bnb")
+    here = planning.plan(job, rates=defaultdict(lambda: 1.0))
+    assert f"{planning.LIBRARIES / 1e9:.1f} GB are libraries" in as_text(here)
+    monkeypatch.setattr(environment, "prepare", lambda *_: "cuda:0")
+    monkeypatch.setattr(environment, "free_memory", lambda device: here.peak_memory)
+    there = planning.plan(job, rates=defaultdict(lambda: 1.0))
+    assert not there.misfits
+    assert f"memory   about {planning.in_bytes(there.peak_memory)}, on the card;" in as_text(there)
+
+
 def test_a_grid_that_a_layer_forbids_is_refused_by_a_plan_too(tiny_llama):
     job = job_of({"causal_lm": {"weights": str(tiny_llama)}}, {"quantize.rtn": {"group_size": 128}})
     with pytest.raises(UserError, match="is not divisible by 128; 64 and 32 are"):
@@ -237,7 +251,7 @@ def test_a_plan_reads_on_a_terminal_and_as_data(tiny_llama, tmp_path, monkeypatc
 def test_what_is_not_known_is_said_to_be_unknown():
     made = planning.plan(recipe.load("vision/exported-int8", checked=False))
     assert (made.peak_memory, made.disk, made.seconds) == (None, None, None)
-    assert made.line() == "foretold: nothing; models.exported does not foretell its size"
+    assert made.line().startswith("foretold: nothing; there is no file 'digits/model.onnx'")
     assert [line.split()[1] for line in as_text(made).splitlines() if line[:4] in ("time", "memo", "disk")] == [
         "unknown", "unknown;", "unknown;"
     ]  # fmt: skip
@@ -262,6 +276,23 @@ def test_a_block_and_a_head_are_tried_at_their_own_widths():
     run, operations = trials.head(sketch, 16).unit("cpu")
     assert operations == 2 * 16 * 576 * trials.HEAD_OUTPUTS
     run()
+
+
+def test_rounding_is_tried_on_a_part_of_the_largest_matrix():
+    sketch = sketch_of("smollm2-135m", "bfloat16")
+    job = rounding(sketch, [part.name for part in sketch.linears])
+    ((trial, count),) = job.operations.items()
+    assert (str(trial), count) == ("grid 1536x576", sum(part.weights for part in sketch.linears))
+    run, weights = trial.unit("cpu")
+    assert (len(run().codes), weights) == (576, 1536 * 576)
+    assert str(trials.grid(28672, 8192)) == "grid 512x2048"
+
+
+def test_layers_of_8_bits_keep_what_they_were_given_while_adapters_train():
+    float_, packed = sketch_of("smollm2-135m", "bfloat16"), None
+    packed, _ = plugin.build({"quantize.bnb": {"bits": 8}}).foresee(float_)
+    more = saved(packed, 1, 10, 16, False) - saved(float_, 1, 10, 16, False)
+    assert more == 30 * 10 * 2 * (3 * 576 + 1536)  # 30 blocks, 10 tokens, 2 bytes; q and the stream are 576 wide
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"])
@@ -328,6 +359,18 @@ def test_a_report_sets_what_was_foretold_beside_what_was_measured(tiny_llama, tm
     assert "Foretold and measured" in (tmp_path / "run" / "report.md").read_text()
     assert Report.read(tmp_path / "run").foretold
     assert "will not fit" in capsys.readouterr().err
+
+
+def test_a_peak_is_not_judged_where_answers_were_kept_from_an_earlier_run(tmp_path):
+    folder = write_run(tmp_path / "run", {"0-base": [size(10.0)]})
+    stage = {"name": "0-base", "bytes_on_disk": 10_000_000, "peak_of_tasks": 500_000_000, "tasks": {}}
+    report = replace(Report.read(folder), foretold={"stages": [stage], "seconds": None})
+    report.stages[0].update(asked={"peak_memory": 80_000_000}, reused=[])
+    assert (
+        "peak of all tasks 500.0 MB, measured 80.0 MB (6.25x, beyond 1.15x)" in dict(foretold.lines(report))["0-base"]
+    )
+    report.stages[0]["reused"] = ["perplexity"]
+    assert dict(foretold.lines(report))["0-base"] == "on disk 10.0 MB, measured 10.0 MB (1.00x)"
 
 
 def test_a_run_that_cannot_be_foretold_goes_on(monkeypatch, capsys, tmp_path):

@@ -67,6 +67,23 @@ def test_every_point_and_the_report_reach_a_tracker(run, name, monkeypatch):
     assert "report" in told
 
 
+def test_names_are_those_that_mlflow_takes(run, monkeypatch):
+    seen: list[object] = []
+    monkeypatch.setitem(sys.modules, "mlflow", fake(seen))
+    run[0].measurements[0]["metric"] = "exact_match (strict-match)"
+    trackers.hand_over(["mlflow"], *run)
+    assert "size/exact_match _strict-match_" in str(seen)
+
+
+def test_what_a_tracker_prints_stays_off_the_answer(run, monkeypatch, capsys):
+    talking = fake([])
+    talking.init = lambda **named: print("project made")
+    monkeypatch.setitem(sys.modules, "trackio", talking)
+    trackers.hand_over(["trackio"], *run)
+    told = capsys.readouterr()
+    assert (told.out, "project made" in told.err) == ("", True)
+
+
 def test_a_tracker_that_fails_costs_nothing(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
     trackers.hand_over(["mlflow"], *run)

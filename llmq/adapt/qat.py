@@ -50,11 +50,12 @@ class Qat(Taught):
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         """The graph of integers; the network is trained beside the float one, and both are exported."""
+        from llmq.vision.graph_sizing import TRACED_NODE
         from llmq.vision.sizing import as_graph, as_images, exporting
 
         source = as_images(before)
         assert source.model
-        made = as_graph(source, 8, activations=True)  # an upper bound for 4 bits: some layers stay in float
+        made = as_graph(replace(source, node_text=TRACED_NODE), self.bits, activations=True)
         return made, self.work(before, self._own(source.model)).plus(exporting(source, made, self.samples))
 
     def _own(self, model: ImageModel) -> Training:
@@ -63,6 +64,8 @@ class Qat(Taught):
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last checkpoint in `folder` if there is one, and write the graph there."""
+        from torch import Tensor
+
         from llmq.environment import library_version
         from llmq.vision.exporting import quantized_stage
 
@@ -73,7 +76,9 @@ class Qat(Taught):
         about = {"samples": len(inputs), "seed": context.seed}
         data = {} if split is None or self.data is None else {"word": self.data.word, "sha256": split.sha256}
         notes = {"nncf": library_version("nncf"), "bits": self.bits, "calibration": {**about, "data": data}, **history}
-        return quantized_stage(self, artifact, folder, lambda _: graph, inputs[:JUDGED], notes=notes)
+        # A divergence sees chances alone: logits that learned by it may lie anywhere.
+        meaning = _chances if self.distance_of(model.kind) == "kl" else Tensor.float
+        return quantized_stage(self, artifact, folder, lambda _: graph, inputs[:JUDGED], notes=notes, meaning=meaning)
 
     def _trained(
         self, artifact: Artifact[ImageModel], inputs: "list[Tensor]", folder: Path, context: Context
@@ -139,3 +144,7 @@ def _told(alone: "tuple[str, Samples] | None", trained: "tuple[str, Samples] | N
     told = f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
     seen = f"{name} {was:.3f} on {len(before.values)} held-out images"
     return {"finding": f"the rounding alone has {seen}, and {now:.3f} after the training{told}"}
+
+
+def _chances(logits: "Tensor") -> "Tensor":
+    return logits.float().softmax(-1)

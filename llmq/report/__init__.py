@@ -68,6 +68,16 @@ class Report:
         """The measured stages; and bicubic interpolation, where it was set beside them."""
         return self.measured + [BICUBIC] * any(c["stage"] == BICUBIC for c in self.comparisons)
 
+    def told_by_step(self, m: JsonObject) -> bool:
+        """True for a figure that the step of the stage took itself, as `adapt.merge` does of what it folded."""
+        return any(stage["name"] == m["stage"] and stage["step"] == m["task"] for stage in self.stages)
+
+    @property
+    def lacks_base(self) -> bool:
+        """True where a task failed at the base, so that figures of other stages have nothing beside them."""
+        asked = [stage["name"] for stage in self.stages if stage["name"] in self.measured or stage.get("asked")]
+        return any(failure["stage"] in asked[:1] for failure in self.failures)
+
     @property
     def folder(self) -> Path:
         """The folder of the run, as it was when the run ended."""

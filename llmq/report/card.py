@@ -1,5 +1,6 @@
 """The model card of a stage: a `README.md` beside the weights, with the table, the base, the recipe and the limits."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def draw(report: "Report", stage: JsonObject, base: Path, kind: str) -> str:
     name, model = stage["name"], Path(model_of(report)).name if _is_path(model_of(report)) else model_of(report)
     steps = [word for word, _ in steps_of(report)]
     made = steps[: [s["name"] for s in report.stages].index(name)]
-    licence, base_model = _of_base(base), None if _is_path(model_of(report)) else model_of(report)
+    licence, base_model = _of_base(base), model_of(report) if _is_on_hub(model_of(report)) else None
     title = f"{model}: {', '.join(made) or 'untouched'}"
     about = report.environment
     machine = f"{about.get('processor', 'unknown')}, {about.get('threads', '?')} threads, llmq {about.get('llmq', '')}"
@@ -107,6 +108,12 @@ def _of_base(base: Path) -> str:
 
 def _is_path(model: str) -> bool:
     return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or Path(model).exists()
+
+
+def _is_on_hub(model: str) -> bool:
+    """True for an id of the hub, the one name of a base that the hub takes: a word such as smollm2-135m is none."""
+    is_file = model.endswith((".gguf", ".onnx", ".xml", ".safetensors"))
+    return not is_file and not _is_path(model) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model))
 
 
 def _portable(value: Any) -> Any:

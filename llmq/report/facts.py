@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llmq.errors import in_bytes
 from llmq.report import foretold
 from llmq.types import JsonObject
 
@@ -54,6 +55,8 @@ def _plain(value: Any, key: str = "") -> str:
         return ", ".join(
             f"{k} ({_plain(v, k)})" if isinstance(v, Mapping) else f"{k} {_plain(v, k)}" for k, v in inner.items()
         )
+    if key == "peak_memory" and isinstance(value, int):
+        return in_bytes(value)
     return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)
 
 

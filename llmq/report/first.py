@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
-from llmq.report.numbers import number, scaled, set_beside
+from llmq.report.numbers import ALIKE, is_alike, number, scaled, set_beside
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def origin(report: "Report") -> str:
     recipe, threads = (report.foretold or {}).get("recipe"), about.get("threads", "?")
     parts = (
         f"recipe {recipe}" if recipe else "",
-        str(about.get("run", "")).rpartition("/")[2],
+        f"run {name}" if (name := str(about.get("run", "")).rpartition("/")[2]) else "",
         ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"] if name != CODE)),
         str(about.get("ended", ""))[:16].replace("T", " "),
         f"{about.get('processor', 'processor unknown')}, {threads} thread{'' if threads == 1 else 's'}",
@@ -75,12 +75,13 @@ def origin(report: "Report") -> str:
 
 def cards(report: "Report", stage: str) -> Iterator[Card]:
     """The cards of one stage: size, quality, speed; and the gate."""
-    found = {m["metric"]: m for m in reversed(report.measurements) if m["stage"] == stage}
-    compared = {c["metric"]: c for c in reversed(report.comparisons) if c["stage"] == stage}
+    asked = [m for m in report.measurements if m["stage"] == stage and not report.told_by_step(m)]
+    found = {m["metric"]: m for m in reversed(asked)}  # that of the first task
+    compared = {(c["task"], c["metric"]): c for c in report.comparisons if c["stage"] == stage}
     for title, metrics in CARDS.items():
         metric = next((name for name in metrics if name in found), "")
         if metric:
-            m, c = found[metric], compared.get(metric)
+            m, c = found[metric], compared.get((found[metric]["task"], metric))
             scale, unit = scaled(m["unit"])
             beside = set_beside(c, m["unit"]) if c else ""
             word, certainty = (c["verdict"], _certainty(m, c)) if c else ("", _alone(report, m))
@@ -99,7 +100,8 @@ def _alone(report: "Report", m: JsonObject) -> str:
     if m["metric"] == "frechet_distance" and (floor := _floor(report, m["stage"])):
         return f"n = {m['n']:,}; two sets of the base's own images: {floor}"
     of_base = {other["metric"] for other in report.measurements if other["stage"] == base}
-    against = "" if m["metric"] in of_base or m["stage"] == base else f", against what {base} answers"
+    is_own = m["metric"] in of_base or m["stage"] == base or report.lacks_base
+    against = "" if is_own else f", against what {base} answers"
     return f"n = {m['n']:,}{against}"
 
 
@@ -113,11 +115,13 @@ def _certainty(m: JsonObject, c: JsonObject) -> str:
     """The samples behind a figure, and the number that would settle an undecided one."""
     if m["exact"]:
         return "counted, not sampled"
-    n = f"n = {m['n']:,}"
+    n = f"n = {c['n'] or m['n']:,}"  # of the pairs, where documents without a pair were left out
     if c["reason"]:
         return f"{n}; {c['reason']}"
     if c["verdict"] == "undecided" and c["ci95"] and not c["ci95"][0] <= 0 <= c["ci95"][1]:
         return f"{n}; the interval leaves out 0, and would not if all comparisons of the table were to hold at once"
     if c["verdict"] == "undecided" and c.get("needed"):
         return f"{n}; about {c['needed']:,} would settle it, if the difference stays"
+    if is_alike(c):
+        return f"{n}; {ALIKE}"
     return f"{n}; the interval of the paired difference leaves out 0" if c["verdict"] in ("better", "worse") else n

@@ -49,6 +49,13 @@ PEFT = (
     "from peft import AutoPeftModelForCausalLM\n"
     "model = AutoPeftModelForCausalLM.from_pretrained(PLACE)    # where base_model_name_or_path is there"
 )
+NEEDED = {
+    "gptq": "optimum and gptqmodel",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+}
+"""The packages besides transformers that open the weights of each method."""
 GENAI = 'import openvino_genai\nmodel = openvino_genai.LLMPipeline(PLACE, "CPU")'
 
 
@@ -82,7 +89,7 @@ def draw(report: "Report", folder: Path) -> str:
         rows=list(rows(report)),
         legend=LEGEND,
         notes=notes(report),
-        forest=forest.draw(report.measurements, report.comparisons, UNDRAWN),
+        forest=forest.draw(report.measurements, report.comparisons, UNDRAWN, _base_of(report)),
         charts=charts.draw(report),
         layers=layers.draw(report, folder),
         distributions=distributions.draw(report, known, FOLDED),
@@ -93,6 +100,10 @@ def draw(report: "Report", folder: Path) -> str:
         recipe=to_yaml(report.recipe),
         commands=_commands(report, folder),
     )
+
+
+def _base_of(report: "Report") -> str:
+    return next((str(c["against"]) for c in report.comparisons), "the base")
 
 
 def draw_comparison(compared: "Comparisons") -> str:
@@ -132,12 +143,12 @@ def _commands(report: "Report", folder: Path) -> dict[str, str]:
         return found
     place = json.dumps(f"{run}/{last}", ensure_ascii=False)
     found["Open the last stage"] = f"import llmq\nwith llmq.open({place}) as loaded:\n    loaded.module"
-    if lines := _opened_by(stage):
+    if lines := _opened_by(stage, folder / str(last)):
         found["Open it without llmq"] = lines.replace("PLACE", place).replace("SHELL", shlex.quote(f"{run}/{last}"))
     return found
 
 
-def _opened_by(stage: JsonObject) -> str:
+def _opened_by(stage: JsonObject, folder: Path) -> str:
     text = "models.causal_lm" in stage.get("model", {})
     if stage.get("runtime") == "openvino" and text:
         return GENAI
@@ -145,4 +156,12 @@ def _opened_by(stage: JsonObject) -> str:
         return OPENED_BY[stage["runtime"]]
     if not text or not stage.get("weights"):
         return ""
-    return PEFT if stage.get("adapter") else TRANSFORMERS
+    return PEFT if stage.get("adapter") else _needing(folder) + TRANSFORMERS
+
+
+def _needing(folder: Path) -> str:
+    """The packages without which transformers does not open packed weights, as a comment; empty where it does."""
+    file = folder / "config.json"
+    told = read_json_object(file).get("quantization_config") if file.is_file() else None
+    method = str(told.get("quant_method", "")) if isinstance(told, dict) else ""
+    return f"# needs {NEEDED[method]}\n" if method in NEEDED else ""

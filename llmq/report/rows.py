@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import HEADLINE, SIZE, is_size, stored_otherwise
 from llmq.report.facts import left_out
-from llmq.report.numbers import interval, number, scaled, set_beside, signed
+from llmq.report.numbers import ALIKE, interval, is_alike, number, scaled, set_beside, signed
 from llmq.statistics.estimates import FEWEST
 from llmq.types import JsonObject, Measurement
 
@@ -170,8 +170,11 @@ def comparison_notes(compared: "Comparisons") -> Iterator[str]:
     for other in others:
         if other.name in sized and (said := stored_otherwise(other.stored, first.stored)):
             yield f"{other.name}: {said}"
-    for refusal in compared.refusals:
-        yield f"not compared: {refusal.result}: {refusal.task} {refusal.metric}: {refusal.reason}"
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for r in compared.refusals:
+        refused.setdefault((r.result, r.task, r.reason), []).append(r.metric)
+    for (result, task, reason), metrics in refused.items():
+        yield f"not compared: {result}: {task} {', '.join(metrics)}: {reason}"
 
 
 def alarms(report: "Report") -> list[str]:
@@ -214,13 +217,17 @@ def _headline(report: "Report", name: str) -> list[str]:
     for c in report.comparisons:
         if c["stage"] == name:
             told = TOLD.get(str(c["verdict"]), str(c["verdict"]))
+            told = ALIKE if is_alike(c) else told
             of_size = c["metric"] == SIZE and _stored_otherwise(report, name)
             told += f"; {of_size}" if of_size else ""
             found.setdefault(c["metric"], f"{set_beside(c, units[c['task'], c['metric']])} ({told})")
-    for m in report.measurements:  # figures that are themselves distances from the base
+    # Figures that the base has none of are distances from it, but where a task failed there.
+    against = "; the base has no such figure" if report.lacks_base else " against the base"
+    for m in report.measurements:
         if m["stage"] == name and m["metric"] not in base:
             scale, unit = scaled(m["unit"])
-            found.setdefault(m["metric"], f"{number(m['value'] * scale)} {unit} against the base".replace("  ", " "))
+            told = f", by {m['task']}" if report.told_by_step(m) else against
+            found.setdefault(m["metric"], " ".join(f"{number(m['value'] * scale)} {unit}{told}".split()))
     return [f"{m.replace('_', ' ')} {found[m]}" for m in HEADLINE if m in found] or ["nothing to compare"]
 
 

@@ -1,7 +1,7 @@
 """Reports, comparisons and verdicts on a terminal."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -36,7 +36,7 @@ def console(width: int) -> Console:
 def show(report: "Report", out: Console | None = None) -> None:
     """Print the table of stages."""
     out = out or console(160)
-    out.print(_table(report.columns, rows(report)))
+    out.print(_table(report.columns, list(rows(report)), out.width))
     out.print(LEGEND, style="dim")
     for line in notes(report):
         out.print(cell(line), style="dim", soft_wrap=True)
@@ -47,7 +47,7 @@ def show(report: "Report", out: Console | None = None) -> None:
 def show_comparison(compared: Comparisons, out: Console | None = None) -> None:
     """Print the table of results beside the first of them."""
     out = out or console(200)
-    out.print(_table([r.name for r in compared.results], compared_rows(compared), "sees"))
+    out.print(_table([r.name for r in compared.results], list(compared_rows(compared)), out.width, "sees"))
     out.print(COMPARISON_LEGEND, style="dim", soft_wrap=True)
     for line in comparison_notes(compared):
         out.print(cell(line), soft_wrap=True)
@@ -63,19 +63,27 @@ def show_gate(told: JsonObject, out: Console | None = None) -> None:
         out.print(cell(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", "bold"), soft_wrap=True)
 
 
-def _table(names: Sequence[str], rows: Iterable[Row], last: str = "") -> Table:
+NARROW = 110
+"""Columns of a terminal below which a task has a line of its own above its figures, so that no name of one is cut."""
+
+
+def _table(names: Sequence[str], rows: Sequence[Row], width: int, last: str = "") -> Table:
     """A row a metric, a column a name; a task is named once."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("task", style="dim", overflow="fold")
-    table.add_column("metric", overflow="fold")  # a gate needs the whole name
+    table, is_narrow = Table(box=None, header_style="bold", pad_edge=False), width < NARROW
+    if not is_narrow:
+        table.add_column("task", style="dim", overflow="fold")
+    longest = max((len(row.metric) for row in rows), default=0)
+    table.add_column("metric", overflow="fold", min_width=min(longest, width // 2))  # a gate needs the whole name
     for name in names:
         table.add_column(cell(name), justify="right", overflow="fold")
     if last:
-        table.add_column(last, justify="right", style="dim")
+        table.add_column(last, justify="right", style="dim", overflow="fold")
     task = ""
     for row in rows:
-        shown = [cell("" if row.task == task else row.task), cell(row.label)]
-        shown += (cell(c, COLOURS.get(c.verdict, "")) for c in row.cells)
+        if row.task != task and is_narrow:
+            table.add_row(cell(row.task, "dim"))
+        shown = [] if is_narrow else [cell("" if row.task == task else row.task)]
+        shown += (cell(row.label), *(cell(c, COLOURS.get(c.verdict, "")) for c in row.cells))
         table.add_row(*shown, *([row.sees] if last else ()))
         task = row.task
     return table

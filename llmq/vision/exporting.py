@@ -61,10 +61,12 @@ def quantized_stage(
     compute_dtype: str = "float32",
     float16: bool = False,
     notes: Mapping[str, object] = MappingProxyType({}),
+    meaning: Callable[[Tensor], Tensor] = torch.Tensor.float,
 ) -> Artifact:
     """Export `artifact`, `change` the graph, write the new graph to `folder`, and judge it on `inputs` or one example.
 
-    Raises `LlmqError` and leaves no file if nothing shrank, nothing changed, or the outputs are spoilt.
+    `meaning` is the part of an output that is compared. Raises `LlmqError` and leaves no file if nothing shrank or
+    changed, or the outputs are spoilt.
     """
     model = artifact.model
     with artifact.open("cpu") as loaded:
@@ -82,7 +84,7 @@ def quantized_stage(
     try:
         apart.check_opens(folder, model.title, model.example(1))
         check_written(changed, folder / GRAPH)
-        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)])
+        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)], meaning)
     except LlmqError:
         for file in weight_files(folder):  # a refused graph is no stage
             file.unlink()
@@ -172,7 +174,12 @@ def check_written(graph: Graph, path: Path) -> None:
 
 
 def judged(
-    word: str, artifact: Artifact[ImageModel], graph: Graph, folder: Path, inputs: Sequence[Tensor]
+    word: str,
+    artifact: Artifact[ImageModel],
+    graph: Graph,
+    folder: Path,
+    inputs: Sequence[Tensor],
+    meaning: Callable[[Tensor], Tensor] = torch.Tensor.float,
 ) -> dict[str, object]:
     """The effect of a quantization on file and outputs. Raises `LlmqError` if there is none, or outputs are spoilt."""
     model, name = artifact.model, artifact.model.title
@@ -187,7 +194,7 @@ def judged(
         pairs = list(zip(*outputs(model, exact, changed, x), strict=True))  # one pair for each output
         likenesses = likenesses or [Likeness() for _ in pairs]
         for likeness, pair in zip(likenesses, pairs, strict=True):
-            likeness.add(*pair)
+            likeness.add(*map(meaning, pair))
     worst = max(likenesses, key=lambda likeness: likeness.relative_error)
     facts = f"{before / after:.2f}x smaller, relative error {worst.relative_error:.3g} on {len(inputs)} inputs"
     if all(likeness.error == 0 for likeness in likenesses):

@@ -53,8 +53,8 @@ def rounding(
             advanced_parameters=advanced,
         )
     if bits != 8:  # NNCF itself gives no other number of bits than its hardware tables have
-        for _, quantizer in _quantizers(made):
-            if _is_of_weights(quantizer):
+        for name, quantizer in _quantizers(made):
+            if _is_of_weights(name, quantizer):
                 quantizer.num_bits = bits  # over the same range
     return made
 
@@ -121,9 +121,12 @@ def _quantizers(network: Module) -> list[tuple[str, BaseQuantizer]]:
     return [(name, hook) for name, hook in get_hook_storage(network).named_hooks() if isinstance(hook, BaseQuantizer)]
 
 
-def _is_of_weights(quantizer: BaseQuantizer) -> bool:
-    """True for the rounding of a weight: a range for each output channel."""
-    return bool(quantizer.per_channel)
+def _is_of_weights(name: str, quantizer: BaseQuantizer) -> bool:
+    """True for the rounding of a weight: before an operation, in a range for each output channel.
+
+    What a depthwise layer takes has a range for each channel, too, and is rounded behind the operation that made it.
+    """
+    return bool(quantizer.per_channel) and name.startswith("pre_hooks.")
 
 
 class Rounded(Module):

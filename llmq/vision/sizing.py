@@ -58,10 +58,24 @@ class ImageSketch(Sketch):
     network: Module | None = None
     counted: Pass = Pass(0.0, 0, 0, 0, 1)
     bits: int = 32
+    constants: int = 0
+    """The bytes of the constants of an exported graph; 0 where they are told by the parts."""
+    tried_in: str = "torch"
+    """The runtime that `network` runs in here, when its rate is told."""
+    node_text: float = 0.0
+    """The bytes that describe a node in the file of a graph that somebody exported; 0 for a graph of ours."""
+
+    @property
+    def in_memory(self) -> int:
+        return self.constants or super().in_memory
 
     def timed(self, prompt_tokens: int, new_tokens: int, batch_size: int) -> Work:
         """One batch through the network."""
         return replace(forward(self, batch_size, batch_size), memory=working(self, batch_size))
+
+    def with_files(self, size: int) -> ImageSketch:
+        """The same with files of `size` bytes."""
+        return replace(self, more_on_disk=self.more_on_disk + size - self.on_disk)
 
     def changed(self, change: Callable[[Module], None]) -> ImageSketch:
         """The sketch of the network after a change of its shapes."""
@@ -146,7 +160,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def forward(sketch: ImageSketch, images: float, batch: int = 1) -> Work:
     """Passes over `images` of the usual size, `batch` at a time."""
-    rate = 1.0 if sketch.runtime == "torch" else GRAPH_RATE * (2 if sketch.bits == 8 else 1)
+    rate = (1.0 if sketch.runtime == sketch.tried_in else GRAPH_RATE) * (2 if sketch.bits == 8 else 1)
     operations: dict[Kind, float] = {_pass(sketch, batch): sketch.counted.operations * images / rate}
     return Work(sketch.in_memory + sketch.counted.live, operations)
 
@@ -253,7 +267,7 @@ def as_graph(sketch: ImageSketch, bits: int, activations: bool = False) -> Image
     """
     from llmq.sketch import BYTES
 
-    dtype = {8: "int8", 16: "float16", 32: "float32"}[bits]
+    dtype = {4: "int8", 8: "int8", 16: "float16", 32: "float32"}[bits]
     network = sketch.network
     assert network is not None
     parts = []
@@ -264,29 +278,30 @@ def as_graph(sketch: ImageSketch, bits: int, activations: bool = False) -> Image
         graph = Part.plain(part.name, part.shape, own, part.role)
         parts.append(replace(graph, packed=bits < 32 and len(part.shape) > 1, stored=graph.stored))
     held = sum(part.weights * BYTES[part.stored[0].dtype] for part in parts)
-    made = replace(sketch, parts=tuple(parts), runtime="openvino", bits=bits)
-    described = GRAPH_NODE * sketch.counted.layers * (4 if bits == 8 else 2)
-    files = _exported(sketch, bits, activations) or held + described
-    return replace(made, more_on_disk=files - made.on_disk, not_in_order="the text that describes a graph is estimated")
+    files, constants = _exported(sketch, bits, activations)
+    made = replace(sketch, parts=tuple(parts), runtime="openvino", bits=max(bits, 8), constants=constants)
+    described = GRAPH_NODE * sketch.counted.layers * (4 if bits <= 8 else 2)
+    told = replace(made, not_in_order="the text that describes a graph is estimated")
+    return told.with_files(files or held + described)
 
 
-def _exported(sketch: ImageSketch, bits: int, activations: bool) -> int:
-    """The bytes of the files of the exported graph; 0 for a network that is not exported, or not soon."""
+def _exported(sketch: ImageSketch, bits: int, activations: bool) -> tuple[int, int]:
+    """The bytes of the files and the constants of the exported graph; 0 for a network that is not exported soon."""
     from llmq.errors import LlmqError
     from llmq.vision.graph_sizing import graph_bytes
 
     assert sketch.model is not None
     assert sketch.network is not None
     if sketch.counted.layers > MOST_LAYERS:
-        return 0
+        return 0, 0
     try:
-        return graph_bytes(sketch.model, sketch.network, bits, activations)
+        return graph_bytes(sketch.model, sketch.network, bits, activations, sketch.node_text)
     except (LlmqError, RuntimeError):
-        return 0
+        return 0, 0
 
 
 SCORING = 10_000_000
-"""Bytes that scoring takes besides the network: images, scores, pictures."""
+"""Bytes that scoring takes besides the network and the images: scores, pictures."""
 
 
 def asked(
@@ -301,10 +316,18 @@ def asked(
     share = expected.pixels / sketch.counted.pixels if expected and expected.pixels else 1.0
     images = min(known, default=0)
     work = forward(sketch, images * share, batch)
-    memory = scoring + working(sketch, share * min(batch, images or batch))
-    unknown = "" if images else "the images are counted when the data is read; set limit"
     pixels = expected.pixels if expected and expected.pixels else sketch.counted.pixels
+    read = images * pixels * _channels(sketch)  # a byte each; all are there at once
+    memory = scoring + read + working(sketch, share * min(batch, images or batch))
+    unknown = "" if images else "the images are counted when the data is read; set limit"
     return replace(work, memory=memory, seconds=DRAWN + SCORED * pixels * images, unknown=unknown)
+
+
+def _channels(sketch: ImageSketch) -> int:
+    """The channels of the images that a network is asked about; none of latents."""
+    assert sketch.model is not None
+    shape = sketch.model.example(1).shape
+    return int(shape[1]) if len(shape) >= 4 and shape[-1] > 1 else 0
 
 
 def beside(ours: Work, theirs: Work) -> Work:

@@ -90,6 +90,11 @@ def int8(part: Part) -> Part:
     return replace(part, stored=(stored[0], scale, names), opened=stored[0].bytes + scale.bytes, packed=True)
 
 
+def in_int8(part: Part) -> bool:
+    """True for a matrix of LLM.int8()."""
+    return any(tensor.name == "SCB" or tensor.name == ".SCB" for tensor in part.stored)
+
+
 def adapters(parts: Iterable[Part], rank: int, dora: bool = False, pooled: bool = False) -> list[Part]:
     """The two float32 matrices of a LoRA for each linear layer, and the magnitudes of DoRA, named as in the file.
 

@@ -21,6 +21,8 @@ WIDEST = 2048
 RANK = 16
 """The rank of the adapters of a trial that learns."""
 HEAD_ROWS, HEAD_OUTPUTS = 512, 2**15
+GRID_WEIGHTS = 2**20
+"""Weights that a trial rounds to a grid."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,24 @@ def head(sketch: TextSketch, rows: int) -> Trial:
         return lambda: torch.nn.functional.linear(stream, weight), 2.0 * rows * weight.numel()
 
     return Trial(f"head {sketch.dtype} {rows}x{inputs}x{outputs}", unit)
+
+
+def grid(outputs: int, inputs: int) -> Trial:
+    """The search for the ranges of a matrix in groups, and its rounding; the rate counts weights."""
+    inputs = min(inputs, WIDEST)
+    outputs = max(1, min(outputs, GRID_WEIGHTS // inputs))
+    size = next((size for size in (128, 64, 32) if inputs % size == 0), -1)
+
+    def unit(device: str) -> Unit:
+        import torch
+
+        from llmq.matrix.grid import round_to_nearest
+
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(outputs, inputs, generator=generator, device=device)
+        return lambda: round_to_nearest(weight, 4, size, True, mse=True), float(weight.numel())
+
+    return Trial(f"grid {outputs}x{inputs}", unit)
 
 
 def _shape(sketch: TextSketch, rows: int, length: int, learns: bool) -> _Shape:

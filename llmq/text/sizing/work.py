@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmq.matrix import products
 from llmq.sketch import BYTES, Kind, Sketch, Work, times
 from llmq.text.sizing import trials
-from llmq.text.sizing.packing import in_planes
+from llmq.text.sizing.packing import in_int8, in_planes
 
 if TYPE_CHECKING:
     from llmq.text.sizing.network import TextSketch
@@ -121,6 +121,8 @@ def saved(sketch: TextSketch, rows: int, length: int, ranks: int, checkpointed: 
     norms = 2 * d * 4
     # Inputs of the adapters; in 16 bits each layer rounds a copy of its own.
     inputs = (3 * d + q + 2 * d + inner) * 2 if half else (d + q + d + inner) * 4
+    if any(map(in_int8, sketch.linears)):  # on a processor these layers keep what they were given, rounded or not
+        inputs += (2 * d + q + inner) * width
     mixing = (q + k + 3 * inner) * width + 7 * ranks * width
     scores = sketch.heads * (length + TILE) // 2 * (6 if half else 4)
     block = tokens * (norms + inputs + mixing + scores)
@@ -227,10 +229,11 @@ def widths_of_groups(sketch: TextSketch) -> list[int]:
 
 
 def rounding(sketch: TextSketch, names: Iterable[str]) -> Work:
-    """Rounding matrices to a grid whose ranges are searched for."""
+    """Rounding matrices to a grid whose ranges are searched for, told by a part of the largest of them."""
     wanted = set(names)
-    weights = sum(part.weights for part in sketch.parts if part.name in wanted)
-    return Work(0, {"copy": 400.0 * weights})
+    parts = [part for part in sketch.parts if part.name in wanted]
+    largest = max(parts, key=lambda part: part.weights)
+    return Work(0, {trials.grid(*largest.shape): float(sum(part.weights for part in parts))})
 
 
 PROBES = 3.0

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.files import cache, make_whole, sha256_files, sha256_text
+from llmq.files import at_home, cache, make_whole, sha256_files, sha256_text
 from llmq.types import Context
 from llmq.vision.family import ImageModel, Training, noise
 from llmq.vision.foreign.graph import check_file, files_of
@@ -103,8 +103,12 @@ class Foreign(ImageModel):
     def sketch(self) -> ImageSketch:
         from llmq.sketch import Sketch
 
-        # A plan asks no more of a sketch that says so.
-        return cast("ImageSketch", Sketch((), "float32", unknown=f"{self.word} does not foretell its size"))
+        if not at_home(self.weights).is_file():  # a plan asks no more of a sketch that says so
+            unknown = f"there is no file {self.weights!r}, and only the file of a graph tells its size"
+            return cast("ImageSketch", Sketch((), "float32", unknown=unknown))
+        from llmq.vision.foreign.sizing import sketch_of
+
+        return sketch_of(self.resolved())
 
     def base(self, context: Context) -> Artifact[Self]:
         """The graph in the cache, for OpenVINO, opened and run once; `notes` say where it came from."""
@@ -113,7 +117,7 @@ class Foreign(ImageModel):
         model = self.resolved()
         about = [model.model_dump_json(), where := model.source(), str(library_version("openvino"))]
         folder = cache("models", f"exported-{sha256_text(*about)[:16]}")
-        make_whole(folder, partial(model._write), shared=True)
+        make_whole(folder, partial(model.write_graph), shared=True)
         return Artifact(model, folder, runtime=self.begins_in, notes={"source": where})
 
     def resolved(self) -> Self:
@@ -126,7 +130,7 @@ class Foreign(ImageModel):
 
         made = self._sized()
         with TemporaryDirectory() as folder:
-            made._write(Path(folder))
+            made.write_graph(Path(folder))
             example = made.example(1)
             check_opens(Path(folder), made.title, example)
             module = ExportedModule(Path(folder))
@@ -158,7 +162,8 @@ class Foreign(ImageModel):
                 raise UserError(f"{self.weights!r} tells {count} classes apart, and {name} tells of {told}")
         return self.model_copy(update={"classes": count})
 
-    def _write(self, folder: Path) -> None:
+    def write_graph(self, folder: Path) -> None:
+        """Write the graph as llmq opens it: for OpenVINO, in the usual layout, with the size of the input."""
         from llmq.vision.foreign.graph import written
 
         written(self._reshaped(self._read()), folder)
