@@ -47,7 +47,7 @@ def test_every_yaml_is_found():
 def test_a_sweep_loads_every_run_and_tells_its_own_story(name):
     asked = sweeping.load(name)
     jobs = [sweeping.recipe_of(asked, settings) for settings in sweeping.settings_of(asked)]
-    assert len(jobs) > 4
+    assert len(jobs) > 2
     assert len({str(job.plain()) for job in jobs}) == len(jobs)
     what, needs, expect = comments(SWEEPS[name])[:3]
     assert re.fullmatch(r"# What:   \S.*\.", what)
