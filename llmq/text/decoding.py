@@ -26,7 +26,7 @@ SLOTS = 32
 """Texts that are written at once, if their keys and values fit into `MEMORY`."""
 GROUP = 4 * SLOTS
 """Texts that are written to their end before the next ones begin, so that any number of processes writes them beside
-the same others: the last bits of a product depend on its other rows."""
+the same others: a library may let the last bits of a product depend on its other rows."""
 FEWEST = 8
 """Tokens in a step at least: a product may sum a single row in another order than one of several rows."""
 MEMORY = 2**30
