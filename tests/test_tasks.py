@@ -100,6 +100,17 @@ def test_generate_shows_what_the_model_writes(tiny_llama, tiny_jsonl):
     assert share.n == 2
 
 
+def test_generate_is_greedy_whatever_the_settings_of_the_model(tiny_llama, tiny_jsonl):
+    """Its convention says so; Qwen's own settings penalize repetition, and older models ask for beams."""
+    task = plugin.build({"generate": {"data": str(tiny_jsonl), "examples": 3, "max_new_tokens": 12}}, "tasks")
+    with base_of(tiny_llama).open("cpu") as loaded:
+        plain = [exhibit.output for exhibit in list(task.score(loaded))[:-1]]
+        for name, value in {"repetition_penalty": 5.0, "num_beams": 4, "no_repeat_ngram_size": 1}.items():
+            setattr(loaded.module.generation_config, name, value)
+        steered = [exhibit.output for exhibit in list(task.score(loaded))[:-1]]
+    assert steered == plain
+
+
 @pytest.mark.slow
 def test_lm_eval_is_that_of_the_harness_command_line(tiny_llama, tmp_path):
     from llmq.files import bundled

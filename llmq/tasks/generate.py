@@ -78,7 +78,7 @@ class Generate(Task):
     def _answer(self, loaded: Loaded, prompt: tuple[int, ...]) -> tuple[str, bool]:
         import torch
 
-        from llmq.text.decoding import end_marks
+        from llmq.text.decoding import STEERING, end_marks
 
         ends = end_marks(loaded.module, loaded.processor)
         ids = torch.tensor([prompt], device=loaded.device)  # (1, tokens)
@@ -88,6 +88,8 @@ class Generate(Task):
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
+                num_beams=1,
+                **STEERING,  # greedy, whatever penalties the model's own settings have
                 pad_token_id=loaded.processor.pad_token_id,
                 eos_token_id=sorted(ends) or None,
             )
