@@ -90,6 +90,9 @@ def test_packed_layers_keep_their_codes(grid: str, tiny_llama: Path, tmp_path: P
     stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", **GRIDS[grid])
     graph = apply("export.openvino", stage, tmp_path / "graph")
     assert graph.packed
+    if grid == "with the head":
+        told = "4 bits in groups of 32, 8 bits in groups of 64"
+        assert (stage.stored, graph.stored) == (f"{told} and bfloat16", f"{told} and float16")
     assert graph.notes["packed_layers"] == stage.notes["quantized_layers"]
     assert "finding" not in graph.notes
     assert graph.notes["logits_off_by"] < 1e-5

@@ -102,9 +102,9 @@ def test_a_foreign_q4_k_file_is_compared_with_our_own_bits(tiny_llama, tmp_path,
     table = json.loads(told("compare", "a", "c", "--json"))
     # The file's own name and types, and not those of the floats that it was dequantized to.
     assert table["results"] == [file.name, "ours"]
-    assert table["stored"] == {file.name: "Q4_K and float16", "ours": "float32"}  # of most bytes
+    assert table["stored"] == {file.name: "Q4_K and float16", "ours": "4 bits in groups of 32 and float32"}
     shown = " ".join(told("compare", "c", "a").split())
-    assert f"{file.name}: stored as Q4_K and float16, the base as float32" in shown
+    assert f"{file.name}: stored as Q4_K and float16, the base as 4 bits in groups of 32 and float32" in shown
     ratios = {pair["metric"]: pair["ratio"] for pair in table["comparisons"]}
     for metric in ("bytes_on_disk", "token_perplexity"):
         assert ratios[metric] == pytest.approx(own[metric] / theirs[metric], rel=1e-6), metric
@@ -127,11 +127,14 @@ def test_a_run_on_a_foreign_file_tells_its_types(tiny_llama, tmp_path, monkeypat
     )
     told("run", "job.yaml", "--out", "run")
     report = json.loads(Path("run/report.json").read_text())
-    assert [stage["stored"] for stage in report["stages"]] == ["Q4_K and float16", "bfloat16"]
+    assert [stage["stored"] for stage in report["stages"]] == [
+        "Q4_K and float16",
+        "4 bits in groups of 64 and bfloat16",
+    ]
     assert report["foretold"]["stages"][0]["bytes_on_disk"] == file.stat().st_size
     source = report["stages"][0]["notes"]["source"]
     assert "stored as Q4_K and float16, dequantized to bfloat16" in source
-    said = "stored as bfloat16, the base as Q4_K and float16"
+    said = "stored as 4 bits in groups of 64 and bfloat16, the base as Q4_K and float16"
     assert report["gate"]["rules"][0]["stored"] == said
     assert said in " ".join(told("show", "run").split())
     assert said in Path("run/report.md").read_text()

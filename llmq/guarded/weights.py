@@ -51,8 +51,10 @@ PACKED = {
 (integers, complex, floats of 8 bits and fewer) are none without scales beside them."""
 GRAPHS = ("model.xml", "openvino_model.xml")
 """The names of OpenVINO's graph of an image model, and of a language model."""
-CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*\bsize="(\d+)"')
-"""A constant of an OpenVINO graph."""
+CONSTANT = re.compile(r'type="Const"[^>]*>\s*<data element_type="(\w+)"[^>]*?\bshape="([\d, ]*)"[^>]*\bsize="(\d+)"')
+"""A constant of an OpenVINO graph: its dtype, shape and bytes."""
+CODES = {"u4": 4, "u8": 8}
+"""Bits of the codes of packed layers in a graph, (outputs, groups, inputs of a group)."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 SHARED = 200
 """Layers that a network may have with fewer tensors in the files: a few families use one block again and again."""
@@ -194,28 +196,63 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_as(files: Iterable[Path]) -> str:
     """The dtype of most stored weights in files or a graph; for packed weights also that of the others.
 
-    Such as `float32`, `uint8 and bfloat16`. GGUF files mix types, and all are told, that of most bytes first:
+    Such as `float32`, `uint8 and bfloat16`. Codes of GPTQ's format and of a graph tell their grids, GGUF files mix
+    types, and all are told, that of most bytes first: `4 bits in groups of 64, symmetric and bfloat16`,
     `Q4_K, Q6_K and float32`. Empty where no file tells.
     """
     sizes: Counter[str] = Counter()
     mixed = False
     for file in files:
         if file.suffix == ".xml" and file.is_file():
-            for dtype, size in CONSTANT.findall(file.read_text(encoding="utf-8")):
-                sizes[dtype.upper()] += int(size)
+            sizes.update(_of_graph(file))
         if file.suffix == ".onnx" and file.is_file():
             for dtype, size in _of_onnx(file):
                 sizes[dtype] += size
         if file.suffix == ".safetensors" and file.is_file():
-            for tensor in header(file).values():
-                sizes[tensor.dtype] += tensor.end - tensor.begin
+            sizes.update(_of_safetensors(file))
         if file.suffix == ".gguf" and file.is_file():
             mixed = True
             sizes.update(gguf_files.stored(file))
     dtypes = [dtype for dtype, _ in sizes.most_common()]
-    packed = [PACKED.get(dtype, dtype) for dtype in dtypes if dtype not in FLOATS]
-    told = packed if mixed else packed[:1] if dtypes and dtypes[0] not in FLOATS else []
+    grids = [kind for kind in dtypes if " bits" in kind]
+    packed = grids or [PACKED.get(dtype, dtype) for dtype in dtypes if dtype not in FLOATS]
+    told = packed if mixed or grids else packed[:1] if dtypes and dtypes[0] not in FLOATS else []
     return " and ".join(([", ".join(told)] if told else []) + [FLOATS[d] for d in dtypes if d in FLOATS][:1])
+
+
+def _of_graph(file: Path) -> Counter[str]:
+    """The bytes of all constants of a graph of OpenVINO by dtype; those of codes by their grid."""
+    constants = [
+        (dtype, [int(n) for n in shape.split(",") if n.strip()], int(size))
+        for dtype, shape, size in CONSTANT.findall(file.read_text(encoding="utf-8"))
+    ]
+    sizes: Counter[str] = Counter()
+    for dtype, shape, size in constants:
+        is_code = file.name == GRAPHS[1] and dtype in CODES and len(shape) == 3 and shape[2] > 1
+        sizes[_grid(CODES[dtype], shape[2]) if is_code else dtype.upper()] += size
+    return sizes
+
+
+def _of_safetensors(file: Path) -> Counter[str]:
+    """The bytes of all tensors of a file by dtype; those of the four tensors of GPTQ's format by their grid."""
+    tensors = header(file)
+    kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+    for name in kinds:
+        layer, _, kind = name.rpartition(".")
+        parts = {part: tensors.get(f"{layer}.{part}") for part in ("qweight", "g_idx", "scales", "qzeros")}
+        words, groups, scales = parts["qweight"], parts["g_idx"], parts["scales"]
+        if kind == "qweight" and words and groups and scales and all((words.shape, groups.shape, scales.shape)):
+            inputs = groups.shape[0]
+            grid = _grid(words.shape[0] * 32 // max(inputs, 1), -(-inputs // max(scales.shape[0], 1)))
+            kinds |= {f"{layer}.{part}": grid for part, tensor in parts.items() if tensor}
+    sizes: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        sizes[kinds[name]] += tensor.end - tensor.begin
+    return sizes
+
+
+def _grid(bits: int, group: int) -> str:
+    return f"{bits} bits in groups of {group}"
 
 
 def _of_onnx(file: Path) -> Iterator[tuple[str, int]]:
