@@ -43,6 +43,24 @@ def test_tokens_and_logits_are_those_of_the_model(settings, tiny_llama, tmp_path
         assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(one.logits, other.logits, strict=True))
 
 
+def test_layers_that_are_exchanged_after_the_capture_are_heeded(tiny_llama, tmp_path, counted):
+    from peft import LoraConfig, get_peft_model
+
+    stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", bits=4, group_size=32)
+    told = {"input_ids": some_ids(1, 12), "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+    told |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with stage.open("cpu") as loaded, torch.inference_mode():
+        loaded.module.generate(**told)
+        assert [bool(step) for step in counted] == [True]
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(loaded.module, config).eval()
+        made = adapted.generate(**told)
+        del loaded.module.forward
+        own = adapted.generate(**told)
+    assert torch.equal(made.sequences, own.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(made.logits, own.logits, strict=True))
+
+
 def test_a_captured_step_keeps_no_weights_once_its_model_is_closed(tiny_llama, tmp_path, counted):
     stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", bits=4, group_size=32)
     ids = some_ids(1, 12)

@@ -54,6 +54,7 @@ class _Steps:
     def __init__(self, module: PreTrainedModel):
         self.module = module
         self.stock = module.forward
+        self.modules = list(module.modules())
         self.step: Any = None
         self.wait = WAIT
 
@@ -89,7 +90,10 @@ class _Steps:
             return False
         if mask is not None and (mask.shape != (1, cache.get_seq_length() + 1) or not bool(mask.all())):
             return False
-        return not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in self.module.modules())
+        modules = list(self.module.modules())
+        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
+            return False  # layers were exchanged, for those of an adapter say, which a captured step knows nothing of
+        return not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in modules)
 
     def _captured(self, ids: Tensor, cache: DynamicCache) -> Any:
         """The step as a graph of PyTorch's, or None where a graph would not give what the model gives."""
