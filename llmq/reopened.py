@@ -48,9 +48,9 @@ def reopened(saved: Meant, artifact: Artifact, device: str, tolerance: float = 0
         opened = meant(artifact.model, loaded.module)
     names = [*saved.tensors, *(opened.tensors.keys() - saved.tensors.keys())]
     other = next((name for name in names if saved.tensors.get(name) != opened.tensors.get(name)), None)
-    apart = max((_apart(a, b) for a, b in zip(saved.answers, opened.answers, strict=True)), default=0.0)
-    if other or not apart <= tolerance:  # not <=: NaN fails, too
-        why = f"{other} differs" if other else f"its answers are apart by {apart:.1e}, and no tensor is"
+    away = apart(saved.answers, opened.answers)
+    if other or not away <= tolerance:  # not >: NaN fails, too
+        why = f"{other} differs" if other else f"its answers are apart by {away:.1e}, and no tensor is"
         place = str(artifact.adapter or artifact.weights)
         raise LlmqError(f"{artifact.history[-1]}: {place!r} does not hold the model that was to be saved: {why}")
     return artifact
@@ -62,12 +62,11 @@ def same_answers(answers: Sequence[Tensor], artifact: Artifact, device: str, tol
     Raises `LlmqError` if its answers are apart by more than `tolerance`.
     """
     with artifact.open(device) as loaded:
-        opened = artifact.model.probe(loaded.module)
-    apart = max(_apart(a, b) for a, b in zip(answers, opened, strict=True))
-    if not apart <= tolerance:  # not >: NaN fails, too
+        away = apart(answers, artifact.model.probe(loaded.module))
+    if not away <= tolerance:  # not >: NaN fails, too
         place = str(artifact.weights)
         raise LlmqError(
-            f"{artifact.history[-1]}: {place!r} answers apart by {apart:.1e} from the model that was to be saved"
+            f"{artifact.history[-1]}: {place!r} answers apart by {away:.1e} from the model that was to be saved"
         )
     return artifact
 
@@ -129,6 +128,11 @@ def _hashes(module: Module) -> dict[str, str]:
 
     state = ((name, t) for name, t in module.state_dict().items() if isinstance(t, torch.Tensor))
     return {name: hashlib.sha256(_bytes(t.cpu()).numpy().data).hexdigest() for name, t in state}
+
+
+def apart(answers: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest distance of an answer to the other, as a share of its norm."""
+    return max((_apart(a, b) for a, b in zip(answers, others, strict=True)), default=0.0)
 
 
 def _apart(saved: Tensor, opened: Tensor) -> float:

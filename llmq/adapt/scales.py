@@ -72,7 +72,7 @@ class Scales(Windowed):
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last whole checkpoint in `folder` if there is one, and write the stage there."""
-        from llmq.reopened import REPACKED, same_answers
+        from llmq.reopened import apart, same_answers
         from llmq.text.scales import Student, quantized, write_with
         from llmq.text.training import CHECKPOINTS
 
@@ -85,7 +85,10 @@ class Scales(Windowed):
                 self._ask_teacher(artifact, [*windows, *held_out], told, context)
         with artifact.open(context.device) as loaded:
             module = loaded.module
+            packed = artifact.model.probe(module)
             student = Student(module, quantized(artifact.weights, module), self.temperature)
+            # How far a packed layer and a tuned one answer apart with the same weights: the fewer bits, the farther.
+            tolerance = ROUNDING + 2 * apart(packed, artifact.model.probe(module))
             history = self._train(student, windows, held_out, folder, context)
             moved = student.moved()
             scales = student.scales()
@@ -94,7 +97,6 @@ class Scales(Windowed):
             answers = artifact.model.probe(module)
             del module, student  # or the trained model would stay beside the reopened one
         notes = {"calibration": data, "training": {**history, "seed": context.seed, "teacher": "0-base"}, **moved}
-        tolerance = ROUNDING if artifact.model.dtype == "float32" else REPACKED
         tuned = artifact.then(self, weights=folder, notes=notes)
         if not processes.is_first():
             return tuned
