@@ -61,7 +61,7 @@ class KindsOf(Collection[str]):
         return len(list(iter(self)))
 
 
-def name_and_settings(value: Any) -> tuple[str, JsonObject]:
+def name_and_settings(value: object) -> tuple[str, JsonObject]:
     """Split `word`, or `{word: settings}`, into its two parts."""
     if isinstance(value, str):
         return value, {}
@@ -72,7 +72,7 @@ def name_and_settings(value: Any) -> tuple[str, JsonObject]:
     raise UserError(f"{value!r} is not a word: write 'word' or 'word: {{key: value}}'")
 
 
-def build(value: Any, package: str | None = None) -> Plugin:
+def build(value: object, package: str | None = None) -> Plugin:
     """The plug-in that `word` or `{word: settings}` describes; `package` is the one that the place implies."""
     if isinstance(value, Plugin):
         return value
@@ -105,7 +105,7 @@ def _data_words() -> list[str]:
     return [word.removeprefix("data.") for word in words() if word.startswith("data.")]
 
 
-def _data(value: Any, info: ValidationInfo) -> Any:
+def _data(value: object, info: ValidationInfo) -> object:
     # A bare path is what most people have: `data: my.jsonl`.
     try:
         if isinstance(value, str):
@@ -142,7 +142,7 @@ def entry(plugin: Plugin, *, whole: bool = False) -> Any:
     return {word: settings} if settings else word
 
 
-def _plain_value(value: Any) -> Any:
+def _plain_value(value: object) -> object:
     if isinstance(value, Plugin):
         return entry(value)
     if isinstance(value, BaseModel):

@@ -81,7 +81,7 @@ def _of_run(artifact: Artifact[Any], kind: type[Predictor]) -> JsonObject:
     return told | ({"names": _classes(artifact)} if "names" in kind.model_fields else {})
 
 
-def _windows(value: Any) -> Iterator[Sequence[float]]:
+def _windows(value: object) -> Iterator[Sequence[float]]:
     """The windows in a recipe; that of a registered low-resolution partner goes before the other."""
     if isinstance(value, dict):
         for key in ("partner_window", "window"):

@@ -364,7 +364,7 @@ def _called_from(home: Path) -> list[Path]:
     return [Path(folder), Path(os.path.normpath(home.resolve() / os.path.relpath(folder, run)))]
 
 
-def _settled(value: Any, folders: Sequence[Path], key: str = "") -> Any:
+def _settled(value: object, folders: Sequence[Path], key: str = "") -> object:
     """Plain data with each relative path to what lies in one of the folders made absolute."""
     if isinstance(value, dict):
         return {k: _settled(v, folders, k) for k, v in value.items()}

@@ -109,7 +109,7 @@ class ImageSearched:
         return {**drops, **{m["metric"]: m["value"] for m in sizes}}
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list):

@@ -118,7 +118,7 @@ def asked_for(
     return [{"lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()], **said}}]
 
 
-def _with(entries: Any, said: JsonObject) -> Any:
+def _with(entries: object, said: JsonObject) -> object:
     """The entries of a suite, with each option given to the tasks that have such a setting."""
     if not isinstance(entries, list):
         return entries

@@ -30,7 +30,7 @@ JUDGED = 16
 """Calibration inputs that the result is judged on."""
 
 
-def _points(value: Any) -> Any:
+def _points(value: object) -> object:
     """`0.3pt` as 0.003."""
     if isinstance(value, str) and value.strip().endswith("pt"):
         return f"{value.strip().removesuffix('pt').strip()}e-2"

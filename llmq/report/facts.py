@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.errors import in_bytes
 from llmq.report import foretold
@@ -49,7 +49,7 @@ def _stage(stage: JsonObject) -> str:
     )
 
 
-def _plain(value: Any, key: str = "") -> str:
+def _plain(value: object, key: str = "") -> str:
     if isinstance(value, Mapping):
         inner = {k: v for k, v in value.items() if not _is_curve(v)}  # curves are drawn, not listed
         return ", ".join(
@@ -60,7 +60,7 @@ def _plain(value: Any, key: str = "") -> str:
     return value[:12] if isinstance(value, str) and "sha256" in key and HASH.fullmatch(value) else str(value)
 
 
-def _is_curve(value: Any) -> bool:
+def _is_curve(value: object) -> bool:
     """True for points of a training, and for a list of none."""
     return isinstance(value, list) and all(isinstance(point, list) for point in value)
 

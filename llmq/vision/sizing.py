@@ -149,7 +149,7 @@ def _counted(model: ImageModel, network: Module) -> Pass:
     return Pass(float(counter.get_total_flops()), live, saved, layers, pixels, max(2, inputs.ndim - 2))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     from torch import Tensor
 
     if isinstance(value, Tensor):
