@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import time
 from contextlib import suppress
@@ -62,12 +63,19 @@ def test_yaml_is_bounded_and_plain(tmp_path, monkeypatch, text, says):
 
 
 def test_plain_yaml_is_what_pyyaml_makes_of_it(tmp_path):
-    text = "a: [1, 2.5, true, ~, x, '7', 0x1f, .inf]\nb: &b {c: 1.0e-3}\nd: *b\ne: |\n  two\n  lines\n"
+    text = "a: [1, 2.5, true, ~, x, '7', 0x1f]\nb: &b {c: 1.0e-3}\nd: *b\ne: |\n  two\n  lines\n"
     (tmp_path / "r.yaml").write_text(text)
     assert source.read(tmp_path / "r.yaml").data == yaml.safe_load(text)
     (tmp_path / "r.yaml").write_text("a: 1e-3")  # a text to PyYAML, and a number to everybody else
     assert source.read(tmp_path / "r.yaml").data == {"a": 0.001}
     assert source.value_of("[1, {a: no}]") == [1, {"a": False}]
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999", "1.0e+999"])
+def test_a_number_of_a_recipe_is_finite(number, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"a:\n- {number}")
+    with pytest.raises(UserError, match=re.escape(f"r.yaml:2: {number!r} cannot be read as a finite number")):
+        source.read(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from math import isfinite
 
 import yaml
 
@@ -72,17 +73,23 @@ def _check_aliases(root: yaml.Node, name: str) -> None:
 
 
 def scalar(node: yaml.Node, where: str) -> object:
-    """The value of a scalar. Raises `UserError` for a tag that is not plain, or a value that does not fit the tag."""
+    """The value of a scalar. Raises `UserError` for a tag that is not plain, or a value that does not fit the tag.
+
+    Infinity and NaN fit none: no report could hold them at the end of a run.
+    """
     tag = node.tag.removeprefix(PREFIX)
-    if tag in TEXTS:
-        plain = isinstance(node, yaml.ScalarNode) and not node.style
-        return float(node.value) if plain and EXPONENT.fullmatch(node.value) else node.value
+    written = isinstance(node, yaml.ScalarNode) and not node.style and EXPONENT.fullmatch(node.value)
+    if tag in TEXTS and not written:
+        return node.value
     if tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
         raise UserError(f"{where}: a number of {len(node.value)} characters; {LONGEST_NUMBER} at most")
-    if tag in (*NUMBERS, "bool", "null"):
+    if tag in (*NUMBERS, "bool", "null", *TEXTS):
         with suppress(Exception):  # PyYAML's own constructors raise whatever they meet
-            return yaml.SafeLoader("").construct_document(node)
-    raise UserError(f"{where}: {node.value[:80]!r} cannot be read as {node.tag[:80]!r}")
+            value = float(node.value) if written else yaml.SafeLoader("").construct_document(node)
+            if not isinstance(value, float) or isfinite(value):
+                return value
+    kind = "a finite number" if written or tag == "float" else f"{node.tag[:80]!r}"
+    raise UserError(f"{where}: {node.value[:80]!r} cannot be read as {kind}")
 
 
 def key(node: yaml.Node, where: str) -> str:
