@@ -66,7 +66,7 @@ def test_pages_of_a_mapped_file_are_given_back_and_read_again(tmp_path):
     assert held.sum(dtype=np.int64) == size
     before = resident_bytes()
     resident.forget_file(file)
-    assert before - resident_bytes() > size * 0.9
+    assert before - resident_bytes() > size / 2  # the rest of a large process grows and shrinks beside it
     assert held.sum(dtype=np.int64) == size
 
 
