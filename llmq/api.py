@@ -254,12 +254,19 @@ def search(
     Of a stage of an image model the budget is `macs` (`"0.5x"` of the base's multiplications: channels layer by layer,
     taught by the base), or drops at most: `top1` (`"0.3pt"`), `map` (`"0.01"`), `psnr` (dB): int8, layers in float.
     """
-    from llmq import budget, processes, searching
+    from llmq import budget, processes, searching, searching_images
     from llmq.overrides import in_order
     from llmq.runs.folder import fresh, named
 
     processes.check_alone("a search")
     trust.given(trust_remote_code)
+    folder = named(Path(out or Path("runs") / "search")) if resume else fresh(out, "search")
+    data, changes = os.fspath(data), in_order(overrides)
+
+    def run_in(job: "Recipe", place: Path = folder) -> "Report":
+        goes_on = resume and (place == folder or place.is_dir())  # a kill came before most of the runs
+        return run(job, out=place, resume=goes_on, trust_remote_code=trust_remote_code)
+
     of_images = {k: v for k, v in {"macs": macs, "top1": top1, "map": map, "psnr": psnr}.items() if v is not None}
     if of_images:
         of_text = {"size": size, "bits": bits, "kl": kl, "perplexity": perplexity, "dtype": dtype, "sym": sym or None}
@@ -268,44 +275,15 @@ def search(
             raise UserError(f"--{odd[0]} is of language models, and --{next(iter(of_images))} of image models")
         if data == "pydoc":
             raise UserError("a search of an image model needs --data, such as what it was trained on")
-        return _search_images(model, of_images, data, samples, suite, seed, out, resume, in_order(overrides), device)
+        stage = searching_images.stage_of(os.fspath(model))
+        of_stage = searching_images.ImageSearch(run_in, stage, data, samples, suite, seed, changes, device)
+        return of_stage.within(of_images)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
-    settings = {"sym": sym, "data": os.fspath(data), "samples": samples, "length": length}
+    settings = {"sym": sym, "data": data, "samples": samples, "length": length}
     tasks = suite or searching.TASKS
-    folder = named(Path(out or Path("runs") / "search")) if resume else fresh(out, "search")
-
-    def run_in(job: "Recipe", place: Path) -> "Report":
-        goes_on = resume and (place == folder or place.is_dir())  # a kill came before most of the runs
-        return run(job, out=place, resume=goes_on, trust_remote_code=trust_remote_code)
-
-    job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, in_order(overrides), device)
+    job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, changes, device)
     return job.best(methods)
-
-
-def _search_images(
-    model: Target,
-    budget: Mapping[str, str],
-    data: Target,
-    samples: int,
-    suite: str | None,
-    seed: int,
-    out: Target | None,
-    resume: bool,
-    overrides: Sequence[str],
-    device: str,
-) -> "ImageSearched":
-    from llmq import searching_images
-    from llmq.runs.folder import fresh
-
-    folder = Path(out or Path("runs") / "search") if resume else fresh(out, "search")
-
-    def run_in(job: "Recipe") -> "Report":
-        return run(job, out=folder, resume=resume)
-
-    stage = searching_images.stage_of(os.fspath(model))
-    job = searching_images.ImageSearch(run_in, stage, os.fspath(data), samples, suite, seed, overrides, device)
-    return job.within(budget)
 
 
 def sweep(

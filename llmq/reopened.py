@@ -7,7 +7,7 @@ compares the tensors of the file. The report of a training that changed nothing 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ def reopened(saved: Meant, artifact: Artifact, device: str, tolerance: float = 0
         opened = meant(artifact.model, loaded.module)
     names = [*saved.tensors, *(opened.tensors.keys() - saved.tensors.keys())]
     other = next((name for name in names if saved.tensors.get(name) != opened.tensors.get(name)), None)
-    away = apart(saved.answers, opened.answers)
+    away = _apart(saved.answers, opened.answers)
     if other or not away <= tolerance:  # not >: NaN fails, too
         why = f"{other} differs" if other else f"its answers are apart by {away:.1e}, and no tensor is"
         place = str(artifact.adapter or artifact.weights)
@@ -56,13 +56,16 @@ def reopened(saved: Meant, artifact: Artifact, device: str, tolerance: float = 0
     return artifact
 
 
-def same_answers(answers: Sequence[Tensor], artifact: Artifact, device: str, tolerance: float) -> Artifact:
-    """The artifact, if it answers as the module whose `answers` these are, which held its weights in another form.
+def same_answers(
+    answers: Sequence[Tensor], artifact: Artifact, device: str, form: Callable[[Module], object], tolerance: float
+) -> Artifact:
+    """The artifact, if the module opened from disk answers as the one that was saved, once `form` gave it its layers.
 
     Raises `LlmqError` if its answers are apart by more than `tolerance`.
     """
     with artifact.open(device) as loaded:
-        away = apart(answers, artifact.model.probe(loaded.module))
+        form(loaded.module)
+        away = _apart(answers, artifact.model.probe(loaded.module))
     if not away <= tolerance:  # not >: NaN fails, too
         place = str(artifact.weights)
         raise LlmqError(
@@ -130,12 +133,12 @@ def _hashes(module: Module) -> dict[str, str]:
     return {name: hashlib.sha256(_bytes(t.cpu()).numpy().data).hexdigest() for name, t in state}
 
 
-def apart(answers: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+def _apart(answers: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     """The largest distance of an answer to the other, as a share of its norm."""
-    return max((_apart(a, b) for a, b in zip(answers, others, strict=True)), default=0.0)
+    return max((_distance(a, b) for a, b in zip(answers, others, strict=True)), default=0.0)
 
 
-def _apart(saved: Tensor, opened: Tensor) -> float:
+def _distance(saved: Tensor, opened: Tensor) -> float:
     """The norm of the difference, as a share of the norm of the answer; 0 for the same bits, infinite for NaN."""
     if _same_bits(saved, opened):
         return 0.0

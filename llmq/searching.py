@@ -406,11 +406,8 @@ class Search:
         from llmq import recipe
 
         plain = {"model": self.model, "steps": steps, "evaluate": self.tasks, "seed": self.seed}
-        source = recipe.Source("search", deepcopy(plain))  # overrides are folded into the data itself
-        recipe.check_shape(source)
-        for override in overrides:
-            recipe.apply_override(source, override)
-        job = recipe.parse(source, "search")
+        # Overrides are folded into the data itself.
+        job = recipe.of_source(recipe.Source("search", deepcopy(plain)), "search", overrides)
         if lost := {"tasks.size", "tasks.divergence"} - {task.word for task in job.evaluate}:
             raise UserError(f"a search asks {' and '.join(sorted(lost))}, which are not among the tasks that are named")
         return job

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llmq.recipe import Recipe
     from llmq.report import Report
 
-DROPS = ("top1", "map", "psnr")
 HEADLINE = {"classifier": "top1", "detector": "map", "super-resolution": "psnr"}
 """The figure by which a network with fewer multiplications is told beside the base."""
 

@@ -162,17 +162,15 @@ def test_peak_memory_counts_what_was_freed_before_the_end():
     assert "resident" in peak.convention
 
 
+@pytest.mark.slow  # a process of few files: of a larger one the kernel writes out what lies untouched, just then
 def test_peak_memory_of_a_stage_leaves_out_what_the_process_holds_without_it(llmq_cache):
     ballast = np.ones(64 * 2**20, np.uint8)  # resident before, and so no part of the model
     context = Context("cpu", 0)
     model: Any = plugin.build({"edsr": {"scale": 2, "n_resblocks": 8, "n_feats": 192}}, "models")
     speed: Any = plugin.build({"speed": {"rounds": 3}}, "tasks")
-    for _ in range(3):  # a kernel may write out what the process has not touched for long, just then
-        with model.base(context).open("cpu") as loaded:
-            alone, whole = speed.score(loaded)
-            weights = sum(p.nbytes for p in loaded.module.parameters())
-        if alone.value > weights:
-            break
+    with model.base(context).open("cpu") as loaded:
+        alone, whole = speed.score(loaded)
+        weights = sum(p.nbytes for p in loaded.module.parameters())
     assert (alone.metric, whole.metric) == ("peak_memory", "peak_memory_of_process")
     assert weights < alone.value < 2.5 * weights + 2**20 < whole.value
     assert "no model" in alone.convention

@@ -72,7 +72,7 @@ class Scales(Windowed):
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Train from the last whole checkpoint in `folder` if there is one, and write the stage there."""
-        from llmq.reopened import apart, same_answers
+        from llmq.reopened import same_answers
         from llmq.text.scales import Student, quantized, write_with
         from llmq.text.training import CHECKPOINTS
 
@@ -85,10 +85,7 @@ class Scales(Windowed):
                 self._ask_teacher(artifact, [*windows, *held_out], told, context)
         with artifact.open(context.device) as loaded:
             module = loaded.module
-            packed = artifact.model.probe(module)
             student = Student(module, quantized(artifact.weights, module), self.temperature)
-            # How far a packed layer and a tuned one answer apart with the same weights: the fewer bits, the farther.
-            tolerance = ROUNDING + 2 * apart(packed, artifact.model.probe(module))
             history = self._train(student, windows, held_out, folder, context)
             moved = student.moved()
             scales = student.scales()
@@ -101,7 +98,10 @@ class Scales(Windowed):
         if not processes.is_first():
             return tuned
         shutil.rmtree(folder / CHECKPOINTS)
-        return same_answers(answers, tuned, context.device, tolerance)
+        # In the form that was trained: packed layers add in another order, and the fewer bits, the farther apart.
+        return same_answers(
+            answers, tuned, context.device, lambda opened: Student(opened, quantized(folder, opened)), ROUNDING
+        )
 
     def _ask_teacher(self, artifact: Artifact, windows: list[list[int]], file: Path, context: Context) -> None:
         from llmq.text.scales import answers
