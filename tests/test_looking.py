@@ -10,7 +10,8 @@ import pytest
 from run_folders import size, write_run
 from typer.testing import CliRunner
 
-from llmq import api, cli, cli_completing, cli_looking, doctor, listing, plugin, targets
+from llmq import api, cli, doctor, listing, plugin, targets
+from llmq.cli import completing, looking
 from llmq.errors import UserError
 from llmq.report import shelf
 
@@ -48,7 +49,7 @@ def test_the_words_of_one_kind():
     assert names == ["data", *(word for word in plugin.words() if word.startswith("data."))]
     assert json.loads(told("list", "evals", "--json"))["evals"].keys() >= {"text-quick"}
     with pytest.raises(UserError, match="'date' is no kind of words; did you mean 'data'"):
-        cli_looking.list_words("date")
+        looking.list_words("date")
 
 
 def test_a_suite_and_a_run_are_shown(runs):
@@ -56,16 +57,16 @@ def test_a_suite_and_a_run_are_shown(runs):
     assert "bytes_on_disk" in told("show", "runs/first")
     assert json.loads(told("show", "runs/first", "--json"))["measurements"]
     with pytest.raises(UserError, match="it is no run of llmq"):
-        cli_looking.show("runs/second")
+        looking.show("runs/second")
 
 
 def test_a_short_name_that_has_one_meaning_is_found_and_one_that_has_several_lists_them(runs):
     assert told("show", "speed") == told("show", "tasks.speed")
     assert told("show", "quickstart") == told("show", "text/quickstart")
     with pytest.raises(UserError, match=r"'rock' may be data\.rock or tasks\.rock; say which"):
-        cli_looking.show("rock")
+        looking.show("rock")
     with pytest.raises(UserError, match="unknown word 'spee'"):
-        cli_looking.show("spee")
+        looking.show("spee")
 
 
 def test_an_evaluation_has_no_stages_to_come():
@@ -99,7 +100,7 @@ def test_runs_are_listed_the_latest_first_whole_or_not(runs):
     assert len(lines) == 9
     assert [run["folder"] for run in json.loads(told("runs", "--json"))] == ["runs/third", "runs/second", "runs/first"]
     with pytest.raises(UserError, match="there is no folder 'gone'"):
-        cli_looking.list_runs(Path("gone"))
+        looking.list_runs(Path("gone"))
 
 
 def test_lines_are_wrapped_by_words_on_a_terminal_alone(monkeypatch):
@@ -112,14 +113,14 @@ def test_lines_are_wrapped_by_words_on_a_terminal_alone(monkeypatch):
 
 
 def test_names_are_completed(runs):
-    assert {"text/gptq4", "text/gptq4-lora"} <= set(cli_completing.recipes("text/gptq4"))
-    assert "quantize.gptq" in cli_completing.shown("quantize.")
-    assert cli_completing.runs("runs/f") == cli_completing.shown("runs/f") == ["runs/first"]
-    assert cli_completing.stages("runs/s") == ["runs/second"]
-    assert cli_completing.stages("runs/second/") == ["runs/second/0-base"]
-    assert cli_completing.suites("text-q") == ["text-quick"]
-    assert cli_completing.words_of("export")("g") == ["gguf"]
-    assert cli_completing.kinds("rec") == ["recipes"]
+    assert {"text/gptq4", "text/gptq4-lora"} <= set(completing.recipes("text/gptq4"))
+    assert "quantize.gptq" in completing.shown("quantize.")
+    assert completing.runs("runs/f") == completing.shown("runs/f") == ["runs/first"]
+    assert completing.stages("runs/s") == ["runs/second"]
+    assert completing.stages("runs/second/") == ["runs/second/0-base"]
+    assert completing.suites("text-q") == ["text-quick"]
+    assert completing.words_of("export")("g") == ["gguf"]
+    assert completing.kinds("rec") == ["recipes"]
 
 
 @pytest.mark.parametrize(
@@ -181,4 +182,4 @@ def test_finetune_and_quantize_measure_by_what_they_are_told():
 def test_a_report_that_is_none_is_one_line(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(UserError):
-        cli_looking.show(str(tmp_path))
+        looking.show(str(tmp_path))

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
 
-from llmq import cli_judging
+from llmq.cli import judging
 from llmq.errors import UserError
 from llmq.report import Report, distributions, drawing, first, forest, html, rows, samples, screen
 from llmq.report.numbers import set_beside
@@ -314,7 +314,7 @@ def test_one_file_with_no_request_and_little_script(run):
 
 def test_runs_side_by_side_make_a_page(run, tmp_path):
     file = tmp_path / "compared.html"
-    cli_judging.compare([str(run)], html=file)
+    judging.compare([str(run)], html=file)
     page = file.read_text()
     assert "2 results, beside 0-base" in page
     assert page.count('<li class="') == 3

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import llmq
 from llmq import api, cli, environment, pipeline, planning, plugin, rates, recipe
 from llmq.artifact import Artifact
-from llmq.cli_planning import as_text
+from llmq.cli.planning import as_text
 from llmq.errors import UserError
 from llmq.report import Report, foretold
 from llmq.sketch import Part, Work, of_file

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 import llmq
-from llmq import cli, cli_sweeping, sweeping
+from llmq import cli, sweeping
+from llmq.cli.sweeping import as_text
 from llmq.errors import UserError
 from llmq.report import Report
 from llmq.runs import folder as run_folder
@@ -111,7 +112,7 @@ def test_a_failed_run_is_tried_once_more_and_told_of(sweep_of, tmp_path, monkeyp
     assert [(r["name"], r["code"], r["tries"]) for r in told["runs"]] == [
         (names[0], 0, 2), (names[1], 4, 2), (names[2], 0, 1),
     ]  # fmt: skip
-    assert "FAILED with 4" in cli_sweeping.as_text(swept)
+    assert "FAILED with 4" in as_text(swept)
 
 
 def test_wrong_input_is_not_tried_again(sweep_of, tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_figures_of_other_data_are_shown_and_not_ranked(sweep_of, tmp_path, monk
     first, *others = (sweeping.name_of({"seed": s}) for s in (0, 1, 2))
     assert (swept.best, swept.front) == (first, [first])  # the others have less, of other data
     assert [point.name for point in swept.points if "unlike protocols" in point.unlike] == others
-    assert "not ranked beside the first: unlike protocols, 'sha256 1'" in cli_sweeping.as_text(swept)
+    assert "not ranked beside the first: unlike protocols, 'sha256 1'" in as_text(swept)
 
 
 def test_the_front_is_what_nothing_beats():

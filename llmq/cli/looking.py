@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmq import cli_completing
-from llmq.cli_options import Json
+from llmq.cli import completing
+from llmq.cli.options import Json
 from llmq.errors import UserError, did_you_mean, visible
 from llmq.files import to_json
 
@@ -18,7 +18,7 @@ def list_words(
         typer.Argument(
             metavar="[KIND]",
             help="models, data, quantize, …, recipes, sweeps or evals; all if unset.",
-            autocompletion=cli_completing.kinds,
+            autocompletion=completing.kinds,
         ),
     ] = None,
     as_json: Json = False,
@@ -36,7 +36,7 @@ def list_words(
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SWEEP|SUITE|RUN", autocompletion=cli_completing.shown)],
+    name: Annotated[str, typer.Argument(metavar="WORD|RECIPE|SWEEP|SUITE|RUN", autocompletion=completing.shown)],
     as_json: Json = False,
 ) -> None:
     """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), sweep or suite, a run's table."""

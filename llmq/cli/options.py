@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmq import cli_completing
+from llmq.cli import completing
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
@@ -16,12 +16,13 @@ Trust = Annotated[
         "--trust-remote-code", help="Run Python that the folder of a model or of tasks brings; nothing else does."
     ),
 ]
+AllowCode = Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")]
 Opener = Annotated[
     str,
     typer.Option(
         "--model",
         help="How to open a target that is no stage: a word of models.",
-        autocompletion=cli_completing.words_of("models"),
+        autocompletion=completing.words_of("models"),
     ),
 ]
 DEFAULT_MODEL = "causal_lm"

@@ -1,10 +1,13 @@
-"""The command line: words in, one call, an exit code out."""
+"""The command line: words in, one call, an exit code out.
+
+The commands that run stand here: recipes, those built from a model and data, searches, evaluations, exports, replays.
+"""
 
 import errno
 import faulthandler
-import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
@@ -12,20 +15,10 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 from typer.exceptions import TyperException
 
-from llmq import (
-    __version__,
-    api,
-    cli_completing,
-    cli_judging,
-    cli_looking,
-    cli_planning,
-    cli_sweeping,
-    cli_using,
-    errors,
-    stopping,
-    trust,
-)
-from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Out, Overrides, Trust
+from llmq import __version__, api, errors, stopping, trust
+from llmq.cli import completing, judging, looking, planning, sweeping, using
+from llmq.cli.ending import failed, tell
+from llmq.cli.options import DEFAULT_MODEL, AllowCode, Json, Opener, Out, Overrides, Trust
 from llmq.errors import UserError, in_bytes, visible
 from llmq.files import in_json, to_json
 from llmq.types import JsonObject
@@ -42,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 TaskOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[TASK.KEY=VALUE]...", help="perplexity.limit=32, accuracy.data=photos/"),
@@ -49,14 +43,13 @@ TaskOverrides = Annotated[
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
 Suite = Annotated[
     str | None,
-    typer.Option(help="A suite in evals/, or a YAML file, to measure by.", autocompletion=cli_completing.suites),
+    typer.Option(help="A suite in evals/, or a YAML file, to measure by.", autocompletion=completing.suites),
 ]
 LmTasks = Annotated[str | None, typer.Option(help="lm-eval tasks instead: hellaswag,arc_easy")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions a task at most, with --tasks.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of data, training and sampling.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last whole stage.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on where a part is foretold not to fit.")]
-AllowCode = Annotated[bool, typer.Option(help="Let tasks run the code that the model writes.")]
 
 
 class Trusted(TypedDict):
@@ -81,9 +74,8 @@ def main_options(
     pass
 
 
-@app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
+    recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)],
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole stage.")] = False,
@@ -98,7 +90,6 @@ def run(
     _run(api.load(recipe, overrides or (), **trusted), out, as_json, trusted, resume, cache, force)
 
 
-@app.command()
 def finetune(
     model: str,
     data: str,
@@ -127,13 +118,12 @@ def finetune(
     _run_built(plain, "finetune", overrides, out, as_json, trust_remote_code, resume, force)
 
 
-@app.command()
 def quantize(
     model: str,
     overrides: Overrides = None,
     method: Annotated[
         str,
-        typer.Option(help="A word of quantize: bnb, gptq, int8, …", autocompletion=cli_completing.words_of("quantize")),
+        typer.Option(help="A word of quantize: bnb, gptq, int8, …", autocompletion=completing.words_of("quantize")),
     ] = "bnb",
     bits: Annotated[int | None, typer.Option(help="The method's own default if unset.")] = None,
     family: Annotated[str, typer.Option("--model", help="Opens MODEL: a word of models.")] = DEFAULT_MODEL,
@@ -152,7 +142,6 @@ def quantize(
     _run_built(plain, f"quantize-{method}", overrides, out, as_json, trust_remote_code, resume, force)
 
 
-@app.command()
 def search(
     model: str,
     overrides: Overrides = None,
@@ -224,9 +213,8 @@ def search(
         raise typer.Exit(found.code)
 
 
-@app.command(name="eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(autocompletion=cli_completing.stages)],
+    target: Annotated[str, typer.Argument(autocompletion=completing.stages)],
     overrides: TaskOverrides = None,
     suite: Suite = None,
     tasks: LmTasks = None,
@@ -282,17 +270,16 @@ def evaluate(
         allow_code=allow_code,
     )
     _show(report, folder, as_json)
-    cli_judging.end(report, as_json)
+    judging.end(report, as_json)
 
 
-@app.command()
 def export(
-    target: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=cli_completing.stages)],
+    target: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=completing.stages)],
     to: Annotated[
         str,
         typer.Option(
             help="A word of export: gguf, openvino, onnx, compressed_tensors.",
-            autocompletion=cli_completing.words_of("export"),
+            autocompletion=completing.words_of("export"),
         ),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="type=q8_0")] = None,
@@ -313,15 +300,8 @@ def export(
         typer.echo(visible(f"use it: {_opened_by(folder, made.model.kind)}"))
 
 
-for face in (cli_using.predict, cli_using.chat, cli_using.push):
-    app.command()(face)
-for judging in (cli_judging.compare, cli_judging.gate, cli_judging.verify):
-    app.command()(judging)
-
-
-@app.command()
 def replay(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=cli_completing.runs)],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=completing.runs)],
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN-replay if unset.")] = None,
     trust_remote_code: Trust = False,
     allow_code: AllowCode = False,
@@ -349,69 +329,6 @@ def replay(
         )
     if not found.same:
         raise typer.Exit(1)
-
-
-@app.command()
-def check(
-    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
-    overrides: Overrides = None,
-    data: Annotated[bool, typer.Option("--data", help="Read all data, too, and see that it fits the base.")] = False,
-    trust_remote_code: Trust = False,
-    allow_code: AllowCode = False,
-    as_json: Json = False,
-) -> None:
-    """Check a recipe without running it, and name the data that each of its steps and tasks reads.
-
-    With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
-    """
-    from llmq import listing, reading, support
-    from llmq import recipe as recipes
-    from llmq.source import to_yaml
-    from llmq.terminal import counted
-
-    trust.given(trust_remote_code, allow_code)
-    job = recipes.load(recipe, overrides or ())
-    if data:
-        from llmq import environment, pipeline
-        from llmq.types import Context
-
-        pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
-    typer.echo(to_json(job.plain()) if as_json else listing.as_seen(to_yaml(job.plain())), nl=as_json)
-    if not as_json:
-        made_by = recipes.of_weights(job.model)
-        for line in reading.told(job.steps, job.evaluate, made_by.steps if made_by else ()):
-            typer.echo(visible(f"# {line}"))
-        for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
-            typer.echo(visible(f"# {line}"))
-        for line in support.foretold(job.model, [*job.steps, *job.evaluate]):
-            typer.echo(visible(f"# {line}"))
-        asked = f"{counted(len(job.steps), 'step')}, {counted(len(job.evaluate), 'task')}"
-        typer.echo(visible(f"# {recipe}: {asked}; ready to run"), err=True)
-
-
-app.command(name="list")(cli_looking.list_words)
-app.command()(cli_looking.show)
-app.command(name="help", hidden=True)(cli_looking.show)
-app.command(name="runs")(cli_looking.list_runs)
-app.command()(cli_looking.doctor)
-app.command()(cli_planning.plan)
-app.command()(cli_sweeping.sweep)
-
-
-@app.command(name="copy")
-def copy_recipe(recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)], folder: Path) -> None:
-    """Copy a bundled recipe into FOLDER, to be changed."""
-    from llmq import recipe as recipes
-    from llmq.runs.folder import no_file
-
-    source = recipes.find("recipes", recipe)
-    target = folder / source.name
-    no_file(folder)
-    if target.exists():
-        raise UserError(f"{str(target)!r} exists; move it away first")
-    folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(visible(f"{target}: run it with: llmq run {target}"))
 
 
 def _run_built(
@@ -448,7 +365,7 @@ def _run(
         stopping.resumable = folder  # from before anything heavy is imported
     report = api.run(job, out=folder, resume=resume, cache=cache, force=force, **trusted)
     _show(report, folder, as_json)
-    cli_judging.end(report, as_json)
+    judging.end(report, as_json)
 
 
 def _show(report: "Report", folder: Path, as_json: bool) -> None:
@@ -470,6 +387,34 @@ def _opened_by(stage: Path, kind: str) -> str:
     return f"llmq {'chat' if kind == 'causal-lm' else 'predict'} {shlex.quote(str(stage))}"
 
 
+COMMANDS: Mapping[str, Callable[..., object]] = {
+    "run": run,
+    "finetune": finetune,
+    "quantize": quantize,
+    "search": search,
+    "eval": evaluate,
+    "export": export,
+    "predict": using.predict,
+    "chat": using.chat,
+    "push": using.push,
+    "compare": judging.compare,
+    "gate": judging.gate,
+    "verify": judging.verify,
+    "replay": replay,
+    "check": planning.check,
+    "list": looking.list_words,
+    "show": looking.show,
+    "runs": looking.list_runs,
+    "doctor": looking.doctor,
+    "plan": planning.plan,
+    "sweep": sweeping.sweep,
+    "copy": planning.copy,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.command("help", hidden=True)(looking.show)
+
+
 def main() -> None:
     """Run the command line; every error, and every signal, ends as one line and an exit code."""
     with stopping.handled():
@@ -480,8 +425,6 @@ def main() -> None:
 
 
 def _main() -> int:
-    from llmq.errors import LlmqError
-
     if sys.__stderr__:  # native code that crashes prints the Python stack
         faulthandler.enable(sys.__stderr__, all_threads=False)
     # The trust, and the resumable run, of an earlier command in this process do not hold for this one.
@@ -496,7 +439,7 @@ def _main() -> int:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if sys.stdout:  # None if it was closed before the start
             sys.stdout.flush()
-    except LlmqError as error:
+    except errors.LlmqError as error:
         line, code, answered = str(error), error.exit_code, isinstance(error, errors.Answered)
     except TyperException as error:
         line, code = f"{error.format_message()} (llmq --help lists the commands)", 2
@@ -511,35 +454,3 @@ def _main() -> int:
             print(to_json({"error": line, "exit_code": code}), flush=True)
     tell(line)
     return int(code or 0)
-
-
-def failed(error: BaseException) -> tuple[str, int]:
-    """An error that llmq did not raise, as one line that names the file with the traceback; and the exit code."""
-    from llmq import terminal
-    from llmq.files import cache
-
-    code, line = errors.exit_code(error), errors.line_of(error)
-    if code == 4 and not errors.is_stream(error):
-        with suppress(OSError, RuntimeError):
-            place = cache("log.txt")
-            if not terminal.kept_traceback(error):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                terminal.keep_traceback(error, place)
-        kept = terminal.kept_traceback(error)
-        line += f" (traceback: {kept})" if kept else ""
-    return line, code
-
-
-def tell(line: str) -> None:
-    """Print the last line where it can be printed; streams that are full or closed are not flushed again."""
-    from llmq.errors import brief
-
-    with suppress(OSError, ValueError, AttributeError):
-        if line:
-            print(f"llmq: {brief(line)}", file=sys.stderr, flush=True)
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)

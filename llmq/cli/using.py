@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import llmq
-from llmq import cli_completing, trust
-from llmq.cli_options import DEFAULT_MODEL, Json, Opener, Trust
+from llmq import trust
+from llmq.cli import completing
+from llmq.cli.options import DEFAULT_MODEL, Json, Opener, Trust
 from llmq.errors import UserError, visible
 from llmq.files import to_json
 from llmq.types import JsonObject
@@ -17,7 +18,7 @@ Stage = Annotated[
     typer.Argument(
         metavar="STAGE",
         help="A stage, a run (its last stage), or any model.",
-        autocompletion=cli_completing.stages,
+        autocompletion=completing.stages,
     ),
 ]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="Of a text: tokens of an answer at most; 256 if unset.")]
@@ -132,9 +133,7 @@ def chat(
 
 
 def push(
-    stage: Annotated[
-        Path, typer.Argument(help="A stage of a run, or an export.", autocompletion=cli_completing.stages)
-    ],
+    stage: Annotated[Path, typer.Argument(help="A stage of a run, or an export.", autocompletion=completing.stages)],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmq import cli_completing
-from llmq.cli_options import Json
+from llmq.cli import completing
+from llmq.cli.options import Json
 from llmq.errors import Answered, visible
 from llmq.files import to_json, write_text
 from llmq.types import JsonObject
@@ -15,11 +15,11 @@ from llmq.types import JsonObject
 if TYPE_CHECKING:
     from llmq.report import Report
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=cli_completing.runs)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=completing.runs)]
 
 
 def compare(
-    targets: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=cli_completing.stages)],
+    targets: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=completing.stages)],
     html: Annotated[Path | None, typer.Option(help="Write the table as a page, too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +43,7 @@ def compare(
 
 
 def gate(
-    target: Annotated[str, typer.Argument(metavar="RUN", autocompletion=cli_completing.runs)],
+    target: Annotated[str, typer.Argument(metavar="RUN", autocompletion=completing.runs)],
     rule: Annotated[list[str], typer.Option(help="'perplexity <= 1.03x base', 'acc >= base - 1.0pt', 'psnr >= 30'.")],
     stage: Annotated[str | None, typer.Option(help="The stage to judge; the last if unset.")] = None,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""The command that foretells a run."""
+"""The commands before a run: plan, check and copy."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import llmq
-from llmq import cli_completing
-from llmq.cli_options import Json, Overrides, Trust
-from llmq.errors import in_bytes, visible
+from llmq import trust
+from llmq.cli import completing
+from llmq.cli.options import AllowCode, Json, Overrides, Trust
+from llmq.errors import UserError, in_bytes, visible
 from llmq.files import to_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LEGEND = "making, asking: peak of memory in the step and in the tasks, without l
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(autocompletion=cli_completing.recipes)],
+    recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder that the run would write; its disk is looked at.")
@@ -79,3 +80,55 @@ def _row(stage: "Foretold") -> tuple[str, ...]:
     time = None if None in spent else sum(s or 0.0 for s in spent)
     count = "?" if stage.parameters is None else f"{stage.parameters / 1e6:,.1f}M"
     return stage.name, count, *("—" if s is None else in_bytes(s) for s in sizes), duration(time)
+
+
+def check(
+    recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)],
+    overrides: Overrides = None,
+    data: Annotated[bool, typer.Option("--data", help="Read all data, too, and see that it fits the base.")] = False,
+    trust_remote_code: Trust = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe without running it, and name the data that each of its steps and tasks reads.
+
+    With --data, do all that a run does before its first step: read the data, bring the base, see that they fit.
+    """
+    from llmq import listing, reading, support
+    from llmq import recipe as recipes
+    from llmq.source import to_yaml
+    from llmq.terminal import counted
+
+    trust.given(trust_remote_code, allow_code)
+    job = recipes.load(recipe, overrides or ())
+    if data:
+        from llmq import environment, pipeline
+        from llmq.types import Context
+
+        pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
+    typer.echo(to_json(job.plain()) if as_json else listing.as_seen(to_yaml(job.plain())), nl=as_json)
+    if not as_json:
+        made_by = recipes.of_weights(job.model)
+        for line in reading.told(job.steps, job.evaluate, made_by.steps if made_by else ()):
+            typer.echo(visible(f"# {line}"))
+        for line in reading.counted([*job.steps, *job.evaluate]) if data else ():
+            typer.echo(visible(f"# {line}"))
+        for line in support.foretold(job.model, [*job.steps, *job.evaluate]):
+            typer.echo(visible(f"# {line}"))
+        asked = f"{counted(len(job.steps), 'step')}, {counted(len(job.evaluate), 'task')}"
+        typer.echo(visible(f"# {recipe}: {asked}; ready to run"), err=True)
+
+
+def copy(recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)], folder: Path) -> None:
+    """Copy a bundled recipe into FOLDER, to be changed."""
+    from llmq import recipe as recipes
+    from llmq.runs.folder import no_file
+
+    source = recipes.find("recipes", recipe)
+    target = folder / source.name
+    no_file(folder)
+    if target.exists():
+        raise UserError(f"{str(target)!r} exists; move it away first")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(visible(f"{target}: run it with: llmq run {target}"))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import llmq
-from llmq import cli_completing
-from llmq.cli_options import Json, Trust
+from llmq.cli import completing
+from llmq.cli.options import Json, Trust
 from llmq.errors import Answered, visible
 from llmq.files import to_json
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=cli_completing.sweeps)],
+    file: Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=completing.sweeps)],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/NAME of the file if unset.")] = None,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster: auto, host:port, or local for one here.")] = None,
     trust_remote_code: Trust = False,
