@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from llmq.errors import UserError, explain, one_line
 from llmq.terminal import say
-from llmq.types import JsonObject
+from llmq.types import JsonObject, Settings
 
 if TYPE_CHECKING:
     from llmq.types import Loaded
@@ -55,10 +55,8 @@ class Inputs:
             say(f"skipped: {one_line(error)}")
 
 
-class Predictor(BaseModel):
+class Predictor(Settings):
     """The settings of a prediction by one kind of models, and the work; the fields are the options of the command."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     suffixes: ClassVar[frozenset[str]] = frozenset()
     """The suffixes of files that are taken from a folder; empty for a kind that reads no file."""

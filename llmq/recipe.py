@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from llmq import overrides, plugin, reading, trackers
 from llmq.errors import UserError, did_you_mean, explain
@@ -13,7 +13,7 @@ from llmq.files import at_home
 from llmq.guarded.files import read_json_object
 from llmq.rules import Rule, read_rule
 from llmq.source import Place, Source, find, names, read, with_suite, word_at
-from llmq.types import Data, JsonObject, Model, Plugin, Step, Task
+from llmq.types import Data, JsonObject, Model, Plugin, Settings, Step, Task
 
 if TYPE_CHECKING:
     from llmq.artifact import Artifact
@@ -25,10 +25,10 @@ PATHS = ("path", "images", "held_out", "partner", "include_path", "data_dir", "i
 """Settings that can name a file or folder."""
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """A whole job: a model, the steps that change it, the tasks that question every stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: str
     model: Model

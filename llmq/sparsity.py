@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Literal, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.layers import LayerChange, Layers, Pattern, overridden, settings_of, skip_or
-from llmq.types import Context, M, Step
+from llmq.types import Context, M, Settings, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,22 +21,11 @@ GROUPS = (2, 4, 8, 16, 32)  # the m of n:m patterns
 Windows = Sequence[Sequence[int]]
 
 
-class Sparsity(BaseModel):
+class Sparsity(Settings):
     """The share of the weights to prune, and the pattern."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sparsity: float = Field(0.5, ge=0, le=0.95, description="share of the weights that become zero")
     pattern: str = Field("unstructured", description="or n:m, such as 2:4: n of every m neighbouring inputs stay")
-
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _pattern_is_quoted(cls, value: object) -> object:
-        if isinstance(value, int):  # YAML takes 2:4 for two minutes and four seconds
-            raise ValueError(
-                f"YAML reads {value // 60}:{value % 60} as {value}; write it in quotes, '{value // 60}:{value % 60}'"
-            )
-        return value
 
     @model_validator(mode="after")
     def _pattern_is_known(self) -> "Sparsity":

@@ -19,9 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from llmq import answers, environment, partials, processes, reading, trust
+from llmq import answers, environment, partials, processes, reading, trust, types
 from llmq import recipe as recipes
 from llmq.artifact import MACHINE
 from llmq.errors import LlmqError, UserError, explain
@@ -49,13 +49,11 @@ ANSWERS = ("measurements.json", "clocks.json", "samples", "pictures", "lm_eval",
 """What tasks leave in a stage: another run may ask other tasks, and the cache knows answers to the same ones."""
 
 
-class Range(BaseModel):
+class Range(types.Settings):
     """The numbers between which a search looks: whole ones between whole numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    low: int | FiniteFloat
-    high: int | FiniteFloat
+    low: int | float
+    high: int | float
     log: bool = False
 
     @model_validator(mode="after")
@@ -65,10 +63,8 @@ class Range(BaseModel):
         return self
 
 
-class Sweep(BaseModel):
+class Sweep(types.Settings):
     """A sweep as its YAML says it: one of `grid`, `list` and `search`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str | dict[str, Any]
     """A bundled recipe, a file, or the recipe itself."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from typing_extensions import TypeVar
 
 from llmq.errors import LlmqError
@@ -47,10 +47,31 @@ class Needs:
     end_mark: bool = False
 
 
-class Plugin(BaseModel):
-    """A recipe word: the class is the schema, the validation and the documentation."""
+class Settings(BaseModel):
+    """What a person writes: no unknown key, no number that is not finite, and no truth where a number belongs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
+        if {int, float} & kinds and not {bool, object, Any} & kinds:
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for each in inner:
+                if isinstance(each, bool):  # pydantic takes them for 1 and 0
+                    raise ValueError(f"{str(each).lower()} ({'yes, on' if each else 'no, off'}) is no number")
+        return value
+
+
+def _kinds_in(annotation: object) -> set[object]:
+    """The types that a type is made of."""
+    parts = get_args(annotation)
+    return set().union(*map(_kinds_in, parts)) if parts else {annotation}
+
+
+class Plugin(Settings):
+    """A recipe word: the class is the schema, the validation and the documentation."""
 
     @property
     def word(self) -> str:

@@ -55,11 +55,6 @@ SETTINGS = [
     *one("word-of-a-layer", GRID, "modules: {down_proj: skp}", "down_proj", "'skp'", "'skip'"),
     *one("layers-in-a-list", GRID, "modules: [down_proj]", "['down_proj']", "valid dictionary"),
 ]
-# YAML reads 2:4 as 124, minutes and seconds.
-UNQUOTED = [
-    *one("pattern-unquoted", SPARSE, "pattern: 2:4", "pattern", "'2:4'", "quotes"),
-    *recipe("pattern-override", "steps:\n- prune.wanda\n", "'2:4'", "quotes", overrides="prune.wanda.pattern=2:4"),
-]
 ORDER = [
     *(bad for word in FLOAT for bad in after("quantize.bnb", word, "needs float weights", "put it first")),
     *(bad for word in FLOAT for bad in after("adapt.lora: {data: pydoc}", word, "put adapt.merge before it")),
@@ -68,7 +63,7 @@ ORDER = [
 ]
 
 
-@pytest.mark.parametrize("bad", [*SETTINGS, *UNQUOTED, *ORDER], ids=lambda bad: bad.name)
+@pytest.mark.parametrize("bad", [*SETTINGS, *ORDER], ids=lambda bad: bad.name)
 def test_wrong_settings_are_seen_in_the_recipe(bad, llmq, tmp_path):
     write(bad.files, tmp_path)
     before = listing(tmp_path)

@@ -102,6 +102,13 @@ def test_unknown_columns_are_listed_and_near_ones_suggested():
         checked({"query": "x", "reply": "y"}, columns={"prompt": "querry"})
 
 
+def test_a_name_that_is_none_of_ours_maps_no_column():
+    """Of `completions: reply` nothing came, and a column of another name was learned."""
+    rows = {"prompt": "p", "reply": "the right answer", "completion": "another"}
+    with pytest.raises(UserError, match="columns: 'completions' is no column of ours; did you mean 'completion'"):
+        checked(rows, columns={"completions": "reply"})
+
+
 def test_no_rows_are_an_error():
     with pytest.raises(UserError, match="x: no rows"):
         checked()

@@ -117,6 +117,21 @@ def test_a_number_with_an_exponent_is_a_number_everywhere(load):
         load(TEXT, "adapt.lora.training_arguments={adam_epsilon: '1e-7'}").steps[1].with_arguments_folded_in()
 
 
+def test_what_only_old_yaml_takes_for_a_number_is_read_as_it_is_written(load):
+    # YAML 1.1 takes 2:4 for two minutes and four seconds, and 010 for 8.
+    job = load("model: {causal_lm: {weights: org/name}}\nsteps:\n- prune.wanda: {pattern: 2:4}\nseed: 010\n")
+    assert (job.steps[0].pattern, job.seed) == ("2:4", 10)
+    assert load(TEXT, "adapt.lora.r=012").steps[1].r == 12
+
+
+@pytest.mark.parametrize(("said", "told"), [("yes", "true"), ("on", "true"), ("False", "false")])
+@pytest.mark.parametrize("key", ["adapt.lora.r", "adapt.lora.lora_dropout", "adapt.lora.max_steps", "seed"])
+def test_a_truth_is_no_number(load, key, said, told):
+    name = key.rpartition(".")[2]
+    with pytest.raises(UserError, match=f"command line: '{name}'.*: {told} .*is no number"):
+        load(TEXT, f"{key}={said}")
+
+
 def test_what_overrides_change_is_what_the_recipe_says(load):
     plain = load(TEXT, "adapt.lora.r=32", "seed=3").plain()
     assert plain["steps"][1]["adapt.lora"] == {"data": "pydoc", "r": 32}

@@ -19,6 +19,8 @@ PREFIX = "tag:yaml.org,2002:"
 NUMBERS = ("int", "float")
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
 """A number that YAML 1.1 takes for a text, as it has no point or no sign: 1e-4."""
+ODD = re.compile(r".*[:_]|[-+]?0\d")
+"""Texts that YAML 1.1 alone takes for numbers: 2:4 for two minutes and four seconds, 010 for 8, 1_000."""
 TEXTS = ("str", "timestamp", "merge", "value")
 """Scalars that stay text: a recipe has no use for dates."""
 
@@ -78,8 +80,9 @@ def scalar(node: yaml.Node, where: str) -> object:
     Infinity and NaN fit none: no report could hold them at the end of a run.
     """
     tag = node.tag.removeprefix(PREFIX)
-    written = isinstance(node, yaml.ScalarNode) and not node.style and EXPONENT.fullmatch(node.value)
-    if tag in TEXTS and not written:
+    plain = isinstance(node, yaml.ScalarNode) and not node.style
+    written = plain and EXPONENT.fullmatch(node.value)
+    if (tag in TEXTS and not written) or (tag in NUMBERS and plain and ODD.match(node.value)):
         return node.value
     if tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
         raise UserError(f"{where}: a number of {len(node.value)} characters; {LONGEST_NUMBER} at most")

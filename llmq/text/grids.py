@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmq.errors import UserError
 from llmq.layers import LayerChange
 from llmq.matrix import gptq_format
 from llmq.matrix.gram import Kind
 from llmq.matrix.grid import Quantized, round_to_nearest
+from llmq.types import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 GROUP_SIZES = (128, 64, 32)  # the cures that an error offers
 
 
-class Grid(BaseModel):
+class Grid(Settings):
     """The grid that weights are rounded to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, -1] = Field(64, description="inputs that share a scale; -1: all of them")

@@ -73,6 +73,9 @@ def check(rows: Iterable[tuple[str, object]], columns: Mapping[str, str], source
 
     `columns` maps our names to the file's: `{"prompt": "query"}`. Raises `UserError` with place and column.
     """
+    ours = {*chain.from_iterable((*needed, *HISTORY.get(shape, ())) for shape, needed in SHAPES.items()), *TURNS}
+    if unknown := next((name for name in columns if name not in ours), None):
+        raise UserError(f"{source}: columns: {unknown!r} is no column of ours{did_you_mean(unknown, ours)}")
     checked = Gathered()
     shape = ""
     for where, raw in rows:

@@ -12,13 +12,13 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import LAYERS, write_json
 from llmq.layers import Pattern, settings_of, skip_or
-from llmq.types import Context, Step
+from llmq.types import Context, Settings, Step
 from llmq.vision.family import IMAGE_MODELS, ImageModel
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
 
 
-class Ratio(BaseModel):
+class Ratio(Settings):
     """The share of channels to prune."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratio: float = Field(0.5, gt=0, lt=1, description="share of the channels of each group of layers")
 
