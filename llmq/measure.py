@@ -226,7 +226,7 @@ def _most(device: str) -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
 def memory_now(device: str) -> int:
@@ -236,10 +236,10 @@ def memory_now(device: str) -> int:
         import torch
 
         return int(torch.cuda.memory_allocated(device))
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """The resident bytes of this process now (`VmRSS`), or the most since they were reset (`VmHWM`)."""
     status = Path("/proc/self/status")
     if status.exists():

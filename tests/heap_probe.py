@@ -46,9 +46,9 @@ def main() -> None:
                 stack.enter_context(environment.without_holes())
                 stack.enter_context(environment.large_blocks_apart(environment.MEDIUM))
             glibc.malloc_trim(0)
-            before = measure._resident("VmRSS")
+            before = measure.resident("VmRSS")
             told["kept"] = packed(glibc)
-            told[name] = measure._resident("VmRSS") - before
+            told[name] = measure.resident("VmRSS") - before
     print(json.dumps(told))
 
 
