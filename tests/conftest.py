@@ -20,6 +20,7 @@ import pytest
 import tiny_text_models
 from helpers import exit_code
 from pytest_socket import disable_socket, socket_allow_hosts
+from torture.child import rates_at_hand
 
 from llmq import trust
 from llmq.artifact import Artifact
@@ -53,7 +54,7 @@ def _nothing_is_trusted() -> None:
 @pytest.fixture(autouse=True)
 def _no_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run foretells its time by rates that a test need not wait two seconds for."""
-    monkeypatch.setattr("llmq.rates.measure", lambda kinds, device: dict.fromkeys([*kinds, "copy"], 1e9))
+    monkeypatch.setattr("llmq.rates.measure", rates_at_hand)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,7 @@ def main() -> None:
     """Print the peak, and the parts that it is measured against, as JSON."""
     step, warm_up, folder, samples, length = sys.argv[1], *map(Path, sys.argv[2:4]), *map(int, sys.argv[4:])
     calibrated = step != "quantize.rtn"
-    environment.prepare("cpu", 0, 2)
+    environment.prepare("cpu", 0, 1)
     with tempfile.TemporaryDirectory() as out:
         # To cut a long text into tokens takes more than all that follows, and would hide it.
         text = Path(out) / "text.jsonl"
