@@ -268,6 +268,9 @@ def broken(copies, change):
         (lambda f: (f / "test.jsonl").unlink(), "lacks an entry of the task: 'test'"),
         (lambda f: (f / "test.jsonl").write_text("{"), "cannot be read"),
         (lambda f: (f / "test.parquet").write_text("x"), "holds both parquet and JSON"),
+        (lambda f: (f / "test.jsonl").rename(f / "test-00000-of-00002.jsonl"), "lacks test-00001-of-00002.jsonl"),
+        (lambda f: (f / "gsm8k_test.jsonl").write_bytes((f / "test.jsonl").read_bytes()), "both hold 'test'; keep one"),
+        (lambda f: f.rename(f.with_name("x")).rename(f.mkdir() or f / "socratic"), "no folder .*gsm8k/main'"),
     ],
 )
 def test_a_broken_copy_is_refused_in_one_line(copies, change, says):

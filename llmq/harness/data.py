@@ -10,8 +10,9 @@ import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from functools import cache
@@ -43,6 +44,7 @@ SEED = 1234
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLITS |= {"val": "validation", "dev": "dev", "test": "test"}
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})")
 
 
 @contextmanager
@@ -158,22 +160,46 @@ def _copy(folder: Path, name: str | None, load: Callable[..., DatasetDict]) -> D
 
     root = folder / name if name and (folder / name).is_dir() else folder
     files = sorted(f for f in root.rglob("*") if f.suffix in KINDS and f.is_file())
+    if name and root == folder and files and not any(f.parent in (root, root / "data") for f in files):
+        raise UserError(f"data_dir: there is no folder {str(folder / name)!r}, and those beside it are other data")
     if not files:
         raise UserError(f"data_dir: {str(root)!r} holds no .parquet, .json or .jsonl")
     kinds = {KINDS[f.suffix] for f in files}
     if len(kinds) > 1:
         raise UserError(f"data_dir: {str(root)!r} holds both parquet and JSON; keep one")
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        # `test.jsonl`, `gsm8k-test.jsonl` and `test-00000-of-00001.parquet` hold the split `test`.
-        words = file.stem.replace("_", "-").replace(".", "-").split("-")
-        split = next((SPLITS[word] for word in words if word in SPLITS), file.stem)
-        splits.setdefault(split, []).append(str(file))
     try:
-        return load(kinds.pop(), data_files=splits)
+        return load(kinds.pop(), data_files=_splits(files))
     except (OSError, ValueError, DatasetsError) as error:
         first = first_line(error.__cause__ or error)
         raise UserError(f"data_dir: {str(root)!r} cannot be read: {first}") from None
+
+
+def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
+    """The files of each split: one, or all parts of one. Raises `UserError` for a missing part, or several of a split.
+
+    `test.jsonl`, `gsm8k-test.jsonl` and `test-00000-of-00001.parquet` hold the split `test`.
+    """
+    parts: dict[Path, list[Path]] = {}
+    for file in files:
+        shard = SHARD.fullmatch(file.stem)
+        parts.setdefault(file.with_name(shard["split"] if shard else file.stem), []).append(file)
+    splits: dict[str, Path] = {}
+    for place, held in parts.items():
+        shard = SHARD.fullmatch(held[-1].stem)
+        count = int(shard["count"]) if shard else 0
+        wanted = [f"{place.name}-{i:05}-of-{count:05}" for i in range(count)] or [place.name]
+        have = [file.stem for file in held]
+        if lost := sorted({*wanted} - {*have}):
+            raise UserError(
+                f"data_dir: {str(place.parent)!r} lacks {lost[0]}{held[0].suffix}, a part of {place.name!r}"
+            )
+        words = re.split("[-_.]", place.name)
+        split = next((SPLITS[word] for word in words if word in SPLITS), place.name)
+        if split in splits or have != wanted:
+            other = splits.get(split, place)
+            raise UserError(f"data_dir: {str(other)!r} and {str(place)!r} both hold {split!r}; keep one of them there")
+        splits[split] = place
+    return {split: list(map(str, parts[place])) for split, place in splits.items()}
 
 
 def depends(asked: Asked, limit: int | None) -> Mapping[str, str]:
