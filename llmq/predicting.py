@@ -51,6 +51,7 @@ def predict(
     sound = list(_checked(predictor, found, model))
     if found.items and not sound:
         raise UserError(f"all {len(found.items)} files are bad; the first: {next(iter(found.skipped.values()))}")
+    _check_apart(predictor, sound)
     kept = Inputs(sound, skip_bad, found.skipped, found.passed_over)
     with artifact.open(context.device) as loaded, partials.partial_of(out, folder=True) as partial:
         rows = predictor.write(loaded, kept, partial)
@@ -113,14 +114,9 @@ def _gathered(predictor: Predictor, paths: Sequence[str | Path], skip_bad: bool,
         raise UserError(
             f"a {model.kind} model needs files, or folders of them ({', '.join(sorted(predictor.suffixes))})"
         )
-    found, taken = Inputs([], skip_bad), dict[Path, Path]()
+    found = Inputs([], skip_bad)
     for path in map(at_home, paths):
         for file, place in _files(path, predictor, found):
-            if place in taken:
-                raise UserError(
-                    f"{str(file)!r} and {str(taken[place])!r} would be written to one place; take two --out"
-                )
-            taken[place] = file
             found.items.append(Input(file, place, fsencode(place).decode("utf-8", "backslashreplace")))
     if found.passed_over:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(found.passed_over.items()))
@@ -144,6 +140,17 @@ def _files(path: Path, predictor: Predictor, found: Inputs) -> Iterator[tuple[Pa
         raise UserError(f"{str(path)!r} has no file to read ({', '.join(sorted(predictor.suffixes))})")
     for file in inside.images:
         yield file, file.relative_to(path)
+
+
+def _check_apart(predictor: Predictor, items: Sequence[Input]) -> None:
+    """Raise `UserError` for two files whose answers would be one file."""
+    taken: dict[Path, Path] = {}
+    for item in items:
+        for target in predictor.targets(item):
+            if target in taken:
+                both = f"{str(item.path)!r} and {str(taken[target])!r}"
+                raise UserError(f"{both} would both become {str(target)!r}; take two --out")
+            taken[target] = item.path
 
 
 def _checked(predictor: Predictor, found: Inputs, model: Model) -> Iterator[Input]:

@@ -69,6 +69,10 @@ class Predictor(Settings):
     def check(self, item: Input, model: object) -> None:
         """Raise `UserError` for a file that cannot be read, or not by this model; called before the model is opened."""
 
+    def targets(self, item: Input) -> list[Path]:
+        """The files, relative to the folder of answers, that are made of a sound file alone."""
+        return [item.place]
+
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write the answers about all inputs into an empty folder, and return their number."""
         raise NotImplementedError

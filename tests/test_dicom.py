@@ -134,6 +134,33 @@ def test_two_series_in_a_folder_are_not_mixed(tmp_path):
         scan.read()
 
 
+@pytest.mark.parametrize("tag", ["ImagePositionPatient", "InstanceNumber"])
+def test_a_slice_that_lacks_is_no_neighbourhood(tag, tmp_path):
+    slices = numbers(4, 8, 8, kind="uint8")
+
+    def place(number: float) -> object:
+        return [0, 0, 0.0117 * number] if tag == "ImagePositionPatient" else number
+
+    for number in (1, 2, 3, 5):
+        dicom(tmp_path / f"{number}.dcm", slices[0], **{tag: place(number)})
+    scan = plugin.build({"scan": {"path": tmp_path}}, "data")
+    apart = r"0\.0351 and 0\.0585 mm .* 0\.0117 mm apart" if tag == "ImagePositionPatient" else "3 and 5 .* 1 apart"
+    with pytest.raises(UserError, match=rf"slices at {apart}; add what is missing, or keep a part without a gap"):
+        scan.read()
+    for number in (1, 3):  # every second slice is an even series
+        (tmp_path / f"{number}.dcm").unlink()
+    for number in (8, 11 if tag == "InstanceNumber" else 11.02):
+        dicom(tmp_path / f"{number}.dcm", slices[1], **{tag: place(number)})
+    assert len(scan.read().held_out) == 4
+
+
+def test_frames_that_lack_are_told(tmp_path):
+    frames = [dataset(PlanePositionSequence=[dataset(ImagePositionPatient=[0, 0, z])]) for z in (0.0, 1.0, 3.0, 4.0)]
+    file = dicom(tmp_path / "a.dcm", numbers(4, 6, 8), PerFrameFunctionalGroupsSequence=frames)
+    with pytest.raises(UserError, match=r"a\.dcm: slices at 1 and 3 mm are neighbours, and most are 1 mm apart"):
+        read_dicom(file)
+
+
 @pytest.mark.parametrize(("kind", "deep"), [("uint16", True), ("int16", False)])
 def test_what_is_made_of_it_is_a_tiff_with_smaller_voxels_in_its_own_units(kind, deep, tmp_path):
     stored = (2000 + 3 * numbers(3, 16, 16).astype(int)).astype(kind)

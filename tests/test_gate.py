@@ -25,6 +25,20 @@ def one(rule: str, stage, base=None):
     return found
 
 
+def test_what_may_be_more_than_1_is_no_share():
+    def figure(metric, value, unit=""):
+        return [Measurement("t", metric, value, unit, "higher", 64, 0.05, "c")]
+
+    assert one("density >= 1.5", figure("density", 0.8)).verdict == "fail"
+    assert one("bleu >= base - 1.5", figure("bleu", 0.9), figure("bleu", 0.8)).verdict == "pass"
+    for rule, metric in (("map >= 60", "map"), ("map75 >= base - 1", "map75"), ("ssim >= 2", "bicubic_ssim")):
+        with pytest.raises(UserError, match="is a share, at most 1; write"):
+            one(rule, figure(metric, 0.7), figure(metric, 0.7))
+    assert one("map >= base - 40pt", figure("map", 0.7), figure("map", 0.8)).verdict == "pass"
+    with pytest.raises(UserError, match="density is in '', not in pt"):
+        one("density >= base - 1pt", figure("density", 0.8), figure("density", 0.8))
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     """A run of a base and of a stage that is 1.3 times as perplexed, 0.4 times as large and 1.3 times as fast."""

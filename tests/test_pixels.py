@@ -261,6 +261,65 @@ def test_packed_and_unsigned_numbers_of_netcdf_are_unpacked(tmp_path):
     assert np.array_equal(scaled, meant)
 
 
+@pytest.mark.parametrize(
+    ("kind", "about"),
+    [
+        ("h", {"_FillValue": np.int16(7)}),
+        ("h", {"missing_value": np.array([3, 7], np.int16), "scale_factor": 0.5}),
+        ("h", {"missing_value": 7.0}),
+        ("b", {"_FillValue": np.int8(7), "_Unsigned": "true"}),
+        ("f", {"_FillValue": np.float32(7)}),
+    ],
+)
+def test_voxels_of_netcdf_without_a_value_are_told(kind, about, tmp_path):
+    from scipy.io import netcdf_file
+
+    def written(stored):
+        with netcdf_file(str(tmp_path / "v.nc"), "w") as file:
+            for axis, side in zip("zyx", stored.shape, strict=True):
+                file.createDimension(axis, side)
+            made = file.createVariable("tomo", kind, tuple("zyx"))
+            made[:] = stored
+            for attribute, value in about.items():
+                setattr(made, attribute, value)
+        return read_volumes(tmp_path / "v.nc", None, Reading((0.0, 255.0)), Reading())[0]
+
+    stored = np.random.default_rng(0).integers(10, 100, (3, 4, 5)).astype(np.float32 if kind == "f" else np.int8)
+    assert written(stored).shape == stored.shape  # nothing lacks
+    stored[1, 2, 3:] = 7
+    with pytest.raises(
+        UserError, match=r"v\.nc: 'hr': 2 of 60 voxels are marked as without a value \(_FillValue, missi"
+    ):
+        written(stored)
+
+
+def test_floats_of_netcdf_that_were_never_written_are_told(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "v.nc", "w") as file:
+        made = file.create_dataset("tomo", (2, 4, 5), "f4", fillvalue=9.969209968386869e36)
+        made[0] = 5.0
+    with pytest.raises(UserError, match="20 of 40 voxels are marked as without a value"):
+        read_volumes(tmp_path / "v.nc", None, Reading((0.0, 255.0)), Reading())
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["s01_1", "s01_2", "s01_4"], "slices at 2 and 4 are neighbours, and most are 1 apart; is one missing?"),
+        (["s_0", "s_10", "s_20"], ""),
+        (["a1_b2", "a2_b7", "a3_b9"], ""),
+        (["x", "y", "z9"], ""),
+    ],
+)
+def test_slices_that_lack_by_their_names_are_told(names, said, tmp_path, capsys):
+    for name in names:
+        Image.fromarray(DEEP[0].astype(np.uint8)).save(tmp_path / f"{name}.png")
+    assert len(rock(tmp_path).train) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert bool(said) == bool(told)
+
+
 def test_sixteen_bit_arrays_go_through_the_window_too(tmp_path):
     np.savez(tmp_path / "v.npz", hr=DEEP)
     assert np.array_equal(rock(tmp_path / "v.npz", window=WINDOW).train[2].high[..., 0], in_window(DEEP[2, :, :30]))

@@ -182,7 +182,9 @@ def test_a_volume_is_measured_in_blocks_and_each_measure_is_beside_the_truth_and
     assert flat["true_pore_size"].n == 24
     assert len(set(flat["true_pore_size"].samples.clusters)) == len(set(flat["pore_iou"].samples.clusters)) == 8
     assert "standard error over 8 stretches of neighbouring slices" in flat["pore_iou"].convention
-    assert found["pore_iou"].samples.clusters is None  # blocks
+    for metric in ("pore_iou", "true_pore_size"):  # 18 blocks of one volume
+        assert len(set(found[metric].samples.clusters)) == 8
+        assert "standard error over 8 stretches of neighbouring blocks" in found[metric].convention
     assert flat["true_pore_size"].value > found["true_pore_size"].value  # a disc of a slice is no ball
 
 

@@ -247,12 +247,12 @@ def test_folders_are_walked_and_keep_their_shape(tmp_path, capsys, monkeypatch):
     made = predicted(EDSR, [tmp_path / "x"], tmp_path / "out")
     assert [str(f.relative_to(tmp_path / "out")) for f in made.files] == ["a.png", "y/a.png"]
     assert "passed over in the folders: 1 other files, 1 system files" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"would be written to one place; take two --out"):
+    with pytest.raises(UserError, match=r"would both become 'a.png'; take two --out"):
         predicted(EDSR, [tmp_path / "x", tmp_path / "x" / "y" / "a.png"], tmp_path / "out2")
     saved(tmp_path / "x" / "a.bmp", 8, 8)
     with monkeypatch.context() as patch:
         patch.setattr(Upscaling, "_enlarge", lambda *given: pytest.fail("enlarged before the names were looked at"))
-        with pytest.raises(UserError, match=r"a\.bmp and .*a\.png would both become 'a\.png'"):
+        with pytest.raises(UserError, match=r"a\.bmp' and .*a\.png' would both become 'a\.png'"):
             predicted(EDSR, [tmp_path / "x" / "a.png", tmp_path / "x" / "a.bmp"], tmp_path / "out3")
 
 
@@ -366,6 +366,16 @@ def test_detections_in_cocos_shape(tmp_path):
     from pycocotools.coco import COCO
 
     assert len(COCO(made.files[-1]).getAnnIds()) == len(told["annotations"])
+
+
+def test_no_picture_is_written_over_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(Artifact, "open", lambda *given: pytest.fail("opened before the names were looked at"))
+    one, other = saved(tmp_path / "a.jpg", 32, 32), saved(tmp_path / "a.jpg.png", 32, 32)
+    with pytest.raises(UserError, match=r"a\.jpg\.png' and .*a\.jpg' would both become 'a\.jpg\.png'; take two --out"):
+        predicted(DETECTOR, [one, other], tmp_path / "out")
+    whole, beside = saved(tmp_path / "a.png", 32, 32), saved(tmp_path / "a.png.model.png", 32, 32)
+    with pytest.raises(UserError, match=r"would both become 'a\.png\.model\.png'"):
+        predicted(EDSR, [beside, whole], tmp_path / "out", beside=True)
 
 
 def test_a_detector_that_finds_nothing_says_so(tmp_path):

@@ -24,6 +24,8 @@ from llmq.types import JsonObject, Measurement
 Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
 EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 1, "base-unhealthy": 1, "undecided": 3}
 """More samples can settle an undecided rule; none can settle a rule against a broken base, which therefore fails."""
+AT_MOST_1 = ("map", "ssim")
+"""How metrics without a unit begin that are 1 at most; others, such as a density or a BLEU, may be more."""
 ORDER: Sequence[Outcome] = ("fail", "base-unhealthy", "undecided", "pass")
 
 
@@ -284,4 +286,4 @@ def _in_unit_of(rule: Rule, m: Measurement) -> Rule:
 
 
 def _is_share(m: Measurement) -> bool:
-    return m.unit.startswith("share") or (m.unit == "" and m.better == "higher" and 0 <= m.value <= 1)
+    return m.unit.startswith("share") or (m.unit == "" and m.metric.removeprefix("bicubic_").startswith(AT_MOST_1))

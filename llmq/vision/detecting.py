@@ -40,6 +40,10 @@ class Detecting(Predictor):
         check_window(self.window)
         read_image(item.path, 3, self.window)
 
+    def targets(self, item: Input) -> list[Path]:
+        place = item.place
+        return [place if place.suffix.lower() == ".png" else place.with_name(f"{place.name}.png")]
+
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write `detections.json` and the pictures as PNG; returns the number of detections.
 
@@ -56,7 +60,7 @@ class Detecting(Predictor):
                 height, width = image.shape[:2]
                 images.append({"id": len(images) + 1, "file_name": item.name, "width": width, "height": height})
                 found += _annotations(objects, len(images), len(found) + 1)
-                _draw(image, objects, names, folder / item.place)
+                _draw(image, objects, names, folder / self.targets(item)[0])
         labels = sorted({*names, *(each["category_id"] for each in found)})
         categories = [{"id": label, "name": names.get(label, str(label))} for label in labels]
         write_json(folder / FILE, {"images": images, "categories": categories, "annotations": found})
@@ -81,7 +85,7 @@ def _annotations(objects: Detections, image: int, first: int) -> list[JsonObject
     return made
 
 
-def _draw(image: ndarray, objects: Detections, names: Mapping[int, str], place: Path) -> None:
+def _draw(image: ndarray, objects: Detections, names: Mapping[int, str], target: Path) -> None:
     """Save a picture with its boxes, each under the label and the score; a label has one colour everywhere."""
     from PIL import Image, ImageDraw
 
@@ -97,6 +101,5 @@ def _draw(image: ndarray, objects: Detections, names: Mapping[int, str], place: 
         at = (x0 + thick + 1, max(0.0, y0 + thick))
         pen.rectangle(pen.textbbox(at, text), fill=colour)
         pen.text(at, text, fill=(0, 0, 0))
-    target = place.with_name(f"{place.name}.png") if place.suffix.lower() != ".png" else place
     target.parent.mkdir(parents=True, exist_ok=True)
     shown.save(target, "PNG")

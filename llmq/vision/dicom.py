@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
@@ -78,7 +79,7 @@ def _order(path: Path, held: Dataset) -> list[int]:
     if "PerFrameFunctionalGroupsSequence" not in held or None in places:
         return frames
     depths = [_along(*each) for each in zip(places, rows, strict=True)]
-    _check_apart(str(path), depths)
+    _check_even(str(path), depths, " mm")
     return sorted(frames, key=depths.__getitem__)
 
 
@@ -90,20 +91,35 @@ def _along(place: Sequence[float], rows: Sequence[float] | None) -> float:
     return float(np.dot(np.cross(*(np.array(each, float) for each in (rows[:3], rows[3:]))), np.array(place, float)))
 
 
-def _check_apart(where: str, depths: Sequence[float]) -> None:
-    """Raise `UserError` for two slices at one place: they are of two series, and their order would mean nothing."""
-    for one, other in pairwise(sorted(depths)):
+def _check_even(where: str, places: Sequence[float], unit: str = "") -> None:
+    """Raise `UserError` for two slices at one place, which are of two series, and for a gap between slices."""
+    for one, other in pairwise(sorted(places)):
         if other - one < 1e-6:
-            raise UserError(f"{where}: two slices lie at {one:g} mm; keep one series, without the others")
+            raise UserError(f"{where}: two slices lie at {one:g}{unit}; keep one series, without the others")
+    if lacking := gap(places, unit):
+        raise UserError(f"{where}: {lacking}; add what is missing, or keep a part without a gap")
+
+
+def gap(places: Sequence[float], unit: str = "") -> str:
+    """The words for the first two slices that are not as far apart as most; empty for an even series.
+
+    Places that scanners write scatter a little: a tenth of the usual distance is no gap.
+    """
+    steps = [(one, other) for one, other in pairwise(sorted(places))]
+    usual = median_low(other - one for one, other in steps) if steps else 0.0
+    for one, other in steps:
+        if abs(other - one - usual) > usual / 10:
+            return f"slices at {one:g} and {other:g}{unit} are neighbours, and most are {usual:g}{unit} apart"
+    return ""
 
 
 def in_order(files: Sequence[Path]) -> list[Path]:
     """The files of a series by position along the normal of their slices, else by their numbers, else as they are.
 
-    Raises `UserError` for slices at one place, and where only some tell their place.
+    Raises `UserError` for slices at one place or with a gap, and where only some tell their place.
     """
     places: dict[Path, float] = {}
-    numbers: dict[Path, int] = {}
+    numbers: dict[Path, float] = {}
     for file in files:
         with readable(file, "DICOM file"):
             held = _opened(file, stop_before_pixels=True)
@@ -114,8 +130,8 @@ def in_order(files: Sequence[Path]) -> list[Path]:
     if places and len(places) < len(files):
         lacking = next(file for file in files if file not in places)
         raise UserError(f"{lacking}: tells no position, and other slices beside it do; move it to another folder")
-    _check_apart(str(files[0].parent), list(places.values()))
     keys = places or (numbers if len(numbers) == len(files) else {})
+    _check_even(str(files[0].parent), list(keys.values()), " mm" if places else "")
     return sorted(files, key=keys.__getitem__) if keys else list(files)
 
 

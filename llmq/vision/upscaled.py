@@ -44,14 +44,17 @@ def held_out_pairs(artifact: Artifact[SuperResolution], split: Split, limit: int
     return pairs
 
 
-def in_stretches(split: Split, n: int) -> tuple[tuple[int, ...] | None, str]:
-    """The clusters of `n` held-out slices that are neighbours in a volume, and the words for them; else None and ""."""
+def in_stretches(split: Split, n: int, of: str = "slices") -> tuple[tuple[int, ...] | None, str]:
+    """The clusters of `n` held-out slices that are neighbours in a volume, and the words for them; else None and "".
+
+    Blocks of a volume are neighbours as its slices are.
+    """
     from llmq.statistics.figures import stretches
 
     if not split.neighbours:
         return None, ""
     clusters = stretches(n)
-    return clusters, f"; standard error over {len(set(clusters))} stretches of neighbouring slices"
+    return clusters, f"; standard error over {len(set(clusters))} stretches of neighbouring {of}"
 
 
 def upscaled(loaded: Loaded[SuperResolution], data: Data, limit: int | None) -> list[Upscaled]:

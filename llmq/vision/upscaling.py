@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from llmq.types import Loaded
 
+BESIDE = ("bicubic", "model", "difference")
 VIEW = 512  # low-resolution pixels of a side, of the pictures beside
 MARGIN = 4  # low-resolution pixels; bicubic interpolation reaches 2
 
@@ -90,17 +91,8 @@ def _say_beyond(pixels: ndarray, window: tuple[float, float], name: str) -> None
         say(f"{name}: {beyond / pixels.size:.2%} lie beyond the window {window[0]:g} to {window[1]:g}: cut to it")
 
 
-def _targets(inputs: Inputs, folder: Path) -> list[tuple[Input, Path]]:
-    """Each file with the one that it becomes. Raises `UserError`, before any is made, for two that become one."""
-    taken: dict[Path, Input] = {}
-    for item in inputs.items:
-        kept = item.path.suffix.lower() in VOLUMES or (is_tiff(item.path) and not is_dicom(item.path))
-        suffix = item.place.suffix if kept else ".tif" if is_dicom(item.path) else ".png"
-        target = folder / item.place.with_suffix(suffix)
-        if target in taken:
-            raise UserError(f"{item.path} and {taken[target].path} would both become {target.name!r}; take two --out")
-        taken[target] = item
-    return [(item, target) for target, item in taken.items()]
+def _beside(target: Path, word: str) -> Path:
+    return target.with_name(f"{target.name}.{word}.png")
 
 
 class Upscaling(Predictor):
@@ -128,10 +120,18 @@ class Upscaling(Predictor):
         if min(pixels.shape[1:3]) < 2:
             raise UserError(f"{item.path}: is {pixels.shape[1]} x {pixels.shape[2]} pixels; 2 a side are needed")
 
+    def targets(self, item: Input) -> list[Path]:
+        """The file enlarged, and the pictures beside it."""
+        kept = item.path.suffix.lower() in VOLUMES or (is_tiff(item.path) and not is_dicom(item.path))
+        suffix = item.place.suffix if kept else ".tif" if is_dicom(item.path) else ".png"
+        target = item.place.with_suffix(suffix)
+        return [target, *(_beside(target, word) for word in BESIDE if self.beside)]
+
     def write(self, loaded: Loaded, inputs: Inputs, folder: Path) -> int:
         """Write each file enlarged, under its own name; returns the number of slices."""
         slices = 0
-        for item, target in _targets(inputs, folder):
+        for item in inputs.items:
+            target = folder / self.targets(item)[0]
             raster = read_raster(item.path)
             if raster.transparent:
                 say(f"{item.name}: its transparency is not enlarged; what is written has none")
@@ -203,7 +203,6 @@ class Upscaling(Predictor):
         place = tuple(slice(begin * scale, end * scale) for begin, end in spans)
         simple = bicubic(levels.shown(image[around]), scale).clip(0, 255)[kept]  # (height, width, channels)
         ours = levels.shown(made.slices[middle][place])
-        for word, picture in (("bicubic", simple), ("model", ours), ("difference", 128 + ours - simple)):
+        for word, picture in zip(BESIDE, (simple, ours, 128 + ours - simple), strict=True):
             pixels = to_uint8(picture)
-            file = target.with_name(f"{target.name}.{word}.png")
-            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file)
+            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(_beside(target, word))

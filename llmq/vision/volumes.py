@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.guarded.files import check_plain
+from llmq.terminal import say
 from llmq.vision import rasters
-from llmq.vision.dicom import in_order, is_dicom, read_dicom
+from llmq.vision.dicom import gap, in_order, is_dicom, read_dicom
 from llmq.vision.images import Example, read_image
 from llmq.vision.pixels import Window, as_bytes, is_tiff, range_of, read_tiff, readable
 from llmq.vision.rasters import VOXEL_SIZE
@@ -28,6 +29,8 @@ SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw", ".dcm")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm", ".dcm")
 PICTURES = (".png", ".bmp", ".pgm")
 CUBE = 64
+UNWRITTEN = 9.969209968386869e36
+"""What NetCDF puts where floats were never written."""
 HDF5 = b"\x89HDF"
 MODES = {"uint16": "I;16", "int16": "I;16S", "int32": "I", "float32": "F"}
 """Pillow's names for images of these numbers."""
@@ -145,12 +148,16 @@ def _netcdf(path: Path) -> dict[str, ndarray]:
 
 
 def _meant(array: ndarray, told: Mapping[str, Any]) -> ndarray:
-    """Stored numbers as attributes of NetCDF mean them: `_Unsigned` whole ones, and packed ones unpacked."""
+    """Stored numbers as attributes of NetCDF mean them: `_Unsigned` whole ones, and packed ones unpacked.
+
+    Voxels without a value are masked.
+    """
     import numpy as np
 
     unsigned = told.get("_Unsigned", "")
     if str(unsigned.decode() if isinstance(unsigned, bytes) else unsigned).lower() == "true":
         array = array.view(array.dtype.str.replace("i", "u"))
+    array = _masked(array, told)
     scale, offset = (
         float(np.ravel(told.get(name, usual))[0]) for name, usual in (("scale_factor", 1), ("add_offset", 0))
     )
@@ -158,6 +165,20 @@ def _meant(array: ndarray, told: Mapping[str, Any]) -> ndarray:
         return array
     made: ndarray = array.astype(np.result_type(array, np.float32)) * scale + offset
     return made
+
+
+def _masked(array: ndarray, told: Mapping[str, Any]) -> ndarray:
+    """The array, with a mask where it holds what stands for no value; stored numbers are meant, before unpacking."""
+    import numpy as np
+
+    kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
+    for name, usual in (("_FillValue", UNWRITTEN if kind == "f" else ()), ("missing_value", ())):
+        marks: ndarray = np.ravel(told.get(name, usual))
+        for mark in marks.tolist() if marks.dtype.kind in "iuf" else []:
+            stored = mark % 2**bits if kind == "u" else mark  # one of unsigned numbers may be written as a signed one
+            if bool((lacking := array == stored).any()):
+                array = np.ma.masked_where(lacking, array)
+    return array
 
 
 def _named(path: Path, arrays: dict[str, ndarray], hows: Mapping[str, Reading]) -> tuple[ndarray, ndarray | None]:
@@ -175,7 +196,12 @@ def _named(path: Path, arrays: dict[str, ndarray], hows: Mapping[str, Reading]) 
 
 
 def _bytes(array: ndarray, how: Reading, where: str) -> ndarray:
+    import numpy as np
+
     kind, about = array.dtype.kind, f"{array.dtype}{array.shape}"
+    if isinstance(array, np.ma.MaskedArray):
+        lacking = f"{int(np.ma.getmaskarray(array).sum())} of {array.size} voxels are marked as without a value"
+        raise UserError(f"{where}: {lacking} (_FillValue, missing_value); crop the volume, or fill them first")
     if kind not in "biuf":
         raise UserError(f"{where} is {about}, and numbers are needed")
     if not how.window and str(array.dtype) != "uint8":
@@ -207,6 +233,8 @@ def _folder(path: Path, how: Reading) -> ndarray:
         raise UserError(f"{path}: holds {' and '.join(kinds)}, and the slices of one volume are of one kind; part them")
     if is_dicom(files[0]):
         files = in_order(files)
+    elif lacking := gap(_numbers_in([file.stem for file in files])):
+        say(f"{path}: by their names, {lacking}; is one missing?")
     first = read_image(files[0], 1, how.window)
     volume: ndarray = np.empty((len(files), *first.shape[:2]), np.uint8)
     for number, file in enumerate(files):
@@ -217,6 +245,15 @@ def _folder(path: Path, how: Reading) -> ndarray:
             )
         volume[number] = image[..., 0]
     return volume
+
+
+def _numbers_in(names: Sequence[str]) -> list[int]:
+    """The number by which alone the names of slices differ; empty for other names."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(each) for each in parts}) > 1:
+        return []
+    unlike = [each for each in zip(*parts, strict=True) if len(set(each)) > 1]
+    return [int(each) for each in unlike[0]] if len(unlike) == 1 and unlike[0][0].isdecimal() else []
 
 
 def _raw(path: Path, how: Reading) -> ndarray:

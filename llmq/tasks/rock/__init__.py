@@ -80,7 +80,7 @@ class Rock(Task[SuperResolution]):
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
-        from llmq.vision.upscaled import PROTOCOL, in_stretches, upscaled
+        from llmq.vision.upscaled import PROTOCOL, upscaled
 
         split = self.data.read()
         self.check_base(loaded.artifact)
@@ -94,10 +94,9 @@ class Rock(Task[SuperResolution]):
             raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
         # Images that have fewer grey levels than phases have no pores.
         slices = {kind: [way.cut(image, levels[kind]) for image in grey[kind]] for kind in KINDS}
-        parts, apart, about = self._parts(slices, split)
-        clusters, alike = in_stretches(split, len(scenes)) if self.dimensions == 2 else (None, "")
+        parts, apart, about, clusters = self._parts(slices, split)
         own = "" if self.segmentation == "fixed" else f" over all slices, that of each of {', '.join(KINDS)} its own"
-        protocol = f"{way.told}{own}{about}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}{alike}"
+        protocol = f"{way.told}{own}{about}; {PROTOCOL}; {self.data.word} held out, sha256 {split.sha256[:12]}"
         yield from self._overlaps(parts, protocol, clusters)
         yield from self._shapes(parts, apart, protocol, clusters)
         # The thresholds are no part of the convention, as they are outcomes themselves.
@@ -108,23 +107,36 @@ class Rock(Task[SuperResolution]):
         for i, scene in enumerate(scenes[: self.pictures]):
             yield self._shown(scene, {kind: slices[kind][i] for kind in KINDS})
 
-    def _parts(self, slices: Parts, split: Split) -> tuple[Parts, float, str]:
-        """The slices, or the blocks of their volume, with the distance of slices and the words for it."""
+    def _parts(self, slices: Parts, split: Split) -> tuple[Parts, float, str, tuple[int, ...] | None]:
+        """The slices, or the blocks of their volume, with the distance of slices, the words for it, and the clusters.
+
+        Blocks of one volume are neighbours as its slices are; a volume is one sample where there are enough of them.
+        """
         import numpy as np
 
+        from llmq.statistics.estimates import FEWEST
         from llmq.vision.pores import blocks
+        from llmq.vision.upscaled import in_stretches
 
         if self.dimensions == 2:
-            return slices, 1.0, ""
+            clusters, alike = in_stretches(split, len(slices["truth"]))
+            return slices, 1.0, alike, clusters
         apart = split.apart or 1.0
         # Slices of one volume are one stack; of several volumes each is cut by itself.
         depths = [len(pair.high) for pair in split.held_out[: self.limit] if pair.high.ndim == 4]
         ends = np.cumsum(depths, dtype=int)[:-1]
-        parts = {
-            kind: [part for stack in np.split(np.stack(images), ends) for part in blocks(stack, self.block, apart)]
+        cut = {
+            kind: [blocks(stack, self.block, apart) for stack in np.split(np.stack(images), ends)]
             for kind, images in slices.items()
-        }
-        return parts, apart, f"; blocks of about {self.block}³ of the volume, slices {apart:g} pixels apart"
+        }  # by volume
+        parts = {kind: [part for volume in volumes for part in volume] for kind, volumes in cut.items()}
+        if (scans := len(depths)) >= FEWEST:
+            clusters = tuple(i for i, volume in enumerate(cut["truth"]) for _ in volume)
+            alike = f"; standard error over {scans} volumes"
+        else:
+            clusters, alike = in_stretches(split, len(parts["truth"]), "blocks")
+        about = f"; blocks of about {self.block}³ of the volume, slices {apart:g} pixels apart{alike}"
+        return parts, apart, about, clusters
 
     def _overlaps(self, parts: Parts, protocol: str, clusters: tuple[int, ...] | None) -> Iterator[Measurement]:
         """The pores of model and bicubic over the true ones."""
