@@ -1,10 +1,10 @@
 """Changes of a model, layer by layer.
 
-Settings may differ by layer: `modules: {down_proj: {bits: 8}, "layers.0.": skip}`. A `LayerChange` applies them.
+Settings may differ by layer: `modules: {down_proj: {bits: 8}, layers.0: skip}`. A `LayerChange` applies them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
@@ -21,16 +21,47 @@ By = TypeVar("By", bound=BaseModel, covariant=True)
 """The settings by which a layer is changed."""
 
 
+WITHIN_NO_NUMBER = r"(?:(?<!\d)|(?!\d))"
+"""A place that does not lie between two digits."""
+
+
+def matches(pattern: str, name: str) -> bool:
+    """True if a pattern is found in the full name of a layer.
+
+    A pattern is a regular expression whose dots are those of the name and whose numbers are whole: `layers.1` is block
+    1, never 10. Any text is `.*`, as everywhere; also after a number it begins beyond the number.
+    """
+    return re.search(_expression(pattern), name) is not None
+
+
+def check_matched(setting: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Raise `UserError` for the first pattern of a setting that none of the names matches."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            # The parts of names to suggest, without the numbers of blocks.
+            words = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise UserError(f"{setting}: no layer's name matches {pattern!r}{did_you_mean(pattern, words)}")
+
+
+def _expression(pattern: str) -> str:
+    """The regular expression that a pattern stands for."""
+    dots = {".": r"\.", "any": r"(?!\d)."}
+    escaped_any_or_dot = r"(\\.)|(?P<any>(?<=\d)\.(?=[*+?{]))|\.(?![*+?{])"
+    literal = re.sub(escaped_any_or_dot, lambda m: m[1] or dots["any" if m["any"] else "."], pattern)
+    return f"{WITHIN_NO_NUMBER}(?:{literal}){WITHIN_NO_NUMBER}"
+
+
 def _regular_expression(pattern: str) -> str:
     try:
         re.compile(pattern)
+        re.compile(_expression(pattern))
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
     return pattern
 
 
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
-"""A regular expression that is searched for in the full name of a layer."""
+"""A pattern of the names of layers, see `matches`."""
 
 
 def skip_or(cls: type[BaseModel]) -> BeforeValidator:
@@ -63,14 +94,10 @@ def settings_of(
     layer matches.
     """
     names = [*layers, *([head] if head else [])]
-    for pattern in modules:
-        if not any(re.search(pattern, name) for name in names):
-            # The parts of names to suggest, without the numbers of blocks.
-            words = {part for name in names for part in name.split(".") if not part.isdigit()}
-            raise UserError(f"modules: no layer's name matches {pattern!r}{did_you_mean(pattern, words)}")
+    check_matched("modules", modules, names)
     by_layer: dict[str, S] = {}
     for name in names:
-        change = next((c for pattern, c in modules.items() if re.search(pattern, name)), None)
+        change = next((c for pattern, c in modules.items() if matches(pattern, name)), None)
         # The word `skip` is neither of the two: the layer keeps its weights.
         if isinstance(change, BaseModel):
             by_layer[name] = overridden(settings, change)

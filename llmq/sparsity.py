@@ -63,7 +63,9 @@ class PruneStep(Sparsity, Step[M], Generic[M]):
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
 
     modules: dict[Pattern, Annotated[Literal["skip"] | Sparsity, skip_or(Sparsity)]] = Field(
-        {}, description="by regular expression: {down_proj: {sparsity: 0.3}, 'layers.0.': skip}"
+        {},
+        description="by pattern, a regular expression whose dots are those of names and whose numbers are whole: "
+        "{down_proj: {sparsity: 0.3}, layers.1: skip}",
     )
 
     @model_validator(mode="after")

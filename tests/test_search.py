@@ -21,6 +21,7 @@ from llmq import api, plugin, searching
 from llmq.budget import Budget, budget_bytes
 from llmq.cli import app
 from llmq.errors import UserError
+from llmq.layers import matches
 from llmq.matrix import allotment
 from llmq.matrix.allotment import allot
 from llmq.matrix.grid import round_to_nearest
@@ -188,7 +189,7 @@ def test_patterns_name_each_layer_and_its_grid():
     modules = modules_of(Found(grids, 0, 0.0), Grid())
     assert len(modules) == 3
     for name, grid in grids.items():
-        settings = next((its for pattern, its in modules.items() if re.search(pattern, name)), {})
+        settings = next((its for pattern, its in modules.items() if matches(pattern, name)), {})
         assert settings == ("skip" if grid is None else {k: v for k, v in grid.model_dump().items() if k in settings})
         assert settings or grid == Grid()
 

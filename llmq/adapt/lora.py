@@ -35,8 +35,12 @@ class Lora(Tuning):
     r: PositiveInt = 16
     lora_alpha: PositiveFloat = 32
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    modules_to_save: tuple[str, ...] = Field((), description="trained whole and saved with the adapter")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="or the last parts of their names: q_proj, mlp.up_proj"
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="trained whole and saved with the adapter, by the last parts of their names"
+    )
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024)")
     use_qalora: bool = Field(
@@ -73,15 +77,14 @@ class Lora(Tuning):
         from dataclasses import replace
 
         from llmq.sketch import Work
+        from llmq.text.names import is_end
         from llmq.text.sizing import packing, work
         from llmq.text.sizing.network import as_text
 
         its, source = self.with_arguments_folded_in(), as_text(before)
         ends = its.target_modules
-        targets = [
-            p for p in source.linears if ends == "all-linear" or p.name.removesuffix(".weight").endswith(tuple(ends))
-        ]
-        whole = [p for p in source.parts if any(word in p.name for word in its.modules_to_save)]
+        targets = [p for p in source.linears if ends == "all-linear" or is_end(p.name.removesuffix(".weight"), ends)]
+        whole = [p for p in source.parts if is_end(p.name.rpartition(".")[0], its.modules_to_save)]
         copies = [packing.whole_copy(part) for part in whole]
         adapter = (*packing.adapters(targets, its.r, its.use_dora, its.use_qalora), *copies)
         made = replace(source, parts=(*source.parts, *adapter))
@@ -127,7 +130,7 @@ class Lora(Tuning):
 
         from llmq.text.bnb_layers import keep_unpacked
         from llmq.text.pooled import check_pools, group_of, let_pool
-        from llmq.text.reach import expert_stacks, gates
+        from llmq.text.reach import check_ends, expert_stacks, gates
 
         module = loaded.module
         keep_unpacked(module)
@@ -150,6 +153,9 @@ class Lora(Tuning):
         )
         if self.use_qalora:
             let_pool(config)
+        names = [name for name, _ in module.named_modules()]
+        check_ends("target_modules", () if isinstance(targets, str) else targets, names)
+        check_ends("modules_to_save", self.modules_to_save, names)
         try:
             model = get_peft_model(module, config)
         except ValueError as error:

@@ -12,6 +12,7 @@ from pydantic import Field
 from llmq.artifact import Artifact
 from llmq.errors import UserError, first_line
 from llmq.files import LAYERS, write_json
+from llmq.layers import Pattern, check_matched, matches
 from llmq.text.bnb_layers import is_packed
 from llmq.text.family import LanguageModel
 from llmq.types import Context, Step
@@ -37,7 +38,9 @@ class Bnb(Step[LanguageModel]):
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = Field(True, description="quantize the 4-bit scales too: saves 0.37 bits a weight")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    skip_modules: tuple[str, ...] = Field((), description="left in float, besides the output head")
+    skip_modules: tuple[Pattern, ...] = Field(
+        (), description="left in float, besides the output head, by patterns: [down_proj, layers.1]"
+    )
 
     def check_base(self, base: Artifact[LanguageModel]) -> None:
         """Raise `UserError` if bitsandbytes would leave experts, or over a third of the blocks, in float unasked."""
@@ -54,7 +57,7 @@ class Bnb(Step[LanguageModel]):
         source = as_text(before)
         changed = {}
         for part in source.linears:
-            if not any(word in part.name for word in self.skip_modules):
+            if not self._skips(part.name.removesuffix(".weight")):
                 packed = nf4(part, self.quant_type, self.double_quant, self.compute_dtype)
                 changed[part.name] = packed if self.bits == 4 else int8(part)
         made = source.with_parts(changed)
@@ -86,7 +89,7 @@ class Bnb(Step[LanguageModel]):
         import torch
         from transformers import BitsAndBytesConfig
 
-        skip = [*_default_skips(weights), *self.skip_modules] if self.skip_modules else None
+        skip = self._skipped(weights) if self.skip_modules else None
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         return BitsAndBytesConfig(
@@ -97,6 +100,20 @@ class Bnb(Step[LanguageModel]):
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
         )
 
+    def _skips(self, name: str) -> bool:
+        return any(matches(pattern, name) for pattern in self.skip_modules)
+
+    def _skipped(self, weights: Path) -> list[str]:
+        """The names of the linear layers that stay in float."""
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        from llmq.text.opening import without_weights
+
+        network = without_weights(weights)
+        # transformers skips the output head by itself only as long as nobody names another module.
+        others = (name for name, layer in network.named_modules() if _is_linear(layer) and self._skips(name))
+        return [*get_keys_to_not_convert(network), *others]
+
     def _checked(self, module: "PreTrainedModel", weights: Path, packs: "Callable[[Module], bool]") -> dict[str, float]:
         """Notes on the packed layers. Raises `UserError` if much of the blocks, or an expert, is left out unasked."""
         from llmq.text.linear_view import blocks_of, is_fused
@@ -104,7 +121,8 @@ class Bnb(Step[LanguageModel]):
         inside = [p for block in blocks_of(module) for p in module.get_submodule(block).named_modules(prefix=block)]
         packed = sum(_weights(layer) for _, layer in inside if packs(layer))
         total = packed + sum(_weights(layer) for _, layer in inside if not packs(layer))
-        named = [n for n, _ in inside if any(word in n for word in self.skip_modules)]
+        check_matched("skip_modules", self.skip_modules, dict(module.named_modules()))
+        named = [n for n, _ in inside if self._skips(n)]
         others = [layer for name, layer in inside if not packs(layer) and name not in named]
         left = sum(map(_weights, others)) / total
         if left > 1 / 3 or any(map(is_fused, others)):
@@ -169,12 +187,3 @@ def _weights(layer: "Module | Linear") -> int:
     if is_packed(layer):
         return int(layer.in_features * layer.out_features)  # type: ignore[operator]
     return sum(p.numel() for p in layer.parameters(recurse=False))
-
-
-def _default_skips(weights: Path) -> list[str]:
-    # transformers skips the output head by itself only as long as nobody names another module.
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    from llmq.text.opening import without_weights
-
-    return list(get_keys_to_not_convert(without_weights(weights)))

@@ -44,6 +44,11 @@ def tensor_names(module: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]
     return {key: name_of(key) for key in keys}
 
 
+def is_end(name: str, ends: Iterable[str]) -> bool:
+    """True if the last parts of a name are among `ends`, as PEFT matches modules."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
 def stored(folder: Path, module: PreTrainedModel) -> dict[str, tuple[Path, str]]:
     """File and key of every tensor in a folder, by the name of the tensor in `module`."""
     from safetensors import safe_open
@@ -80,8 +85,13 @@ def untie(module: PreTrainedModel) -> dict[str, str]:
     return pairs
 
 
-def save(module: PreTrainedModel, folder: Path, pairs: Mapping[str, str] | None = None) -> None:
-    """Write an open language model: equal `pairs` tied, unequal ones stored apart, as the configuration then says."""
+def save(
+    module: PreTrainedModel, folder: Path, pairs: Mapping[str, str] | None = None, but: tuple[str, ...] = ()
+) -> None:
+    """Write an open language model: equal `pairs` tied, unequal ones stored apart, as the configuration then says.
+
+    Tensors whose names begin with one of `but` are left out.
+    """
     import torch
 
     pairs = module.get_expanded_tied_weights_keys(all_submodels=True) if pairs is None else pairs
@@ -94,7 +104,8 @@ def save(module: PreTrainedModel, folder: Path, pairs: Mapping[str, str] | None 
         for config in {id(c): c for c in (module.config, module.config.get_text_config())}.values():
             config.tie_word_embeddings = len(equal) == len(pairs)
         module.all_tied_weights_keys = equal  # tells save_pretrained which name of a shared tensor to drop
-    module.save_pretrained(folder)
+    state = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(but)}
+    module.save_pretrained(folder, state_dict=state)
 
 
 def untied(config: Mapping[str, object]) -> dict[str, object]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from llmq.errors import UserError, did_you_mean
 from llmq.text.linear_view import blocks_of
+from llmq.text.names import is_end
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +54,15 @@ def expert_stacks(module: PreTrainedModel) -> list[str]:
         return next(end for end in ends if not any(other.endswith(f".{end}") for other in others))
 
     return sorted(set(map(shortest_end, stacks)))
+
+
+def check_ends(setting: str, ends: Sequence[str], names: Iterable[str]) -> None:
+    """Raise `UserError` for the first end of a setting that no module's name has; PEFT passes it over."""
+    known = list(names)
+    for end in ends:
+        if not any(is_end(name, [end]) for name in known):
+            hint = did_you_mean(end, {name.rpartition(".")[2] for name in known})
+            raise UserError(f"{setting} {list(ends)!r}: no module's name ends with {end!r}{hint}")
 
 
 def gates(module: PreTrainedModel) -> list[str]:

@@ -27,7 +27,9 @@ class GridStep(Grid, Step[LanguageModel]):
     leaves: ClassVar[Mapping[str, bool | str]] = {"packed": True}
 
     modules: dict[Pattern, Annotated[Literal["skip"] | Grid, skip_or(Grid)]] = Field(
-        {}, description="by regular expression: {down_proj: {bits: 8}, lm_head: {bits: 4}, 'layers.0.': skip}"
+        {},
+        description="by pattern, a regular expression whose dots are those of names and whose numbers are whole: "
+        "{down_proj: {bits: 8}, lm_head: {bits: 4}, layers.1: skip}",
     )
 
     def check_base(self, base: Artifact[LanguageModel]) -> None:

@@ -50,7 +50,9 @@ class Channels(Ratio, Step[ImageModel]):
     )
     round_to: PositiveInt = Field(8, description="channels stay in multiples of it; int8 kernels like 8, 16 or 32")
     modules: dict[Pattern, Annotated[Literal["skip"] | Ratio, skip_or(Ratio)]] = Field(
-        {}, description="by regular expression: {layer4: {ratio: 0.3}, conv1: skip}; of a group the least counts"
+        {},
+        description="by pattern, a regular expression whose dots are those of names and whose numbers are whole: "
+        "{layer4: {ratio: 0.3}, conv1: skip}; of a group the least counts",
     )
 
     def check_base(self, base: Artifact[ImageModel]) -> None:
