@@ -361,11 +361,51 @@ def evaluate(
     return pipeline.evaluate(artifacts, chosen, folder, context, told, cache, made_by.steps if made_by else ())
 
 
-def compare(*targets: Target) -> "Comparisons":
-    """Set runs, stages or lm-eval's `results_*.json` beside the first of them: differences, intervals, verdicts."""
-    from llmq.judge import comparisons
+def compare(
+    *targets: Target,
+    family: str = FAMILY,
+    device: str | None = None,
+    out: Target | None = None,
+    cache: bool = True,
+    trust_remote_code: bool = False,
+) -> "Comparisons":
+    """Set runs, stages, models or lm-eval's `results_*.json` beside the first: differences, intervals, verdicts.
 
-    return comparisons.side_by_side(comparisons.targets([os.fspath(target) for target in targets]))
+    A model of which nothing was measured, such as a `.gguf` file, is measured now, by the tasks of the first run and
+    together with all that is compared, in a new folder; `family`, `device`, `out` and `cache` are about that.
+    """
+    from llmq.judge import comparisons
+    from llmq.targets import is_model
+
+    trust.given(trust_remote_code)
+    names = [os.fspath(target) for target in targets]
+    if len(names) > 1 and any(map(is_model, names)):
+        names = _measured(names, family, device, out, cache)
+    return comparisons.side_by_side(comparisons.targets(names))
+
+
+def _measured(targets: Sequence[str], family: str, device: str | None, out: Target | None, cache: bool) -> list[str]:
+    """The folders of the stages that a new evaluation makes of runs, stages and models."""
+    from llmq import pipeline, plugin
+    from llmq.judge import results
+    from llmq.runs.folder import fresh, holds
+    from llmq.targets import is_model, unmeasured
+    from llmq.terminal import say
+
+    for target in targets:
+        if not is_model(target):
+            results.read(target)  # a missing or broken one is reported before a model is opened
+    asked = unmeasured(targets, family)
+    job = asked.job
+    folder = fresh(out, "compare")
+    if holds(folder):
+        raise UserError(f"{str(folder)!r} is not empty; use a new --out")
+    context = _context(device or (job.device if job else "auto"), job.threads if job else None, job.seed if job else 0)
+    artifacts = {name: bring(context) for name, bring in asked.stages.items()}
+    told = {"targets": list(targets), "evaluate": [plugin.entry(task) for task in asked.tasks]}
+    pipeline.evaluate(artifacts, asked.tasks, folder, context, told, cache, job.steps if job else ())
+    say(f"measured together, with the base: {folder / 'report.html'}")
+    return [str(folder / name) for name in asked.compared]
 
 
 def gate(run: Target, *rules: str, stage: str | None = None) -> "Gate":

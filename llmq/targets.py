@@ -1,17 +1,19 @@
 """The targets of `llmq eval`: a model, a stage, or all stages of a run."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmq import plugin, recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.overrides import fold, in_order
-from llmq.recipe import suite_tasks
+from llmq.recipe import Recipe, suite_tasks
 from llmq.runs import paths as run_paths
 from llmq.source import Source, find, read
-from llmq.types import Context, JsonObject, Step, Task
+from llmq.types import Context, JsonObject, Model, Step, Task
 
 Bring = Callable[[Context], Artifact]
 
@@ -30,8 +32,7 @@ def stages_of(
             raise UserError(f"override {change!r}: {target!r} is a stage, and artifact.json names its family")
         fold(source, change, ())
     if not artifacts:
-        opener: Any = plugin.build(source.data["model"], "models")
-        opener.check()
+        opener = _opener(*plugin.name_and_settings(source.data["model"]))
         return {"0-base": opener.base}, suite_tasks(source.data["evaluate"], source, opener.kind)
     kind = next(iter(artifacts.values())).model.kind
     before = (job.steps, job.evaluate) if job else ()
@@ -46,6 +47,67 @@ def last_stage(target: str, family: str) -> tuple[str, Bring]:
     """The name of a stage, or of the last one of a run, and the function that brings it."""
     stages, _ = stages_of(target, family, [])
     return list(stages.items())[-1]
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """What is compared, where models of it are still to be measured: all of it, together."""
+
+    stages: dict[str, Bring]
+    """The base, and the stage or model of each target in order."""
+    tasks: Sequence[Task]
+    job: Recipe | None
+    """The recipe of the run that says the tasks; without one the first model is the base."""
+
+    @property
+    def compared(self) -> list[str]:
+        """The names of the targets' stages, in order."""
+        return list(self.stages)[1 if self.job else 0 :]
+
+
+def is_model(target: str) -> bool:
+    """True for a `.gguf` file, and for a folder with a model of which nothing was measured."""
+    path = Path(target)
+    if not path.is_dir():
+        return path.suffix == ".gguf" and path.is_file()
+    made = any((path / name).is_file() for name in ("config.json", "artifact.json"))
+    return made and not (path / "measurements.json").is_file() and not any(path.rglob("results_*.json"))
+
+
+def unmeasured(targets: Sequence[str], family: str) -> Unmeasured:
+    """The last stages of runs and the models among `targets`, to be measured by the tasks of the first run.
+
+    Models are opened as the base of that run was. Without a run the suite of the family is asked.
+    """
+    run = next((target for target in targets if not is_model(target)), "")
+    job = recipe.of_run(run) if run else None
+    if run and not job:
+        bare = next(filter(is_model, targets))
+        raise UserError(
+            f"{bare!r} is a model, and {run!r} no run of a recipe, by whose tasks to measure it; name such a run or "
+            f"a stage of one, or measure the model first (llmq eval {bare} --out NAME), and compare NAME"
+        )
+    settings: JsonObject = plugin.to_plain(job.model) if job else {}
+    settings.pop("revision", None)
+    word = job.model.word.removeprefix("models.") if job else family
+    stages: dict[str, Bring] = {}
+    if job:
+        home = Path(run) if recipe.is_run(Path(run)) else Path(run).resolve().parent
+        stages["0-base"] = _ready(next(iter(_artifacts(home).values())))
+    for target in targets:
+        name = re.sub(r"[^\w.]+", "-", re.sub(r"^\d+-", "", Path(target).resolve().name.removesuffix(".gguf")))
+        artifacts = list(_artifacts(Path(target)).values())
+        model = artifacts[-1].model if artifacts else _opener(word, {**settings, "weights": target})
+        stages[f"{len(stages)}-{name}"] = _ready(artifacts[-1]) if artifacts else model.base
+    tasks = job.evaluate if job else suite_tasks(model.suite, Source("command line", {}), model.kind)
+    return Unmeasured(stages, tasks, job)
+
+
+def _opener(word: str, settings: JsonObject) -> Model:
+    """The model that a word of models opens, checked."""
+    made: Any = plugin.build({word: settings}, "models")
+    made.check()
+    return cast("Model", made)
 
 
 def exporting(to: str, changes: Iterable[str]) -> Step:

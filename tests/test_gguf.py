@@ -1,6 +1,7 @@
 """Exports to GGUF: blocks, architectures, tokenizers, types by tensor, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llmq import pipeline, plugin
+from llmq import pipeline, plugin, targets
 from llmq.artifact import Artifact
 from llmq.cli import app
 from llmq.errors import LlmqError, UserError
+from llmq.files import write_json
 from llmq.matrix.gguf_blocks import KINDS, carried
 from llmq.matrix.grid import Quantized, round_to_nearest
+from llmq.text import decoding
 from llmq.text.gguf import types as gguf_types
 from llmq.text.gguf.layout import ARCHITECTURES
 from llmq.text.gguf.tokenizer import SAMPLES, splitting
+from llmq.text.tokenizer import end_marks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = some_ids()
@@ -342,6 +346,33 @@ def test_a_run_with_an_export_is_measured_verified_and_evaluated_again(tiny_llam
     ratios = {c["metric"]: c["ratio"] for c in json.loads(told.stdout)["comparisons"]}
     assert ratios["bytes_on_disk"] == 1  # of the file, not of the floats that it was dequantized to
     assert ratios["token_perplexity"] == pytest.approx(1, abs=0.01)
+    shutil.copy(file, "theirs.Q4_0.gguf")
+    told = CliRunner().invoke(app, ["compare", "run/1-quantize.rtn", "theirs.Q4_0.gguf", "--json", "--out", "beside"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["results"] == ["1-quantize.rtn", "2-theirs.Q4_0"]
+    sizes = {m["result"]: m["value"] for m in found["measurements"] if m["metric"] == "bytes_on_disk"}
+    assert sizes["2-theirs.Q4_0"] == Path("theirs.Q4_0.gguf").stat().st_size
+    pairs = {(c["task"], c["metric"]): c for c in found["comparisons"]}
+    assert pairs["perplexity", "token_perplexity"]["ratio"] == pytest.approx(1, abs=0.01)
+    assert pairs["perplexity", "token_perplexity"]["n"] == 2, "the windows pair"
+    assert ("divergence", "kl_to_base") in pairs, "both beside the base of the run"
+    assert json.loads(Path("beside/report.json").read_text())["recipe"]["targets"][1] == "theirs.Q4_0.gguf"
+
+
+def test_a_model_is_compared_by_the_tasks_of_a_run(tiny_llama, tmp_path, llmq):
+    """What has no tasks of its own needs a run, or is measured by the suite of its kind."""
+    apply("quantize.rtn", base_of(tiny_llama), tmp_path / "stage")
+    write_json(tmp_path / "results_x.json", {"results": {}, "versions": {}, "lm_eval_version": "0.4.13"})
+    code, _, error = llmq("compare", "results_x.json", "stage")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "'stage' is a model, and 'results_x.json' no run of a recipe" in error
+    code, _, error = llmq("compare", "stag", "stage")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "there is no run, stage or result file 'stag'" in error
+    asked = targets.unmeasured(["stage", str(tiny_llama)], "causal_lm")
+    assert list(asked.stages) == asked.compared == ["0-stage", f"1-{tiny_llama.name}"]
+    assert [task.word for task in asked.tasks] == ["tasks.size", "tasks.perplexity", "tasks.lm_eval", "tasks.speed"]
 
 
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -396,3 +427,22 @@ def test_a_file_of_another_house_is_opened_whatever_its_types_and_measured_by_it
         figures = {m.metric: m.value for m in plugin.build("tasks.size").score(loaded)}
     assert figures["bytes_on_disk"] == base.bytes_on_disk
     assert 0 < figures["sparse_bytes"] <= figures["bytes_on_disk"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "held", "left"), [([2], [2], None), ([1, 2], [2, 1], None), ([1, 3, 2, 5], [2, 1, 3], [5])]
+)
+def test_a_file_holds_each_token_that_ends_a_text_and_gives_them_back(ends, held, left, tiny_llama, tmp_path):
+    """The tokenizer's own is `eos`; llama.cpp stops at `eot` and `eom` as well."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    write_json(model / "generation_config.json", {"eos_token_id": ends})
+    stage = apply("export.gguf", base_of(model), tmp_path / "made")
+    assert stage.notes.get("ends_left_out") == left
+    fields = GGUFReader(stage.weights / "model.gguf").fields
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
+    assert [fields[key].contents() for key in keys if key in fields] == held
+    shutil.copy(stage.weights / "model.gguf", tmp_path / "theirs.gguf")
+    base = base_of(tmp_path / "theirs.gguf")
+    assert end_marks(base.weights) == set(held)
+    with base.open("cpu") as loaded:
+        assert decoding.end_marks(loaded.module, loaded.processor) == set(held)

@@ -18,9 +18,9 @@ from typer.exceptions import TyperException
 from llmq import __version__, api, errors, stopping, trust
 from llmq.cli import completing, judging, looking, planning, sweeping, using
 from llmq.cli.ending import failed, tell
-from llmq.cli.options import DEFAULT_MODEL, AllowCode, Json, Opener, Out, Overrides, Trust
+from llmq.cli.options import DEFAULT_MODEL, AllowCode, Cache, Json, Opener, Out, Overrides, Trust
 from llmq.errors import UserError, in_bytes, visible
-from llmq.files import in_json, to_json
+from llmq.files import in_json, to_json, write_text
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ TaskOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[TASK.KEY=VALUE]...", help="perplexity.limit=32, accuracy.data=photos/"),
 ]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
 Suite = Annotated[
     str | None,
     typer.Option(help="A suite in evals/, or a YAML file, to measure by.", autocompletion=completing.suites),
@@ -300,6 +299,37 @@ def export(
         typer.echo(visible(f"use it: {_opened_by(folder, made.model.kind)}"))
 
 
+def compare(
+    targets: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=completing.stages)],
+    html: Annotated[Path | None, typer.Option(help="Write the table as a page, too.")] = None,
+    model: Opener = DEFAULT_MODEL,
+    device: Annotated[str | None, typer.Option(help="To measure models on; that of the run if unset.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for measured models; a fresh one under runs/.")] = None,
+    cache: Cache = True,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Set runs, stages, models or lm-eval's results_*.json side by side: differences, intervals, verdicts.
+
+    A single run shows its stages; of several runs the last stage of each is taken. The others are compared
+    with the first. A model (a .gguf file, a folder) is measured first, by the tasks of the first run, and the
+    others anew beside it; answers that are known are used again.
+    """
+    from llmq.report import screen
+
+    found = api.compare(
+        *targets, family=model, device=device, out=out, cache=cache, trust_remote_code=trust_remote_code
+    )
+    if html:
+        from llmq.report.html import draw_comparison
+
+        write_text(html, draw_comparison(found))
+    if as_json:
+        typer.echo(to_json(found.plain()))
+    else:
+        screen.show_comparison(found)
+
+
 def replay(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=completing.runs)],
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN-replay if unset.")] = None,
@@ -397,7 +427,7 @@ COMMANDS: Mapping[str, Callable[..., object]] = {
     "predict": using.predict,
     "chat": using.chat,
     "push": using.push,
-    "compare": judging.compare,
+    "compare": compare,
     "gate": judging.gate,
     "verify": judging.verify,
     "replay": replay,

@@ -1,4 +1,4 @@
-"""The commands that judge runs: compare, gate and verify."""
+"""The commands that judge runs: gate and verify."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,37 +9,13 @@ import typer
 from llmq.cli import completing
 from llmq.cli.options import Json
 from llmq.errors import Answered, visible
-from llmq.files import to_json, write_text
+from llmq.files import to_json
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.report import Report
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=completing.runs)]
-
-
-def compare(
-    targets: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=completing.stages)],
-    html: Annotated[Path | None, typer.Option(help="Write the table as a page, too.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Set runs, stages or lm-eval's results_*.json side by side: differences, intervals, verdicts.
-
-    A single run shows its stages; of several runs the last stage of each is taken. The others are compared
-    with the first.
-    """
-    from llmq.judge import comparisons
-    from llmq.report import screen
-
-    found = comparisons.side_by_side(comparisons.targets(targets))
-    if html:
-        from llmq.report.html import draw_comparison
-
-        write_text(html, draw_comparison(found))
-    if as_json:
-        typer.echo(to_json(found.plain()))
-    else:
-        screen.show_comparison(found)
 
 
 def gate(

@@ -9,6 +9,7 @@ from llmq.cli import completing
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[WORD.KEY=VALUE]...", help="adapt.lora.r=32, seed=1")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a fresh one under runs/ if unset.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Use earlier answers about the same model.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with data on standard output.")]
 Trust = Annotated[
     bool,

@@ -93,6 +93,8 @@ class Gguf(Step[LanguageModel]):
             say(f"  its zero points are {told}")
         if window := notes.get("window_left_out"):
             say(f"  the window of {window} tokens has no place in the file: engines attend to all tokens")
+        if ends := notes.get("ends_left_out"):
+            say(f"  the tokens {ends} end texts as well, and the file has keys for three: engines stop not there")
         return artifact.then(self, weights=folder, packed=True, runtime="gguf", notes=notes)
 
 

@@ -20,6 +20,8 @@ STRING, ARRAY = 8, 9
 MOST_VALUES, MOST_TENSORS, MOST_AXES = 100_000, 1_000_000, 4
 LONGEST_NAME = 2**16
 ALIGNMENT = "general.alignment"
+ENDS = ("eos", "eot", "eom")
+"""The keys of a file for tokens that end a text: engines stop at all of them."""
 
 
 @dataclass
@@ -145,3 +147,12 @@ def _check(reader: _Reader) -> tuple[int, dict[str, int]]:
         if data + offset + length > reader.size:
             raise reader.broken(f"{name!r} goes past its end")
     return total, dict(sizes)
+
+
+def ends(file: Path) -> list[int]:
+    """The tokens that end a text by the keys of a checked file, the tokenizer's own first."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(file)).fields  # as transformers names it, so that the file is parsed once
+    said = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ENDS)
+    return list(dict.fromkeys(int(field.contents()) for field in said if field is not None))

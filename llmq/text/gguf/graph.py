@@ -31,7 +31,7 @@ TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The types of matrices that the reader knows; of others it tells no name."""
 PLAIN = ("F32", "F16")
 """The first two of GGUF's names of whole files: of a file that bears one of them the reader expects floats alone."""
-CONVERSION = 2
+CONVERSION = 3
 """The version of the conversion; the cache keeps the files of each version apart."""
 ROUNDED = 1e-3
 """The share of the weights' norm by which rounded zero points may move them, unsaid."""
@@ -93,7 +93,9 @@ def _convert(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=gguf_files.ends(file) or None).save_pretrained(
+        folder
+    )
     link.unlink()
     write_json(folder / "gguf.json", {"file": file.name, "finding": rounded_zeros(reader)})
 

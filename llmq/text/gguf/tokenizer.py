@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+from llmq.guarded import gguf_files
+from llmq.text.tokenizer import end_marks
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pla
         writer.add_token_scores(_scores(tokens, merges))
         writer.add_add_space_prefix("prepend" in json.dumps([described.get("normalizer"), described["pre_tokenizer"]])
                                     and not _never_prepends(described))  # fmt: skip
-    _write_marks(writer, tokenizer)
+    _write_marks(writer, tokenizer, place)
 
 
 def _described(tokenizer: PreTrainedTokenizerBase, place: Path) -> JsonObject:
@@ -130,10 +132,18 @@ def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[floa
     return [-float(ranks.get(token, last)) for token in tokens]
 
 
-def _write_marks(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+def ends_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    """The tokens at which a model stops: that of its tokenizer first, then those of its generation settings."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *sorted(end_marks(folder))]))
+
+
+def _write_marks(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokens with which texts begin and end, those that are put there by themselves, and the templates."""
-    for mark in ("bos", "eos", "unk", "pad"):
-        if (number := getattr(tokenizer, f"{mark}_token_id")) is not None:
+    ids = dict(zip(gguf_files.ENDS, ends_of(tokenizer, folder), strict=False))
+    ids |= {mark: getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "unk", "pad")}
+    for mark, number in ids.items():
+        if number is not None:
             getattr(writer, f"add_{mark}_token_id")(number)
     bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     extra = len(whole) - len(bare)

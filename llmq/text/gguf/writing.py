@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ def write(folder: Path, target: Path, wanted: str, name: str) -> JsonObject:
         raise LlmqError(f"the tokenizer of {str(folder)!r} cuts {text!r} otherwise when read from the file")
     window = gguf_metadata.window_left_out(source.config, architecture)
     _write_side_files(folder, target, window)
-    return _notes(source, found, types, errors, window)
+    return _notes(source, found, types, errors, window, gguf_tokenizer.ends_of(tokenizer, folder))
 
 
 @contextmanager
@@ -196,6 +196,7 @@ def _notes(
     types: Mapping[str, Type],
     errors: Mapping[str, float],
     window: int | None,
+    ends: Sequence[int],
 ) -> JsonObject:
     counts = _weights_by_type(source, found, types)
     notes: JsonObject = {"types": dict(counts.most_common())}
@@ -212,6 +213,8 @@ def _notes(
         notes["largest_rounding"] = float(f"{max(rounded.values()):.3g}")
     if window:
         notes["window_left_out"] = window
+    if beyond := ends[len(gguf_files.ENDS) :]:
+        notes["ends_left_out"] = beyond
     if quantization(source.folder) and not kept:
         notes["dequantized"] = True
     return notes
