@@ -91,10 +91,11 @@ class Artifact(Generic[M_co]):
         """True for a GGUF file, which is opened dequantized."""
         return self.runtime == "gguf" or FILE_BYTES in self.notes
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **about: object) -> None:
         """Write `artifact.json`, whose bytes are the same for the same recipe, and `machine.json`.
 
-        `machine.json` holds times, and the paths of weights outside of the run. Other paths are relative to `folder`.
+        `machine.json` holds times, and the paths of weights outside of the run, and more that is told `about` them.
+        Other paths are relative to `folder`.
         """
         from llmq.files import portable_path, write_json
 
@@ -110,7 +111,7 @@ class Artifact(Generic[M_co]):
         write_json(folder / "artifact.json", data)
         # The absolute path, and the relative one in case the run and the weights are moved together.
         places = [weights, os.path.relpath(weights, folder.resolve())] if outside else []
-        write_json(folder / MACHINE, {"weights": places, "notes": times})
+        write_json(folder / MACHINE, {"weights": places, "notes": times, **about})
 
     @classmethod
     def load(cls, folder: Path) -> "Artifact[Any]":

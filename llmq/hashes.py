@@ -1,7 +1,9 @@
-"""The hash of every file of a run, written when the run ends."""
+"""The hash of every file of a run, written when the run ends, and of the files of its base, written when it begins."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from llmq.artifact import MACHINE, Artifact
 from llmq.errors import UserError
 from llmq.files import CARD, sha256, write_json
 from llmq.guarded.files import read_json_object
@@ -35,3 +37,41 @@ def recorded(run: Path) -> dict[str, str]:
         return {str(name): str(value) for name, value in found.items()}
     except (UserError, KeyError, AttributeError):
         raise UserError(f"{str(file)!r} holds no hashes of llmq") from None
+
+
+def of_base(base: Artifact) -> dict[str, dict[str, object]]:
+    """Size, time and hash of each file that a base is opened from, by name."""
+    return {f.name: {"size": f.stat().st_size, "time": _time(f), "sha256": sha256(f)} for f in _files(base)}
+
+
+def check_base(base: Artifact, stage: Path) -> None:
+    """Raise `UserError` for a base whose files are others than when the run in which it is a stage began.
+
+    A file of the same size and time is taken for the same; any other is hashed.
+    """
+    kept = read_json_object(stage / MACHINE).get("files") if (stage / MACHINE).is_file() else None
+    if not isinstance(kept, dict):  # of an older run
+        return
+    files = {f.name: f for f in _files(base)}
+    for name in sorted(kept.keys() | files.keys()):
+        if name not in files or name not in kept or not _is_same(files[name], kept[name]):
+            raise UserError(
+                f"{str(stage)!r} began from another {name} than lies in {str(base.weights)!r} now; bring back what "
+                "was there, or use a new --out"
+            )
+
+
+def _files(base: Artifact) -> list[Path]:
+    """The files of the weights, and those of configuration and tokenizer beside them."""
+    beside = [f for name in ("config.json", "tokenizer*.json") for f in base.weights.glob(name)]  # none of a file
+    return [*base.weight_files(), *beside]
+
+
+def _time(file: Path) -> int:
+    return file.stat().st_mtime_ns
+
+
+def _is_same(file: Path, kept: Mapping[str, object]) -> bool:
+    if file.stat().st_size != kept.get("size"):
+        return False
+    return _time(file) == kept.get("time") or sha256(file) == kept.get("sha256")

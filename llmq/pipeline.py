@@ -197,7 +197,8 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
             spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}
             (partial / BEGUN).unlink(missing_ok=True)
         trusted = {"trusted": trust.told()} if trust.told() else {}
-        replace(made, notes={**made.notes, **spent, **trusted}).save(partial)
+        about = {} if step else {"files": hashes.of_base(before)}
+        replace(made, notes={**made.notes, **spent, **trusted}).save(partial, **about)
 
     processes.wait(context.device)
     done = folder.exists()
@@ -209,8 +210,10 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         applied(step, before, folder.with_name(f".{folder.name}.partial"), context)
     processes.wait(context.device)
     stage = Artifact.load(folder)
-    if step and done:
+    if done and step:
         _check_same_data(step, stage, folder)
+    elif done:
+        hashes.check_base(stage, folder)
     return stage
 
 

@@ -1,6 +1,7 @@
 """Whose data a run is measured on: its own, unless somebody says otherwise; and what cannot fit is refused at once."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -446,6 +447,20 @@ def test_a_resumed_stage_that_was_made_from_other_data_is_refused(place, tiny_ll
     step = plugin.build({"adapt.lora": {"data": str(data), **LORA}})
     with pytest.raises(UserError, match=r"1-adapt.lora' was made from other data than data.file .*rows.jsonl"):
         pipeline.make_stage(step, base, folder, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_resumed_run_whose_base_was_replaced_is_refused(name, tiny_llama, tmp_path):
+    weights = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    base, folder = base_of(weights), tmp_path / "run" / "0-base"
+    folder.parent.mkdir()
+    pipeline.make_stage(None, base, folder, CPU)
+    (weights / "notes.json").write_text("{}")
+    os.utime(weights / "model.safetensors", (1, 1))  # the same again, copied from elsewhere
+    pipeline.make_stage(None, base, folder, CPU)
+    (weights / name).write_bytes((weights / name).read_bytes()[:-1] + b" ")  # of the same length
+    with pytest.raises(UserError, match=rf"0-base' began from another {name} than lies in '.*base' now; bring back"):
+        pipeline.make_stage(None, base, folder, CPU)
 
 
 def test_a_half_stage_that_was_begun_with_other_data_is_refused(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
