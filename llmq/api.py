@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from llmq.predicting import Predictions
     from llmq.recipe import Recipe
     from llmq.report import Report
-    from llmq.searching import Searched
-    from llmq.searching_images import ImageSearched
-    from llmq.sweeping import Swept
+    from llmq.searching.images import ImageSearched
+    from llmq.searching.text import Searched
+    from llmq.sweeping.points import Swept
     from llmq.targets import Bring
     from llmq.types import Loaded
 
@@ -254,9 +254,10 @@ def search(
     Of a stage of an image model the budget is `macs` (`"0.5x"` of the base's multiplications: channels layer by layer,
     taught by the base), or drops at most: `top1` (`"0.3pt"`), `map` (`"0.01"`), `psnr` (dB): int8, layers in float.
     """
-    from llmq import budget, processes, searching, searching_images
+    from llmq import processes
     from llmq.overrides import in_order
     from llmq.runs.folder import fresh, named
+    from llmq.searching import budget, images, text
 
     processes.check_alone("a search")
     trust.given(trust_remote_code)
@@ -275,14 +276,14 @@ def search(
             raise UserError(f"--{odd[0]} is of language models, and --{next(iter(of_images))} of image models")
         if data == "pydoc":
             raise UserError("a search of an image model needs --data, such as what it was trained on")
-        stage = searching_images.stage_of(os.fspath(model))
-        of_stage = searching_images.ImageSearch(run_in, stage, data, samples, suite, seed, changes, device)
+        stage = images.stage_of(os.fspath(model))
+        of_stage = images.ImageSearch(run_in, stage, data, samples, suite, seed, changes, device)
         return of_stage.within(of_images)
     wanted = budget.Budget(size, bits, kl, perplexity)
     opened = {"weights": os.fspath(model)} | ({"dtype": dtype} if dtype else {})
     settings = {"sym": sym, "data": data, "samples": samples, "length": length}
-    tasks = suite or searching.TASKS
-    job = searching.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, changes, device)
+    tasks = suite or text.TASKS
+    job = text.Search(run_in, {FAMILY: opened}, wanted, settings, tasks, seed, folder, changes, device)
     return job.best(methods)
 
 
@@ -296,10 +297,11 @@ def sweep(
     the address of a Ray cluster whose machines run them side by side, or `local`.
     """
     from llmq import processes, sweeping
+    from llmq.sweeping.spec import load
 
     processes.check_alone("a sweep")
     trust.given(trust_remote_code)
-    asked, folder = sweeping.load(Path(file)), Path(out or Path("runs") / Path(file).stem)
+    asked, folder = load(Path(file)), Path(out or Path("runs") / Path(file).stem)
     return sweeping.on_cluster(asked, folder, ray) if ray else sweeping.sweep(asked, folder)
 
 

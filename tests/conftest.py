@@ -54,7 +54,7 @@ def _nothing_is_trusted() -> None:
 @pytest.fixture(autouse=True)
 def _no_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run foretells its time by rates that a test need not wait two seconds for."""
-    monkeypatch.setattr("llmq.rates.measure", rates_at_hand)
+    monkeypatch.setattr("llmq.planning.rates.measure", rates_at_hand)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,10 +14,11 @@ from run_folders import size, write_run
 from typer.testing import CliRunner
 
 import llmq
-from llmq import api, cli, environment, pipeline, planning, plugin, rates, recipe
+from llmq import api, cli, environment, pipeline, planning, plugin, recipe
 from llmq.artifact import Artifact
 from llmq.cli.planning import as_text
 from llmq.errors import UserError
+from llmq.planning import rates
 from llmq.report import Report, foretold
 from llmq.sketch import Part, Work, of_file
 from llmq.text.sizing import packing, trials

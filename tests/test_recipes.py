@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmq import pipeline, plugin, reading, recipe, sweeping
+from llmq import pipeline, plugin, reading, recipe
 from llmq.files import bundled
+from llmq.sweeping.spec import load, recipe_of, settings_of
 from llmq.text import weights
 
 RECIPES = recipe.names("recipes")
@@ -45,8 +46,8 @@ def test_every_yaml_is_found():
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_loads_every_run_and_tells_its_own_story(name):
-    asked = sweeping.load(name)
-    jobs = [sweeping.recipe_of(asked, settings) for settings in sweeping.settings_of(asked)]
+    asked = load(name)
+    jobs = [recipe_of(asked, settings) for settings in settings_of(asked)]
     assert len(jobs) > 2
     assert len({str(job.plain()) for job in jobs}) == len(jobs)
     what, needs, expect = comments(SWEEPS[name])[:3]

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import llmq
-from llmq import api, plugin, searching
-from llmq.budget import Budget, budget_bytes
+from llmq import api, plugin
 from llmq.cli import app
 from llmq.errors import UserError
 from llmq.layers import matches
@@ -26,7 +25,9 @@ from llmq.matrix import allotment
 from llmq.matrix.allotment import allot
 from llmq.matrix.grid import round_to_nearest
 from llmq.report import Report
-from llmq.searching import Found, Searched, modules_of, within_bytes, within_kl
+from llmq.searching import text as searching
+from llmq.searching.budget import Budget, budget_bytes
+from llmq.searching.text import Found, Searched, modules_of, within_bytes, within_kl
 from llmq.text import end_check, sensitivity
 from llmq.text.grids import Grid
 from llmq.text.sensitivity import table_of

@@ -10,7 +10,7 @@ import llmq
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.searching_images import ImageSearched, share_of, stage_of
+from llmq.searching.images import ImageSearched, share_of, stage_of
 
 RESNET = {
     "timm_classifier": {

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,9 @@ from llmq.cli.sweeping import as_text
 from llmq.errors import UserError
 from llmq.report import Report
 from llmq.runs import folder as run_folder
+from llmq.source import to_yaml
+from llmq.sweeping import results, sharing
+from llmq.sweeping.spec import Range, load, name_of, recipe_of, settings_of
 from llmq.types import Measurement
 
 
@@ -49,9 +53,9 @@ class Fake:
 
     def __init__(self, monkeypatch, figures, codes=()):
         self.ran, self.figures, self.codes = [], figures, dict(codes)
-        monkeypatch.setattr(sweeping, "_judge", self.judge)
-        monkeypatch.setattr(sweeping, "share_beginning", lambda point, others: ())
-        monkeypatch.setattr(sweeping, "_draw", lambda done, out: None)
+        monkeypatch.setattr(results, "judge", self.judge)
+        monkeypatch.setattr(sharing, "share_beginning", lambda point, others: ())
+        monkeypatch.setattr(results, "_draw", lambda done, out: None)
 
     def __call__(self, point):
         self.ran.append(point.name)
@@ -70,11 +74,11 @@ def in_this_process(point):
 
 
 def test_a_grid_is_every_combination_and_a_list_what_it_lists(sweep_of):
-    asked = sweeping.load(sweep_of(grid={"adapt.lora.r": [2, 4], "seed": [0, 1, 2]}, overrides={"device": "cpu"}))
-    settings = list(sweeping.settings_of(asked))
+    asked = load(sweep_of(grid={"adapt.lora.r": [2, 4], "seed": [0, 1, 2]}, overrides={"device": "cpu"}))
+    settings = list(settings_of(asked))
     assert settings == [{"device": "cpu", "adapt.lora.r": r, "seed": s} for r in (2, 4) for s in (0, 1, 2)]
-    listed = sweeping.load(sweep_of(list=[{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]))
-    assert [dict(s) for s in sweeping.settings_of(listed)] == [{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]
+    listed = load(sweep_of(list=[{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]))
+    assert [dict(s) for s in settings_of(listed)] == [{"seed": 1}, {"seed": 2, "quantize.rtn.bits": 8}]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +101,13 @@ def test_a_grid_is_every_combination_and_a_list_what_it_lists(sweep_of):
 )
 def test_a_wrong_sweep_is_one_line_before_anything_runs(parts, told, sweep_of, tmp_path):
     with pytest.raises(UserError, match=told):
-        sweeping.sweep(sweeping.load(sweep_of(**parts)), tmp_path / "out", lambda point: pytest.fail("it ran"))
+        sweeping.sweep(load(sweep_of(**parts)), tmp_path / "out", lambda point: pytest.fail("it ran"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_run_is_tried_once_more_and_told_of(sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}))
-    names = [sweeping.name_of({"seed": s}) for s in (0, 1, 2)]
+    asked = load(sweep_of(grid={"seed": [0, 1, 2]}))
+    names = [name_of({"seed": s}) for s in (0, 1, 2)]
     fake = Fake(monkeypatch, lambda s: [s["seed"], s["seed"]], {names[0]: [4, 0], names[1]: [-9, 4]})
     swept = sweeping.sweep(asked, tmp_path / "out", fake)
     assert fake.ran == [names[0], names[0], names[1], names[1], names[2]]
@@ -116,24 +120,24 @@ def test_a_failed_run_is_tried_once_more_and_told_of(sweep_of, tmp_path, monkeyp
 
 
 def test_wrong_input_is_not_tried_again(sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(grid={"seed": [0, 1]}))
-    names = [sweeping.name_of({"seed": s}) for s in (0, 1)]
+    asked = load(sweep_of(grid={"seed": [0, 1]}))
+    names = [name_of({"seed": s}) for s in (0, 1)]
     fake = Fake(monkeypatch, lambda s: [1, 1], {names[0]: [2]})
     assert [p.name for p in sweeping.sweep(asked, tmp_path / "out", fake).failed] == names[:1]
     assert fake.ran == names
 
 
 def test_the_best_is_the_first_of_those_that_pass_and_none_may(sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}, gate=["perplexity <= 3"]))
+    asked = load(sweep_of(grid={"seed": [0, 1, 2]}, gate=["perplexity <= 3"]))
     swept = sweeping.sweep(asked, tmp_path / "a", Fake(monkeypatch, lambda s: [s["seed"], 5 - 2 * s["seed"]]))
-    assert swept.best == sweeping.name_of({"seed": 2})  # the others are better and do not pass
+    assert swept.best == name_of({"seed": 2})  # the others are better and do not pass
     assert len(swept.front) == 3
     none = sweeping.sweep(asked, tmp_path / "b", Fake(monkeypatch, lambda s: [1, 9]))
     assert none.best is None
 
 
 def test_figures_of_other_data_are_shown_and_not_ranked(sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(grid={"seed": [0, 1, 2]}, objectives=["token_perplexity"]))
+    asked = load(sweep_of(grid={"seed": [0, 1, 2]}, objectives=["token_perplexity"]))
     fake = Fake(monkeypatch, None)
 
     def judge(asked, point):
@@ -142,9 +146,9 @@ def test_figures_of_other_data_are_shown_and_not_ranked(sweep_of, tmp_path, monk
         point.measured = [Measurement("perplexity", "token_perplexity", 9.0 - seed, "per token", "lower", 4, 0.1, told)]
         point.losses = [9.0 - seed]
 
-    monkeypatch.setattr(sweeping, "_judge", judge)
+    monkeypatch.setattr(results, "judge", judge)
     swept = sweeping.sweep(asked, tmp_path / "out", fake)
-    first, *others = (sweeping.name_of({"seed": s}) for s in (0, 1, 2))
+    first, *others = (name_of({"seed": s}) for s in (0, 1, 2))
     assert (swept.best, swept.front) == (first, [first])  # the others have less, of other data
     assert [point.name for point in swept.points if "unlike protocols" in point.unlike] == others
     assert "not ranked beside the first: unlike protocols, 'sha256 1'" in as_text(swept)
@@ -158,12 +162,12 @@ def test_the_front_is_what_nothing_beats():
         for name, mine in rows.items():
             worse = [all(b <= m for b, m in zip(r, mine, strict=True)) and r != mine for r in rows.values()]
             slow += [] if any(worse) else [name]
-        assert sweeping.front(rows) == slow
+        assert results.front(rows) == slow
 
 
 @pytest.mark.slow
 def test_runs_that_begin_alike_make_the_beginning_once_and_come_out_the_same(sweep_of, tmp_path):
-    asked = sweeping.load(sweep_of(grid={"adapt.lora.r": [2, 4]}, objectives=["token_perplexity", "bytes_on_disk"]))
+    asked = load(sweep_of(grid={"adapt.lora.r": [2, 4]}, objectives=["token_perplexity", "bytes_on_disk"]))
     swept = sweeping.sweep(asked, tmp_path / "out", in_this_process)
     first, second = swept.points
     assert (first.shared, second.shared) == ((), ("0-base", "1-quantize.rtn"))
@@ -187,7 +191,7 @@ def test_other_seeds_data_or_weights_share_no_beginning(recipe, tiny_jsonl):
     def hashes(**changes):
         from llmq import recipe as recipes
 
-        return sweeping.beginnings(recipes.load(str(recipe), [f"{k}={v}" for k, v in changes.items()]))
+        return sharing.beginnings(recipes.load(str(recipe), [f"{k}={v}" for k, v in changes.items()]))
 
     plain = hashes()
     assert len(set(plain)) == 3
@@ -207,9 +211,9 @@ def test_other_seeds_data_or_weights_share_no_beginning(recipe, tiny_jsonl):
 @pytest.fixture
 def two(sweep_of, tmp_path):
     """Two runs that begin alike; the first has made its stages."""
-    asked = sweeping.load(sweep_of(list=[{"adapt.lora.r": 2}, {"adapt.lora.r": 4}]))
-    first, second = (sweeping._point(asked, settings, tmp_path) for settings in sweeping.settings_of(asked))
-    sweeping.share_beginning(first, [])
+    asked = load(sweep_of(list=[{"adapt.lora.r": 2}, {"adapt.lora.r": 4}]))
+    first, second = (sweeping._point(asked, settings, tmp_path) for settings in settings_of(asked))
+    sharing.share_beginning(first, [])
     for name in first.recipe.stage_names:
         (first.folder / name).mkdir(parents=True)
         (first.folder / name / "weights").write_text(name)
@@ -219,10 +223,10 @@ def two(sweep_of, tmp_path):
 
 def test_what_was_made_of_data_or_by_code_that_has_changed_since_is_not_shared(two, monkeypatch):
     first, second = two
-    assert sweeping.share_beginning(second, [first]) == ("0-base", "1-quantize.rtn")
-    monkeypatch.setattr(sweeping, "beginnings", lambda recipe: ["changed", "since", "then"])
+    assert sharing.share_beginning(second, [first]) == ("0-base", "1-quantize.rtn")
+    monkeypatch.setattr(sharing, "beginnings", lambda recipe: ["changed", "since", "then"])
     first.hashes = ()
-    assert sweeping.share_beginning(second, [first]) == ()
+    assert sharing.share_beginning(second, [first]) == ()
 
 
 def test_a_sweep_killed_while_it_shares_leaves_whole_stages_and_goes_on(two, monkeypatch):
@@ -231,16 +235,16 @@ def test_a_sweep_killed_while_it_shares_leaves_whole_stages_and_goes_on(two, mon
     def killed(source, target):
         if "quantize" in source:
             raise KeyboardInterrupt
-        sweeping.shutil.copy2(source, target)
+        shutil.copy2(source, target)
 
-    monkeypatch.setattr(sweeping, "_link_or_copy", killed)
+    monkeypatch.setattr(sharing, "_link_or_copy", killed)
     with pytest.raises(KeyboardInterrupt):
-        sweeping.share_beginning(second, [first])
+        sharing.share_beginning(second, [first])
     assert sorted(f.name for f in second.folder.iterdir()) == ["0-base", "recipe.yaml"]
 
 
 def test_two_sweeps_in_one_folder_are_refused_and_a_damaged_table_too(sweep_of, tmp_path, monkeypatch):
-    asked, fake = sweeping.load(sweep_of(list=[{"seed": 1}])), Fake(monkeypatch, lambda s: [1, 1])
+    asked, fake = load(sweep_of(list=[{"seed": 1}])), Fake(monkeypatch, lambda s: [1, 1])
     with run_folder.held(tmp_path / "out"), pytest.raises(UserError, match="in use by process"):
         sweeping.sweep(asked, tmp_path / "out", fake)
     (tmp_path / "out").mkdir()
@@ -262,21 +266,21 @@ def test_a_range_of_whole_numbers_has_whole_numbers_and_another_has_others(low, 
         def suggest_float(self, key, low, high, log):
             return float
 
-    assert sweeping._chosen(Trial(), "key", sweeping.Range(low=low, high=high, log=log)) is wanted
+    assert sweeping._chosen(Trial(), "key", Range(low=low, high=high, log=log)) is wanted
 
 
 def test_a_folder_of_another_recipe_is_refused(sweep_of, recipe, tmp_path):
-    asked = sweeping.load(sweep_of(list=[{"seed": 1}]))
+    asked = load(sweep_of(list=[{"seed": 1}]))
     sweeping.sweep(asked, tmp_path / "out", in_this_process)
     recipe.write_text(recipe.read_text().replace("max_steps: 1", "max_steps: 2"))
     with pytest.raises(UserError, match="the recipe of the sweep has changed"):
-        sweeping.sweep(sweeping.load(sweep_of(list=[{"seed": 1}])), tmp_path / "out", in_this_process)
+        sweeping.sweep(load(sweep_of(list=[{"seed": 1}])), tmp_path / "out", in_this_process)
 
 
 def test_a_search_finds_what_a_grid_would_and_chooses_the_same_again(sweep_of, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     space = {"adapt.lora.r": [2, 4, 8], "adapt.lora.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}
-    asked = sweeping.load(sweep_of(search=space, trials=30))
+    asked = load(sweep_of(search=space, trials=30))
 
     def far(settings):
         return [abs(settings["adapt.lora.learning_rate"] - 1e-3) * settings["adapt.lora.r"], 1.0]
@@ -291,10 +295,10 @@ def test_a_search_finds_what_a_grid_would_and_chooses_the_same_again(sweep_of, t
 
 def test_a_search_chooses_whole_numbers_of_whole_ranges_and_runs_no_choice_twice(sweep_of, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    asked = sweeping.load(sweep_of(search={"seed": {"low": 0, "high": 2}}, trials=9))
+    asked = load(sweep_of(search={"seed": {"low": 0, "high": 2}}, trials=9))
     fake = Fake(monkeypatch, lambda s: [s["seed"], 1.0])
     sweeping.sweep(asked, tmp_path / "out", fake)
-    assert set(fake.ran) <= {sweeping.name_of({"seed": s}) for s in (0, 1, 2)}
+    assert set(fake.ran) <= {name_of({"seed": s}) for s in (0, 1, 2)}
     assert len(set(fake.ran)) == len(fake.ran) > 1
 
 
@@ -323,22 +327,22 @@ def test_the_knee_of_one_setting_is_drawn_with_its_intervals():
     assert "digits: top1" in picture
     assert "prune.magnitude.sparsity" in picture
     right = Samples((1.0,) * 90 + (0.0,) * 10)
-    low, high = sweeping._interval(Measurement("accuracy", "top1", 0.9, "", "higher", 100, 0.03, "", right))
+    low, high = results._interval(Measurement("accuracy", "top1", 0.9, "", "higher", 100, 0.03, "", right))
     assert low < 0.9 < high
     counted = Measurement("size", "bytes_on_disk", 10.0, "bytes", "lower", 1, 0.0, "", exact=True)
-    assert sweeping._interval(counted) is None
+    assert results._interval(counted) is None
 
 
 def test_a_recipe_within_a_sweep_is_one_and_a_bad_setting_is_told(tmp_path):
     inner = {"model": {"srcnn": {"scale": 2}}, "steps": ["prune.magnitude"], "evaluate": ["size"]}
     file = tmp_path / "thin.yaml"
     file.write_text(yaml.safe_dump({"recipe": inner, "grid": {"prune.magnitude.sparsity": [0.3, 0.6]}}))
-    asked = sweeping.load(file)
-    one, two = (sweeping.recipe_of(asked, settings) for settings in sweeping.settings_of(asked))
+    asked = load(file)
+    one, two = (recipe_of(asked, settings) for settings in settings_of(asked))
     assert (one.name, one.steps[0].sparsity, two.steps[0].sparsity) == ("thin", 0.3, 0.6)
     file.write_text(yaml.safe_dump({"recipe": {**inner, "step": []}, "grid": {"seed": [0]}}))
     with pytest.raises(UserError, match="the recipe of thin"):
-        sweeping.recipe_of(sweeping.load(file), {})
+        recipe_of(load(file), {})
 
 
 def test_only_a_grid_of_one_number_has_a_knee(sweep_of, tmp_path):
@@ -347,26 +351,26 @@ def test_only_a_grid_of_one_number_has_a_knee(sweep_of, tmp_path):
         ({"grid": {"seed": [0, 1], "adapt.lora.r": [2]}}, False),
         ({"list": [{"seed": 0}, {"seed": 1}]}, False),
     ):
-        asked = sweeping.load(sweep_of(**parts))
-        points = [sweeping._point(asked, s, tmp_path) for s in sweeping.settings_of(asked)]
+        asked = load(sweep_of(**parts))
+        points = [sweeping._point(asked, s, tmp_path) for s in settings_of(asked)]
         for point in points:
             point.figures = {"token_perplexity": 3.0, "bytes_on_disk": 9.0}
-        sweeping._draw_knee(asked, points, tmp_path)
+        results._draw_knee(asked, points, tmp_path)
         assert (tmp_path / "knee.svg").is_file() == drawn
         (tmp_path / "knee.svg").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("changed", ["data", "code of llmq", "libraries", "weights"])
 def test_a_finished_run_of_other_data_or_code_is_not_taken_for_this_one(changed, sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(list=[{"seed": 1}]))
+    asked = load(sweep_of(list=[{"seed": 1}]))
     point = sweeping._point(asked, {"seed": 1}, tmp_path)
-    sweeping.share_beginning(point, [])
+    sharing.share_beginning(point, [])
     point.folder.mkdir()
-    (point.folder / "recipe.yaml").write_text(sweeping.to_yaml(point.recipe.plain()))
+    (point.folder / "recipe.yaml").write_text(to_yaml(point.recipe.plain()))
     (point.folder / "report.json").write_text("{}")
     assert sweeping.finished(point)
-    now = sweeping.made_by(point.recipe)
-    monkeypatch.setattr(sweeping, "made_by", lambda recipe: {**now, changed: "other"})
+    now = sharing.made_by(point.recipe)
+    monkeypatch.setattr(sharing, "made_by", lambda recipe: {**now, changed: "other"})
     with pytest.raises(UserError, match=f"was made by other {changed} than there is now; use a new --out"):
         sweeping.finished(point)
     (point.folder / "report.json").unlink()  # a run that was killed does not go on with them either
@@ -375,7 +379,7 @@ def test_a_finished_run_of_other_data_or_code_is_not_taken_for_this_one(changed,
 
 
 def test_runs_at_once_wait_for_those_that_make_their_beginning(sweep_of, tmp_path, monkeypatch):
-    asked = sweeping.load(sweep_of(grid={"quantize.rtn.bits": [4, 8], "adapt.lora.r": [2, 4]}))
+    asked = load(sweep_of(grid={"quantize.rtn.bits": [4, 8], "adapt.lora.r": [2, 4]}))
     fake, busy, most = Fake(monkeypatch, lambda s: [1, 1]), set(), []
 
     def run_in(point):
@@ -387,7 +391,7 @@ def test_runs_at_once_wait_for_those_that_make_their_beginning(sweep_of, tmp_pat
 
     swept = sweeping.sweep(asked, tmp_path / "out", run_in, at_once=4)
     assert max(most) == 2
-    assert [point.settings for point in swept.points] == [dict(s) for s in sweeping.settings_of(asked)]
+    assert [point.settings for point in swept.points] == [dict(s) for s in settings_of(asked)]
     assert len(fake.ran) == 4
 
 
@@ -409,7 +413,7 @@ def test_a_cluster_of_two_workers_runs_a_sweep_and_replaces_a_killed_one(sweep_o
     recipe.write_text(yaml.safe_dump(plain))
     file = sweep_of(grid={"quantize.rtn.bits": [3, 4, 8]}, objectives=["bytes_on_disk"])
     monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2))
-    stop, name = threading.Event(), sweeping.name_of({"quantize.rtn.bits": 4})
+    stop, name = threading.Event(), name_of({"quantize.rtn.bits": 4})
     killer = threading.Thread(target=kill_worker_of, args=(name, stop))
     killer.start()
     try:
@@ -424,5 +428,5 @@ def test_a_cluster_of_two_workers_runs_a_sweep_and_replaces_a_killed_one(sweep_o
     by_bits = [p.figures["bytes_on_disk"] for p in swept.points]
     assert by_bits == sorted(by_bits)
     assert swept.best == swept.points[0].name
-    again = sweeping.sweep(sweeping.load(file), tmp_path / "out", lambda point: pytest.fail("it is finished"))
+    again = sweeping.sweep(load(file), tmp_path / "out", lambda point: pytest.fail("it is finished"))
     assert again.best == swept.best

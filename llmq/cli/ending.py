@@ -26,11 +26,9 @@ def failed(error: BaseException) -> tuple[str, int]:
 
 def tell(line: str) -> None:
     """Print the last line where it can be printed; streams that are full or closed are not flushed again."""
-    from llmq.errors import brief
-
     with suppress(OSError, ValueError, AttributeError):
         if line:
-            print(f"llmq: {brief(line)}", file=sys.stderr, flush=True)
+            print(f"llmq: {errors.brief(line)}", file=sys.stderr, flush=True)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()

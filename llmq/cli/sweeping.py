@@ -12,7 +12,7 @@ from llmq.errors import Answered, visible
 from llmq.files import to_json
 
 if TYPE_CHECKING:
-    from llmq.sweeping import Swept
+    from llmq.sweeping.points import Swept
 
 
 def sweep(

@@ -50,7 +50,7 @@ def rates_at_hand(kinds: Iterable[Any], device: str) -> dict[Any, float]:
 
 def no_machine_is_measured() -> None:
     """Runs of this process, and of those forked from it, have rates at hand."""
-    from llmq import rates
+    from llmq.planning import rates
 
     rates.measure = rates_at_hand
 

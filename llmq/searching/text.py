@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmq import environment, partials, plugin
-from llmq.budget import Budget
 from llmq.errors import LlmqError, UserError, did_you_mean, in_bytes
+from llmq.searching.budget import Budget
 from llmq.terminal import say
 from llmq.types import Context, JsonObject
 

@@ -114,7 +114,7 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     Raises `UserError` for a configuration that is not there.
     """
     from llmq import environment, processes
-    from llmq.rates import measure
+    from llmq.planning.rates import measure
 
     device = environment.prepare(recipe.device, recipe.seed, recipe.threads)
     sketches = [recipe.model.sketch()]
@@ -190,7 +190,7 @@ def _asked(recipe: Recipe, stage: str, sketch: Sketch, base: Sketch) -> list[_Do
 
 
 def _foretold(name: str, sketch: Sketch, step: Work, asked: list[_Done], rates: Mapping[Kind, float]) -> Foretold:
-    from llmq.rates import seconds_of
+    from llmq.planning.rates import seconds_of
 
     is_known = not sketch.unknown
     tasks = Work()

@@ -1,0 +1,1 @@
+"""The best compression within a budget: the recipe is written, run and measured."""
