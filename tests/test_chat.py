@@ -224,6 +224,39 @@ def test_what_a_template_would_leave_out_is_refused_by_name(tokenizer_of):
         encode(told, tokenizer_of(ZEPHYR))
 
 
+def test_a_dropped_turn_is_seen_where_another_turn_holds_its_words(tokenizer_of):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    tokenizer.chat_template = (
+        "{% for message in messages if message['role'] != 'system' %}" + CHATML.template.partition("%}")[2]
+    )
+    turns = [("system", "Hi"), ("user", "Hi there"), ("assistant", "Hi")]
+    with pytest.raises(UserError, match=r"leaves out message 0 \(role 'system'\)"):
+        encode({"messages": [{"role": role, "content": said} for role, said in turns]}, tokenizer)
+
+
+def test_the_date_of_a_template_is_the_same_on_every_day_but_for_whoever_asks(tokenizer_of):
+    from datetime import datetime
+
+    from llmq.text.prompting import Prompting
+
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML.template
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert tokenizer.decode(encode(row, tokenizer).ids).startswith("2024-07-26")
+    split = rows.make_split([row], [row], "messages", {})
+    assert unused(split, tokenizer) == {"date_in_chat_template": "2024-07-26"}
+    asked = tokenizer.decode(Prompting(tokenizer).conversation(row["messages"][:1]))
+    assert asked[:10] in {f"{datetime.now():%Y-%m-%d}", str(datetime.now())[:10]}
+
+
+def test_without_an_end_mark_of_the_tokenizer_the_models_own_is_learned(tokenizer_of):
+    tokenizer = tokenizer_of(FAMILIES["chatml"])
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    tokens = encode({"prompt": "a", "completion": "b"}, tokenizer, [end])
+    assert (tokens.ids[-1], tokens.said[-1]) == (end, True)
+
+
 @pytest.mark.parametrize(
     ("row", "name"),
     [

@@ -13,6 +13,8 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -31,7 +33,13 @@ BITS = 4096
 LONGEST = 5 * 10**7
 """The most characters of a text, or items of a list, that a template makes."""
 CHECKED = "checked"
+DAY = datetime(2024, 7, 26)
+"""The date that chat templates write in training and measuring, or the same recipe would give other tokens each day.
+
+It is the date that Llama 3's template falls back to.
+"""
 T = TypeVar("T")
+_now: ContextVar[datetime] = ContextVar("_now", default=DAY)
 
 PLAIN = frozenset(
     str.split("""
@@ -107,6 +115,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def from_string(self, source: str | nodes.Template, *settings: Any) -> Template:
         """The template, parsed within the bounds, as parsing computes constants."""
         with _bounds():
+            self.globals["strftime_now"] = lambda form: _now.get().strftime(form)
             made = super().from_string(source, *settings)
             vars(made)["is_plain"] = _is_plain(source if isinstance(source, nodes.Template) else self.parse(source))
             return made
@@ -198,6 +207,16 @@ def bound_chat_templates() -> None:
 
     chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
     chat_template_utils._compile_jinja_template.cache_clear()
+
+
+@contextmanager
+def dated_today() -> Iterator[None]:
+    """Let chat templates write today's date, for whoever asks a model something."""
+    before = _now.set(datetime.now())
+    try:
+        yield
+    finally:
+        _now.reset(before)
 
 
 @contextmanager

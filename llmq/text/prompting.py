@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+from llmq.guarded.templates import dated_today
 from llmq.text.conversation import rendered
 from llmq.text.messages import Message
 from llmq.text.tokenizer import beginning
@@ -46,7 +47,8 @@ class Prompting:
             raise UserError("messages need a chat template, and none is used; write a 'prompt', or a 'text'")
         if self.system and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": self.system}, *messages]
-        text = rendered(self.tokenizer, messages, add_generation_prompt=True, **(more or {}))
+        with dated_today():
+            text = rendered(self.tokenizer, messages, add_generation_prompt=True, **(more or {}))
         for message in messages:
             if message["role"] == "system" and message["content"].strip() not in text:
                 raise UserError("the chat template of this model leaves the system turn out; ask without one")

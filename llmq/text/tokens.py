@@ -10,6 +10,7 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+from llmq.guarded.templates import DAY
 from llmq.text.conversation import Conversation, Span
 from llmq.text.examples import Tokens
 from llmq.text.messages import learned
@@ -65,7 +66,7 @@ class Encoder:
         begin = [] if is_templated else self._begin  # a template writes the mark itself
         if ids[:1] != begin:
             ids, said = [*begin, *ids], [*[False] * len(begin), *said]
-        end = self.tokenizer.eos_token_id
+        end = min(self.ends, default=None) if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         if end is not None and ids[-1:] and ids[-1] not in self._stops:
             ids, said = [*ids, end], [*said, True]
         return Tokens(tuple(ids), tuple(said))
@@ -203,9 +204,10 @@ def _examples(rows: Iterable[Row], encoder: Encoder, max_length: int, counts: di
 
 
 def unused(split: Split, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Notes on the columns of the data that were not used, and the keys of messages that the template ignores."""
+    """Notes on unused columns of the data, message keys that the template ignores, and the date that it writes."""
     template = str(tokenizer.chat_template or "")
     keys = {key for row in chain(split.train, split.held_out) for message in row.get("messages", ()) for key in message}
     ignored = sorted(key for key in keys - KNOWN_KEYS if key not in template)
-    notes = {"columns_not_used": split.unused, "message_keys_not_used": ignored}
+    dates = [f"{DAY:%Y-%m-%d}"] if "strftime_now" in template and split.shape != "text" else []
+    notes = {"columns_not_used": split.unused, "message_keys_not_used": ignored, "date_in_chat_template": dates}
     return {name: ", ".join(names) for name, names in notes.items() if names}
