@@ -151,6 +151,24 @@ def test_a_row_stays_on_its_side_when_the_others_are_shuffled():
     assert rows.split(rows.Gathered(many), "text", 0.3, None) == one
 
 
+@pytest.mark.parametrize("talks", [False, True])
+def test_rows_with_one_question_fall_on_one_side(talks):
+    def row(asked, answered):
+        talk = [("system", "s"), ("user", f"q{asked}"), ("assistant", f"a{answered}")]
+        plain = {"prompt": f"q{asked}", "completion": f"a{answered}"}
+        return {"messages": [{"role": r, "content": c} for r, c in talk]} if talks else plain
+
+    def asked(side):
+        return {made["messages"][1]["content"] if talks else made["prompt"] for made in side}
+
+    found, shape = checked(*(row(i % 25, i) for i in range(100)))
+    made = rows.split(found, shape, 0.1, None)
+    assert not asked(made.train) & asked(made.held_out)
+    assert 10 <= len(made.held_out) <= 13
+    alike, shape = checked(*(row(0, i) for i in range(100)))  # one question alone: equal rows stay together
+    assert len(rows.split(alike, shape, 0.1, None).held_out) == 10
+
+
 def test_the_hash_of_a_split_depends_on_rows_and_sides():
     a, b = {"text": "a"}, {"text": "b"}
     hashes = {rows.make_split(*sides, "text", {}).sha256 for sides in [([a], [b]), ([b], [a]), ([a], [])]}

@@ -7,6 +7,7 @@ A checked row is one of `{"text"}`, `{"prompt", "completion"}` or `{"messages"}`
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -44,12 +45,13 @@ HISTORY = {"instruction/input/output": ("input", "history"), "question/answer": 
 
 
 class Gathered(Kept[Row]):
-    """Rows in the order read, and for a split the JSON text of each and the first 64 bits of that text's hash."""
+    """Rows in the order read, and for a split the JSON text of each; of that text, and of the question, a hash."""
 
     def __init__(self, rows: Iterable[Row] = ()):
         super().__init__()
         self._texts = Pieces()
-        self.keys = array("Q")
+        self.keys = array("Q")  # the first 64 bits of each hash
+        self.asked = array("Q")
         for row in rows:
             self.add(row, AS_JSON(row))
 
@@ -58,7 +60,8 @@ class Gathered(Kept[Row]):
         data = text.encode()
         # The length before each text keeps neighbours apart in the hash.
         self._texts.add(len(data).to_bytes(8, "little") + data)
-        self.keys.append(int.from_bytes(hashlib.sha256(data).digest()[:8]))
+        self.keys.append(_key(data))
+        self.asked.append(_key(_question(row).encode()) or self.keys[-1])
 
     def sha256(self, numbers: Iterable[int]) -> str:
         """The hash of the rows with these numbers, as `sha256_text` hashes their JSON texts."""
@@ -66,6 +69,18 @@ class Gathered(Kept[Row]):
         for texts in self._texts.joined(numbers):
             total.update(texts)
         return total.hexdigest()
+
+
+def _key(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8]) if data else 0
+
+
+def _question(row: Row) -> str:
+    """What comes before the last answer of a row; nothing for a text."""
+    if "messages" not in row:
+        return str(row.get("prompt", ""))
+    last = max((i for i, message in enumerate(row["messages"]) if chat.learned(message)), default=0)
+    return AS_JSON(row["messages"][:last]) if last else ""
 
 
 def check(rows: Iterable[tuple[str, object]], columns: Mapping[str, str], source: str) -> tuple[Gathered, str]:
@@ -255,21 +270,40 @@ def split_of(
 
 
 def split(rows: Gathered, shape: str, held_out: float, limit: int | None) -> Split:
-    """Set a share of the rows aside by the hash of their content, so that equal rows fall on one side."""
+    """Set a share of the rows aside by the hash of their content; rows with one question fall on one side.
+
+    Where so many have the same question that no such share is near the one wanted, equal rows alone stay together.
+    """
     keys = rows.keys[:limit]
-    order = sorted(keys)
     # At least one on either side.
     wanted = min(max(1, round(held_out * len(keys))), len(keys) - 1) if held_out and len(keys) > 1 else 0
-    border = order[wanted - 1] if wanted else -1  # keys up to the border are held out
-    if border == order[-1]:  # so many are alike that all would be held out
-        border = -1
+    least: dict[int, int] = {}  # question -> the least key of its rows
+    for key, asked in zip(keys, rows.asked, strict=False):
+        least[asked] = min(key, least.get(asked, key))
+    by_question = array("Q", (least[asked] for asked in rows.asked[:limit]))
+    for keys in (by_question, keys):
+        if aside := _aside(keys, wanted):
+            break
     sides = [
-        array("I", (number for number, key in enumerate(keys) if (key > border) is learned))  # in the order read
+        array("I", (number for number, key in enumerate(keys) if (key in aside) is not learned))  # in the order read
         for learned in (True, False)
     ]
     train, held = map(rows.part, sides)
     skipped = {"over_the_limit": len(rows) - len(keys)}
     return Split(train, held, shape, _counts(train, held, skipped), rows.sha256(chain(*sides)))
+
+
+def _aside(keys: Sequence[int], wanted: int) -> set[int]:
+    """The least keys of `wanted` rows or up to twice as many; keys of more rows than that are passed over."""
+    aside: set[int] = set()
+    count = 0
+    for key, rows in sorted(Counter(keys).items()):
+        if count >= wanted:
+            break
+        if count + rows <= 2 * wanted and count + rows < len(keys):
+            aside.add(key)
+            count += rows
+    return aside
 
 
 def make_split(train: Sequence[Row], held_out: Sequence[Row], shape: str, skipped: Mapping[str, int]) -> Split:
