@@ -89,6 +89,23 @@ def test_what_is_in_force_trains(tiny_llama, tiny_jsonl, tmp_path, arguments):
     assert tuned(tiny_llama, tiny_jsonl, tmp_path, arguments).notes["training"]["steps"] == 2
 
 
+def test_the_step_whose_weights_were_kept_is_told(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
+    stock = training.PackedTrainer.evaluate
+    monkeypatch.setattr(
+        training.PackedTrainer, "evaluate", lambda self: stock(self) | {"eval_loss": float(self.state.global_step)}
+    )
+    told = tuned(tiny_llama, tiny_jsonl, tmp_path, {"load_best_model_at_end": True}).notes["training"]
+    assert (told["steps"], told["kept_step"]) == (2, 1)
+
+
+def test_the_best_of_losses_without_a_checkpoint_each_is_refused(tiny_jsonl):
+    """transformers kept the last weights without a word where the best step had no checkpoint."""
+    settings = {"data": str(tiny_jsonl), "eval_steps": 1, "training_arguments": {"load_best_model_at_end": True}}
+    with pytest.raises(UserError, match="every eval_steps 1 need as many checkpoints, and save_steps is None"):
+        plugin.build({"adapt.lora": settings}).check()
+    plugin.build({"adapt.lora": {**settings, "save_steps": 1}}).check()
+
+
 def test_an_argument_that_is_a_field_is_that_field(tiny_llama, tiny_jsonl, tmp_path):
     """The steps of an epoch are counted with the accumulation that is in force."""
     settings = {"max_steps": None, "packing": False}

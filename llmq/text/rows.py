@@ -274,14 +274,14 @@ def split(rows: Gathered, shape: str, held_out: float, limit: int | None) -> Spl
 
     Where so many have the same question that no such share is near the one wanted, equal rows alone stay together.
     """
-    keys = rows.keys[:limit]
+    its_own = rows.keys[:limit]
     # At least one on either side.
-    wanted = min(max(1, round(held_out * len(keys))), len(keys) - 1) if held_out and len(keys) > 1 else 0
+    wanted = min(max(1, round(held_out * len(its_own))), len(its_own) - 1) if held_out and len(its_own) > 1 else 0
     least: dict[int, int] = {}  # question -> the least key of its rows
-    for key, asked in zip(keys, rows.asked, strict=False):
+    for key, asked in zip(its_own, rows.asked, strict=False):
         least[asked] = min(key, least.get(asked, key))
     by_question = array("Q", (least[asked] for asked in rows.asked[:limit]))
-    for keys in (by_question, keys):
+    for keys in (by_question, its_own):
         if aside := _aside(keys, wanted):
             break
     sides = [
@@ -289,7 +289,7 @@ def split(rows: Gathered, shape: str, held_out: float, limit: int | None) -> Spl
         for learned in (True, False)
     ]
     train, held = map(rows.part, sides)
-    skipped = {"over_the_limit": len(rows) - len(keys)}
+    skipped = {"over_the_limit": len(rows) - len(its_own)}
     return Split(train, held, shape, _counts(train, held, skipped), rows.sha256(chain(*sides)))
 
 

@@ -276,6 +276,7 @@ def trained(
     steps = trainer.state.global_step
     skipped = _note_skipped(trainer.skipped, steps)
     tokens = trainer.tokens_of_all()
+    best = {"kept_step": trainer.state.best_global_step} if trainer.args.load_best_model_at_end else {}
 
     def logged(name: str) -> list[list[float]]:
         return [[entry["step"], round(entry[name], 4)] for entry in trainer.state.log_history if name in entry]
@@ -284,6 +285,7 @@ def trained(
         "processes": processes.count(),
         **trainer.held,
         "steps": steps,
+        **best,
         **skipped,
         "tokens": tokens,
         "seconds": round(seconds, 4),

@@ -90,6 +90,12 @@ class Tuning(Step[LanguageModel]):
         steps = self.training_arguments.get("max_steps", self.max_steps)
         if steps and "num_train_epochs" in {*self.model_fields_set, *self.training_arguments}:
             raise UserError(f"num_train_epochs has no effect with max_steps {steps}; keep one")
+        said = {"eval_steps": self.eval_steps, "save_steps": self.save_steps, **self.training_arguments}
+        if said.get("load_best_model_at_end") and said["eval_steps"] != said["save_steps"]:
+            raise UserError(
+                f"load_best_model_at_end: held-out losses every eval_steps {said['eval_steps']} need as many checkpoints, "
+                f"and save_steps is {said['save_steps']}; set both alike, or neither"
+            )
         if self.lr_scheduler_type == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
             raise UserError("lr_scheduler_type 'constant' has no warm-up; 'constant_with_warmup' has")
         if "paged" in self.optim and not any(any(Path("/dev").glob(name)) for name in CARDS):
