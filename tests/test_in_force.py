@@ -101,7 +101,7 @@ def test_the_step_whose_weights_were_kept_is_told(tiny_llama, tiny_jsonl, tmp_pa
 def test_the_best_of_losses_without_a_checkpoint_each_is_refused(tiny_jsonl):
     """transformers kept the last weights without a word where the best step had no checkpoint."""
     settings = {"data": str(tiny_jsonl), "eval_steps": 1, "training_arguments": {"load_best_model_at_end": True}}
-    with pytest.raises(UserError, match="needs a checkpoint, eval_steps is 1 and save_steps None; set both alike"):
+    with pytest.raises(UserError, match="needs a checkpoint; eval_steps is 1 and save_steps None; set both alike"):
         plugin.build({"adapt.lora": settings}).check()
     plugin.build({"adapt.lora": {**settings, "save_steps": 1}}).check()
 

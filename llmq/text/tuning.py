@@ -93,7 +93,7 @@ class Tuning(Step[LanguageModel]):
         said = {"eval_steps": self.eval_steps, "save_steps": self.save_steps, **self.training_arguments}
         if said.get("load_best_model_at_end") and said["eval_steps"] != said["save_steps"]:
             raise UserError(
-                f"load_best_model_at_end: each held-out loss needs a checkpoint, eval_steps is {said['eval_steps']} and "
+                f"load_best_model_at_end: a held-out loss needs a checkpoint; eval_steps is {said['eval_steps']} and "
                 f"save_steps {said['save_steps']}; set both alike, or neither"
             )
         if self.lr_scheduler_type == "constant" and "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
