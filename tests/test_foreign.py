@@ -219,6 +219,89 @@ def test_a_classifier_of_any_opset_gives_the_logits_of_timm(opset, tmp_path):
         assert torch.allclose(ours, network(inputs), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("interpolation", "mode", "crop"),
+    [("bilinear", "center", 0.875), ("bicubic", "center", 0.9), ("bicubic", "squash", 1)],
+)
+@pytest.mark.parametrize("size", [(61, 97), (40, 33), (97, 64)])
+def test_a_classifier_sees_what_torchvision_cuts_out(interpolation, mode, crop, size, tmp_path):
+    """Odd sizes, smaller and larger than the input: as the transforms of an evaluation, to the bit."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
+
+    file = write(nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 4)), tmp_path / "net.onnx", (1, 3, 48, 48))
+    scaling = {"interpolation": interpolation, "crop_mode": mode, "crop_pct": crop}
+    model: Any = opened(file, is_a="classifier", **scaling).model
+    (image,) = some_images(size)
+    side = int(48 / crop)
+    steps = [
+        Resize((side, side) if mode == "squash" else side, InterpolationMode(interpolation)),
+        CenterCrop(48),
+        ToTensor(),
+    ]
+    assert torch.allclose(model.prepare([image])[0], Compose(steps)(Image.fromarray(image)), atol=1e-6)
+
+
+def bilinear(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The definition: pixel centres, four neighbours, no averaging."""
+
+    def places(n: int, of: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        at = np.clip((np.arange(n) + 0.5) * of / n - 0.5, 0, of - 1)
+        first = np.floor(at).astype(int)
+        return first, np.minimum(first + 1, of - 1), at - first
+
+    (top, bottom, down), (left, right, across) = places(rows, image.shape[0]), places(columns, image.shape[1])
+    across = across[None, :, None]
+    upper, lower = (image[r][:, left] * (1 - across) + image[r][:, right] * across for r in (top, bottom))
+    return upper * (1 - down)[:, None, None] + lower * down[:, None, None]
+
+
+def test_a_yolo_sees_what_opencv_scales_and_another_what_pillow_does(files):
+    (image,) = some_images((150, 99))
+    yolo: Any = opened(files["yolov8"], is_a="detector", decoding="yolov8").model
+    inputs, ((rows, columns),), _ = yolo.fit([image])
+    assert (rows, columns) == (64, 42)
+    seen = (inputs[0, :, :, 11:53] * 255).permute(1, 2, 0).numpy()
+    assert np.abs(seen - bilinear(image, 64, 42)).max() <= 0.501  # rounded to bytes
+    detr: Any = opened(files["detr"], is_a="detector", decoding="detr").model
+    pillow = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR), np.float32)
+    assert np.abs((detr.fit([image])[0][0] * 255).permute(1, 2, 0).numpy() - pillow).max() <= 1.01
+    averaging: Any = opened(files["yolov8"], is_a="detector", decoding="yolov8", antialias=True).model
+    assert np.abs((averaging.fit([image])[0] - inputs).numpy()).max() > 0.1
+
+
+def test_what_a_decoding_cannot_mean_is_refused(files, tmp_path):
+    model: Any = opened(files["yolov8"], is_a="detector", decoding="yolov8").model
+
+    def decoded(model: Any, *row: float) -> Any:
+        raw = torch.tensor(row)[None, :, None] if model.decoding == "yolov8" else torch.tensor(row)[None, None]
+        return model.decode((raw,), [(64, 64)], [(64, 64)])
+
+    assert len(decoded(model, 32, 32, 8, 8, 0.9, 0, 0)[0].boxes) == 1
+    with pytest.raises(UserError, match=r"gives scores from 7 to 7, and decoding: yolov8 needs chances"):
+        decoded(model, 32, 32, 8, 8, 7.0, 0, 0)
+    with pytest.raises(UserError, match=r"gives boxes up to 0\.75, and .* needs pixels of its input, no shares"):
+        decoded(model, 0.5, 0.5, 0.5, 0.5, 0.9, 0, 0)
+    assert not len(decoded(model, 0.5, 0.5, 0.5, 0.5, 0.01, 0, 0)[0].boxes)  # nothing was found
+    graph: Any = model.model_copy(update={"decoding": "boxes"})
+    assert decoded(graph, 8, 8, 40, 50, 0.9, 1)[0].boxes.tolist() == [[8, 8, 40, 50]]
+    with pytest.raises(
+        UserError, match=r"gives boxes that end before they begin, and .* needs corners: x0, y0, x1, y1"
+    ):
+        decoded(graph, 32, 32, 8, 8, 0.9, 1)
+
+
+def test_classes_go_by_number_only_where_there_are_as_many(files):
+    from llmq.types import Split
+
+    model: Any = opened(files["yolov8"], is_a="detector", decoding="yolov8").model
+    assert model.places(Split([], [], "image/boxes", {}, "0", ("a", "b", "c"))) is None
+    fewer = Split([], [], "image/boxes", {}, "0", ("b", "c"))
+    with pytest.raises(UserError, match="tells 3 classes apart, and the data has 2; set labels"):
+        model.places(fewer)
+    model.check_split(fewer)  # it calibrates
+    assert model.model_copy(update={"labels": ("N/A", "b", "c")}).places(fewer) == [1, 2]
+
+
 def test_chances_are_not_taken_for_logits(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1))
     file = write(network, tmp_path / "net.onnx", (1, 3, 8, 8))
@@ -308,6 +391,9 @@ MISFITS = [
     ({"is_a": "detector", "decoding": "rtdetr", "nms_threshold": 0.5}, "decoding: rtdetr suppresses no boxes"),
     ({"is_a": "classifier", "decoding": "yolov8"}, "decoding is no setting of a classifier"),
     ({"is_a": "detector", "decoding": "yolov8", "mean": [0, 0]}, "mean has 2 numbers"),
+    ({"is_a": "classifier", "mean": [123.7]}, r"mean 123.7 is not of images in value_range \[0.0, 1.0\]; set both"),
+    ({"is_a": "classifier", "mean": [0.4], "std": [0.2], "value_range": [0, 255]}, "std 0.2 is not of images in"),
+    ({"is_a": "classifier", "antialias": True}, "antialias is no setting of a classifier"),
 ]
 
 

@@ -15,7 +15,7 @@ from llmq.files import at_home, sha256_files
 from llmq.types import JsonObject
 from llmq.vision import efficientnet_lite0 as lite0
 from llmq.vision import hub
-from llmq.vision.classifier import Classifier, with_channels, with_new_head
+from llmq.vision.classifier import Classifier, as_timm_evaluates, with_new_head
 from llmq.vision.family import noise
 from llmq.vision.state import read_state
 
@@ -153,21 +153,17 @@ class TimmClassifier(Classifier):
 
     def prepare(self, images: "Sequence[ndarray]") -> "Tensor":
         """Scale images, cut out the middle, and normalize, as timm evaluates."""
-        import torch
-        from PIL import Image
-        from timm.data import create_transform
-
-        channels = self.channels or 3
-        transform = create_transform(
-            (channels, self.input_size, self.input_size),
+        channels, side = self.channels or 3, self.input_size or 224
+        return as_timm_evaluates(
+            images,
+            channels,
+            (side, side),
+            self.mean or (0.5,) * channels,
+            self.std or (0.5,) * channels,
             interpolation=self.interpolation or "bicubic",
-            mean=self.mean,
-            std=self.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
-        pixels = (with_channels(image, channels) for image in images)
-        return torch.stack([transform(Image.fromarray(p[..., 0] if channels == 1 else p)) for p in pixels])
 
     def example(self, batch_size: int) -> "Tensor":
         side = self.input_size or 224

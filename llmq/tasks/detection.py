@@ -87,6 +87,7 @@ class Detection(Task[Detector]):
     def _examples(self, artifact: Artifact[Detector]) -> "tuple[Split, list[Example]]":
         split = the_shape(self.data.read(), "image/boxes", self.data.word)
         artifact.model.check_split(split)
+        artifact.model.places(split)
         examples = list(split.held_out[: self.limit])
         if not any(len(example.boxes) for example in examples):
             raise UserError(f"the held-out part of {self.data.word} has no box to be found")

@@ -104,6 +104,27 @@ def _label(example: Example) -> int:
     return example.label
 
 
+def as_timm_evaluates(
+    images: "Sequence[ndarray]",
+    channels: int,
+    sides: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    **scaling: object,
+) -> "Tensor":
+    """Images on [0, 1], normalized, after timm's scaling and cut of uint8 images of any size.
+
+    `scaling` is timm's `interpolation`, `crop_pct` and `crop_mode`. `(n, channels, *sides)`
+    """
+    import torch
+    from PIL import Image
+    from timm.data import create_transform
+
+    transform = create_transform((channels, *sides), mean=tuple(mean), std=tuple(std), **scaling)
+    pixels = (with_channels(image, channels) for image in images)
+    return torch.stack([transform(Image.fromarray(p[..., 0] if channels == 1 else p)) for p in pixels])
+
+
 def with_channels(image: "ndarray", channels: int) -> "ndarray":
     """A uint8 image with 1 or 3 channels: grey is repeated, colour becomes luma (ITU-R 601)."""
     import numpy as np

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 Numbers = tuple[float, ...]
 Layouts = Literal["yolov5", "yolov8", "yolo11", "fastestdet", "ssd", "detr", "rtdetr", "dfine", "boxes"]
 LETTERBOXED = ("yolov5", "yolov8", "yolo11")
+BY_OPENCV = (*LETTERBOXED, "fastestdet", "ssd")
+"""The decodings of detectors whose makers scale images by OpenCV, which does not average where they shrink."""
 GREY = 114
 """The grey level around a letterboxed image, as ultralytics has it."""
+FARTHEST = 30
+"""Standard deviations that black and white lie from the mean, at most: those of photographs lie within 3."""
 OWN = {
-    "classifier": {"labels", "classes", "size", "mean", "std", "crop_pct", "chances"},
-    "detector": {"labels", "classes", "size", "mean", "std", "decoding", "letterbox", "first_label"}
+    "classifier": {"labels", "classes", "size", "mean", "std", "chances"} | {"crop_pct", "crop_mode", "interpolation"},
+    "detector": {"labels", "classes", "size", "mean", "std", "decoding", "letterbox", "antialias", "first_label"}
     | {"nms_threshold", "score_threshold", "max_detections"},
     "super-resolution": {"scale", "tile", "overlap"},
     "gan": {"latent", "noise", "size"},
@@ -64,8 +68,17 @@ class Foreign(ImageModel):
     labels: tuple[str, ...] = Field((), description="names of the classes, in their order")
     chances: bool = Field(False, description="true for a classifier that ends in a softmax")
     crop_pct: float = Field(0.875, gt=0, le=1, description="share of the shorter side that a classifier sees, as timm")
+    crop_mode: Literal["center", "squash", "border"] = Field(
+        "center", description="the middle of the image, all of it without its proportions, or with edges; as timm"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = Field(
+        "bilinear", description="of the image to the size of a classifier, by Pillow"
+    )
     decoding: Layouts | None = Field(None, description="layout of a detector's outputs; boxes: selected by the graph")
     letterbox: bool | None = Field(None, description="keep proportions, grey around; unset: for yolo alone")
+    antialias: bool | None = Field(
+        None, description="average where a detector's image shrinks; unset: not for those that are fed by OpenCV"
+    )
     first_label: int = Field(0, ge=0, description="number of the first class; 1 where 0 is the background")
     nms_threshold: float = Field(0.6, gt=0, le=1, description="of boxes of one class that overlap more, one is kept")
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not reported")
@@ -94,8 +107,14 @@ class Foreign(ImageModel):
                 raise UserError(
                     f"{name} has {len(getattr(self, name))} numbers, and the input {self.channels} channels"
                 )
-        if self.value_range[0] == self.value_range[1]:
+        low, high = self.value_range
+        if low == high:
             raise UserError(f"value_range {self.value_range}: black and white must differ")
+        far = max(abs(end - mean) / std for end in (low, high) for mean in self.mean for std in self.std)
+        beyond = next((mean for mean in self.mean if not min(low, high) <= mean <= max(low, high)), None)
+        if beyond is not None or (any(self.mean) and max(self.std) < 1 and far > FARTHEST):
+            told = f"mean {beyond:g}" if beyond is not None else f"std {min(self.std):g}"
+            raise UserError(f"{told} is not of images in value_range {list(self.value_range)}; set both in one unit")
 
     def source(self) -> str:
         return f"{self.weights} {sha256_files(files_of(check_file(self.weights)))[:16]}"
@@ -198,10 +217,13 @@ class Foreign(ImageModel):
         return (values - mean) / std
 
 
-def resized(pixels: Tensor, rows: int, columns: int) -> Tensor:
-    """Grey levels `(channels, height, width)`, scaled bilinearly, averaging where the image shrinks."""
+def resized(pixels: Tensor, rows: int, columns: int, antialias: bool) -> Tensor:
+    """Grey levels `(channels, height, width)`, scaled bilinearly, whole numbers as of an image.
+
+    With `antialias` as Pillow does, averaging where the image shrinks; without as OpenCV does.
+    """
     from torch.nn.functional import interpolate
 
     if pixels.shape[1:] == (rows, columns):
         return pixels
-    return interpolate(pixels[None], (rows, columns), mode="bilinear", antialias=True)[0]
+    return interpolate(pixels[None], (rows, columns), mode="bilinear", antialias=antialias)[0].round()

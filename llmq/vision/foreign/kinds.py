@@ -1,13 +1,14 @@
 """The kinds of models that a file can be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from llmq.errors import UserError
-from llmq.vision.classifier import Classifier, with_channels
-from llmq.vision.decodings import DECODINGS, Decoding, selected
+from llmq.types import Split
+from llmq.vision.classifier import Classifier, as_timm_evaluates, with_channels
+from llmq.vision.decodings import DECODINGS, Decoding, Found, selected
 from llmq.vision.detector import Detections, Detector
-from llmq.vision.foreign.family import GREY, LETTERBOXED, Foreign, resized
+from llmq.vision.foreign.family import BY_OPENCV, GREY, LETTERBOXED, Foreign, resized
 from llmq.vision.generator import Generator, drawing
 from llmq.vision.super_resolution import SuperResolution, Window
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from llmq.types import Loaded
     from llmq.vision.detector import Fitted, Images, Sizes, Targets
 
+SHARES = 1.5
+"""Boxes in pixels reach further; in shares of the input none does, but for a little."""
 FAR, OUTSIDE = 0.01, 0.25
 """The shares of values far outside of the range that a generator's settings name (by half of the range and more), and
 just outside, from which the range is wrong: some generators overshoot a little."""
@@ -36,20 +39,21 @@ class ForeignClassifier(Foreign, Classifier):
         return tuple((name,) for name in self.labels)
 
     def prepare(self, images: "Sequence[ndarray]") -> "Tensor":
-        """The shorter side scaled so that the middle is `crop_pct` of it, and the middle cut out."""
+        """Scale images and cut out the middle, as timm and torchvision evaluate, in the numbers of the graph."""
         import torch
 
         assert self.sides
-        rows, columns = self.sides
-        made = []
-        for image in images:
-            pixels = pixels_of(image, self.channels)
-            height, width = pixels.shape[1:]
-            scale = max(rows / height, columns / width) / self.crop_pct
-            larger = resized(pixels, max(rows, round(height * scale)), max(columns, round(width * scale)))
-            top, left = (larger.shape[1] - rows) // 2, (larger.shape[2] - columns) // 2
-            made.append(self._input(larger[:, top : top + rows, left : left + columns]))
-        return torch.stack(made)
+        seen = as_timm_evaluates(
+            images,
+            self.channels,
+            self.sides,
+            mean=(0.0,) * self.channels,
+            std=(1.0,) * self.channels,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return torch.stack([self._input(255 * pixels) for pixels in seen])
 
     def logits(self, loaded: "Loaded", images: "Sequence[ndarray]") -> "Tensor":
         """The logits; the logarithms of chances. Raises `UserError` for chances that no setting tells of."""
@@ -97,10 +101,16 @@ class ForeignDetector(Foreign, Detector):
         for image in images:
             rows, columns, top, left = self._place(*image.shape[:2])
             pixels = torch.full((self.channels, *self.sides), float(GREY))
-            pixels[:, top : top + rows, left : left + columns] = resized(pixels_of(image, self.channels), rows, columns)
+            pixels[:, top : top + rows, left : left + columns] = resized(
+                pixels_of(image, self.channels), rows, columns, self._antialias
+            )
             made.append(self._input(pixels))
             filled.append((rows, columns))
         return torch.stack(made), filled, targets
+
+    @property
+    def _antialias(self) -> bool:
+        return self.decoding not in BY_OPENCV if self.antialias is None else self.antialias
 
     def _place(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The rows and columns that an image fills in the input, and the first of each."""
@@ -117,6 +127,7 @@ class ForeignDetector(Foreign, Detector):
 
         assert self.sides
         found = self._decoding.decode(raw, self.sides)
+        self._check(found)
         overlap = self.nms_threshold if self._decoding.nms else None
         made = []
         chosen = selected(found, self.score_threshold, overlap, self.max_detections)
@@ -127,6 +138,36 @@ class ForeignDetector(Foreign, Detector):
             )
             boxes = boxes.clamp(torch.zeros(4), torch.tensor([width, height, width, height]).float())  # (k, 4)
             made.append(Detections(boxes.numpy(), scores.numpy(), self._numbered(labels).numpy()))
+        return made
+
+    def _check(self, found: "Found") -> None:
+        """Raise `UserError` for scores that are no chances, and boxes that are none in pixels of the input."""
+        for corners, scores, _ in found:
+            if len(scores) and not -0.001 <= float(scores.min()) <= float(scores.max()) <= 1.001:
+                raise self._unlike(f"scores from {float(scores.min()):.3g} to {float(scores.max()):.3g}", "chances")
+            seen = corners[scores >= self.score_threshold]
+            if len(seen) and float(seen.abs().max()) <= SHARES:
+                raise self._unlike(f"boxes up to {float(seen.abs().max()):.3g}", "pixels of its input, no shares")
+            if self.decoding == "boxes" and bool((seen[:, 2:] < seen[:, :2] - 1).any()):
+                raise self._unlike("boxes that end before they begin", "corners: x0, y0, x1, y1")
+
+    def _unlike(self, made: str, needed: str) -> UserError:
+        return UserError(f"{self.weights!r} gives {made}, and decoding: {self.decoding} needs {needed}")
+
+    def check_split(self, split: Split) -> None:
+        self.check_images(split)  # calibration reads no classes; `places` compares them
+
+    def outputs_of(self, split: Split) -> Mapping[int, str]:
+        return {}  # it learns no classes of any data
+
+    def places(self, split: Split) -> list[int] | None:
+        """As of other detectors; classes go by number only where there are as many: COCO's 80 may have 91 numbers."""
+        made = super().places(split)
+        if made is None and len(split.classes) != self.class_count():
+            raise UserError(
+                f"{self.weights!r} tells {self.class_count()} classes apart, and the data has {len(split.classes)}; "
+                "set labels, the names of the outputs in their order"
+            )
         return made
 
     def _numbered(self, labels: "Tensor") -> "Tensor":
