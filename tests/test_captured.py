@@ -61,6 +61,44 @@ def test_layers_that_are_exchanged_after_the_capture_are_heeded(tiny_llama, tmp_
     assert all(torch.equal(a, b) for a, b in zip(made.logits, own.logits, strict=True))
 
 
+def a_new_parameter(layer):
+    layer.weight = torch.nn.Parameter(layer.weight * 3, requires_grad=False)
+
+
+def other_numbers_of_it(layer):
+    layer.weight.data = layer.weight.data * 3
+
+
+def changed_in_place(layer):
+    layer.weight.mul_(3)
+
+
+def other_scales(layer):
+    layer.scales = layer.scales * 3
+
+
+CHANGES = [
+    ("model.norm", a_new_parameter), ("model.norm", other_numbers_of_it), ("model.norm", changed_in_place),
+    ("model.layers.0.mlp.up_proj.planes.0", other_scales),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "change"), CHANGES)
+def test_weights_that_change_after_the_capture_are_heeded(layer, change, tiny_llama, tmp_path, counted):
+    stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", bits=4, group_size=32)
+    told = {"input_ids": some_ids(1, 12), "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+    told |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with stage.open("cpu") as loaded, torch.inference_mode():
+        before = loaded.module.generate(**told).logits[-1]
+        assert [bool(step) for step in counted] == [True]
+        change(loaded.module.get_submodule(layer))
+        made = loaded.module.generate(**told)
+        del loaded.module.forward
+        own = loaded.module.generate(**told)
+    assert not torch.allclose(own.logits[-1], before, rtol=0.02, atol=0.02), "the change must matter"
+    assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(made.logits, own.logits, strict=True))
+
+
 def test_a_captured_step_keeps_no_weights_once_its_model_is_closed(tiny_llama, tmp_path, counted):
     stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "packed", bits=4, group_size=32)
     ids = some_ids(1, 12)

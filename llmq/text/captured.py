@@ -7,9 +7,11 @@ that were chosen) it warns of, and then nothing is captured.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from contextlib import contextmanager
 from functools import partial, wraps
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +56,10 @@ class _Steps:
     def __init__(self, module: PreTrainedModel):
         self.module = module
         self.stock = module.forward
-        self.modules = list(module.modules())
         self.step: Any = None
+        self.modules = list(module.modules())
+        self.holders = [held for m in self.modules for held in (m._modules, m._parameters, m._buffers)]
+        self.parts = self._parts()
         self.wait = WAIT
 
     def forward(self, *args: object, **given: Any) -> object:
@@ -90,10 +94,15 @@ class _Steps:
             return False
         if mask is not None and (mask.shape != (1, cache.get_seq_length() + 1) or not bool(mask.all())):
             return False
-        modules = list(self.module.modules())
-        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
-            return False  # layers were exchanged, for those of an adapter say, which a captured step knows nothing of
-        return not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in modules)
+        # A captured step knows nothing of layers and weights that were exchanged, for those of an adapter say.
+        now = self._parts()
+        if len(now) != len(self.parts) or not all(map(operator.is_, now, self.parts)):
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in self.modules)
+
+    def _parts(self) -> list[object]:
+        """All layers and weights; a captured step holds these very ones."""
+        return list(chain.from_iterable(held.values() for held in self.holders))
 
     def _captured(self, ids: Tensor, cache: DynamicCache) -> Any:
         """The step as a graph of PyTorch's, or None where a graph would not give what the model gives."""
