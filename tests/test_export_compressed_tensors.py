@@ -53,6 +53,8 @@ def test_transformers_opens_it_to_our_logits(tiny_llama, tmp_path, case):
     made = apply("export.compressed_tensors", stage, tmp_path / "made")
     assert (made.runtime, made.packed) == ("torch", True)
     assert made.bytes_on_disk < 1.05 * stage.bytes_on_disk
+    assert made.stored == stage.stored
+    assert " bits in groups of " in made.stored
     truth = logits(stage)
     assert torch.equal(logits(made), truth)
     # compressed-tensors 0.20 has no place for packed zero points before it dequantizes.

@@ -173,6 +173,52 @@ def test_states_are_cut_back_and_belong_to_one_text(exported: Artifact):
         assert torch.allclose(once, logits_of(loaded.module, first)[:, 8:], atol=1e-5)
 
 
+@pytest.fixture(params=["in pages", "in states"])
+def graph(request, exported: Artifact, monkeypatch) -> Iterator[Any]:
+    """The exported graph, its keys and values held in each of both ways."""
+    if request.param == "in states":
+        monkeypatch.setattr("llmq.text.graph.module.to_pages", lambda *_: False)
+    with exported.open("cpu") as loaded:
+        assert loaded.module.in_pages is (request.param == "in pages")
+        yield loaded.module
+
+
+def test_a_batch_that_begins_with_padding_alone_goes_on_like_torch(packed: Artifact, graph: Any):
+    ids, mask = some_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[:, :4] = 0
+    states = graph(ids[:, :4], mask[:, :4], use_cache=True).past_key_values
+    assert states.get_seq_length() == 4
+    made = graph(ids[:, 4:], mask, past_key_values=states).logits
+    with in_float32(packed).open("cpu") as loaded, torch.inference_mode():
+        meant = loaded.module(ids[:, 4:]).logits
+    assert torch.allclose(made, meant, atol=1e-4)
+
+
+def test_a_later_mask_that_hides_what_was_read_is_heeded_or_refused(graph: Any):
+    ids, mask = some_ids(1, 9), torch.ones(1, 9, dtype=torch.long)
+    states = graph(ids[:, :6], use_cache=True).past_key_values
+    mask[:, :3] = 0
+    places = torch.arange(6, 9)[None]
+    if graph.in_pages:
+        with pytest.raises(LlmqError, match=r"mask of 6 earlier tokens .* begin the text anew"):
+            graph(ids[:, 6:], mask, places, states)
+    else:
+        shown = graph(ids, torch.ones_like(mask)).logits[:, 6:]
+        assert (graph(ids[:, 6:], mask, places, states).logits - shown).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_other_rows_than_those_of_the_text_before_are_refused(rows: int, graph: Any):
+    ids = some_ids(3, 9)
+    states = graph(ids[:2, :6], use_cache=True).past_key_values
+    with pytest.raises(LlmqError, match=rf"{rows} rows .* 2 "):
+        graph(ids[:rows, 6:], past_key_values=states)
+    states.reorder_cache(torch.tensor([0, 1, 1])[:rows])
+    made = graph(ids[:rows, 6:], past_key_values=states).logits
+    before = torch.cat([ids[:2, :6], ids[1:2, :6]])[:rows]
+    assert torch.allclose(made, graph(torch.cat([before, ids[:rows, 6:]], 1)).logits[:, 6:], atol=1e-5)
+
+
 def test_perplexity_and_size_are_those_of_the_dequantized_weights(packed: Artifact, exported: Artifact):
     task: Any = plugin.build({"perplexity": {"limit": 2, "window": 128}}, "tasks")
     size: Any = plugin.build({"size": {}}, "tasks")

@@ -196,9 +196,9 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_as(files: Iterable[Path]) -> str:
     """The dtype of most stored weights in files or a graph; for packed weights also that of the others.
 
-    Such as `float32`, `uint8 and bfloat16`. Codes of GPTQ's format and of a graph tell their grids, GGUF files mix
-    types, and all are told, that of most bytes first: `4 bits in groups of 64, symmetric and bfloat16`,
-    `Q4_K, Q6_K and float32`. Empty where no file tells.
+    Such as `float32`, `uint8 and bfloat16`. Packed layers and codes of a graph tell their grids, GGUF files mix
+    types, and all are told, that of most bytes first: `4 bits in groups of 64 and bfloat16`, `Q4_K, Q6_K and float32`.
+    Whether a grid is symmetric is not told: the bytes are the same. Empty where no file tells.
     """
     sizes: Counter[str] = Counter()
     mixed = False
@@ -234,21 +234,39 @@ def _of_graph(file: Path) -> Counter[str]:
 
 
 def _of_safetensors(file: Path) -> Counter[str]:
-    """The bytes of all tensors of a file by dtype; those of the four tensors of GPTQ's format by their grid."""
+    """The bytes of all tensors of a file by dtype; those of packed layers (GPTQ, pack-quantized) by their grid."""
     tensors = header(file)
     kinds = {name: tensor.dtype for name, tensor in tensors.items()}
-    for name in kinds:
-        layer, _, kind = name.rpartition(".")
-        parts = {part: tensors.get(f"{layer}.{part}") for part in ("qweight", "g_idx", "scales", "qzeros")}
-        words, groups, scales = parts["qweight"], parts["g_idx"], parts["scales"]
-        if kind == "qweight" and words and groups and scales and all((words.shape, groups.shape, scales.shape)):
-            inputs = groups.shape[0]
-            grid = _grid(words.shape[0] * 32 // max(inputs, 1), -(-inputs // max(scales.shape[0], 1)))
-            kinds |= {f"{layer}.{part}": grid for part, tensor in parts.items() if tensor}
+    for beginning, names, words, inputs, groups in _packed_layers(file, tensors):
+        grid = _grid(words * 32 // max(inputs, 1), -(-inputs // max(groups, 1)))
+        kinds |= {name: grid for part in names if (name := beginning + part) in tensors}
     sizes: Counter[str] = Counter()
     for name, tensor in tensors.items():
         sizes[kinds[name]] += tensor.end - tensor.begin
     return sizes
+
+
+GPTQ_PARTS = ("qweight", "g_idx", "scales", "qzeros")
+TURNED_PARTS = ("packed", "scale", "shape", "zero_point", "g_idx")
+"""What the tensors of a layer are called after `weight_` in the pack-quantized format."""
+
+
+def _packed_layers(file: Path, tensors: dict[str, Entry]) -> Iterator[tuple[str, tuple[str, ...], int, int, int]]:
+    """Of each packed layer: how its tensors' names begin, and end; words of codes an output, inputs, groups."""
+    told = [name for name, tensor in tensors.items() if name.endswith("weight_shape") and tensor.shape == (2,)]
+    inputs: dict[str, int] = {}
+    if told:
+        with opened(file, "np") as held:
+            inputs = {name: int(held.get_tensor(name)[1]) for name in told}
+    for name, codes in tensors.items():
+        beginning = name.removesuffix("qweight")
+        order, scales = (tensors.get(beginning + part) for part in GPTQ_PARTS[1:3])
+        if beginning != name and order and scales and all((codes.shape, order.shape, scales.shape)):
+            yield beginning, GPTQ_PARTS, codes.shape[0], order.shape[0], scales.shape[0]
+        beginning = name.removesuffix("packed")
+        scales = tensors.get(f"{beginning}scale")
+        if beginning != name and scales and f"{beginning}shape" in inputs and len(codes.shape + scales.shape) == 4:
+            yield beginning, TURNED_PARTS, codes.shape[1], inputs[beginning + "shape"], scales.shape[1]
 
 
 def _grid(bits: int, group: int) -> str:

@@ -96,13 +96,18 @@ class GraphModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """The logits `[rows, tokens, vocabulary]` in new memory, and the states after these tokens.
 
-        With `logits_to_keep` those of the last positions alone. Without a mask all tokens are seen.
+        With `logits_to_keep` those of the last positions alone. Without a mask all tokens are seen. Raises `LlmqError`
+        for another number of rows or tokens than the states hold.
         """
         rows, tokens = input_ids.shape
         states = past_key_values or (Pages(self.free, self.compiled, self.head) if self.in_pages else States(self))
-        mask = attention_mask
+        before, mask = states.get_seq_length(), attention_mask
+        if before and rows != states.rows:
+            raise LlmqError(f"{rows} rows cannot go on from the {states.rows} of the text before; begin the text anew")
         if mask is None:
-            mask = torch.ones(rows, states.get_seq_length() + tokens, dtype=torch.long)
+            mask = torch.ones(rows, before + tokens, dtype=torch.long)
+        if mask.shape != (rows, before + tokens):
+            raise LlmqError(f"a mask of {tuple(mask.shape)} for {rows} rows of {before} tokens before and {tokens} now")
         if position_ids is None:
             position_ids = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
         self._check(input_ids)
@@ -126,7 +131,7 @@ class States:
         self.names = model.names
         self.request: InferRequest = model.free.pop() if model.free else model.compiled.create_infer_request()
         self.request.reset_state()
-        self.tokens = 0
+        self.rows = self.tokens = 0
         self.order: Tensor | None = None
         """The row that each row of the next call goes on from; as they are if None."""
         weakref.finalize(self, model.free.append, self.request)
@@ -135,7 +140,7 @@ class States:
         return self.tokens
 
     def reorder_cache(self, rows: Tensor) -> None:
-        self.order = rows.to(torch.int32)
+        self.rows, self.order = len(rows), rows.to(torch.int32)
 
     def activate_past_recording(self) -> None:
         """Nothing: all keys and values are kept."""
@@ -158,7 +163,7 @@ class States:
         }
         feeds = {name: np.ascontiguousarray(each.numpy()) for name, each in given.items() if name in self.names}
         made = self.request.infer(feeds, share_inputs=True, share_outputs=True)[0]
-        self.tokens, self.order = self.tokens + ids.shape[1], None
+        self.rows, self.tokens, self.order = len(ids), self.tokens + ids.shape[1], None
         return torch.from_numpy(made[:, -kept:].copy())
 
 

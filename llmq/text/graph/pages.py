@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.errors import LlmqError
 from llmq.matrix.half_product import MULTIPLE, is_quick, product
 from llmq.openvino_runtime import openvino
 
@@ -95,17 +96,26 @@ class Pages:
         self.store = free.pop() if free else Store(compiled)
         self.seen = torch.zeros(0, 0, dtype=torch.bool)  # (rows, tokens), False for padding
         self.owned = 0  # pages of a row
+        last = compiled.outputs[0].get_partial_shape()
+        self.vocabulary = len(head.weight) if head else last[len(last) - 1].get_length()
         weakref.finalize(self, free.append, self.store)
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.seen.shape[1]
 
+    @property
+    def rows(self) -> int:
+        return len(self.seen)
+
     def reorder_cache(self, rows: Tensor) -> None:
         """Let each row go on from the one that `rows` names."""
-        count = len(self.seen)
-        for tensor in self.store.tensors:
-            held = tensor.data[: count * self.owned]
-            held[:] = held.reshape(count, self.owned, -1)[rows.numpy()].reshape(held.shape)
+        before, after = self.rows * self.owned, len(rows) * self.owned  # pages
+        if after > self.store.pages:
+            self.store.grow(1, before, after)
+        for tensor in self.store.tensors if before else ():
+            held = tensor.data  # (pages, groups, tokens of a page, d)
+            chosen = held[:before].reshape(self.rows, self.owned, -1)[rows.numpy()]
+            held[:after] = chosen.reshape(after, *held.shape[1:])
         self.seen = self.seen[rows]
 
     def activate_past_recording(self) -> None:
@@ -116,12 +126,20 @@ class Pages:
         self.seen = self.seen[:, : tokens if tokens >= 0 else self.seen.shape[1] + tokens]
 
     def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, kept: int) -> Tensor:
-        """Read tokens `(rows, tokens)`; the logits `(rows, kept, vocabulary)` of the last `kept`, 0 for padding."""
+        """Read tokens `(rows, tokens)`; the logits `(rows, kept, vocabulary)` of the last `kept`, 0 for padding.
+
+        Raises `LlmqError` for a mask that shows other tokens of before than it did: their pages cannot be left out.
+        """
         rows, tokens = ids.shape
         new = mask[:, -tokens:].bool()
+        if self.seen.numel() and not torch.equal(mask[:, :-tokens].bool(), self.seen):
+            raise LlmqError(f"the mask of {self.seen.shape[1]} earlier tokens is another now; begin the text anew")
         past = self.seen.sum(1) if self.seen.numel() else torch.zeros(rows, dtype=torch.long)  # (rows,)
         self._make_room(rows, int((past + new.sum(1)).max()))
         read = new.any(1).nonzero()[:, 0]  # rows of padding alone are left out
+        self.seen = torch.cat([self.seen if self.seen.numel() else new[:, :0], new], 1)
+        if not len(read):
+            return torch.zeros(rows, kept, self.vocabulary)
         lengths, before = new.sum(1)[read], past[read]
         used = [range(int(r) * self.owned, int(r) * self.owned - (-int(n) // self.store.page))
                 for r, n in zip(read, before + lengths, strict=True)]  # fmt: skip
@@ -142,7 +160,6 @@ class Pages:
         made = self.store.request.infer(given, share_inputs=True, share_outputs=True)[0]  # (wanted, 1, vocabulary or d)
         if self.head is not None:
             made = self.head(made)
-        self.seen = torch.cat([self.seen if self.seen.numel() else new[:, :0], new], 1)
         if bool((wanted >= 0).all()):
             whole = made.reshape(rows, kept, -1)
             # OpenVINO writes its next logits over these; those of a head are new.

@@ -60,7 +60,7 @@ def restore(module: nn.Module) -> None:
 
 
 def is_exact(made: Quantized) -> bool:
-    """True if a graph holds these codes as they are: all groups of one size, zeros within the codes."""
+    """True if a graph holds these codes as they are: all groups of one size. Zeros lie within the codes."""
     inputs, groups = len(made.g_idx), len(made.scales)
     even = bool((made.g_idx.bincount(minlength=groups) * groups == inputs).all())
     return even and (inputs * made.codes.shape[1]) % 2 == 0  # two codes share a byte
