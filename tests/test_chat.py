@@ -10,6 +10,7 @@ from tiny_text_models import trained_bpe
 from llmq.errors import UserError
 from llmq.text import rows
 from llmq.text.conversation import Conversation
+from llmq.text.prompting import Prompting
 from llmq.text.tokens import encode, encode_all, unused
 
 
@@ -105,6 +106,8 @@ def test_a_text_that_begins_with_the_mark_gets_no_second_one(row, tokenizer_of):
     bare = {key: value.removeprefix("<s>") for key, value in row.items()}
     assert encode(row, tokenizer).ids == encode(bare, tokenizer).ids
     assert encode(bare, tokenizer).ids[:2] == tuple(tokenizer("one").input_ids[:2])
+    prompting = Prompting(tokenizer, raw=True)
+    assert prompting.plain("<s>one") == prompting.plain("one") == tuple(tokenizer("one").input_ids)
 
 
 def test_windows_over_a_text_that_begins_with_the_mark_have_it_once(tokenizer_of):
@@ -236,8 +239,6 @@ def test_a_dropped_turn_is_seen_where_another_turn_holds_its_words(tokenizer_of)
 
 def test_the_date_of_a_template_is_the_same_on_every_day_but_for_whoever_asks(tokenizer_of):
     from datetime import datetime
-
-    from llmq.text.prompting import Prompting
 
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML.template

@@ -150,12 +150,14 @@ class Answering(Predictor):
     def _written(self, jobs: Sequence[Job], loaded: Loaded, ends: set[int]) -> list[list[int]]:
         """The tokens of each answer, with the end mark if there is one."""
         from llmq.text import decoding, prefix_attention
+        from llmq.text.attention import crosses
         from llmq.text.streaming import Reader, stream
 
         module, device, sampling = loaded.module, loaded.device, self.sampling
         bar = Bar("answering", len(jobs))
         try:
-            if not self.temperature and not prefix_attention.why_not(module, device):
+            apart = crosses(module, *(n for job in jobs for n in (len(job.ids), len(job.ids) + job.most)))
+            if not self.temperature and not apart and not prefix_attention.why_not(module, device):
                 asked = {i: decoding.Job(job.ids, (), job.most) for i, job in enumerate(jobs)}
                 return list(decoding.side_by_side(module, loaded.processor, asked, device, None, bar).values())
             made, times = [], Counter[tuple[int, ...]]()

@@ -156,6 +156,24 @@ def why_fixed(model: PreTrainedModel, special: Sequence[str]) -> str:
     return "" if getattr(model, "_supports_attention_backend", False) else "its attention cannot be exchanged"
 
 
+def border(model: PreTrainedModel) -> int | None:
+    """The length up to which LongRoPE (Phi-3) turns positions by its short table; None for any other model.
+
+    A longer text turns the positions of its whole batch by the long table.
+    """
+    config = model.config.get_text_config()
+    said = getattr(config, "rope_parameters", None) or {}
+    tables = [table for table in (said, *said.values()) if isinstance(table, dict)]  # one, or one for a kind of layer
+    ends = [t["original_max_position_embeddings"] for t in tables if t.get("rope_type") == "longrope"]
+    return min(ends, default=None)
+
+
+def crosses(model: PreTrainedModel, *lengths: int) -> bool:
+    """True if texts of these lengths, or one text that grows from the first to the last, turn positions differently."""
+    end = border(model)
+    return end is not None and bool(lengths) and min(lengths) <= end < max(lengths)
+
+
 def distance(outputs: Tensor, expected: Tensor) -> float:
     """The largest difference of two outputs, relative to the largest expected output."""
     return float((outputs - expected).abs().max() / expected.abs().max())

@@ -80,15 +80,16 @@ class Windowed(Step[LanguageModel]):
         return beginning(load_tokenizer(artifact.weights))
 
     def _ids(self, artifact: Artifact, split: Split, rows: Sequence[Row]) -> list[int]:
-        """The tokens of some rows of the data: of one text, or of one row after another."""
-        from llmq.text.tokenizer import end_marks, load_tokenizer
+        """The tokens of some rows of the data: of one text without the mark before it, or of one row after another."""
+        from llmq.text.tokenizer import beginning, end_marks, load_tokenizer
         from llmq.text.tokens import Encoder
         from llmq.text.windows import joined
 
         tokenizer = load_tokenizer(artifact.weights)
         if split.shape == "text":
             ids: list[int] = tokenizer(joined(rows), add_special_tokens=False)["input_ids"]
-            return ids
+            mark = beginning(tokenizer)
+            return ids[len(mark) :] if ids[: len(mark)] == mark else ids
         encoder = Encoder(tokenizer, end_marks(artifact.weights))
         return [token for row in rows for token in encoder.encode(row).ids]  # one stream, row after row
 

@@ -17,6 +17,7 @@ from llmq import together
 from llmq.environment import free_memory
 from llmq.terminal import Bar
 from llmq.text import prefix_attention, prefix_tree
+from llmq.text.attention import crosses
 from llmq.text.scoring import LEAST, TOKENS, of_the_batch
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _written(
     share: together.Share,
 ) -> dict[int, list[int]]:
     """The new tokens of a share of the jobs: every N-th of those written alone, and every N-th group of the others."""
-    stock = bool(prefix_attention.why_not(module, device)) or steered(module)
+    lengths = [n for job in jobs for n in (len(job.ids), len(job.ids) + job.most)]
+    stock = bool(prefix_attention.why_not(module, device)) or steered(module) or crosses(module, *lengths)
     asked: Counter[str] = Counter()  # the same job again gets another seed, or all samples would be equal
     alone: list[tuple[int, int]] = []  # job, seed
     for i, job in enumerate(jobs):

@@ -11,6 +11,7 @@ from llmq import together
 from llmq.errors import LlmqError
 from llmq.statistics.figures import ratio
 from llmq.terminal import track
+from llmq.text.attention import crosses
 from llmq.text.examples import IGNORED, Tokens
 from llmq.types import Measurement
 
@@ -36,7 +37,8 @@ def padded(batch: Sequence[Tokens], device: str) -> tuple[Tensor, Tensor]:
 
 def losses(module: PreTrainedModel, windows: Sequence[Tokens], device: str, batch_size: int) -> list[float]:
     """The summed loss of the scored tokens of each window, in nats; float32 softmax over the logits."""
-    sums = together.answers(_losses, [module], device, windows, batch_size)
+    size = 1 if windows and crosses(module, *map(len, windows)) else batch_size
+    sums = together.answers(_losses, [module], device, windows, size)
     if not all(map(isfinite, sums)):
         raise LlmqError("the loss of this model is not a finite number, so its weights or its dtype are broken")
     return sums

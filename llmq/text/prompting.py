@@ -59,5 +59,6 @@ class Prompting:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the marks
 
     def plain(self, text: str) -> Ids:
-        """The tokens of a text to be continued, after the mark with which the tokenizer begins every text."""
-        return (*beginning(self.tokenizer), *self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """The tokens of a text to be continued, after the mark with which the tokenizer begins every text, once."""
+        ids, mark = self.tokenizer(text, add_special_tokens=False)["input_ids"], beginning(self.tokenizer)
+        return tuple(ids if ids[: len(mark)] == mark else [*mark, *ids])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llmq import together
 from llmq.terminal import Bar
 from llmq.text import prefix_attention, prefix_tree
+from llmq.text.attention import crosses
 
 TOKENS = 2048
 """Tokens in a forward pass: enough to keep the cores busy. A longer sequence has one to itself."""
@@ -83,7 +84,7 @@ def _forwards(
     batch_size: int | None,
     share: together.Share,
 ) -> Iterator[Forward]:
-    alone = of_the_batch(module)
+    alone = of_the_batch(module) or crosses(module, *map(len, sequences))
     if alone or prefix_attention.why_not(module, device):
         batches = share.of(_batches(sequences, 1 if alone else batch_size))
         yield from _padded(module, sequences, scored, device, batches)

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llmq.errors import LlmqError
 from llmq.files import sha256_text
+from llmq.text.attention import crosses
 from llmq.text.generation import CACHES
 from llmq.types import JsonObject
 
@@ -83,6 +84,8 @@ class Reader:
 
     def _cut(self, ids: Sequence[int]) -> int:
         """Cut the cache to the tokens that `ids` begins with, and return their number; one token is left to read."""
+        if self.ids and crosses(self.module, len(self.ids), len(ids)):  # the keys that are kept were turned otherwise
+            self._forget()
         pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(ids) - 1)) if self.cache else 0
         whole = same == len(self.ids)

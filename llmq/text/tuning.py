@@ -163,6 +163,8 @@ class Tuning(Step[LanguageModel]):
         split, seed = self.data.read(), self.seed_of(context)
         way = choose(model, self.packing, self.per_device_train_batch_size, _autocast(loaded))
         rows, held_out, counts = self._rows(loaded, split, way.packing, seed)
+        if way.packing or self.per_device_train_batch_size > 1:
+            self._check_lengths(loaded, rows)
         arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
         pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
         with self._teacher_of(loaded.artifact, context) as teacher:
@@ -237,6 +239,18 @@ class Tuning(Step[LanguageModel]):
             )
         counts |= {"packed_rows": len(rows), "tokens": sum(map(len, rows.examples))}
         return rows, held_out[: self.held_out_rows], {"train": counts, "held_out": held_out_counts}
+
+    def _check_lengths(self, loaded: Loaded[LanguageModel], rows: "Packed") -> None:
+        """Raise `UserError` for examples of a batch whose positions the longest of them would turn otherwise."""
+        from llmq.text.attention import border, crosses
+
+        end = border(loaded.module)
+        if end and crosses(loaded.module, *map(len, rows.examples)):
+            raise UserError(
+                f"{type(loaded.module).__name__} turns positions otherwise where a text of a batch has more than {end} "
+                f"tokens, and the data has shorter ones as well; set max_length: {end}, or packing: false and "
+                "per_device_train_batch_size: 1"
+            )
 
     def _drawn(self, rows: int, enough: int, seed: int) -> Sequence[int]:
         """The numbers of the rows to read, in order: all, or where few steps need fewer, some at random."""
