@@ -121,6 +121,8 @@ def test_a_stream_ends_after_an_end_mark(loaded):
 
 def test_a_model_that_keeps_nothing_reads_all_again(loaded):
     class Forgetful(torch.nn.Module):
+        config = loaded.module.config
+
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
             output = loaded.module(input_ids=input_ids, use_cache=False)
             return type("Output", (), {"logits": output.logits})

@@ -9,6 +9,7 @@ import torch
 from helpers import base_of, beginning_with_a_mark
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from llmq import plugin
 from llmq.tasks.perplexity import Perplexity
@@ -163,6 +164,7 @@ class Successor:
 
     right = math.log(math.e + 9) - 1
     wrong = math.log(math.e + 9)
+    config = LlamaConfig()
 
     def __call__(self, input_ids, use_cache):
         assert not use_cache
