@@ -65,6 +65,7 @@ def run(
     processes.check(any(shared))
     folder = Path(out or Path("runs") / job.name) if resume else fresh(out, job.name)
     pipeline.check_folder(job, folder, resume)
+    pipeline.prepare(job)
     foretold = planning.before_run(job, folder, force)
     report = pipeline.run(job, folder, resume, cache, foretold)
     if report is None:

@@ -201,12 +201,15 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def prepare(device: str, seed: int, threads: int | None) -> str:
-    """Set seed, threads and allocator for a run, and quieten libraries; returns the device."""
-    # Libraries draw progress bars with tqdm, which would fill a log.
+def quieten() -> None:
+    """Keep libraries that are imported from now on from drawing progress bars into a log."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
+
+def prepare(device: str, seed: int, threads: int | None) -> str:
+    """Set seed, threads and allocator for a run, and quieten libraries; returns the device."""
+    quieten()
     import torch
     import transformers
 

@@ -54,7 +54,7 @@ def run(
 
 def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume: bool = False) -> Report | None:
     first, began = processes.is_first(), time.perf_counter()
-    context = Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
+    context = prepare(recipe)
     artifact = bring(recipe, context)
     if first:
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
@@ -152,13 +152,19 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
         raise UserError(f"{str(out)!r} is not empty; use a new --out (llmq run can go on there with --resume)")
 
 
+def prepare(recipe: Recipe) -> Context:
+    """Read all data, then prepare the machine: data is most often at fault, and to load libraries takes seconds."""
+    environment.quieten()
+    reading.hashes([*recipe.steps, *recipe.evaluate])
+    return Context(environment.prepare(recipe.device, recipe.seed, recipe.threads), recipe.seed)
+
+
 def bring(recipe: Recipe, context: Context) -> Artifact:
     """Bring the base, and check that all data fits it, before anything is written.
 
-    Data is read first, as data is most often at fault. Only a base that is here tells whether it is packed.
+    Only a base that is here tells whether it is packed.
     """
     began = time.perf_counter()
-    reading.hashes([*recipe.steps, *recipe.evaluate])
     say("bringing the base")
     with processes.first_does(context.device):
         base = recipe.model.base(context)

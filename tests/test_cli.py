@@ -154,6 +154,20 @@ LIGHT = (["--help"], ["list"], ["show", "adapt.lora"], ["check", "text/quickstar
 @pytest.mark.parametrize("words", LIGHT, ids=" ".join)
 def test_light_commands_do_not_import_torch(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert ended_without_torch(words) == 0
+
+
+@pytest.mark.parametrize("words", [["check", "--data"], ["run"]], ids=" ".join)
+def test_bad_data_is_refused_before_torch_is_imported(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "r.yaml").write_text("model: dcgan\nsteps:\n- adapt.train: {data: .}\nevaluate: []\n")
+    assert ended_without_torch([*words, "r.yaml"]) == 2
+
+
+def ended_without_torch(words: list[str]) -> int:
+    """The exit code of a command that imports no heavy library, in a process of its own."""
     code = f"""
 import sys
 from llmq import cli
@@ -161,10 +175,11 @@ sys.argv = ["llmq", *{words!r}]
 try:
     cli.main()
 except SystemExit as stop:
-    assert not stop.code
-print(sorted({{"torch", "transformers", "peft", "datasets"}} & sys.modules.keys()))
+    print(stop.code or 0, sorted({{"torch", "transformers", "peft", "datasets"}} & sys.modules.keys()))
 """
-    assert in_a_process(code).splitlines()[-1] == "[]"
+    ended, imported = in_a_process(code).splitlines()[-1].split(maxsplit=1)
+    assert imported == "[]"
+    return int(ended)
 
 
 def cpu_seconds(*words: str) -> float:

@@ -102,10 +102,9 @@ def check(
     trust.given(trust_remote_code, allow_code)
     job = recipes.load(recipe, overrides or ())
     if data:
-        from llmq import environment, pipeline
-        from llmq.types import Context
+        from llmq import pipeline
 
-        pipeline.bring(job, Context(environment.prepare(job.device, job.seed, job.threads), job.seed))
+        pipeline.bring(job, pipeline.prepare(job))
     typer.echo(to_json(job.plain()) if as_json else listing.as_seen(to_yaml(job.plain())), nl=as_json)
     if not as_json:
         made_by = recipes.of_weights(job.model)

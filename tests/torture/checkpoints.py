@@ -24,7 +24,8 @@ SHAPE: dict[str, Any] = {
 
 
 @functools.cache
-def _templates() -> Path:
+def templates() -> Path:
+    """The folder of all tiny models; the process that asks first removes it in the end."""
     folder = Path(tempfile.mkdtemp(prefix="llmq-torture-"))
     owner = os.getpid()
     atexit.register(lambda: shutil.rmtree(folder) if os.getpid() == owner else None)
@@ -41,7 +42,7 @@ def copy_of(kind: str, target: Path) -> Path:
 def whole(kind: str) -> Path:
     """A tiny model of a kind that nothing is wrong with, made when first needed."""
     # A stage and its base lie apart: beside one another they would be taken for stages of one run.
-    made = _templates() / kind / (f"{kind}.gguf" if kind == "gguf" else kind)
+    made = templates() / kind / (f"{kind}.gguf" if kind == "gguf" else kind)
     made.parent.mkdir()
     makers = {"gguf": _gguf, "srcnn": _srcnn, "llama": _language, "gpt2": _language, "sharded": _language}
     makers.get(kind, _step)(kind, made)
@@ -89,7 +90,7 @@ def _step(kind: str, folder: Path) -> None:
 
 
 def _rows() -> Path:
-    file = _templates() / "d.jsonl"
+    file = templates() / "d.jsonl"
     file.write_text('{"text": "one two three four five"}\n' * 3)
     return file
 

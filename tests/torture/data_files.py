@@ -3,15 +3,23 @@
 import functools
 import io
 import json
+import multiprocessing
 import random
+import shutil
+import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torture import mutate
+from torture import child, mutate
+from torture.checkpoints import templates
+from torture.checkpoints import whole as whole_model
 from torture.child import command, judge
-from torture.child import warm as warm
 
+COMMAND = ("check", "r.yaml", "--data")
+READ = 98
+"""The exit code of a child that has read its data: what follows needs the libraries."""
 ROWS = [
     {"prompt": f'say "{i}",\nplease', "completion": f"ünïcode {i}", "extra": [{"b": i}, {"a": None}]} for i in range(8)
 ]
@@ -124,6 +132,40 @@ PARQUETS = [name for name in WHOLE if name.endswith(".parquet")]
 
 
 @functools.cache
+def _with_libraries() -> Connection:
+    """A process that has imported all libraries, and made the model. A child of this one costs a quarter of its."""
+    here, there = multiprocessing.Pipe()
+    templates()
+
+    def serve() -> None:
+        child.warm()
+        there.send(whole_model("llama"))
+        while True:
+            there.send(command(COMMAND, there.recv()))
+
+    multiprocessing.get_context("fork").Process(target=serve, daemon=True).start()
+    return here
+
+
+@functools.cache
+def _model() -> Path:
+    return _with_libraries().recv()
+
+
+def warm() -> None:
+    """Import what `llmq check` needs, beside a process with all libraries."""
+    _model()
+    child.warm_words()
+
+
+def _only_read() -> None:
+    """The command ends once it has read its data."""
+    from llmq import environment
+
+    environment.prepare = lambda *given: sys.exit(READ)
+
+
+@functools.cache
 def whole(name: str) -> bytes:
     """A file that nothing is wrong with."""
     return WHOLE[name][1]()
@@ -131,8 +173,6 @@ def whole(name: str) -> bytes:
 
 def once(seed: int, folder: Path) -> str:
     """One data file, read as the command does."""
-    from torture.checkpoints import copy_of
-
     dice = random.Random(f"data {seed}")
     name = dice.choice(PARQUETS if dice.random() < 0.3 else list(WHOLE))
     recipe, content = WHOLE[name][0], whole(name)
@@ -151,6 +191,10 @@ def once(seed: int, folder: Path) -> str:
     if dice.random() < 0.04:
         mutate.of_file(file, dice)
     if recipe is TEXT:
-        copy_of("llama", folder / "m")
+        shutil.copytree(_model(), folder / "m")
     (folder / "r.yaml").write_text(recipe.replace("PATH", "i" if name.startswith("i/") else name))
-    return judge(command(["check", "r.yaml", "--data"], folder), seed)
+    ended = command(COMMAND, folder, _only_read)
+    if ended.code == READ:
+        _with_libraries().send(folder)
+        ended = _with_libraries().recv()
+    return judge(ended, seed)
