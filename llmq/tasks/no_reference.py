@@ -6,49 +6,26 @@ what is sharp is true: `rock` and `super_resolution` say so where there is a reg
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.plugin import DataWord, data_of_run
-from llmq.types import Exhibit, Loaded, Measurement, Task
-from llmq.vision.segmentation import Method, Segmentation
+from llmq.types import Exhibit, Loaded, Measurement
+from llmq.vision.segmentation import OfPores
 from llmq.vision.super_resolution import SuperResolution
 
 if TYPE_CHECKING:
     from numpy import ndarray
-
-    from llmq.sketch import Sketch, Work
 
 KINDS = (("model", ""), ("bicubic", "bicubic_"))
 REACH, SMOOTH = 3, 2
 """Low-resolution pixels from a boundary on that are flat, and the sigma of the mean that noise is told from."""
 
 
-class NoReference(Task[SuperResolution]):
-    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
-    in_every_process: ClassVar[bool] = True
-
-    data: DataWord = data_of_run("rock")
-    segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
-    threshold: int | None = Field(
-        None, ge=0, le=254, description="of fixed: the grey level up to which pixels are dark"
-    )
-    phases: int = Field(3, ge=3, le=5, description="of multi_otsu")
-    pores: Literal["dark", "bright"] = "dark"
+class NoReference(OfPores):
     shift: int = Field(5, ge=1, le=50, description="grey levels that the threshold is moved, up and down")
-    limit: PositiveInt | None = Field(None, description="slices, or volumes, at most")
-    pictures: int = Field(1, ge=0, description="slices shown")
-
-    def check(self) -> None:
-        super().check()
-        self._segmentation.check()
-
-    @property
-    def _segmentation(self) -> Segmentation:
-        return Segmentation(self.segmentation, self.threshold, self.phases, self.pores)
 
     def check_base(self, base: Artifact[SuperResolution]) -> None:
         """Raise `UserError` for a scan that has nothing to look at, or colours that the network does not take."""
@@ -62,12 +39,6 @@ class NoReference(Task[SuperResolution]):
         channels = split.held_out[0].image.shape[-1]
         if channels not in (1, base.model.channels):
             raise UserError(f"{self.data.word} has {channels} channels, and the network {base.model.channels}")
-
-    def foresee(self, stage: "Sketch") -> "Work":
-        """Passes over the held-out slices, one at a time."""
-        from llmq.vision.sizing import asked
-
-        return asked(stage, self.data.expected(), self.limit, 1)
 
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
@@ -83,7 +54,7 @@ class NoReference(Task[SuperResolution]):
                 lows.append((name, low))
                 grey["bicubic"].append(luma(simple).round().astype("uint8"))
                 grey["model"].append(luma(made).round().astype("uint8"))
-        way, scale = self._segmentation, loaded.artifact.model.scale
+        way, scale = self.way, loaded.artifact.model.scale
         levels = {kind: way.level(images) for kind, images in grey.items()}
         if levels["bicubic"] is None:
             raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
@@ -110,7 +81,7 @@ class NoReference(Task[SuperResolution]):
         from llmq.vision.scan_quality import edge_width, noise_power
 
         mean = partial(figures.mean, clusters=clusters)
-        way = self._segmentation
+        way = self.way
         pores = [way.cut(image, level) for image in images]
         shares = [float(p.mean()) for p in pores]
         yield mean(self.name, f"{prefix}porosity", shares, "share", "unknown", f"mean over slices; {protocol}")
@@ -137,7 +108,7 @@ class NoReference(Task[SuperResolution]):
     def _moved(self, image: "ndarray", level: int | None) -> float:
         if level is None:
             return 0.0
-        below, above = (self._segmentation.cut(image, level + by) for by in (-self.shift, self.shift))
+        below, above = (self.way.cut(image, level + by) for by in (-self.shift, self.shift))
         return float((below != above).mean()) / (2 * self.shift)
 
     def _known(
@@ -164,24 +135,17 @@ class NoReference(Task[SuperResolution]):
     def _shown(
         self, name: str, low: "ndarray", grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
     ) -> Exhibit:
-        from matplotlib.ticker import MaxNLocator
-
-        from llmq.vision.pictures import panels, png, show
+        from llmq.vision.pictures import panels, png, show, show_axes
 
         figure, axes = panels(1, 4, 2.2, 2.3)
         show(axes[0, 0], low, "low")
         curves = axes[0, 3]
         for panel, kind, colour in zip(axes[0, 1:3], ("bicubic", "model"), ("C1", "C0"), strict=True):
             show(panel, grey[kind][..., None], kind)
-            counts = [float(self._segmentation.cut(grey[kind], at).mean()) for at in range(255)]
+            counts = [float(self.way.cut(grey[kind], at).mean()) for at in range(255)]
             curves.plot(range(255), counts, color=colour, lw=1.3, label=kind)
             if (level := levels[kind]) is not None:
                 curves.axvline(level, color=colour, lw=0.8, ls=":")
-        curves.set_title("porosity by threshold", fontsize=8.5)
-        curves.spines[["left", "bottom"]].set_visible(True)
-        for axis in (curves.xaxis, curves.yaxis):
-            axis.set_major_locator(MaxNLocator(4))
-        curves.tick_params(labelsize=7)
-        curves.legend(frameon=False, fontsize=7.5)
+        show_axes(curves, "porosity by threshold")
         size = f"{low.shape[1]} x {low.shape[0]} pixels"
         return Exhibit(self.name, name, size, "dotted: the threshold", picture=png(figure))

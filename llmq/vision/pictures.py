@@ -61,3 +61,15 @@ def show_differences(
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.85, pad=0.01)
     bar.set_label("grey levels of 255", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
+
+
+def show_axes(panel: Axes, title: str) -> None:
+    """Give a panel that shows curves axes, a legend and a title."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_title(title, fontsize=8.5)
+    panel.spines[["left", "bottom"]].set_visible(True)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    panel.tick_params(labelsize=7)
+    panel.legend(frameon=False, fontsize=7.5)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
 
 from llmq.errors import UserError
+from llmq.plugin import DataWord, data_of_run
+from llmq.types import Task
+from llmq.vision.super_resolution import SuperResolution
 
 if TYPE_CHECKING:
     from numpy import ndarray
+
+    from llmq.sketch import Sketch, Work
 
 Method = Literal["otsu", "multi_otsu", "fixed"]
 
@@ -49,6 +56,38 @@ class Segmentation:
         of_many = f"the {'lowest' if self.pores == 'dark' else 'highest'} of Otsu's {self.phases - 1} thresholds"
         by = {"otsu": "Otsu's threshold", "multi_otsu": of_many, "fixed": f"{self.threshold}"}[self.method]
         return f"pore: {side} {by}"
+
+
+class OfPores(Task[SuperResolution]):
+    """A task that looks at the pores of enlarged slices."""
+
+    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
+    in_every_process: ClassVar[bool] = True
+
+    data: DataWord = data_of_run("rock")
+    segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
+    threshold: int | None = Field(
+        None, ge=0, le=254, description="of fixed: the grey level up to which pixels are dark"
+    )
+    phases: int = Field(3, ge=3, le=5, description="of multi_otsu")
+    pores: Literal["dark", "bright"] = "dark"
+    limit: PositiveInt | None = Field(None, description="slices, or volumes, at most")
+    pictures: int = Field(1, ge=0, description="slices shown")
+
+    def check(self) -> None:
+        super().check()
+        self.way.check()
+
+    @property
+    def way(self) -> Segmentation:
+        """The way to the pores that the settings ask for."""
+        return Segmentation(self.segmentation, self.threshold, self.phases, self.pores)
+
+    def foresee(self, stage: Sketch) -> Work:
+        """Passes over the held-out slices, one at a time."""
+        from llmq.vision.sizing import asked
+
+        return asked(stage, self.data.expected(), self.limit, 1)
 
 
 def otsu(images: Sequence[ndarray], phases: int = 2) -> list[int] | None:

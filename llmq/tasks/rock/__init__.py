@@ -6,21 +6,19 @@ number, specific surface, size of pores (local thickness) and two-point correlat
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.plugin import DataWord, data_of_run
-from llmq.types import Exhibit, Loaded, Measurement, Split, Task
-from llmq.vision.segmentation import Method, Segmentation
+from llmq.types import Exhibit, Loaded, Measurement, Split
+from llmq.vision.segmentation import OfPores
 from llmq.vision.super_resolution import SuperResolution
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from llmq.sketch import Sketch, Work
     from llmq.vision.upscaled import Upscaled
 
 KINDS = ("truth", "bicubic", "model")
@@ -28,32 +26,15 @@ Parts = Mapping[str, "Sequence[ndarray]"]
 """By kind, the pores of every slice or block."""
 
 
-class Rock(Task[SuperResolution]):
-    suits: ClassVar[frozenset[str]] = frozenset({"super-resolution"})
-    in_every_process: ClassVar[bool] = True
-
-    data: DataWord = data_of_run("rock")
-    segmentation: Method = Field("otsu", description="Otsu's threshold, the outermost of several, or a fixed one")
-    threshold: int | None = Field(
-        None, ge=0, le=254, description="of fixed: the grey level up to which pixels are dark"
-    )
-    phases: int = Field(3, ge=3, le=5, description="of multi_otsu")
-    pores: Literal["dark", "bright"] = "dark"
+class Rock(OfPores):
     dimensions: Literal[2, 3] = Field(2, description="3: the held-out slices are one volume, measured in blocks")
     block: PositiveInt = Field(64, description="pixels of a side of a block, about; in 3-D")
     distance: PositiveInt = Field(32, description="pixels up to which two points are correlated")
-    limit: PositiveInt | None = Field(None, description="slices, or volumes, at most")
-    pictures: int = Field(1, ge=0, description="slices shown")
 
     def check(self) -> None:
         super().check()
-        self._segmentation.check()
         if self.dimensions == 3 and self.block * 2 // 3 <= self.distance:  # parts are equal, and may be smaller
             raise UserError(f"blocks of {self.block} are too small for distance {self.distance}; take 1.5 times that")
-
-    @property
-    def _segmentation(self) -> Segmentation:
-        return Segmentation(self.segmentation, self.threshold, self.phases, self.pores)
 
     def check_base(self, base: Artifact[SuperResolution]) -> None:
         """Raise `UserError` for pairs of another scale than the network's or no larger than the `distance`.
@@ -72,12 +53,6 @@ class Rock(Task[SuperResolution]):
             if min(pair.high.shape[-3:-1]) <= self.distance:
                 raise UserError(f"{pair.name}: {pair.high.shape[-3:-1]} is no larger than distance {self.distance}")
 
-    def foresee(self, stage: "Sketch") -> "Work":
-        """Passes over the held-out slices, one at a time."""
-        from llmq.vision.sizing import asked
-
-        return asked(stage, self.data.expected(), self.limit, 1)
-
     def score(self, loaded: Loaded[SuperResolution]) -> Iterable[Measurement | Exhibit]:
         from llmq.vision.image_quality import luma
         from llmq.vision.upscaled import PROTOCOL, upscaled
@@ -88,7 +63,7 @@ class Rock(Task[SuperResolution]):
         grey: dict[str, list[ndarray]] = {
             kind: [luma(getattr(s, kind)).round().astype("uint8") for s in scenes] for kind in KINDS
         }
-        way = self._segmentation
+        way = self.way
         levels = {kind: way.level(images) for kind, images in grey.items()}
         if levels["truth"] is None:
             raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")

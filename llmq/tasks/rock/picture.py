@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 def picture(scene: Upscaled, pores: Mapping[str, ndarray], distance: int) -> bytes:
     """The true slice, where bicubic and model err (blue: a pore that is none; orange: missed), and the correlations."""
     import numpy as np
-    from matplotlib.ticker import MaxNLocator
 
-    from llmq.vision.pictures import panels, png, show
+    from llmq.vision.pictures import panels, png, show, show_axes
     from llmq.vision.pores import two_point
     from llmq.vision.scale_bar import label, stamped
 
@@ -32,10 +31,5 @@ def picture(scene: Upscaled, pores: Mapping[str, ndarray], distance: int) -> byt
     curves = axes[0, 3]
     for kind, style in zip(("truth", "bicubic", "model"), ("k-", "C1--", "C0-"), strict=True):
         curves.plot(range(1, distance + 1), two_point(pores[kind], distance), style, lw=1.3, label=kind)
-    curves.set_title("two-point correlation", fontsize=8.5)
-    curves.spines[["left", "bottom"]].set_visible(True)
-    for axis in (curves.xaxis, curves.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
-    curves.tick_params(labelsize=7)
-    curves.legend(frameon=False, fontsize=7.5)
+    show_axes(curves, "two-point correlation")
     return png(figure)
