@@ -23,6 +23,7 @@ STEPS = {
     "prune.magnitude": {},
     "prune.wanda": {**FEW, "pattern": "2:4"},
     "prune.sparsegpt": {**FEW, "sparsity": 0.3},
+    "prune.alps": {**FEW, "sparsity": 0.3},
     "prune.layers": {**FEW, "drop": 1},
 }
 
@@ -279,6 +280,7 @@ def base_logits(tiny_llama):
         ("prune.magnitude", {"pattern": "2:4"}),
         ("prune.wanda", FEW),
         ("prune.sparsegpt", {**FEW, "pattern": "1:4"}),
+        ("prune.alps", {**FEW, "pattern": "1:4"}),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ import pytest
 from helpers import apply, base_of, reshaped
 from test_bad_input import Bad, Files, assert_one_line, listing, recipe, write
 
-CALIBRATED = ("quantize.gptq", "prune.wanda", "prune.sparsegpt", "prune.layers")
+CALIBRATED = ("quantize.gptq", "prune.wanda", "prune.sparsegpt", "prune.alps", "prune.layers")
 FLOAT = (*CALIBRATED, "quantize.rtn", "prune.magnitude")
 NEEDED = {"prune.layers": "drop: 1"}
 """What a step cannot do without."""
@@ -171,6 +171,7 @@ UNHEALTHY = {
     "quantize.rtn": "group_size: 32",
     "prune.wanda": SHORT,
     "prune.sparsegpt": SHORT,
+    "prune.alps": SHORT,
     "prune.layers": f"drop: 1, {SHORT}",
 }
 

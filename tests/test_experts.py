@@ -125,6 +125,7 @@ PRUNINGS: dict[str, dict[str, Any]] = {
     "prune.magnitude": {},
     "prune.wanda": FEW,
     "prune.sparsegpt": FEW,
+    "prune.alps": FEW,
 }
 
 
@@ -234,7 +235,7 @@ def test_bitsandbytes_packs_every_conv1d(bits, family, tmp_path):
     assert ((made.float() - base).norm() / base.norm()).item() < (0.3 if bits == 4 else 0.05)
 
 
-@pytest.mark.parametrize("word", ["quantize.gptq", "prune.wanda", "prune.sparsegpt"])
+@pytest.mark.parametrize("word", ["quantize.gptq", "prune.wanda", "prune.sparsegpt", "prune.alps"])
 def test_an_expert_that_no_token_comes_to_is_changed_by_its_weights_alone(word, family, tmp_path):
     settings = {"group_size": 32, "bits": 8} if word == "quantize.gptq" else {}
     folder = family("mixtral")

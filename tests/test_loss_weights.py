@@ -106,6 +106,7 @@ def test_equal_weights_give_the_plain_result_to_the_bit(tiny_llama, tiny_jsonl, 
         ("quantize.awq", {"group_size": 32, "solver": "gptq"}),
         ("prune.wanda", {}),
         ("prune.sparsegpt", {}),
+        ("prune.alps", {}),
     ],
     ids=str,
 )

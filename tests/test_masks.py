@@ -1,5 +1,7 @@
 """Which weights go: exact counts, and SparseGPT against its equations done slowly."""
 
+import itertools
+
 import gptq_reference
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmq.matrix.alps import alps
 from llmq.matrix.masks import by_magnitude, by_wanda, lowest, sparsegpt
 from llmq.matrix.solver import elimination
 
@@ -31,7 +34,9 @@ def problem(outputs, inputs, seed=0):
 
 
 def pruned(method, weight, hessian, share=0.5, of_each=None):
-    """What one of the three methods makes of a weight."""
+    """What one of the methods makes of a weight."""
+    if method == "alps":
+        return alps(weight, hessian, DAMP, share, of_each)
     if method == "sparsegpt":
         return sparsegpt(weight, elimination(hessian, DAMP)[0], share, of_each)
     its = by_magnitude(weight, share, of_each)
@@ -45,7 +50,7 @@ def harm(weight, made, hessian):
     return float((((made - weight) @ hessian) * (made - weight)).sum())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("of_each", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
 @quickly
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 1000))
@@ -57,7 +62,7 @@ def test_exactly_n_of_every_m_stay(method, of_each, outputs, groups, seed):
 
 @pytest.mark.parametrize("among", [16, 32])
 def test_wide_patterns_are_exact_too(among):
-    for method in ("magnitude", "wanda", "sparsegpt"):
+    for method in ("magnitude", "wanda", "sparsegpt", "alps"):
         made = pruned(method, *problem(3, 160), of_each=(5, among))
         assert ((made != 0).view(3, -1, among).sum(-1) == 5).all()
 
@@ -122,20 +127,49 @@ def test_sparsegpt_is_that_of_the_paper(shape, share, of_each):
     np.testing.assert_allclose(made, theirs, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_alps_takes_the_share_of_the_whole_matrix(share):
+    made = pruned("alps", *problem(7, 40), share)
+    assert int((made == 0).sum()) == round(share * made.numel())
+
+
+@pytest.mark.parametrize("of_each", [None, (2, 4)])
+def test_what_alps_leaves_is_the_least_error_of_its_mask(of_each):
+    weight, hessian = problem(5, 16)
+    made = pruned("alps", weight, hessian, of_each=of_each)
+    damped = hessian + DAMP * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    for row, best in zip(weight, made, strict=True):
+        on = best != 0
+        exact = torch.linalg.solve(damped[on][:, on], damped[on] @ row)
+        torch.testing.assert_close(best[on], exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alps_finds_the_best_mask_of_a_small_row(seed):
+    weight, hessian = problem(1, 8, seed)
+    damped = hessian + DAMP * hessian.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    errors = []
+    for places in itertools.combinations(range(8), 4):
+        on, best = list(places), torch.zeros_like(weight)
+        best[0, on] = torch.linalg.solve(damped[on][:, on], damped[on] @ weight[0])
+        errors.append(harm(weight, best, damped))
+    assert harm(weight, pruned("alps", weight, hessian), damped) <= 1.0001 * min(errors)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_sparsegpt_leaves_the_weight_given_as_it_was(outputs):
+def test_the_weight_given_is_left_as_it_was(method, outputs):
     given, hessian = problem(outputs, 24)
     weight = given.clone()
-    pruned("sparsegpt", weight, hessian)
+    pruned(method, weight, hessian)
     assert torch.equal(weight, given)
 
 
 @pytest.mark.parametrize("of_each", [None, (2, 4)])
 @quickly
 @given(st.integers(0, 1000))
-def test_on_correlated_inputs_sparsegpt_harms_less_than_wanda_and_wanda_less_than_magnitude(of_each, seed):
+def test_on_correlated_inputs_alps_harms_less_than_sparsegpt_than_wanda_than_magnitude(of_each, seed):
     weight, hessian = problem(32, 96, seed)
-    least, more, most = (
-        harm(weight, pruned(m, weight, hessian, of_each=of_each), hessian) for m in ("sparsegpt", "wanda", "magnitude")
-    )
-    assert least < more < most
+    methods = ("alps", "sparsegpt", "wanda", "magnitude")
+    least, less, more, most = (harm(weight, pruned(m, weight, hessian, of_each=of_each), hessian) for m in methods)
+    assert least < less < more < most

@@ -21,6 +21,7 @@ TEXT = {
     "prune.magnitude": {},
     "prune.wanda": FEW,
     "prune.sparsegpt": FEW,
+    "prune.alps": FEW,
     "prune.layers": {"drop": 1, **FEW},
 }
 IMAGES = ("quantize.int8", "quantize.dynamic", "quantize.float16", "prune.channels")

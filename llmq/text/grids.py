@@ -15,6 +15,8 @@ from llmq.types import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Eliminated = tuple[Tensor, float, Tensor | None]
+
 GROUP_SIZES = (128, 64, 32)  # the cures that an error offers
 
 
@@ -105,30 +107,43 @@ class Gptq(RoundToNearest):
 
     def rounded(self, layers: "Mapping[str, Tensor]", total: "Tensor | None") -> "dict[str, Quantized]":
         """Each layer on its grid; layers that share an input share one factorization of the Hessian."""
-        import torch
-
-        from llmq.matrix.descent import descend
-        from llmq.matrix.solver import elimination, solve
-
         assert total is not None
-        # `desc_act`: the inputs with the largest sum of squares first. (inputs,)
-        order = total.diagonal().argsort(descending=True, stable=True) if self.desc_act else None
-        upper, damping = elimination(total, self.damp_percent, order)  # upper (inputs, inputs)
+        eliminated = self.eliminated(total)
+        damping = eliminated[1]
         # A group may be rounded several times, on trial: the last time counts.
         self.dampings = {name: d for name, d in self.dampings.items() if name not in layers}
         if damping != self.damp_percent:
             self.dampings |= dict.fromkeys(layers, damping)
         rounded: dict[str, Quantized] = {}
-        # Layers on one grid are solved side by side: the time of a solution is the number of its inputs.
         for grid in dict.fromkeys(self.settings[name] for name in layers):
-            names = [name for name in layers if self.settings[name] == grid]
-            side_by_side = torch.cat([layers[name] for name in names]).float()  # (outputs of all, inputs)
-            shape = grid.bits, grid.group_size, grid.symmetric, grid.mse
-            made = solve(side_by_side, upper, *shape, order, self.static_groups, self.keep_zeros)
-            made = descend(side_by_side, total, made, damping, self.sweeps, self.keep_zeros)
-            parts = made.split([len(layers[name]) for name in names])  # by outputs
-            rounded |= dict(zip(names, parts, strict=True))
+            those = {name: weight for name, weight in layers.items() if self.settings[name] == grid}
+            rounded |= self.on_grid(those, grid, total, eliminated)
         return rounded
+
+    def eliminated(self, total: "Tensor") -> "Eliminated":
+        """What all grids share: the elimination of the inputs in order, the damping used, and the order."""
+        from llmq.matrix.solver import elimination
+
+        # `desc_act`: the inputs with the largest sum of squares first. (inputs,)
+        order = total.diagonal().argsort(descending=True, stable=True) if self.desc_act else None
+        return *elimination(total, self.damp_percent, order), order  # the first (inputs, inputs)
+
+    def on_grid(
+        self, layers: "Mapping[str, Tensor]", grid: Grid, total: "Tensor", eliminated: "Eliminated"
+    ) -> "dict[str, Quantized]":
+        """Layers on one grid, solved side by side: the time of a solution is the number of its inputs."""
+        import torch
+
+        from llmq.matrix.descent import descend
+        from llmq.matrix.solver import solve
+
+        upper, damping, order = eliminated
+        side_by_side = torch.cat([*layers.values()]).float()  # (outputs of all, inputs)
+        shape = grid.bits, grid.group_size, grid.symmetric, grid.mse
+        made = solve(side_by_side, upper, *shape, order, self.static_groups, self.keep_zeros)
+        made = descend(side_by_side, total, made, damping, self.sweeps, self.keep_zeros)
+        parts = made.split([len(weight) for weight in layers.values()])  # by outputs
+        return dict(zip(layers, parts, strict=True))
 
     def notes(self) -> dict[str, object]:
         """The dampings that had to be raised, by layer."""

@@ -112,9 +112,11 @@ class Trials(LayerChange[Grid]):
 
     def change(self, layers: Mapping[str, Tensor], total: Tensor | None) -> dict[str, dict[str, Tensor]]:
         assert total is not None
+        gptq = Gptq({}, self.damp_percent)
+        eliminated = gptq.eliminated(total)
         for grid in dict.fromkeys(grid for name in layers for grid in self.grids[name]):
             those = {name: weight for name, weight in layers.items() if grid in self.grids[name]}
-            rounded = Gptq(dict.fromkeys(those, grid), self.damp_percent).rounded(those, total)
+            rounded = gptq.on_grid(those, grid, total, eliminated)
             for name, weight in those.items():
                 if grid == self.checked[name].get(grid.bits):
                     packed = gptq_format.to_tensors(rounded[name], FORMAT)
