@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmq import resident
 from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ LEAST = 1e-7
 
 @dataclass(frozen=True)
 class Meant:
-    """The answers of a module and a hash of each tensor: the record that stays once the module is gone."""
+    """The answers of a module and a hash of each tensor: the record that stays once the module is gone.
+
+    Without answers it is of a module that was never whole in memory.
+    """
 
     answers: Sequence[Tensor]
     tensors: Mapping[str, str]
@@ -38,14 +42,15 @@ class Meant:
 
 def meant(model: Model, module: Module) -> Meant:
     """The record of an open module. Hashes come first: bitsandbytes repacks weights for an answer."""
-    hashes = _hashes(module)
+    hashes = hashed(module.state_dict())
     return Meant(model.probe(module), hashes)
 
 
 def reopened(saved: Meant, artifact: Artifact, device: str, tolerance: float = 0.0) -> Artifact:
     """The artifact, if the module opened from disk equals the record. Raises `LlmqError` with the first difference."""
     with artifact.open(device) as loaded:
-        opened = meant(artifact.model, loaded.module)
+        state = loaded.module.state_dict()
+        opened = meant(artifact.model, loaded.module) if saved.answers else Meant((), hashed(state, passing=True))
     names = [*saved.tensors, *(opened.tensors.keys() - saved.tensors.keys())]
     other = next((name for name in names if saved.tensors.get(name) != opened.tensors.get(name)), None)
     away = _apart(saved.answers, opened.answers)
@@ -126,11 +131,16 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # equal bits, NaN and -0 as well
 
 
-def _hashes(module: Module) -> dict[str, str]:
+def hashed(state: Mapping[str, object], passing: bool = False) -> dict[str, str]:
+    """A hash of each tensor by name; `passing` gives back the pages of the files that a tensor lies in, one by one."""
     import torch
 
-    state = ((name, t) for name, t in module.state_dict().items() if isinstance(t, torch.Tensor))
-    return {name: hashlib.sha256(_bytes(t.cpu()).numpy().data).hexdigest() for name, t in state}
+    hashes = {}
+    for name, t in state.items():
+        if isinstance(t, torch.Tensor):
+            hashes[name] = hashlib.sha256(_bytes(t.cpu()).numpy().data).hexdigest()
+            resident.forget([t] if passing else [])
+    return hashes
 
 
 def _apart(answers: Sequence[Tensor], others: Sequence[Tensor]) -> float:

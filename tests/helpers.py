@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,18 @@ def beginning_with_a_mark(folder: Path) -> Any:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
     return tokenizer
+
+
+def adapted_by_chance(stage: Artifact, target: Path, **settings: Any) -> Artifact:
+    """A stage with an adapter whose weights are random, on every linear layer unless `settings` say otherwise."""
+    from peft import LoraConfig, get_peft_model
+
+    with stage.open("cpu") as loaded:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **settings})
+        model = get_peft_model(loaded.module, config)
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+        model.save_pretrained(target)
+    return replace(stage, adapter=target)

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from helpers import apply, base_of
+from helpers import adapted_by_chance, apply, base_of
 
 from llmq import environment
 from llmq.environment import release_memory
@@ -27,15 +27,18 @@ def resident() -> float:
 def main() -> None:
     """Print the peak, and the parts that it is measured against, as JSON."""
     step, warm_up, folder, samples, length = sys.argv[1], *map(Path, sys.argv[2:4]), *map(int, sys.argv[4:])
-    calibrated = step != "quantize.rtn"
+    calibrated, merged = step == "quantize.gptq", step == "adapt.merge"
     environment.prepare("cpu", 0, 1)
     with tempfile.TemporaryDirectory() as out:
         # To cut a long text into tokens takes more than all that follows, and would hide it.
         text = Path(out) / "text.jsonl"
         text.write_text('{"text": "one two three four five six seven eight nine ten"}\n' * (samples * length // 10))
-        small = {"samples": 1, "length": 64} if calibrated else {}
-        apply(step, base_of(warm_up), Path(out) / "warm-up", group_size=32, **small)
-        base = base_of(folder)
+        small: dict[str, object] = {"samples": 1, "length": 64} if calibrated else {}
+        small = {"tokens": 64, "window": 32} if merged else {**small, "group_size": 32}
+        base, first = base_of(folder), base_of(warm_up)
+        if merged:
+            base, first = (adapted_by_chance(b, Path(out) / b.weights.name, r=1) for b in (base, first))
+        apply(step, first, Path(out) / "warm-up", **small)
         release_memory("cpu")
         before = peak = resident()
         done = False
@@ -48,7 +51,8 @@ def main() -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        whole = {"samples": samples, "length": length, "data": str(text)} if calibrated else {}
+        whole: dict[str, object] = {"samples": samples, "length": length, "data": str(text)} if calibrated else {}
+        whole = {"tokens": samples * length, "window": length} if merged else whole
         apply(step, base, Path(out) / "quantized", **whole)
         done = True
         watcher.join()

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import apply, base_of, logits_of, some_ids
+from helpers import adapted_by_chance, apply, base_of, logits_of, some_ids
 from safetensors.torch import load_file
 
 from llmq import plugin
@@ -171,7 +170,7 @@ def test_each_expert_is_quantized_and_the_folder_opens_again(name, word, family,
 @pytest.mark.parametrize("name", FAMILY)
 def test_merging_over_packed_experts_gives_a_folder_that_opens_anywhere(name, family, tmp_path):
     stage = apply("quantize.rtn", base_of(family(name), "float32"), tmp_path / "q", group_size=32, bits=8)
-    adapted = with_adapter(stage, tmp_path / "a")
+    adapted = adapted_by_chance(stage, tmp_path / "a")
     merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
     assert stored(merged.weights).keys() == stored(family(name)).keys()
     torch.testing.assert_close(in_plain_transformers(merged.weights), opened(adapted), rtol=1e-3, atol=1e-3)
@@ -185,26 +184,12 @@ def test_merging_over_float_and_bitsandbytes_weights_too(name, settings, family,
         more = {"skip_modules": ["experts"]} if name == "mixtral" else {}
         more |= {"compute_dtype": "float32"} if settings["bits"] == 4 else {}
         stage = apply("quantize.bnb", stage, tmp_path / "q", **settings, **more)
-    adapted = with_adapter(stage, tmp_path / "a")
+    adapted = adapted_by_chance(stage, tmp_path / "a")
     merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
     assert stored(merged.weights).keys() == stored(family(name)).keys()
     # LLM.int8() rounds activations; 4 bits round their scales to bfloat16 where the processor repacks them.
     rounding = {None: 1e-3, 4: 1e-2, 8: 0.05}[settings and settings["bits"]]
     torch.testing.assert_close(in_plain_transformers(merged.weights), opened(adapted), rtol=rounding, atol=rounding)
-
-
-def with_adapter(stage: Any, target: Path) -> Any:
-    """A stage with an adapter on every linear layer, its weights random."""
-    from peft import LoraConfig, get_peft_model
-
-    with stage.open("cpu") as loaded:
-        model = get_peft_model(loaded.module, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-        torch.manual_seed(5)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-        model.save_pretrained(target)
-    return replace(stage, adapter=target)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])

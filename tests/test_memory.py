@@ -43,3 +43,15 @@ def test_peak_memory_is_flat_in_depth(step, tiny_llama, tmp_path):
     print(step, peaks)
     # Peaks of 29.0 and 29.4 MiB were seen of quantize.rtn, of 89 and 106 MiB of quantize.gptq.
     assert peaks[48] - peaks[12] < 0.25 * 36 * 3.4, peaks
+
+
+@pytest.mark.slow
+def test_a_merge_takes_as_much_for_48_blocks_as_for_12(tiny_llama, tmp_path):
+    """Of each block more stay its adapter and modules without weights."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
+    peaks: dict[int, float] = {}
+    for blocks in (12, 24, 48):
+        folder = reshaped(tiny_llama, tmp_path / str(blocks), num_hidden_layers=blocks, **shape)
+        peaks[blocks] = probe("adapt.merge", tiny_llama, folder, 8, 64)["peak"]
+    print(peaks)
+    assert max(peaks.values()) < 1.03 * min(peaks.values()), peaks

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import apply, base_of, logits_of, some_ids
+from helpers import adapted_by_chance, apply, base_of, logits_of, some_ids
 
 from llmq import plugin
 from llmq.errors import UserError
@@ -88,3 +88,56 @@ def test_a_step_after_a_merge_into_gptq_finds_packed_weights(tmp_path):
     after = plugin.build("quantize.rtn")
     with pytest.raises(UserError, match=r"quantize\.rtn"):
         check_order("causal-lm", [*steps, after], Source("here", {}))
+
+
+WHOLE = {"modules_to_save": ["input_layernorm", "lm_head"], "target_modules": ["q_proj", "embed_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("packs", "settings", "dtype"),
+    [
+        ({}, {}, None),
+        ({}, WHOLE, "float32"),
+        ({}, {"use_dora": True}, "float16"),
+        ({"quantize.bnb": {"bits": 4}}, {}, None),
+        ({"quantize.rtn": {"bits": 4, "group_size": 32}}, {"use_dora": True}, None),
+    ],
+    ids=str,
+)
+def test_block_by_block_writes_what_the_whole_model_would_be(packs, settings, dtype, tiny_llama, tmp_path):
+    from llmq.text.bnb_layers import dequantized
+    from llmq.text.names import untie
+    from llmq.text.opening import as_opened_in, load_causal_lm, with_adapter
+
+    stage = base_of(tiny_llama)
+    for word, its in packs.items():
+        stage = apply(word, stage, tmp_path / "q", **its)
+    adapted = adapted_by_chance(stage, tmp_path / "a", **settings)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64, dtype=dtype)
+    whole = load_causal_lm(adapted.weights, "float32", "cpu")
+    whole = dequantized(whole) if packs else whole
+    untie(whole)
+    whole = with_adapter(whole, adapted.adapter).merge_and_unload(safe_merge=True)
+    as_opened_in(getattr(torch, dtype or "bfloat16"), whole)
+    with merged.open("cpu") as loaded:
+        made, meant = loaded.module.state_dict(), whole.state_dict()
+    assert made.keys() == meant.keys()
+    for name, tensor in meant.items():
+        assert made[name].dtype == tensor.dtype
+        assert torch.equal(made[name], tensor), name
+    assert len(merged.weight_files()) == 3  # of two blocks, and of the rest
+
+
+def test_a_merge_that_the_disk_does_not_hold_is_told(tiny_llama, tmp_path, monkeypatch):
+    from llmq.errors import LlmqError
+    from llmq.text import merging
+
+    adapted, written = adapted_by_chance(base_of(tiny_llama), tmp_path / "a"), merging.write
+
+    def spoilt(tensors, file):
+        name = "model.layers.1.mlp.down_proj.weight"
+        written({k: t * 2 if k == name else t for k, t in tensors.items()}, file)
+
+    monkeypatch.setattr(merging, "write", spoilt)
+    with pytest.raises(LlmqError, match=r"does not hold the model .*: model.layers.1.mlp.down_proj.weight differs"):
+        apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)

@@ -18,17 +18,13 @@ from pydantic import Field, PositiveInt
 
 from llmq import plugin
 from llmq.artifact import Artifact
-from llmq.errors import LlmqError, UserError
+from llmq.errors import UserError
 from llmq.plugin import DataWord
 from llmq.text.family import LanguageModel
 from llmq.text.formats import grid_of
 from llmq.types import Context, Measurement, Needs, Step
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from llmq.matrix.grid import Quantized
-    from llmq.reopened import Meant
     from llmq.sketch import Sketch, Work
 
 FLOATS = ".floats"
@@ -92,10 +88,11 @@ class Merge(Step[LanguageModel]):
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Write the merged model to `folder`, then measure the divergence from "base + adapter"."""
         from llmq.reopened import reopened
+        from llmq.text.merging import merge
 
         floats = folder / FLOATS if self.into else folder
         floats.mkdir(exist_ok=True)
-        saved = self._write(artifact, floats)
+        saved = merge(artifact, floats, self.dtype or artifact.model.dtype, self.keep_sparsity)
         model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
         merged = artifact.then(self, model=model, weights=floats, adapter=None, packed=False)
         reopened(saved, merged, "cpu")
@@ -112,56 +109,6 @@ class Merge(Step[LanguageModel]):
         assert isinstance(step, Step)
         return step
 
-    def _write(self, artifact: Artifact[LanguageModel], folder: Path) -> "Meant":
-        import torch
-
-        from llmq.finite import first_not_finite
-        from llmq.reopened import meant
-        from llmq.text.bnb_layers import dequantized
-        from llmq.text.linear_view import fuse
-        from llmq.text.names import save, untie
-        from llmq.text.opening import as_opened_in, load_causal_lm, with_adapter
-        from llmq.text.pooled import pools, save_grid, set_weights
-        from llmq.text.tokenizer import copy_tokenizer
-
-        dtype = self.dtype or artifact.model.dtype
-        assert artifact.adapter  # `requires`
-        # The sum is rounded once, at the end. In main memory: a card that trains a packed model has seldom room for it.
-        module = load_causal_lm(artifact.weights, "float32", "cpu")
-        grids = self._folded(module, artifact) if pools(artifact.adapter) else {}
-        module = dequantized(module) if artifact.packed else module
-        pairs = untie(module)  # or an adapter on the head would change the embeddings, and the other way round
-        matrices = module.named_parameters() if self.keep_sparsity else ()  # experts held as one tensor among them
-        zeros = {name: p == 0 for name, p in matrices if p.ndim > 1}
-        if grids:
-            set_weights(module, grids)
-        else:
-            module = with_adapter(module, artifact.adapter).merge_and_unload(safe_merge=True)
-        for name, places in zeros.items():
-            module.get_parameter(name).data[places] = 0
-        fuse(module)
-        as_opened_in(getattr(torch, dtype), module)
-        if name := first_not_finite(dict(module.named_parameters())):
-            raise LlmqError(f"{name} is not finite in {dtype}; set dtype: float32")
-        save(module, folder, pairs)
-        if grids:
-            save_grid(grids, folder)
-        copy_tokenizer(artifact.weights, folder)
-        return meant(artifact.model, module)
-
-    def _folded(self, module: "PreTrainedModel", artifact: Artifact[LanguageModel]) -> "dict[str, Quantized]":
-        """The grid of every packed layer, with the adapter in its zero points; the module is left without one."""
-        from llmq.text.opening import with_adapter
-        from llmq.text.pooled import changes, folded
-        from llmq.text.scales import quantized
-
-        assert artifact.adapter
-        grids = quantized(artifact.weights, module)
-        adapted = with_adapter(module, artifact.adapter)
-        change = changes(adapted)
-        adapted.unload()
-        return {name: folded(grid, change[name]) if name in change else grid for name, grid in grids.items()}
-
     def _loss(self, adapted: Artifact, merged: Artifact, device: str) -> tuple[Measurement, ...]:
         from llmq.text.losses import divergence
         from llmq.text.tokenizer import end_marks
@@ -176,4 +123,4 @@ class Merge(Step[LanguageModel]):
             count = f"{len(windows)} windows, {sum(window.scored for window in windows)} tokens"
             protocol = f"merged against base + adapter on held-out text, {count}"
             tokens = [window.tokens for window in windows]
-            return divergence(a.module, b.module, tokens, device, self.word, "kl_divergence", protocol)
+            return divergence(a.module, b.module, tokens, device, self.word, "kl_divergence", protocol, by_block=True)

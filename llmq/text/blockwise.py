@@ -347,6 +347,13 @@ def write(tensors: Mapping[str, Tensor], file: Path, facts: Mapping[str, object]
 
 def finish(source: Skeleton, files: Sequence[Path], **configuration: object) -> None:
     """Write the rest of a model folder beside its safetensors files: index, facts, configuration, tokenizer."""
+    write_index(files)
+    gather_facts(files[0].parent, files)
+    source.copy_side_files(files[0].parent, **configuration)
+
+
+def write_index(files: Sequence[Path]) -> None:
+    """Write the index that names the file of each tensor, beside the safetensors files of a model."""
     from safetensors import safe_open
 
     weight_map, total = {}, 0
@@ -355,11 +362,8 @@ def finish(source: Skeleton, files: Sequence[Path], **configuration: object) -> 
             for name in opened.keys():  # noqa: SIM118
                 weight_map[name] = file.name
                 total += opened.get_tensor(name).nbytes
-    folder = files[0].parent
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
-    gather_facts(folder, files)
-    source.copy_side_files(folder, **configuration)
+    write_json(files[0].parent / "model.safetensors.index.json", index)
 
 
 def gather_facts(folder: Path, files: Sequence[Path]) -> None:

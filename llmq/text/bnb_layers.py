@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -139,31 +139,59 @@ def reads_weights(module: PeftModel) -> bool:
 
 def dequantized(module: PreTrainedModel) -> PreTrainedModel:
     """The module with every quantized layer turned into a float32 layer, ready to be saved."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
+    for name, layer in bared(module).items():
+        module.get_parameter(f"{name}.weight").data = as_in_files(layer)
+    return module.float()
+
+
+def bared(module: PreTrainedModel) -> dict[str, Module]:
+    """Put a float32 layer, whose weight is without memory, in place of each packed one; the packed layers by name."""
+    from llmq.matrix.packed_linear import PackedLinear
 
     keep_unpacked(module)
-    # A quantized layer took the place of a `Conv1D`, whose files hold [inputs, outputs].
-    turned = [n for n, layer in module.named_modules() if issubclass(getattr(layer, "source_cls", object), Conv1D)]
-    module = module.dequantize(dtype=torch.float32).float()
-    for name in turned:
-        module.set_submodule(name, _conv1d(module.get_submodule(name)))
+    packed = {n: layer for n, layer in module.named_modules() if is_packed(layer) or isinstance(layer, PackedLinear)}
+    for name, layer in packed.items():
+        module.set_submodule(name, _bare(layer))
+    module.hf_quantizer.remove_quantization_config(module)
     # On saving, transformers undoes the conversions of loading; those that read packed weights cannot be undone.
     conversions = getattr(module, "_weight_conversions", None) or []
     module._weight_conversions = [c for c in conversions if not _reads_packed(c)]
-    return module
+    return packed
 
 
-def _conv1d(layer: Linear) -> Module:
-    """The `Conv1D` that computes the same product as a linear layer."""
+def as_in_files(layer: Module) -> Tensor:
+    """The weight of a packed layer in float32, as files hold it: `[inputs, outputs]` for a `Conv1D`."""
+    weight = weight_of(cast("Linear", layer)) if is_packed(layer) else cast("Tensor", layer.weight)
+    return (weight.t().contiguous() if _is_conv1d(layer) else weight).float()
+
+
+def _is_conv1d(layer: Module) -> bool:
+    """True if a packed layer took the place of a `Conv1D`."""
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", object), Conv1D)
+
+
+def _bare(packed: Module) -> Module:
+    """The float layer that computes the same product as a packed one, with a weight without memory."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    layer = cast("Linear", packed)
+    inputs, outputs = layer.in_features, layer.out_features
     with torch.device("meta"):  # or random weights would be drawn first
-        turned: Module = Conv1D(layer.out_features, layer.in_features)
-    turned.weight = torch.nn.Parameter(layer.weight.data.t().contiguous(), requires_grad=False)  # (inputs, outputs)
-    turned.bias = layer.bias
-    return turned
+        biased = layer.bias is not None
+        bare = Conv1D(outputs, inputs) if _is_conv1d(layer) else torch.nn.Linear(inputs, outputs, biased)
+    bare.weight = torch.nn.Parameter(nothing_like(bare.weight), requires_grad=False)
+    bare.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.float(), requires_grad=False)
+    return bare
+
+
+def nothing_like(tensor: Tensor) -> Tensor:
+    """A tensor of float32 zeros with the same shape that takes no memory."""
+    import torch
+
+    return torch.zeros(()).expand(tensor.shape)
 
 
 def _reads_packed(conversion: WeightConverter) -> bool:

@@ -1,18 +1,22 @@
 """The loss of a language model on windows of tokens, and the divergence of two models on them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from math import isfinite
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmq import together
+from llmq import resident, together
 from llmq.errors import LlmqError
 from llmq.statistics.figures import ratio
 from llmq.terminal import track
 from llmq.text.attention import crosses
 from llmq.text.examples import IGNORED, Tokens
+from llmq.text.linear_view import blocks_of
+from llmq.text.passes import Passes
 from llmq.types import Measurement
 
 ROWS = 32
@@ -77,12 +81,14 @@ def divergence(
     task: str,
     metric: str,
     protocol: str,
+    by_block: bool = False,
 ) -> tuple[Measurement, Measurement]:
     """Mean KL(reference || other) in nats a token, named `metric`, and the share of tokens with the same top token.
 
-    Both come from float64 softmax over the logits; the sums of each window are kept.
+    Both come from float64 softmax over the logits; the sums of each window are kept. `by_block` takes all windows
+    through a block before the next, so that a model in files that are larger than memory is read once.
     """
-    sums = together.answers(_divergences, [reference, other], device, windows)
+    sums = together.answers(_divergences, [reference, other], device, windows, by_block)
     divergences, agreements, tokens = zip(*sums, strict=True)
     return (
         ratio(task, metric, divergences, tokens, "nats/token", "lower", protocol),
@@ -96,16 +102,39 @@ def _divergences(
     device: str,
     share: together.Share,
     windows: Sequence[Tokens],
+    by_block: bool,
 ) -> dict[int, tuple[float, float, float]]:
     """The divergence, the agreements and the tokens of a share of the windows."""
     sums: dict[int, tuple[float, float, float]] = {}
-    with torch.inference_mode():
-        for i in track(list(share.of(range(len(windows)))), "divergence"):
-            ids, labels = padded([windows[i]], device)
+    own = list(share.of(range(len(windows))))
+    batches = [padded([windows[i]], device) for i in own]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        way = _all_by_block if by_block else _one_by_one
+        ours, theirs = (stack.enter_context(closing(way(m, [ids for ids, _ in batches]))) for m in (reference, other))
+        for i, (_, labels) in zip(track(own, "divergence"), batches, strict=True):
             scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
-            # A model that another runtime runs may lie elsewhere.
-            both = (m(input_ids=ids.to(m.device), use_cache=False).logits.to(device) for m in (reference, other))
-            parts = zip(*(logits[0, scored].split(ROWS) for logits in both), strict=True)
-            told = [_divergence(ours, theirs) for ours, theirs in parts]
+            p, q = (next(logits)[0].to(device)[scored] for logits in (ours, theirs))  # (tokens, vocabulary)
+            told = [_divergence(p[k : k + ROWS], q[k : k + ROWS]) for k in range(0, len(p), ROWS)]
             sums[i] = (sum(t[0] for t in told), sum(t[1] for t in told), float(scored.sum()))
     return sums
+
+
+def _one_by_one(module: PreTrainedModel, batches: Sequence[Tensor]) -> Generator[Tensor]:
+    """The logits of each batch of tokens."""
+    for ids in batches:
+        # A model that another runtime runs may lie elsewhere.
+        yield module(input_ids=ids.to(module.device), use_cache=False).logits
+
+
+def _all_by_block(module: PreTrainedModel, batches: Sequence[Tensor]) -> Generator[Tensor]:
+    """The same logits, all batches gone through a block before the next; of files, one block is in memory at a time."""
+    passes = Passes(lambda ids: next(_one_by_one(module, [ids])), batches)
+    blocks = [module.get_submodule(name) for name in blocks_of(module)]
+    for block in blocks:
+        passes.wait_before(block)
+    with passes.started():
+        for block in blocks[:-1]:
+            passes.resume()
+            resident.forget(block.state_dict().values())
+        yield from cast(Iterator[Tensor], passes.ends())

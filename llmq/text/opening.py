@@ -167,15 +167,21 @@ def as_opened_in(dtype: torch.dtype, module: PreTrainedModel) -> None:
     `module.to(dtype)` would also round tensors that transformers keeps in float32, and rotary frequencies, which no
     file holds.
     """
+    dtypes = dtypes_as_opened(dtype, module)
+    for name, tensor in module.state_dict(keep_vars=True).items():  # the parameters themselves, not copies
+        tensor.data = tensor.data.to(dtypes[name])
+
+
+def dtypes_as_opened(dtype: torch.dtype, module: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtype in which transformers opens each stored tensor of a model."""
+    import torch
     from accelerate import init_empty_weights
 
     with init_empty_weights():
         empty = type(module)._from_config(module.config, dtype=dtype).state_dict()  # each dtype as opened
     # Patterns of the names that transformers keeps in float32.
     kept = [re.compile(name.replace("*", ".*")) for name in module._get_dtype_plan(dtype)]
-    for name, tensor in module.state_dict(keep_vars=True).items():  # the parameters themselves, not copies
-        whole = any(pattern.search(name) for pattern in kept)
-        tensor.data = tensor.data.float() if whole else tensor.data.to(empty[name].dtype)
+    return {n: torch.float32 if any(p.search(n) for p in kept) else tensor.dtype for n, tensor in empty.items()}
 
 
 def stored_as(files: Iterable[Path]) -> dict[str, Stored]:

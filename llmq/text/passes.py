@@ -55,6 +55,10 @@ class Passes(Generic[Batch]):
             if one.dead:  # the model returned where another wait was due
                 raise LlmqError("a calibration pass ended before the model's last block")
 
+    def ends(self) -> Iterator[object]:
+        """What the passes return, each let go to its end in turn."""
+        return (one.switch() for one in self._passes)
+
     def rehearse(self) -> Iterator[Tensor | tuple[Tensor, ...]]:
         """Let each pass that waits before a module go through the module and come back; the outputs, one a pass."""
         return (one.switch(REHEARSE) for one in self._passes)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig, PeftModel
     from torch import Tensor
-    from torch.nn import Module
 
 GRID = "grid.safetensors"
 """The file beside float weights that lie on a grid: scales, zero points and bits of each layer."""
@@ -122,9 +121,3 @@ def on_grid(weight: Tensor, tensors: Mapping[str, Tensor]) -> Quantized:
     groups, bits = g_idx.long(), int(tensors["bits"])
     codes = (weight.t().float() / scales.float()[groups] + zeros[groups]).round().clamp(0, 2**bits - 1)
     return Quantized(codes.to(torch.uint8), scales, zeros, g_idx, bits)
-
-
-def set_weights(module: Module, grids: Mapping[str, Quantized]) -> None:
-    """Give each layer the float weights of its grid."""
-    for name, grid in grids.items():
-        module.get_submodule(name).get_parameter("weight").data = grid.weight()

@@ -7,7 +7,7 @@ one: the loss is the KL divergence of the student's distribution over these from
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +86,10 @@ class _Product(torch.autograd.Function):
         return of_rows, layer.by_group(of_weight), None
 
 
-def quantized(folder: Path, module: PreTrainedModel) -> dict[str, Quantized]:
+def quantized(folder: Path, module: PreTrainedModel, weights: Container[str] | None = None) -> dict[str, Quantized]:
     """The quantized matrices of the packed layers of an open model, from the GPTQ folder that holds them.
+
+    Of the layers of these `weights` alone, if they are given.
 
     Raises `UserError` for a folder of another format.
     """
@@ -100,7 +102,7 @@ def quantized(folder: Path, module: PreTrainedModel) -> dict[str, Quantized]:
     made = {}
     for name, (file, key) in places.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == "qweight":
+        if leaf == "qweight" and (weights is None or f"{layer}.weight" in weights):
             with safe_open(file, "pt") as opened:
                 owner = key.removesuffix("qweight")
                 tensors = {part: opened.get_tensor(f"{owner}{part}") for part in TENSORS}
