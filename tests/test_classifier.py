@@ -261,6 +261,19 @@ def test_a_config_alone_makes_a_random_network():
     assert logits_of(hf_base(config=config), some_images(channels=1)).shape == (3, 4)
 
 
+def test_a_network_of_grey_images_has_a_mean_for_its_one_channel():
+    config = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "num_channels": 1}
+    artifact = hf_base(config={**config, "image_size": 32})
+    model: Any = artifact.model
+    white, black = (np.full((40, 56, 3), level, np.uint8) for level in (255, 0))
+    assert model.prepare([white, black])[:, 0, 0, 0].tolist() == [1, -1]
+    colours = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    with pytest.raises(
+        UserError, match="resnet: the image processor has 3 means and 3 deviations, and the network 1 ch"
+    ):
+        hf_base(config=config, preprocessor=colours).model.prepare([white])
+
+
 BAD_HF = {
     "nothing": ({}, "'weights' is needed"),
     "no id": ({"weights": "resnet"}, "'resnet' is no local folder and no hub id"),

@@ -182,6 +182,8 @@ def test_a_volume_is_measured_in_blocks_and_each_measure_is_beside_the_truth_and
     assert flat["true_pore_size"].n == 24
     assert len(set(flat["true_pore_size"].samples.clusters)) == len(set(flat["pore_iou"].samples.clusters)) == 8
     assert "standard error over 8 stretches of neighbouring slices" in flat["pore_iou"].convention
+    few = figures(data, dimensions=3, block=20, distance=4)["pore_iou"]  # 1 x 2 x 2 blocks
+    assert (few.n, len(set(few.samples.clusters))) == (4, 2)
     for metric in ("pore_iou", "true_pore_size"):  # 18 blocks of one volume
         assert len(set(found[metric].samples.clusters)) == 8
         assert "standard error over 8 stretches of neighbouring blocks" in found[metric].convention

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from llmq.errors import UserError
 from llmq.types import JsonObject
 from llmq.vision.classifier import Classifier, with_channels, with_new_head
 from llmq.vision.family import noise
@@ -41,16 +42,24 @@ class HfClassifier(HuggingFaceModel, Classifier):
         return with_new_head(state, self.network(), self.outputs)
 
     def prepare(self, images: "Sequence[ndarray]") -> "Tensor":
+        import numpy as np
         import torch
         from transformers import ViTImageProcessor
 
         config = self.configuration()
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
         side = int(max(size)) if isinstance(size, list | tuple) else int(size)
-        own = self.preprocessor
-        process = (
-            ViTImageProcessor(size={"height": side, "width": side}) if own is None else image_processor(json.dumps(own))
-        )
+        if (own := self.preprocessor) is None:
+            half = [0.5] * channels
+            process = ViTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half)
+        else:
+            process = image_processor(json.dumps(own))
+        counts = [np.size(each) for each in (process.image_mean, process.image_std)]
+        if process.do_normalize and not {*counts} <= {1, channels}:  # one is that of all channels
+            raise UserError(
+                f"{self.title}: the image processor has {counts[0]} means and {counts[1]} deviations, and the network "
+                f"{channels} channels; set image_mean and image_std of preprocessor"
+            )
         told = {"input_data_format": "channels_last", "return_tensors": "pt"}
         parts = [process(with_channels(image, channels), **told)["pixel_values"] for image in images]
         return torch.cat(parts).float()  # (n, channels, height, width)

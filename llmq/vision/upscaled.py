@@ -44,16 +44,17 @@ def held_out_pairs(artifact: Artifact[SuperResolution], split: Split, limit: int
     return pairs
 
 
-def in_stretches(split: Split, n: int, of: str = "slices") -> tuple[tuple[int, ...] | None, str]:
+def in_stretches(split: Split, n: int, of: str = "slices", least: int = 1) -> tuple[tuple[int, ...] | None, str]:
     """The clusters of `n` held-out slices that are neighbours in a volume, and the words for them; else None and "".
 
-    Blocks of a volume are neighbours as its slices are.
+    Blocks of a volume are neighbours as its slices are. A cluster has `least` of them or more.
     """
     from llmq.statistics.figures import stretches
 
     if not split.neighbours:
         return None, ""
-    clusters = stretches(n)
+    joined = stretches(max(1, n // least))
+    clusters = tuple(joined[min(i // least, len(joined) - 1)] for i in range(n))
     return clusters, f"; standard error over {len(set(clusters))} stretches of neighbouring {of}"
 
 

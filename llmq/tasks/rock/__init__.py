@@ -109,7 +109,7 @@ class Rock(OfPores):
             clusters = tuple(i for i, volume in enumerate(cut["truth"]) for _ in volume)
             alike = f"; standard error over {scans} volumes"
         else:
-            clusters, alike = in_stretches(split, len(parts["truth"]), "blocks")
+            clusters, alike = in_stretches(split, len(parts["truth"]), "blocks", least=2)  # all touch
         about = f"; blocks of about {self.block}³ of the volume, slices {apart:g} pixels apart{alike}"
         return parts, apart, about, clusters
 
