@@ -562,3 +562,32 @@ def test_the_file_of_a_graph_foretells_its_int8(tmp_path):
 def test_a_graph_that_is_not_there_foretells_nothing():
     model: Any = plugin.build({"exported": {"weights": "no.onnx", "is_a": "classifier"}}, "models")
     assert model.sketch().unknown == "there is no file 'no.onnx', and only the file of a graph tells its size"
+
+
+def test_a_file_of_llmq_tells_what_it_takes(tmp_path, capsys):
+    """Opened again by its file alone it sees what the network saw; what is set goes before what is told."""
+    settings = {
+        "architecture": "test_resnet",
+        "classes": 4,
+        "input_size": 32,
+        "channels": 1,
+        "mean": [0.4],
+        "std": [0.3],
+    }
+    named = {"label_names": ["a", "b", "c", "d"], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "squash"}
+    model: Any = plugin.build({"timm_classifier": settings | named}, "models")
+    file = apply("export.onnx", model.base(CPU), tmp_path / "out").weights / "model.onnx"
+    images = some_images((50, 41), (20, 64))
+    with model.base(CPU).open("cpu") as loaded, opened(file, is_a="classifier").open("cpu") as again:
+        wanted = loaded.artifact.model.logits(loaded, images)
+        ours: Any = again.artifact.model
+        assert torch.allclose(ours.logits(again, images), wanted, atol=1e-4)
+        assert (ours.labels, ours.classes, ours.size) == (("a", "b", "c", "d"), 4, (32, 32))
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "model.onnx: channels, classes, crop_mode, crop_pct, interpolation, labels, mean, std as llmq wrote them"
+        in said
+    )
+    assert str(tmp_path).encode() not in file.read_bytes()
+    own: Any = opened(file, is_a="classifier", mean=[0.5], std=[0.3]).model
+    assert (own.mean, own.crop_pct) == ((0.5,), 0.9)

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from llmq.artifact import Artifact
-from llmq.errors import UserError
+from llmq.errors import UserError, explain
 from llmq.files import at_home, cache, make_whole, sha256_files, sha256_text
+from llmq.terminal import say
 from llmq.types import Context
 from llmq.vision.family import ImageModel, Training, noise
 from llmq.vision.foreign.graph import check_file, files_of
@@ -32,6 +33,8 @@ GREY = 114
 """The grey level around a letterboxed image, as ultralytics has it."""
 FARTHEST = 30
 """Standard deviations that black and white lie from the mean, at most: those of photographs lie within 3."""
+SAME = {"label_names": "labels"}
+"""Settings of llmq's own families by another name than here."""
 OWN = {
     "classifier": {"labels", "classes", "size", "mean", "std", "chances"} | {"crop_pct", "crop_mode", "interpolation"},
     "detector": {"labels", "classes", "size", "mean", "std", "decoding", "letterbox", "antialias", "first_label"}
@@ -147,13 +150,31 @@ class Foreign(ImageModel):
         from llmq.vision.exported import ExportedModule
         from llmq.vision.family import as_tuple
 
-        made = self._sized()
+        made = self._told()._sized()
         with TemporaryDirectory() as folder:
             made.write_graph(Path(folder))
             example = made.example(1)
             check_opens(Path(folder), made.title, example)
             module = ExportedModule(Path(folder))
             return made._fitted([tuple(t.shape) for t in as_tuple(module(example))])
+
+    def _told(self) -> Self:
+        """These settings, and of those left unset what an ONNX file of llmq tells of the images it takes."""
+        from llmq.vision.foreign.graph import settings_in
+
+        known = (OWN[self.is_a] | {"channels"}) - self.model_fields_set
+        told = {SAME.get(name, name): value for name, value in settings_in(self._read()).items() if value}
+        if not (taken := {name: value for name, value in told.items() if name in known}):
+            return self
+        try:
+            made = type(self)(**{name: getattr(self, name) for name in self.model_fields_set}, **taken)
+        except ValidationError as error:
+            raise UserError(
+                f"{self.weights!r} tells settings of itself that do not fit: {explain(error.errors()[:1], None)}"
+            ) from None
+        say(f"{self.weights}: {', '.join(sorted(taken))} as llmq wrote them into the file")
+        made.check()
+        return made
 
     def _sized(self) -> Self:
         """These settings with the size of the input in the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING
 from llmq.errors import UserError
 from llmq.files import at_home
 from llmq.openvino_runtime import GRAPH, core, last_line, openvino, write_graph
+from llmq.vision.onnx.library import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openvino import Model
+
+    from llmq.types import JsonObject
 
 SUFFIXES = (".onnx", ".xml")
 FEWEST = 16
@@ -70,6 +74,19 @@ def read(path: Path) -> Model:
         shapes = ", ".join(f"{i.any_name} {i.partial_shape}" for i in graph.inputs)
         raise UserError(f"{str(path)!r} has {len(graph.inputs)} inputs ({shapes}), and one is needed")
     return graph
+
+
+def settings_in(graph: Model) -> JsonObject:
+    """The settings that `export.onnx` wrote into a file; empty for a file of another maker."""
+    place = ["framework", SETTINGS]
+    if not graph.has_rt_info(place):
+        return {}
+    try:
+        told = json.loads(graph.get_rt_info(place).astype(str))
+    except ValueError:
+        return {}
+    settings = next(iter(told.values()), None) if isinstance(told, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def of_images(graph: Model, path: Path, channels_last: bool, value_range: tuple[float, float]) -> Model:

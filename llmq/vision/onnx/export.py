@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,11 @@ from llmq.artifact import Artifact
 from llmq.environment import library_version
 from llmq.errors import LlmqError
 from llmq.openvino_runtime import DEVICE, PRECISION, quietly
+from llmq.plugin import to_plain
 from llmq.vision.exported import ExportedModule, is_for_one
 from llmq.vision.exporting import export, outputs
 from llmq.vision.onnx.layerwise import ROUNDING, most_steps
-from llmq.vision.onnx.library import FILE, OPSET, onnx
+from llmq.vision.onnx.library import FILE, OPSET, SETTINGS, onnx
 from llmq.vision.onnx.module import OnnxModule
 from llmq.vision.onnx.operations import to_onnx
 
@@ -54,6 +56,7 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
             else:
                 made = _traced(module, model, folder) if model.two_stages else written(export(module, model), folder)
                 facts = {"largest_error": compared(model, module, made, FLOAT)}
+            _tell_settings(model, folder / FILE)
     except BaseException:
         (folder / FILE).unlink(missing_ok=True)  # what does not say the same is no stage
         raise
@@ -68,6 +71,18 @@ def onnx_stage(step: Step[ImageModel], artifact: Artifact[ImageModel], folder: P
         **{name: float(f"{error:.2g}") for name, error in facts.items()},
     }
     return artifact.then(step, weights=folder, runtime="onnx", notes=notes)
+
+
+def _tell_settings(model: ImageModel, file: Path) -> None:
+    """Write the settings of a model into its file, as a person who gets the file alone needs them.
+
+    Paths of weights are left out. In protobuf, an entry of a list that follows a whole message is the list's last.
+    """
+    settings = {name: value for name, value in to_plain(model).items() if name != "weights"}
+    entry = {"key": SETTINGS, "value": json.dumps({model.word: settings}, sort_keys=True)}
+    with file.open("ab") as kept:
+        kept.write(onnx().ModelProto(metadata_props=[entry]).SerializeToString(deterministic=True))
+    OnnxModule(file.parent)  # it still opens
 
 
 def _rounds(op: Node) -> bool:

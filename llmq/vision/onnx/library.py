@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FILE = "model.onnx"
+SETTINGS = "llmq"
+"""The key of a model's settings among the properties of its file."""
 OPSET = 17
 """The version of ONNX's operations: the oldest with all that is needed, so that most engines know it."""
 
