@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, ge
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from typing_extensions import TypeVar
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,11 @@ class Plugin(Settings):
         """The default data of each unset field; `reading` puts the run's own data there."""
         unset = [name for name in type(self).model_fields if name not in self.model_fields_set]
         return {name: data for name in unset if isinstance(data := getattr(self, name), Data)}
+
+    def refuse_unread(self, names: Iterable[str], why: str) -> None:
+        """Raise `UserError` for the first of these settings that is set: nothing reads it, for the reason `why`."""
+        if name := next((name for name in names if name in self.model_fields_set), None):
+            raise UserError(f"{name} has no effect {why}; leave it out")
 
     def needs(self) -> Needs:
         """The demands of a step or a task on a language model."""

@@ -286,3 +286,42 @@ def test_no_word_names_itself_in_its_errors():
 
 def test_needs_are_none_where_nobody_says_any():
     assert plugin.build("quantize.rtn").needs() == Needs()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("word", "settings", "says"),
+    [
+        ("quantize.bnb", {"bits": 8, "double_quant": True}, "double_quant has no effect with bits: 8"),
+        ("quantize.awq", {"damp_percent": 0.1}, "damp_percent has no effect without solver: gptq"),
+        (
+            "adapt.lora",
+            {"data": "pydoc", "held_out_rows": 0, "eval_steps": 3},
+            "eval_steps has no effect with held_out_",
+        ),
+        (
+            "models.causal_lm",
+            {"weights": "smollm2-135m", "revision": "v1"},
+            "revision has no effect on weights that are",
+        ),
+        ("data.file", {"path": "a.txt", "limit": 5}, "limit has no effect on a .txt file, which is one text"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(word, settings, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(UserError, match=says):
+        plugin.build({word: settings}).check()
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "says"),
+    [
+        ("perplexity", {"stride": 8}, "stride has no effect on data with prompts"),
+        ("perplexity", {"bos": True}, "bos has no effect on data with prompts"),
+        ("speed", {"batch_size": 8}, "batch_size has no effect on a language model"),
+    ],
+)
+def test_a_setting_of_a_task_that_nothing_reads_is_refused(task, settings, says, tiny_llama, tiny_jsonl):
+    data = {"data": str(tiny_jsonl)} if task == "perplexity" else {}
+    with pytest.raises(UserError, match=says):
+        plugin.build({task: {**data, **settings}}, "tasks").check_base(base_of(tiny_llama))

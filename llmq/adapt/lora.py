@@ -53,8 +53,8 @@ class Lora(Tuning):
 
     def check(self) -> None:
         super().check()
-        if self.qalora_group_size and not self.use_qalora:
-            raise UserError("qalora_group_size has no effect without use_qalora: true")
+        if not self.use_qalora:
+            self.refuse_unread(("qalora_group_size",), "without use_qalora: true")
         unfit = {
             "use_dora": self.use_dora,
             "modules_to_save": self.modules_to_save,

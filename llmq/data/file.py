@@ -35,6 +35,8 @@ class File(Data):
 
     def check(self) -> None:
         kind = self._kind()
+        if kind == ".txt":
+            self.refuse_unread(("columns", "limit"), "on a .txt file, which is one text")
         if kind == ".parquet":
             parquet_files.check(self.path)
         elif self.path.stat().st_size <= READ_WHEN_CHECKED:

@@ -30,6 +30,8 @@ class CausalLM(LanguageModel):
     def check(self) -> None:
         """Raise `UserError` for code that is not trusted, and for weights that are not there or cannot be opened."""
         self.check_trust()
+        if not formats.is_hub_id(self.weights):
+            self.refuse_unread(("revision",), "on weights that are no repository of the hub")
         if self.runtime == "openvino":
             weights.check_for_openvino(self.weights)
         else:

@@ -36,6 +36,11 @@ class Awq(GridStep, Calibrated):
     solver: Literal["nearest", "gptq"] = Field("nearest", description="the rounding of the scaled weights")
     damp_percent: float = Field(0.05, gt=0, lt=1, description="of the mean curvature, for solver: gptq")
 
+    def check(self) -> None:
+        super().check()
+        if self.solver == "nearest":
+            self.refuse_unread(("damp_percent",), "without solver: gptq")
+
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         return self.weighed(before, super().foresee(before))
 

@@ -42,6 +42,11 @@ class Bnb(Step[LanguageModel]):
         (), description="left in float, besides the output head, by patterns: [down_proj, layers.1]"
     )
 
+    def check(self) -> None:
+        super().check()
+        if self.bits == 8:
+            self.refuse_unread(("quant_type", "double_quant", "compute_dtype"), "with bits: 8")
+
     def check_base(self, base: Artifact[LanguageModel]) -> None:
         """Raise `UserError` if bitsandbytes would leave experts, or over a third of the blocks, in float unasked."""
         from llmq.text.opening import without_weights

@@ -84,6 +84,8 @@ class Perplexity(Task):
         from llmq.text.windows import check_rows
 
         check_rows(base, self.data, self.part, self.window)
+        if self.data.read().shape != "text":
+            self.refuse_unread(("stride", "bos"), "on data with prompts, whose completions are scored one by one")
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """The three perplexities, from the loss of every window or example."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
+from llmq.artifact import Artifact
 from llmq.measure import SETTLE
 from llmq.plugin import KindsOf
 from llmq.types import Clock, Loaded, Measurement, Model, Needs, Samples, Task, Workload
@@ -29,6 +30,12 @@ class Speed(Task):
     new_tokens: PositiveInt = Field(16, description="that a language model writes after it")
     batch_size: PositiveInt = Field(1, description="images that an image model is given at once")
     rounds: PositiveInt = 12
+
+    def check_base(self, base: Artifact) -> None:
+        if base.model.kind == "causal-lm":
+            self.refuse_unread(("batch_size",), "on a language model, which is given one text at a time")
+        else:
+            self.refuse_unread(("prompt_tokens", "new_tokens"), f"on a {base.model.kind}")
 
     def needs(self) -> Needs:
         return Needs("prompt_tokens + new_tokens", self.prompt_tokens + self.new_tokens)

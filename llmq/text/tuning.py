@@ -85,8 +85,10 @@ class Tuning(Step[LanguageModel]):
 
     def check(self) -> None:
         super().check()
-        if not self.teacher and (unused := {"alpha", "temperature"} & self.model_fields_set):
-            raise UserError(f"{min(unused)} has no effect without teacher: base; set that, or leave {min(unused)} out")
+        if not self.teacher:
+            self.refuse_unread(("alpha", "temperature"), "without teacher: base")
+        if not self.held_out_rows:
+            self.refuse_unread(("eval_steps",), "with held_out_rows: 0")
         steps = self.training_arguments.get("max_steps", self.max_steps)
         if steps and "num_train_epochs" in {*self.model_fields_set, *self.training_arguments}:
             raise UserError(f"num_train_epochs has no effect with max_steps {steps}; keep one")
