@@ -10,7 +10,7 @@ from lm_eval_tasks import CHOICE, LAMBADA, WIKITEXT, metrics, rows, write
 from llmq import pipeline, plugin
 from llmq.errors import LlmqError, UserError
 from llmq.harness import results as harness_results
-from llmq.statistics import estimates
+from llmq.statistics import estimates, pairing
 from llmq.types import Measurement
 
 
@@ -202,6 +202,18 @@ def test_questions_that_lose_their_beginning_are_counted(tiny_llama, tmp_path):
     theirs = oracle(base, tmp_path, "long")["results"]["long"]
     assert found["long", "acc"].value == theirs["acc,none"]
     assert "cut" not in figures(base, tmp_path, "long", limit=1)["long", "acc"].convention
+
+
+def test_questions_that_stand_many_times_in_the_data_are_few(tiny_llama, tmp_path):
+    """Thirteen questions ten times over had the interval of 130."""
+    once = figures(base_of(tiny_llama), tmp_path / "a", write(tmp_path / "a", "once", CHOICE, rows(13)))
+    often = figures(base_of(tiny_llama), tmp_path / "b", write(tmp_path / "b", "often", CHOICE, rows(13) * 10))
+    plain, repeated = once["once", "acc"], often["often", "acc"]
+    assert repeated.value == pytest.approx(plain.value)
+    assert repeated.stderr == pytest.approx(plain.stderr, rel=1e-6)
+    assert pairing.count(repeated.samples) == 13
+    assert "13 of 130 questions differ" in repeated.convention
+    assert plain.samples.clusters is None
 
 
 def test_one_document_scored_twice_is_refused():

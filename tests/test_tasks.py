@@ -44,6 +44,15 @@ def test_perplexity_is_that_of_a_plain_loop(tiny_llama, tmp_path):
     assert ours["byte_perplexity"].value < ours["token_perplexity"].value < ours["word_perplexity"].value
 
 
+def test_answers_to_one_question_are_one_sample_of_a_perplexity(tiny_llama, tmp_path):
+    rows = [{"prompt": f"What is {i % 10}? ", "completion": f"It is {i}."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = measured("perplexity", base_of(tiny_llama), data=str(tmp_path / "rows.jsonl"), part="all")
+    figure = found["token_perplexity"]
+    assert (figure.n, len(set(figure.samples.clusters))) == (40, 10)
+    assert "to 10 different prompts" in figure.convention
+
+
 def test_batch_size_does_not_change_a_perplexity(tiny_llama, tiny_jsonl):
     one, many = (
         measured("perplexity", base_of(tiny_llama, "float32"), data=str(tiny_jsonl), part="all", batch_size=n)

@@ -6,11 +6,14 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from llmq.errors import UserError
+from llmq.statistics.figures import ratio_stderr, repeats
+from llmq.statistics.pairing import count
 from llmq.types import Attachment, Better, Measurement, Samples
 
 SHARES = ("acc", "exact_match", "f1", "pass_at")
@@ -57,6 +60,11 @@ def _measurement(results: Results, task: str, key: str, value: float, asked: Ans
     documents = len({identity(s) for s in rows if s["task"] in having})
     if 0 < len(scored) < documents:
         protocol += f", {documents - len(scored)} of {documents} questions left unscored"
+    samples = paired(scored, metric, value)
+    if samples and samples.clusters:
+        protocol += f", {count(samples)} of {len(scored)} questions differ"
+        _, spread = ratio_stderr(samples.values, samples.weights, samples.clusters)
+        stderr = spread * value if spread and samples.statistic == "exp" else spread  # to first order
     return Measurement(
         task,
         metric if filtered == "none" else f"{metric} ({filtered})",
@@ -66,7 +74,7 @@ def _measurement(results: Results, task: str, key: str, value: float, asked: Ans
         len(scored) if scored else _counted(results, task),
         stderr if stderr is not None and math.isfinite(stderr) else None,
         protocol,
-        paired(scored, metric, value),
+        samples,
         _guessing(scored, metric) if metric.startswith("acc") else None,
     )
 
@@ -170,6 +178,9 @@ def paired(scored: Answers, metric: str, value: float) -> Samples | None:
     for a document that is scored twice.
     """
     ids = tuple(identity(s) for s in scored)
+    clusters = repeats(
+        [(s["task"], s.get("doc_hash", i)) for i, s in enumerate(scored)]
+    )  # rows of the data may be equal
     if twice := [one for one, other in zip(sorted(ids), sorted(ids)[1:], strict=False) if one == other]:
         raise UserError(f"lm_eval: document {twice[0]!r} is scored twice by {metric}")
     for samples in _readings([s[metric] for s in scored], ids):
@@ -177,7 +188,7 @@ def paired(scored: Answers, metric: str, value: float) -> Samples | None:
         mean = sums[0] / sums[1] if sums[1] else math.nan
         wanted = math.log(value) if samples.statistic == "exp" and value > 0 else value
         if math.isclose(mean, wanted, rel_tol=1e-9, abs_tol=1e-9):
-            return samples
+            return replace(samples, clusters=clusters)
     return None
 
 

@@ -1,6 +1,6 @@
 """Figures with standard errors, built out of samples. Pure: numbers in, numbers out."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,16 @@ def stretches(n: int) -> tuple[int, ...]:
     """
     count = min(n, max(8, min(20, n // 16)))
     return tuple(i * count // n for i in range(n))
+
+
+def repeats(questions: Sequence[Hashable]) -> tuple[int, ...] | None:
+    """The clusters of samples that answer one question each; None where fewer than a tenth repeat one.
+
+    So few widen no interval by more than a twentieth, and shares of single answers have an interval of their own.
+    """
+    first: dict[Hashable, int] = {}
+    clusters = tuple(first.setdefault(question, len(first)) for question in questions)
+    return clusters if len(first) < 0.9 * len(clusters) else None
 
 
 def ratio_stderr(

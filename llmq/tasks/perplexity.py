@@ -89,6 +89,7 @@ class Perplexity(Task):
 
     def score(self, loaded: Loaded) -> Iterable[Measurement]:
         """The three perplexities, from the loss of every window or example."""
+        from llmq.statistics.figures import repeats
         from llmq.text.losses import losses
 
         split = self.data.read()
@@ -109,7 +110,8 @@ class Perplexity(Task):
         }
         # A blind guess among all tokens has the size of the vocabulary as its perplexity.
         vocabulary = float(loaded.module.config.get_text_config().vocab_size)
-        measured = [self._measurement(unit, sums, n, protocol) for unit, n in counts.items()]
+        clusters = None if split.shape == "text" else repeats([w.tokens.prompt for w in windows])
+        measured = [self._measurement(unit, sums, n, protocol, clusters) for unit, n in counts.items()]
         return [replace(m, chance=vocabulary) if m.metric == "token_perplexity" else m for m in measured]
 
     def _text(self, rows: "Sequence[Row]", loaded: Loaded) -> "tuple[list[Window], str]":
@@ -130,11 +132,20 @@ class Perplexity(Task):
         ends = end_marks(loaded.artifact.weights)
         windows, counts = completions(rows[: self.limit], loaded.processor, self.window, ends)
         lost = f"{counts['truncated']} lost their end, {counts['prompt_too_long']} left out"
+        different = len({w.tokens.prompt for w in windows})
+        lost += f", to {different} different prompts" if different < len(windows) else ""
         told = f"completions after their prompts with the end-of-text mark, at most {self.window} tokens ({lost})"
         return windows, told
 
-    def _measurement(self, unit: str, sums: Sequence[float], counts: Sequence[int], protocol: str) -> Measurement:
+    def _measurement(
+        self,
+        unit: str,
+        sums: Sequence[float],
+        counts: Sequence[int],
+        protocol: str,
+        clusters: tuple[int, ...] | None,
+    ) -> Measurement:
         from llmq.statistics.figures import ratio
 
-        metric = f"{unit}_perplexity"
-        return ratio(self.name, metric, sums, counts, f"per {unit}", "lower", protocol, exponential=True)
+        named = self.name, f"{unit}_perplexity"
+        return ratio(*named, sums, counts, f"per {unit}", "lower", protocol, exponential=True, clusters=clusters)

@@ -30,6 +30,11 @@ class Tokens:
         following = zip(self.ids[1:], self.said[1:], strict=True)
         return [token if said else IGNORED for token, said in following] + [IGNORED]
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first that is said."""
+        return self.ids[: self.said.index(True)] if True in self.said else self.ids
+
     def cut(self, start: int, end: int) -> Tokens:
         """The tokens from `start` to `end` as an example of their own."""
         return Tokens(self.ids[start:end], self.said[start:end])
