@@ -87,6 +87,19 @@ def test_each_kind_of_rule(run_folder, rule, verdict):
 
 
 @pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("perplexity >= 1.03x base", "token_perplexity is better lower; write <="),
+        ("acc < base", "acc is better higher; write >="),
+        ("size > 100MB", "bytes_on_disk is better lower; write <="),
+    ],
+)
+def test_a_rule_that_only_worse_models_pass_is_refused(run_folder, llmq, rule, says):
+    code, _, err = llmq("gate", run_folder, "--rule", rule)
+    assert (code, err) == (2, f"llmq: rule {rule!r} passes the worse models: {says}\n")
+
+
+@pytest.mark.parametrize(
     ("rules", "code"),
     [
         (("size <= 0.45x base", "perplexity <= 1.5x base"), 0),

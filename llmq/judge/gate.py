@@ -141,6 +141,11 @@ def resolve(rule: Rule, found: Iterable[Measurement]) -> Measurement:
         m = known[(names if len(names) == 1 else leading)[0]]
         if m.better == "unknown":
             raise UserError(f"rule {rule.text!r}: direction unknown: nothing states the better direction of {m.metric}")
+        if rule.at_most != (m.better == "lower"):
+            sign = "<=" if m.better == "lower" else ">="
+            raise UserError(
+                f"rule {rule.text!r} passes the worse models: {m.metric} is better {m.better}; write {sign}"
+            )
         return m
     if names:
         raise UserError(f"rule {rule.text!r}: {rule.metric!r} can mean {', '.join(map(repr, names))}; name one")
