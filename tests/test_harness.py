@@ -6,14 +6,16 @@ import time
 
 import pytest
 import torch
-from helpers import CPU, apply, base_of
+from helpers import CPU, apply, base_of, beginning_with_a_mark
 
 from llmq import pipeline, plugin, trust
 from llmq.errors import LlmqError, UserError
 from llmq.harness.data import built, hashes
+from llmq.harness.model import HarnessModel
 from llmq.harness.names import Asked, defined
 from llmq.text import decoding, prefix_attention, scoring
 from llmq.text.scoring import Request
+from llmq.text.tokenizer import beginning
 from llmq.types import Attachment, Measurement
 
 TEXTS = (
@@ -129,8 +131,6 @@ def test_families_give_what_they_give_by_themselves(family, settings, shares):
 def test_questions_become_the_tokens_of_lm_evals_own_class(tiny_llama):
     from lm_eval.models.huggingface import HFLM
 
-    from llmq.harness.model import HarnessModel
-
     texts = [
         ("", " x"),
         ("A name ", "is bound"),
@@ -156,6 +156,20 @@ def test_questions_become_the_tokens_of_lm_evals_own_class(tiny_llama):
         writing = [Asking(text, dict(until)) for text in TEXTS]
         alone_in_batch = [theirs.generate_until([w])[0] for w in writing]
         assert ours.generate_until(writing) == alone_in_batch
+
+
+def test_no_context_ends_with_the_end_mark_of_the_tokenizer(tiny_llama):
+    """With `add_eos_token` continuations were scored after an end mark, and lost their first token."""
+    from tokenizers.processors import TemplateProcessing
+
+    begins = beginning_with_a_mark(tiny_llama)
+    ends = beginning_with_a_mark(tiny_llama)
+    marks = [(name, ends.convert_tokens_to_ids(name)) for name in ("<|endoftext|>", "<|im_end|>")]
+    ends.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A <|im_end|>", None, marks)
+    assert beginning(ends) == beginning(begins)
+    plain, ended = (HarnessModel(None, tokenizer, "cpu") for tokenizer in (begins, ends))
+    assert ended.tok_encode("one two") == plain.tok_encode("one two")
+    assert ended._encode_pair("one", " two") == plain._encode_pair("one", " two")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4", "packed"])

@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llmq.errors import UserError
 from llmq.text import decoding, scoring
 from llmq.text.conversation import rendered
-from llmq.text.tokenizer import positions
+from llmq.text.tokenizer import marks_around, positions
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -59,11 +59,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path)
 
+    @cached_property
+    def _after(self) -> int:
+        """The number of marks that the tokenizer puts after every text: nothing goes on from a text that has ended."""
+        return len(marks_around(self.tokenizer)[1])
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         if add_special_tokens is None and self._begin is not None:  # no second beginning-of-text token
             add_special_tokens = False if string.startswith(self.tokenizer.decode(self._begin)) else None
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **special))
+        ids = list(self.tokenizer.encode(string, **special))
+        return ids if add_special_tokens is False else ids[: len(ids) - self._after]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         goes_on = not add_generation_prompt

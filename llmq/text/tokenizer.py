@@ -52,8 +52,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The mark that a tokenizer puts before every text (Llama), or nothing (SmolLM2)."""
-    marked = tokenizer("")["input_ids"]
-    return list(marked[:1]) if marked and marked[0] == tokenizer.bos_token_id else []
+    before, _ = marks_around(tokenizer)
+    return before[:1] if before and before[0] == tokenizer.bos_token_id else []
+
+
+def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The marks that a tokenizer puts before and after every text; after it only with `add_eos_token`."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=marked)["input_ids"]) for marked in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
+    return whole[:start], whole[start + len(bare) :]
 
 
 def end_marks(folder: Path) -> frozenset[int]:
