@@ -74,6 +74,22 @@ def test_it_is_causal_attention_and_so_is_its_gradient(rows, heads, groups, d, t
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [7, TILE + 9])
+def test_in_bfloat16_no_float32_is_kept_and_the_gradient_stays(tokens):
+    inputs = states(2, 6, 2, tokens, 16, torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda it: kept.append(it.dtype) or it, lambda it: it):
+        ours = causal(*inputs, 0.25)
+    exact = [it.detach().double().requires_grad_() for it in inputs]
+    theirs = reference(*exact, 0.25)
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9))
+    mine = torch.autograd.grad((ours * direction).sum(), inputs)
+    its = torch.autograd.grad((theirs * direction).sum(), exact)
+    assert torch.float32 not in kept
+    for one, other in zip(mine, its, strict=True):
+        assert (one.double() - other).norm() <= 0.01 * other.norm()
+
+
 @quickly
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2 * TILE + 5), st.sampled_from([4, 10]))
 def test_any_shape_will_do(rows, groups, per_group, tokens, d):

@@ -40,6 +40,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """
     import torch
 
+    from llmq.text.rounded_softmax import RoundedSoftmax
+
     rows, heads, tokens, d = query.shape
     groups = key.shape[1]
     per_group = heads // groups
@@ -54,7 +56,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         folded = scaled[..., start:end, :].reshape(rows, groups, per_group * count, d)  # heads outside, queries inside
         scores = (folded @ keys[..., :end]).view(rows, groups, per_group, count, end)
         scores[..., start:] += future[:count, :count]  # only the tile's own keys can lie ahead
-        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)  # (rows, groups, per_group, count, end)
+        weights: Tensor = RoundedSoftmax.apply(scores, value.dtype)  # (rows, groups, per_group, count, end)
         mixed = weights.view(rows, groups, per_group * count, end) @ value[..., :end, :]
         tiles.append(mixed.view(rows, heads, count, value.shape[-1]))  # head = group * per_group + place in the group
     return torch.cat(tiles, 2)

@@ -154,6 +154,8 @@ class Tuning(Step[LanguageModel]):
         save: "Callable[[PackedTrainer], None]",
     ) -> dict[str, object]:
         """Train a model from the last whole checkpoint in `folder` if there is one, and save it; return the notes."""
+        from peft.helpers import disable_input_dtype_casting
+
         from llmq.text.fast_path import choose
         from llmq.text.tokens import unused
         from llmq.text.training import train
@@ -169,7 +171,11 @@ class Tuning(Step[LanguageModel]):
             self._check_lengths(loaded, rows)
         arguments = self._arguments(len(rows), bool(held_out), loaded, seed)
         pad, asked = loaded.processor.pad_token_id or 0, self.training_arguments
-        with self._teacher_of(loaded.artifact, context) as teacher:
+        # PEFT widens the input of each adapter and autocast rounds it back, to the same bits in a copy of its own; its
+        # variants (DoRA, QALoRA) compute with what is widened.
+        plain = not any(getattr(layer, "lora_variant", None) for layer in model.modules())
+        once = disable_input_dtype_casting(model, plain and bool(_half(loaded)))
+        with self._teacher_of(loaded.artifact, context) as teacher, once:
             history = train(model, way.fast, teacher, rows, held_out, pad, folder, arguments, asked, save)
         told = {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts}
         unpacked = {"one_example_a_row": f"packed, {way.why_unpacked}"} if way.why_unpacked else {}
