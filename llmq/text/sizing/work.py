@@ -115,16 +115,14 @@ def opening(sketch: TextSketch) -> Work:
 
 def saved(sketch: TextSketch, rows: int, length: int, ranks: int, checkpointed: bool) -> int:
     """The bytes of activations that a training step keeps for its backward pass, all blocks together."""
-    half = sketch.dtype != "float32"  # products in 16 bits, the adapter's in float32 that are rounded to 16
     width, tokens = BYTES[sketch.dtype], rows * length
     d, inner, q, k = sketch.hidden, sketch.inner, sketch.queries, sketch.keys
     norms = 2 * d * 4
-    # Inputs of the adapters; in 16 bits each layer rounds a copy of its own.
-    inputs = (3 * d + q + 2 * d + inner) * 2 if half else (d + q + d + inner) * 4
+    inputs = (d + q + d + inner) * width  # of the adapters; layers that are given the same share it
     if any(map(in_int8, sketch.linears)):  # on a processor these layers keep what they were given, rounded or not
         inputs += (2 * d + q + inner) * width
     mixing = (q + k + 3 * inner) * width + 7 * ranks * width
-    scores = sketch.heads * (length + TILE) // 2 * (6 if half else 4)
+    scores = sketch.heads * (length + TILE) // 2 * width
     block = tokens * (norms + inputs + mixing + scores)
     if checkpointed:
         return block + tokens * d * width * len(sketch.blocks)
