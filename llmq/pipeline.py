@@ -59,7 +59,7 @@ def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume
     if first:
         write_text(out / "recipe.yaml", to_yaml(recipe.plain()))
         stopping.resumable = out
-    with logged_to(out / "log.txt"):
+    with logged_to(out / "log.txt"), environment.set_aside():
         say(f"{recipe.name}: {counted(len(recipe.steps), 'step')}, {counted(len(recipe.evaluate), 'task')}, in {out}")
         if foretold:  # only now: wrong input is one line
             say(foretold.line())
@@ -108,7 +108,7 @@ def evaluate(
     reading.hashes(tasks)  # missing data is reported before a model is opened
     for name, artifact in artifacts.items():
         reading.check_base(name, (), tasks, artifact, steps)
-    with run_folder.held(out), logged_to(out / "log.txt"):
+    with run_folder.held(out), logged_to(out / "log.txt"), environment.set_aside():
         reads = say_reads(steps, tasks)
         first, base = next(iter(artifacts.items()))
         with together.leading(context.device):
@@ -197,7 +197,7 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
         if step:
             _begin(step, partial, folder)
             began = time.perf_counter()
-            with environment.without_holes(), measure.peak_memory(context.device) as peak:
+            with environment.set_aside(), environment.without_holes(), measure.peak_memory(context.device) as peak:
                 made = applied(step, before, partial, context)
             alone = max(0, peak.bytes - measure.memory_now(context.device))  # every library is loaded by now
             spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}

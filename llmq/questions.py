@@ -44,6 +44,7 @@ def question(stage: Stage, tasks: Sequence[Task], out: Path, device: str, base: 
         taken = _names_before(tasks)
         began = time.perf_counter()
         with (
+            environment.set_aside(),
             environment.without_holes(),
             environment.large_blocks_apart(),
             measure.peak_memory(device) as peak,

@@ -1,6 +1,8 @@
 """Timing in turn, on a clock that only the work itself moves."""
 
+import gc
 import mmap
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from llmq import plugin
+from llmq import environment, plugin
 from llmq.measure import ClockFailed, in_visits, interleave, peak_memory, read, seconds_of
 from llmq.types import Clock, Context, Reading
 
@@ -234,3 +236,27 @@ def test_a_visit_that_fails_names_its_stage(time):
     with pytest.raises(ClockFailed) as failed:
         in_visits({n: partial(stage, n) for n in "abc"}, "cpu")
     assert failed.value.stage == "b"
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self):
+        self.own = self
+
+
+def test_libraries_are_set_aside_for_a_block_and_what_it_frees_is_collected():
+    gc.unfreeze()
+    with environment.set_aside():
+        libraries = gc.get_freeze_count()
+        kept = Cycle()
+        with environment.set_aside():
+            dropped = weakref.ref(Cycle())
+            gc.collect()
+            assert dropped() is None
+        assert gc.get_freeze_count() > libraries > 100_000
+    assert gc.get_freeze_count() == 0
+    freed = weakref.ref(kept)
+    del kept
+    gc.collect()
+    assert freed() is None

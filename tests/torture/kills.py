@@ -183,6 +183,8 @@ def kill_once(seed: int, folder: Path) -> str:
     """Kill a run, once or several times, resume it, and compare; says what was done. Raises `AssertionError`."""
     import yaml
 
+    from torture.child import freeze
+
     rng = random.Random(seed)
     models = warmed(folder)
     jobs = recipes(models)
@@ -191,6 +193,7 @@ def kill_once(seed: int, folder: Path) -> str:
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(jobs[name], sort_keys=False))
     reference = left_alone(recipe, folder / "left-alone" / name)
+    freeze()
     out, told = place / "run", [name]
     kept = ["--no-cache"] if rng.random() < 0.5 else []
     words = ["run", str(recipe), "--out", str(out), *kept]
