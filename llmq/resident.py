@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PAGEOUT = 21
 """Linux's MADV_PAGEOUT: pages leave memory and are read again when they are asked for. Numbers are never lost."""
+DONTNEED = 4
+"""MADV_DONTNEED: pages leave this process, though other processes have the file mapped; what was written is lost."""
 
 
 @cache
@@ -32,7 +34,7 @@ def forget(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of the tensor alone
-            _advise(begin, tensor.data_ptr() + tensor.nbytes)
+            _advise(begin, tensor.data_ptr() + tensor.nbytes, PAGEOUT)
 
 
 def forget_file(file: Path) -> None:
@@ -41,9 +43,9 @@ def forget_file(file: Path) -> None:
         return
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         place, rights, *_, name = line.split(maxsplit=5) if line.count("/") else ("", "", "")
-        if name == str(file.resolve()) and rights.startswith("r--"):
+        if name == str(file.resolve()) and rights.startswith("r--"):  # so nothing was written
             begin, end = (int(part, 16) for part in place.split("-"))
-            _advise(begin, end)
+            _advise(begin, end, DONTNEED)
 
 
 def trim() -> None:
@@ -52,7 +54,7 @@ def trim() -> None:
         libc.malloc_trim(0)
 
 
-def _advise(begin: int, end: int) -> None:
+def _advise(begin: int, end: int, how: int) -> None:
     libc, size = _libc(), (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if libc and size > 0:
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), PAGEOUT)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), how)

@@ -67,10 +67,12 @@ class GraphModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise LlmqError(
                 f"OpenVINO {library_version('openvino')} cannot compile {str(file)!r}: {last_line(error)}"
             ) from None
-        resident.forget_file(file.with_suffix(".bin"))  # compiled, the numbers lie in another layout
-        resident.trim()
         self.free: list[Any] = []
         """Requests that no text holds any more."""
+        if self.in_pages:
+            Pages(self.free, self.compiled, self.head).pack()
+        resident.forget_file(file.with_suffix(".bin"))  # the numbers lie in another layout now
+        resident.trim()
         self.eval()
 
     @property

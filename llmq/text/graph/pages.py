@@ -145,7 +145,7 @@ class Pages:
                 for r, n in zip(read, before + lengths, strict=True)]  # fmt: skip
         places = torch.full((rows, tokens), -1)
         places[new] = torch.arange(int(lengths.sum()))
-        wanted = places[:, tokens - kept :]
+        wanted = places[:, tokens - kept :]  # (rows, kept)
         feeds = {
             "input_ids": ids[new].numpy(),
             "position_ids": positions[new].numpy(),
@@ -161,12 +161,17 @@ class Pages:
         if self.head is not None:
             made = self.head(made)
         if bool((wanted >= 0).all()):
-            whole = made.reshape(rows, kept, -1)
+            whole = made.reshape(rows, kept, made.shape[-1])
             # OpenVINO writes its next logits over these; those of a head are new.
             return torch.from_numpy(whole.copy() if self.head is None else whole)
         logits = torch.zeros(rows, kept, made.shape[-1])
         logits[wanted >= 0] = torch.from_numpy(made[:, 0])
         return logits
+
+    def pack(self) -> None:
+        """Let OpenVINO pack the weights, as its first pass does, while no activations lie beside both copies."""
+        one = torch.ones(1, 1, dtype=torch.long)
+        self.logits(0 * one, one, 0 * one, 0)
 
     def _make_room(self, rows: int, tokens: int) -> None:
         """Own pages for so many tokens a row."""
