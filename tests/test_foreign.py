@@ -589,5 +589,9 @@ def test_a_file_of_llmq_tells_what_it_takes(tmp_path, capsys):
         in said
     )
     assert str(tmp_path).encode() not in file.read_bytes()
+    stage = apply("quantize.float16", model.base(CPU), tmp_path / "stage")
+    stage.save(tmp_path / "stage")
+    beside: Any = opened(tmp_path / "stage" / "model.xml", is_a="classifier").model
+    assert (beside.mean, beside.labels, beside.crop_mode) == ((0.4,), ("a", "b", "c", "d"), "squash")
     own: Any = opened(file, is_a="classifier", mean=[0.5], std=[0.3]).model
     assert (own.mean, own.crop_pct) == ((0.5,), 0.9)

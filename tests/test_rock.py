@@ -272,7 +272,8 @@ def test_a_volume_with_its_partner_is_parted_along_x(tmp_path):
     assert np.array_equal(split.held_out[0].high[..., 0], high[1, :, 48:])
     assert np.array_equal(split.held_out[0].image[..., 0], low[0, :, 16:])
     across = rock(path=tmp_path / "v.npz", scale=3, across="both").read()
-    assert len(across.train) == 4 + 5
+    assert (len(across.train), len(across.held_out)) == (4 + 5, 4)  # held-out slices do not cross one another
+    assert across.apart == 3
     assert np.array_equal(across.train[4].high[..., 0], high[:, 1, :45])
     assert np.array_equal(across.train[4].image[..., 0], low[:, 0, :15])
 

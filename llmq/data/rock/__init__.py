@@ -70,7 +70,9 @@ class Rock(Data):
         description="micrometres that a high-resolution voxel is wide, for scale bars; what the volume says, if unset",
     )
     dimensions: Literal[2, 3] = Field(2, description="3: volumes to learn from, not slices, for a network of volumes")
-    across: Literal["z", "y", "both"] = Field("z", description="the axis that the slices of a volume lie across")
+    across: Literal["z", "y", "both"] = Field(
+        "z", description="the axis that the slices of a volume lie across; both: to learn from"
+    )
     train_until: PositiveInt | None = Field(None, description="x of a volume where training ends; 75 % if unset")
     held_out_from: PositiveInt | None = Field(None, description="x where the part set aside begins; 80 % if unset")
 
@@ -138,11 +140,9 @@ class Rock(Data):
             return Expected(volumes.count_of_cubes((z, y, until)), 1, z * y * (x - begin))
         # A thick slice of a registered partner has one slice of the volume beside it.
         counts = {"z": (low or high)[0], "y": (low or high)[1]}
-        both = ("z", "y") if self.across == "both" else (self.across,)
-        held_out = sum(counts[axis] for axis in both)
-        train = held_out if self.native == "all" else sum(high["zy".index(axis)] for axis in both)
-        pixels = sum(counts[axis] * (y if axis == "z" else z) * (x - begin) for axis in both)
-        return Expected(train, held_out, pixels // held_out)
+        first = self._axes[0]
+        train = sum(counts[axis] if self.native == "all" else high["zy".index(axis)] for axis in self._axes)
+        return Expected(train, counts[first], (y if first == "z" else z) * (x - begin))
 
     def _expected_of_drsrd1(self, root: Path) -> Expected | None:
         counts = [len(list((root / f"{self.subset}_{p}_HR").glob("*.png"))) for p in ("train", self.held_out)]
@@ -163,6 +163,11 @@ class Rock(Data):
         if self._is_volume:
             return _volume(self, *(_last_change(file) for file in (self.path, self.partner, self._scan)))
         return self._drsrd1(at_home(self.path))
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        """The axes that slices lie across; those held out lie across the first, or they would cross one another."""
+        return ("z", "y") if self.across == "both" else (self.across,)
 
     @property
     def _reading_of_partner(self) -> volumes.Reading:
@@ -333,11 +338,11 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
             pair = volumes.whole(*parts, rock.scale, path.name, lower)
             sides[side] += [pair] if side else volumes.cubes(pair, rock.scale)  # pores held out stay connected
             continue
-        for across in ("z", "y") if rock.across == "both" else (rock.across,):
+        for across in rock._axes[:1] if side else rock._axes:
             sides[side] += volumes.slices(*parts, rock.scale, across, path.name, lower)
     files = [file for volume in (path, partner) if volume for file in volumes.files_of(volume)]
     split = replace(rock.split(sides[0], sides[1], sha256_files(files)), neighbours=True)
-    if rock.dimensions == 2 and rock.across != "both":
-        axis = ("z", "y").index(rock.across)
+    if rock.dimensions == 2:
+        axis = ("z", "y").index(rock._axes[0])
         split = replace(split, apart=1.0 if low is None else high.shape[axis] / low.shape[axis])
     return split if split.pixel_size else replace(split, pixel_size=volumes.voxel_size(path))

@@ -159,11 +159,15 @@ class Foreign(ImageModel):
             return made._fitted([tuple(t.shape) for t in as_tuple(module(example))])
 
     def _told(self) -> Self:
-        """These settings, and of those left unset what an ONNX file of llmq tells of the images it takes."""
-        from llmq.vision.foreign.graph import settings_in
+        """These settings, and of those left unset what a file of llmq tells of the images it takes."""
+        from llmq.vision.foreign.graph import settings_of
 
         known = (OWN[self.is_a] | {"channels"}) - self.model_fields_set
-        told = {SAME.get(name, name): value for name, value in settings_in(self._read()).items() if value}
+        told = {
+            SAME.get(name, name): value
+            for name, value in settings_of(self._read(), at_home(self.weights)).items()
+            if value
+        }
         if not (taken := {name: value for name, value in told.items() if name in known}):
             return self
         try:
@@ -172,7 +176,7 @@ class Foreign(ImageModel):
             raise UserError(
                 f"{self.weights!r} tells settings of itself that do not fit: {explain(error.errors()[:1], None)}"
             ) from None
-        say(f"{self.weights}: {', '.join(sorted(taken))} as llmq wrote them into the file")
+        say(f"{self.weights}: {', '.join(sorted(taken))} as llmq wrote them with the file")
         made.check()
         return made
 

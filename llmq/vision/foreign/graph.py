@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.files import at_home
+from llmq.guarded.files import read_json_object
 from llmq.openvino_runtime import GRAPH, core, last_line, openvino, write_graph
 from llmq.vision.onnx.library import SETTINGS
 
@@ -76,13 +77,17 @@ def read(path: Path) -> Model:
     return graph
 
 
-def settings_in(graph: Model) -> JsonObject:
-    """The settings that `export.onnx` wrote into a file; empty for a file of another maker."""
-    place = ["framework", SETTINGS]
-    if not graph.has_rt_info(place):
-        return {}
+def settings_of(graph: Model, path: Path) -> JsonObject:
+    """The settings that `export.onnx` wrote into a file, or those of the stage that a file lies in.
+
+    Empty for a file of another maker.
+    """
+    place, stage = ["framework", SETTINGS], path.with_name("artifact.json")
     try:
-        told = json.loads(graph.get_rt_info(place).astype(str))
+        if graph.has_rt_info(place):
+            told = json.loads(graph.get_rt_info(place).astype(str))
+        else:
+            told = read_json_object(stage).get("model") if path.name == GRAPH and stage.is_file() else None
     except ValueError:
         return {}
     settings = next(iter(told.values()), None) if isinstance(told, dict) else None
