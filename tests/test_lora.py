@@ -307,3 +307,13 @@ def test_an_adapter_names_the_hub_id_of_its_base_and_a_moved_run_opens(
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     with Artifact.load(tmp_path / "elsewhere" / "2-adapt.lora").open("cpu") as loaded:
         assert torch.equal(logits_of(loaded.module, some_ids()), before)
+
+
+def test_rows_that_lose_their_end_or_are_left_out_are_told(tiny_llama, tmp_path, capsys):
+    rows = [{"prompt": f"word {i} " * (30 if i % 3 else 1), "completion": "answer " * 40} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"file": {"path": str(tmp_path / "rows.jsonl"), "held_out": 0}}
+    apply("adapt.lora", base_of(tiny_llama), tmp_path / "s", data=data, r=2, max_steps=1, max_length=32)
+    told = capsys.readouterr().err
+    assert "4 of 12 rows lose their end, and the end mark with it: they are longer than max_length 32" in told
+    assert "8 of 12 rows are left out: no token to learn stands within max_length 32" in told

@@ -46,6 +46,11 @@ OPTIMIZER_BYTES = {
 """The bytes that an optimizer keeps for each weight that is trained, where these are not the two moments of Adam."""
 CARDS = ("nvidia[0-9]*", "kfd", "dxg")
 """The files of `/dev` that tell of a card: of NVIDIA, of AMD, of either under WSL2."""
+LOST = {
+    "truncated": "lose their end, and the end mark with it: they are longer than",
+    "prompt_too_long": "are left out: no token to learn stands within",
+}
+"""What becomes of rows that are too long, by their count."""
 ENOUGH = 20_000
 """The most rows that a training by `max_steps` reads, and a tenth as many held out, unless the steps see more."""
 
@@ -241,6 +246,9 @@ class Tuning(Step[LanguageModel]):
 
         rows, counts = rows_of(split.train, ENOUGH, (self.max_steps or 0) * self._per_step)
         held_out, held_out_counts = rows_of(split.held_out, ENOUGH // 10, self.held_out_rows)
+        for name, what in LOST.items():
+            if counts[name]:
+                terminal.say(f"  {counts[name]} of {counts['rows']} rows {what} max_length {self.max_length}")
         if not rows:
             raise UserError(
                 f"no example of {self.data.word} leaves a token to learn within max_length {self.max_length}; raise it"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 from llmq.guarded import gguf_files
-from llmq.text.tokenizer import end_marks
+from llmq.text.tokenizer import end_marks, marks_around
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -145,10 +145,9 @@ def _write_marks(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder:
     for mark, number in ids.items():
         if number is not None:
             getattr(writer, f"add_{mark}_token_id")(number)
-    bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    extra = len(whole) - len(bare)
-    writer.add_add_bos_token(bool(extra) and whole[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(extra) and whole[-1] == tokenizer.eos_token_id)
+    before, after = marks_around(tokenizer)
+    writer.add_add_bos_token(before[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(after[-1:] == [tokenizer.eos_token_id])
     if tokenizer.chat_template:
         template = tokenizer.chat_template
         named = isinstance(template, dict)
