@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Literal, Protoco
 
 from pydantic import Field, model_validator
 
+from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.layers import LayerChange, Layers, Pattern, overridden, settings_of, skip_or
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 GROUPS = (2, 4, 8, 16, 32)  # the m of n:m patterns
 Windows = Sequence[Sequence[int]]
+
+
+def was_pruned(history: Sequence[str]) -> bool:
+    """True if one of the steps that made a model, by word, pruned single weights."""
+    return any(issubclass(plugin.load(word), PruneStep) for word in history)
 
 
 class Sparsity(Settings):

@@ -141,3 +141,17 @@ def test_a_merge_that_the_disk_does_not_hold_is_told(tiny_llama, tmp_path, monke
     monkeypatch.setattr(merging, "write", spoilt)
     with pytest.raises(LlmqError, match=r"does not hold the model .*: model.layers.1.mlp.down_proj.weight differs"):
         apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_what_was_pruned_stays_zero_unless_asked_otherwise(tiny_llama, tiny_jsonl, tmp_path, asked):
+    pruned = apply("prune.magnitude", base_of(tiny_llama), tmp_path / "p", sparsity=0.5)
+    adapted = apply("adapt.lora", pruned, tmp_path / "a", data=str(tiny_jsonl), **LORA)
+    merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64, keep_sparsity=asked)
+
+    def zeros(stage):
+        with stage.open("cpu") as loaded:
+            layer = loaded.module.get_submodule("model.layers.0.mlp.down_proj")
+            return int((layer.weight == 0).sum())
+
+    assert (zeros(merged) >= zeros(pruned)) == (asked is None)

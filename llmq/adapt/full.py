@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveFloat
 
-from llmq import plugin, processes, terminal
+from llmq import processes, terminal
 from llmq.artifact import Artifact
 from llmq.checkpoints import KEPT
 from llmq.errors import UserError
-from llmq.sparsity import PruneStep
+from llmq.sparsity import was_pruned
 from llmq.text.family import LanguageModel
 from llmq.text.tuning import OPTIMIZER_BYTES, Tuning
 from llmq.types import Context
@@ -111,8 +111,7 @@ class Full(Tuning):
 
         An optimizer with moments in 8 bits moves weights of no gradient as well, so a forward pass sets them back.
         """
-        pruned = any(issubclass(plugin.load(word), PruneStep) for word in artifact.history)
-        if not (pruned if self.keep_sparsity is None else self.keep_sparsity):
+        if not (was_pruned(artifact.history) if self.keep_sparsity is None else self.keep_sparsity):
             return {}
         matrices = {name: p for name, p in module.named_parameters() if p.ndim > 1}
         zeros = {name: places for name, p in matrices.items() if (places := p.detach() == 0).any()}

@@ -20,6 +20,7 @@ from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord
+from llmq.sparsity import was_pruned
 from llmq.text.family import LanguageModel
 from llmq.text.formats import grid_of
 from llmq.types import Context, Measurement, Needs, Step
@@ -43,7 +44,11 @@ class Merge(Step[LanguageModel]):
     into: Literal["gptq"] | None = Field(
         None, description="gptq: round the sum again, calibrated on the training part of `data`; floats if unset"
     )
-    keep_sparsity: bool = Field(False, description="weights that were zero before the adapter are zero again")
+    keep_sparsity: bool | None = Field(
+        None,
+        description="weights that were zero before the adapter are zero again; if unset, where single weights of a "
+        "float base were pruned",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="the model's own if unset")
 
     @property
@@ -92,7 +97,9 @@ class Merge(Step[LanguageModel]):
 
         floats = folder / FLOATS if self.into else folder
         floats.mkdir(exist_ok=True)
-        saved = merge(artifact, floats, self.dtype or artifact.model.dtype, self.keep_sparsity)
+        pruned = was_pruned(artifact.history) and not artifact.packed  # grids have zeros of their own
+        keep = pruned if self.keep_sparsity is None else self.keep_sparsity
+        saved = merge(artifact, floats, self.dtype or artifact.model.dtype, keep)
         model = artifact.model.model_copy(update={"dtype": self.dtype} if self.dtype else {})
         merged = artifact.then(self, model=model, weights=floats, adapter=None, packed=False)
         reopened(saved, merged, "cpu")
