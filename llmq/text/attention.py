@@ -166,7 +166,8 @@ def border(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     said = getattr(config, "rope_parameters", None) or {}
     tables = [table for table in (said, *said.values()) if isinstance(table, dict)]  # one, or one for a kind of layer
-    ends = [t["original_max_position_embeddings"] for t in tables if t.get("rope_type") == "longrope"]
+    name = "original_max_position_embeddings"
+    ends = [table[name] for table in tables if table.get("rope_type") == "longrope" and name in table]
     return min(ends, default=None)
 
 
