@@ -101,3 +101,10 @@ def test_all_code_of_a_tutorial_runs(tutorial, tiny_llama, tmp_path, monkeypatch
             assert language == "text", f"a block of {language} that no test runs"
         ran += language != "text"
     assert ran >= 4
+
+
+def test_scaling_quotes_the_peak_that_the_plan_tells():
+    table = (ROOT / "docs" / "sizing.md").read_text().partition("## 405B")[2]
+    peak = re.search(r"\| GPTQ, 4 bits.*?\|.*?\|.*?\| ([\d.]+) GB", table)
+    assert peak
+    assert f"it: {round(float(peak[1]))} GB for 405B" in (ROOT / "docs" / "scaling.md").read_text()

@@ -56,27 +56,22 @@ class Merge(Step[LanguageModel]):
         return {**self.leaves, "packed": self.into is not None}
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
-        """Floats again; the sum is made in float32, and both models are open for the comparison."""
+        """Floats again; the sum is made in float32, and compared, block by block."""
         from dataclasses import replace
 
-        from llmq.sketch import BYTES, Work, times
+        from llmq.sketch import Work
         from llmq.text.sizing import packing, work
         from llmq.text.sizing.network import as_text
 
         source = as_text(before)
         dtype = self.dtype or source.dtype
-        made = replace(source, parts=packing.float_again(source, dtype), dtype=dtype)
+        made = floats = replace(source, parts=packing.float_again(source, dtype), dtype=dtype)
         rounding = Work()
         if self.into:
             rounded, rounding = self._rounding(packing.grid_of(source)).foresee(made)
             made = as_text(rounded)
-        merging = Work(made.parameters * BYTES["float32"], {"copy": 24.0 * made.in_memory}, 2 * work.PROBES)
-        windows = max(1, self.tokens // self.window)
-        both = work.forward(source, 1, self.window).plus(work.forward(made, 1, self.window))
-        passes = work.forward(source, 1, self.window), work.forward(made, 1, self.window)
-        beside = source.in_memory + both.memory + 4 * 8 * self.window * source.vocabulary
-        compared = replace(times(passes[0], windows).plus(times(passes[1], windows)), memory=beside)
-        return made, merging.plus(rounding).plus(compared).plus(work.opening(source)).plus(work.opening(made))
+        compared = work.by_block(source, made, max(1, self.tokens // self.window), self.window)
+        return made, work.merging(source, floats).plus(rounding).plus(compared)
 
     def space(self, artifact: Artifact[LanguageModel]) -> int:
         floats = super().space(artifact) * (4 if artifact.packed else 1)  # from 4 bits or more to 16

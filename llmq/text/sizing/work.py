@@ -7,6 +7,7 @@ Of the bytes of activations each term is a tensor that PyTorch holds at the peak
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmq.matrix import products
@@ -314,3 +315,36 @@ def _copied(source: TextSketch) -> Work:
     outside = source.outside_bytes
     memory = max(2 * outside, outside + 4 * source.block_bytes)
     return Work(memory, {"copy": 6.0 * source.in_memory}, PROBES, passing=outside if memory == 2 * outside else 0)
+
+
+MERGED = 15
+"""Bytes for each weight of a block while an adapter is added (`merging`): float32, copies, what is written."""
+MERGED_OUTSIDE = 6.5
+"""Bytes for each weight outside the blocks, where head and embeddings are two: float32, rounded, written."""
+
+
+def merging(source: TextSketch, made: TextSketch) -> Work:
+    """Base and adapter added block by block; a packed base and the adapter are there as a whole."""
+    width = BYTES[made.dtype]
+    block, outside = made.block_bytes // width, made.outside_bytes // width
+    if not any(part.role == "head" for part in made.parts):
+        outside += made.vocabulary * made.hidden
+    memory = _stays(source) + max(MERGED * block + 4 * outside, MERGED_OUTSIDE * outside)
+    return Work(int(memory), {"copy": 24.0 * made.in_memory}, OPENED + PROBES)
+
+
+def by_block(source: TextSketch, made: TextSketch, windows: int, length: int) -> Work:
+    """The logits of an adapted model and of the merged one, all windows gone through a block before the next."""
+    passes = [forward(sketch, 1, length) for sketch in (source, made)]
+    largest = max(p.memory - s.in_memory - s.mapped for p, s in zip(passes, (source, made), strict=True))
+    waiting = 2 * windows * length * made.hidden * BYTES[made.dtype]
+    pages = 2 * (made.block_bytes + made.outside_bytes)
+    both = times(passes[0], windows).plus(times(passes[1], windows))
+    softmax = 6 * 8 * 32 * made.vocabulary  # float64, of as many tokens as `losses.ROWS`
+    return replace(both, memory=_stays(source) + pages + waiting + 2 * largest + softmax, passing=pages)
+
+
+def _stays(source: TextSketch) -> int:
+    """The bytes of an adapted base that are in memory, not in its files, while its blocks come and go."""
+    base = int(KEPT_PACKED * source.in_memory) if source.packed else 0
+    return base + sum(part.opened for part in source.parts if part.role == "adapter" and not source.packed)
