@@ -128,12 +128,14 @@ class Lora(Tuning):
     def _with_adapter(self, loaded: Loaded[LanguageModel]) -> "PeftModel":
         from peft import LoraConfig, get_peft_model
 
-        from llmq.text.bnb_layers import keep_unpacked
+        from llmq.text.bnb_layers import keep_unpacked, stored_as
         from llmq.text.pooled import check_pools, group_of, let_pool
         from llmq.text.reach import check_ends, expert_stacks, gates
 
         module = loaded.module
         keep_unpacked(module)
+        if self.training_arguments.get("fsdp") or processes.sharding() == "fsdp":
+            stored_as(module.dtype, module)
         all_linear = self.target_modules == "all-linear"
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         stacks = expert_stacks(module) if all_linear else []

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    import torch
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
     from peft import PeftModel
@@ -67,6 +68,18 @@ def keep_unpacked(module: Module) -> None:
     for layer in layers_4bit(module):
         layer.weight.data, layer.weight.quant_state = _unpacked(layer)
         layer.support_avx512bf16_for_cpu = False
+
+
+def stored_as(dtype: torch.dtype, module: Module) -> None:
+    """Let 4-bit weights lie in memory as numbers of a float dtype, the same bytes: FSDP leaves bytes whole.
+
+    A weight whose bytes are no whole numbers of the dtype stays as it is.
+    """
+    for layer in layers_4bit(module):
+        if layer.weight.nbytes % dtype.itemsize == 0:
+            layer.weight.data = layer.weight.data.reshape(-1).view(dtype).reshape(-1, 1)
+            layer.quant_storage = layer.weight.quant_storage = dtype
+            layer.quant_state = layer.weight.quant_state  # FSDP makes plain parameters, which the layer then dresses
 
 
 def _unpacked(layer: Linear4bit) -> tuple[Tensor, QuantState]:
