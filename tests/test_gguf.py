@@ -324,6 +324,7 @@ def test_a_tokenizer_of_sentencepiece_is_carried(tiny_llama, tmp_path):
 RUN = ["size", "perplexity", "lm_eval", "speed"]
 
 
+@pytest.mark.slow
 def test_a_run_with_an_export_is_measured_verified_and_evaluated_again(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(

@@ -42,6 +42,7 @@ def test_inputs_that_peft_would_widen_first_give_the_same_adapter(any_base, tiny
     assert adapter_bytes(once) == adapter_bytes(apply("adapt.lora", any_base, tmp_path / "widened", **settings))
 
 
+@pytest.mark.slow
 def test_the_seed_decides(tiny_llama, tiny_jsonl, tmp_path):
     base = base_of(tiny_llama)
     first, again, other = (
