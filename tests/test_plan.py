@@ -156,7 +156,7 @@ def test_models_of_the_hub_are_foretold_from_configurations_kept_here(name, bill
     assert sketch_of(name, "bfloat16").parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
-@pytest.mark.parametrize("word", ["quantize.gptq", "quantize.awq", "prune.wanda", "prune.sparsegpt"])
+@pytest.mark.parametrize("word", ["quantize.gptq", "quantize.awq", "prune.wanda", "prune.sparsegpt", "prune.alps"])
 def test_gradients_of_the_loss_are_foretold_as_more_work_and_the_same_files(word):
     sketch = sketch_of("meta-llama/Llama-3.2-1B", "bfloat16")
     plain, weighed = (plugin.build({word: {"hessian": h}}).foresee(sketch) for h in ("inputs", "loss"))

@@ -23,6 +23,8 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """By the share of the weights that stay that changed since the last look, the factor of the penalty."""
 ROUNDS = 300
 """Rounds at most; a mask that a look finds unchanged ends them."""
+USUAL = 40
+"""Rounds until that, about."""
 FITS = 10
 """Steps of conjugate gradients on the weights that stay."""
 

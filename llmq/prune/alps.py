@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from llmq.artifact import Artifact
-from llmq.matrix.alps import alps
+from llmq.matrix.alps import USUAL, alps
 from llmq.matrix.gram import Kind
 from llmq.sparsity import PruneStep, Pruning, Sparsity
 from llmq.text.calibration import Calibrated
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from llmq.sketch import Sketch, Work
 
 
+COPIED = 40
+"""The bytes that a round reads and writes for each weight."""
+
+
 class Alps(PruneStep[LanguageModel], Calibrated):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
 
@@ -32,7 +36,15 @@ class Alps(PruneStep[LanguageModel], Calibrated):
     gathers_products: ClassVar[bool] = True
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
-        return self.weighed(before, super().foresee(before))
+        """The same dense tensors, and two products and some copies of each matrix in each round."""
+        from llmq.sketch import Work
+        from llmq.text.sizing.network import as_text
+
+        made, done = self.weighed(before, super().foresee(before))
+        layers = as_text(before).linears
+        products = float(sum(4 * part.shape[-1] * part.weights for part in layers))
+        copies = float(sum(COPIED * part.weights for part in layers))
+        return made, done.plus(Work(0, {"float32": USUAL * products, "copy": USUAL * copies}))
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Calibrate, and write the pruned model to `folder`; a resumed run goes on after the last whole block."""
