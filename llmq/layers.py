@@ -29,7 +29,7 @@ def matches(pattern: str, name: str) -> bool:
     """True if a pattern is found in the full name of a layer.
 
     A pattern is a regular expression whose dots are those of the name and whose numbers are whole: `layers.1` is block
-    1, never 10. Any text is `.*`, as everywhere; also after a number it begins beyond the number.
+    1, never 10. What may be anything is `.*`, as everywhere; also after a number it begins beyond the number.
     """
     return re.search(_expression(pattern), name) is not None
 

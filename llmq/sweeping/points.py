@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.types import JsonObject, Measurement
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmq.recipe import Recipe
 
 
-Settings = Mapping[str, Any]
+Settings = Mapping[str, object]
 """Overrides of a recipe: `{"adapt.lora.r": 32}`."""
 DONE = (0, 1, 3)
 """The exit codes of a run that ended: its gate passed, failed, or is undecided."""

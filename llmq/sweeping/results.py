@@ -83,9 +83,9 @@ def _draw_knee(asked: Sweep, done: Sequence[Point], out: Path) -> None:
 
     def curve(objective: str) -> knee.Curve:
         return {
-            float(p.settings[setting]): (p.figures[objective], p.intervals.get(objective))
+            value: (p.figures[objective], p.intervals.get(objective))
             for p in done
-            if objective in p.figures and not p.unlike
+            if objective in p.figures and not p.unlike and isinstance(value := p.settings[setting], int | float)
         }
 
     panels = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from llmq.files import sha256_text
 from llmq.rules import read_rule
 from llmq.source import find, read, to_flow
 from llmq.sweeping.points import Settings
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.recipe import Recipe
@@ -39,7 +40,7 @@ class Range(types.Settings):
 class Sweep(types.Settings):
     """A sweep as its YAML says it: one of `grid`, `list` and `search`."""
 
-    recipe: str | dict[str, Any]
+    recipe: str | JsonObject
     """A bundled recipe, a file, or the recipe itself."""
     name: str = ""
     """The name in the picture; that of the recipe, or of the file of a sweep that has its recipe in it, if unset."""
@@ -47,7 +48,7 @@ class Sweep(types.Settings):
     """Settings of every run."""
     grid: dict[str, list[object]] = {}
     list: tuple[dict[str, object], ...] = ()
-    search: dict[str, Range | Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    search: dict[str, Range | Annotated[tuple[object, ...], Field(min_length=1)]] = {}
     """What Optuna's TPE may choose: one of some values, or a number of a range."""
     trials: PositiveInt = 20
     objectives: tuple[str, ...] = Field(("token_perplexity", "bytes_on_disk"), min_length=1)
