@@ -207,3 +207,13 @@ def test_native_code_that_dies_says_where():
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGSEGV
     assert died.stderr.startswith("Fatal Python error: Segmentation fault")
+
+
+@pytest.mark.parametrize("name", ["text/quickstart", "text-quick", "vision/digits-sparsity"])
+def test_show_gives_a_recipe_a_suite_and_a_sweep_as_data(llmq, name):
+    assert json.loads(llmq("show", name, "--json")[0]) == yaml.safe_load(llmq("show", name)[0])
+
+
+def test_copy_answers_with_data(llmq, tmp_path):
+    told = json.loads(llmq("copy", "text/quickstart", str(tmp_path / "a b"), "--json")[0])
+    assert yaml.safe_load(Path(told["recipe"]).read_text(encoding="utf-8"))["seed"] == 0

@@ -219,6 +219,30 @@ def test_other_versions_of_a_task_are_refused(tmp_path):
         compared(*files)
 
 
+def test_a_figure_that_only_one_result_has_is_told(runs, llmq):
+    write_run(runs / "less", {"0-base": figures(0, 0.0)[1:3]})
+    for targets, has in ((("a", "less"), "a/2-y"), (("less", "a"), "a/2-y")):
+        ended, out, _ = llmq("compare", *targets)
+        assert ended == 0
+        assert f"perplexity token_perplexity: only {has} has it" in out
+        told = json.loads(llmq("compare", *targets, "--json")[1])["refused"]
+        assert {"perplexity", "speed"} == {r["task"] for r in told if r["reason"] == f"only {has} has it"}
+
+
+@pytest.mark.parametrize("twice", [("a", "a/"), ("a", "./a"), ("a/2-y", "a"), ("a/1-x", "b", "b/../a/1-x")])
+def test_one_result_by_two_names_is_not_compared_with_itself(runs, twice, llmq):
+    ended, out, err = llmq("compare", *twice)
+    assert (ended, out) == (2, "")
+    assert "are one result; name another" in err
+
+
+def test_a_share_differs_by_points_here_as_in_the_report(runs, llmq):
+    right = np.arange(200) % 4 > 0
+    write_run(runs / "one", {"0-base": [accuracy(right)], "1-x": [accuracy(right & (np.arange(200) % 8 > 1))]})
+    shown = [llmq(command, "one")[1] for command in ("show", "compare")]
+    assert all("-12.50 pt [" in text for text in shown)
+
+
 @pytest.mark.slow
 def test_our_run_and_lm_evals_own_differ_by_nothing(tiny_llama, tmp_path):
     limit = "40"

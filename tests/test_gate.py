@@ -14,7 +14,7 @@ from llmq.errors import UserError
 from llmq.judge import gate
 from llmq.report import Report
 from llmq.rules import read_rule
-from llmq.types import Measurement
+from llmq.types import Measurement, Samples
 
 quickly = settings(max_examples=60, deadline=None, database=None)
 
@@ -330,3 +330,17 @@ def test_a_gate_on_what_only_stages_have_and_a_task_that_is_asked_twice(job, llm
     found = {(m["task"], m["metric"], m["n"]) for m in Report.read(tmp_path / "run").measurements}
     assert ("pydoc_continuation", "acc", 4) in found
     assert ("pydoc_continuation (lm_eval-2)", "acc", 6) in found
+
+
+def test_a_probability_is_bounded_by_points_as_the_table_shows_it():
+    errors = [0.1, 0.2, 0.3, 0.2] * 100
+
+    def calibration(shift):
+        values = tuple(e + shift for e in errors)
+        mean = float(np.mean(values))
+        return Measurement(
+            "accuracy", "calibration_error", mean, "probability", "lower", 400, 0.01, "c", Samples(values)
+        )
+
+    found = one("calibration_error <= base + 5pt", [calibration(0.01)], [calibration(0.0)])
+    assert (found.verdict, found.points) == ("pass", True)

@@ -14,13 +14,14 @@ from PIL import Image
 from rich.console import Console
 from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
 
-from llmq.cli import judging
+from llmq import cli
 from llmq.errors import UserError
-from llmq.report import Report, distributions, drawing, first, forest, html, rows, samples, screen
+from llmq.judge import gate
+from llmq.report import Report, distributions, drawing, first, forest, html, numbers, rows, samples, screen
 from llmq.report.numbers import set_beside
 from llmq.statistics.compare import compare
 from llmq.statistics.figures import mean
-from llmq.types import Measurement
+from llmq.types import Measurement, Samples
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -166,6 +167,64 @@ def test_a_model_that_was_destroyed_is_told_in_few_digits(tmp_path):
     bad, line = rows.summary(Report.read(folder))
     assert re.fullmatch(r"BAD: 1-rtn: perplexity token perplexity 1\.\d\de\+27, of the base 10\.\d\d", bad)
     assert len(line) < 120
+
+
+def test_a_bad_figure_is_told_of_its_own_task(tmp_path):
+    right = np.random.default_rng(0).random(96) < 0.9
+    kept = accuracy(right, task="hellaswag")
+    folder = write_run(tmp_path / "run", {"0-base": [accuracy(right), kept], "1-prune": [accuracy(~right), kept]})
+    assert rows.summary(Report.read(folder))[0] == (
+        f"BAD: 1-prune: arc_easy acc {np.mean(~right):.3f}, of the base {np.mean(right):.3f}"
+    )
+
+
+def test_lines_of_the_forest_name_the_task_where_several_take_a_metric(tmp_path):
+    right = np.random.default_rng(0).random(96) < 0.9
+    two = [[accuracy(r), accuracy(r, task="hellaswag"), perplexity(2 + r)] for r in (right, ~right)]
+    folder = write_run(tmp_path / "run", {"0-base": two[0], "1-prune": two[1]})
+    report = Report.read(folder)
+    lines = [line.metric for plot in forest.draw(report.measurements, report.comparisons) for line in plot.lines]
+    assert sorted(lines) == ["arc_easy acc", "hellaswag acc", "token_perplexity"]
+
+
+def of_any_sign(values) -> Measurement:
+    samples = Samples(tuple(map(float, values)))
+    return Measurement(
+        "rock", "euler_number", float(np.mean(values)), "per mm³", "lower", len(values), 1.0, "4-connected", samples
+    )
+
+
+@pytest.mark.parametrize(("base", "stage"), [(-50.0, 30.0), (-50.0, -60.0), (50.0, -30.0)])
+def test_figures_of_any_sign_have_no_ratio(tmp_path, base, stage):
+    noise = np.random.default_rng(0).normal(0, 1, 40)
+    moved = noise + np.random.default_rng(1).normal(0, 0.1, 40)
+    folder = write_run(tmp_path / "run", {"0-base": [of_any_sign(base + noise)], "1-x": [of_any_sign(stage + moved)]})
+    report = Report.read(folder)
+    assert report.comparisons[0]["ratio"] is None
+    (row,) = rows.rows(report)
+    assert row.cells[1].beside.startswith(f"{stage - base:+.2f}"[:5])
+    assert "×" not in str(row.cells[1])
+    (found,) = gate.of_run(str(folder), ["euler_number <= 1.0x base"])
+    assert (found.verdict, found.kind, found.value) == ("undecided", "figure", pytest.approx(stage, abs=1))
+    assert "no ratio of them" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ends", "told"),
+    [
+        (1.3, (1.26, 1.34), "1.30× [1.26, 1.34]"),
+        (1.0004, (1.0002, 1.0006), "1.0004× [1.0002, 1.0006]"),
+        (0.999, (0.9985, 0.9996), "0.9990× [0.9985, 0.9996]"),
+        (1.0, (0.99, 1.004), "1.00× [0.99, 1.00]"),  # the interval holds 1
+        (0.0012, (0.0012, 0.0012), "0.0012×"),
+        (0.996, (0.996, 0.996), "0.996×"),
+        (1.0, (1.0, 1.0), "1.00×"),
+        (0.0, None, "0.00×"),
+        (1.4e27, None, "1.40e+27×"),
+    ],
+)
+def test_a_ratio_is_told_from_1_and_from_0(ratio, ends, told):
+    assert numbers.times(ratio, ends, "×") == told
 
 
 def test_what_a_merge_lost_is_no_agreement_with_the_base(tmp_path):
@@ -314,7 +373,7 @@ def test_one_file_with_no_request_and_little_script(run):
 
 def test_runs_side_by_side_make_a_page(run, tmp_path):
     file = tmp_path / "compared.html"
-    judging.compare([str(run)], html=file)
+    cli.compare([str(run)], html=file)
     page = file.read_text()
     assert "2 results, beside 0-base" in page
     assert page.count('<li class="') == 3

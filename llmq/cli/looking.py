@@ -41,7 +41,7 @@ def show(
 ) -> None:
     """Show the settings of a word (quantize.bnb, or bnb), a recipe (text/quickstart), sweep or suite, a run's table."""
     from llmq import listing, plugin
-    from llmq.source import KINDS, find, names
+    from llmq.source import KINDS, find, names, read
 
     name = listing.in_full(name)
     kind = next((kind for kind in KINDS if name in names(kind)), None)
@@ -50,7 +50,10 @@ def show(
         raise UserError(f"{name!r} is no recipe (llmq list recipes) and no folder of a run (llmq runs){near}")
     if kind:
         file = find(kind, name)
-        typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
+        if as_json:
+            typer.echo(to_json(read(file).data))
+        else:
+            typer.echo(listing.as_seen(file.read_text(encoding="utf-8")), nl=False)
         return
     folder = Path(name)
     if (folder / "report.json").is_file():
@@ -60,8 +63,8 @@ def show(
 
         paths.check(folder)
         with library(folder, "run"):
-            read = Report.read(folder)
-            typer.echo(to_json(asdict(read))) if as_json else screen.show(read)
+            report = Report.read(folder)
+            typer.echo(to_json(asdict(report))) if as_json else screen.show(report)
         return
     if folder.is_dir():
         raise UserError(f"{name!r} holds no report.json: it is no run of llmq, or it did not end")

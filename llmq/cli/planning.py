@@ -1,5 +1,6 @@
 """The commands before a run: plan, check and copy."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,7 +119,9 @@ def check(
         typer.echo(visible(f"# {recipe}: {asked}; ready to run"), err=True)
 
 
-def copy(recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)], folder: Path) -> None:
+def copy(
+    recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes)], folder: Path, as_json: Json = False
+) -> None:
     """Copy a bundled recipe into FOLDER, to be changed."""
     from llmq import recipe as recipes
     from llmq.runs.folder import no_file
@@ -130,4 +133,5 @@ def copy(recipe: Annotated[str, typer.Argument(autocompletion=completing.recipes
         raise UserError(f"{str(target)!r} exists; move it away first")
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(visible(f"{target}: run it with: llmq run {target}"))
+    told = visible(f"{target}: run it with: llmq run {shlex.quote(str(target))}")
+    typer.echo(to_json({"recipe": str(target)}) if as_json else told)

@@ -136,6 +136,8 @@ def push(
     stage: Annotated[Path, typer.Argument(help="A stage of a run, or an export.", autocompletion=completing.stages)],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Upload a stage with its model card to the hub, as whom `hf auth login` says; prints the address."""
-    typer.echo(visible(llmq.push(stage, repository, private=private)))
+    address = llmq.push(stage, repository, private=private)
+    typer.echo(to_json({"address": address}) if as_json else visible(address))

@@ -1,6 +1,6 @@
 """Results side by side: differences with intervals, and a refusal where two figures do not measure the same thing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from llmq.types import JsonObject, Measurement
 
 @dataclass(frozen=True)
 class Refusal:
-    """A figure of both results that is not compared, and the reason."""
+    """A figure of two results that is not compared, and the reason."""
 
     result: str
     task: str
@@ -60,6 +60,10 @@ def targets(names: Sequence[str]) -> list[Result]:
             raise UserError(f"{names[0]!r} is one result; name another to compare it with")
         return found
     last = [(name, found[-1], len(found) > 1) for name, found in read.items()]
+    meant: dict[tuple[Path, str], str] = {}
+    for name, result, _ in last:
+        if (twin := meant.setdefault((result.run, result.name), name)) != name:
+            raise UserError(f"{twin!r} and {name!r} are one result; name another to compare it with")
     labels = [_label(name, result, whole) for name, result, whole in last]
     # The same run twice, or two of one name, would be one column.
     unique = labels if len(set(labels)) == len(labels) else [name for name, _, _ in last]
@@ -92,8 +96,17 @@ def side_by_side(found: Sequence[Result], seed: int = 0) -> Comparisons:
     if not compared:
         why = "; ".join(dict.fromkeys(f"{r.task} {r.metric}: {r.reason}" for r in refusals))
         raise UserError(f"{others[0].name!r} cannot be compared with {first.name!r}: {why or _nothing_shared(found)}")
+    refusals += [refusal for other in others for refusal in _of_one(first, other)]
     verdicts = compare.corrected([c for _, c in compared])
     return Comparisons(found, [(name, c) for (name, _), c in zip(compared, verdicts, strict=True)], refusals)
+
+
+def _of_one(first: Result, other: Result) -> Iterator[Refusal]:
+    """The figures that only one of two results has."""
+    for has, lacks in ((first, other), (other, first)):
+        yield from (
+            Refusal(other.name, *key, f"only {has.name} has it") for key in has.figures if key not in lacks.figures
+        )
 
 
 def _nothing_shared(found: Sequence[Result]) -> str:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from llmq.errors import UserError, did_you_mean
 from llmq.judge import results
-from llmq.judge.protocols import HEADLINE, is_size, stored_otherwise, unlike, unpaired
+from llmq.judge.protocols import HEADLINE, in_points, is_size, stored_otherwise, unlike, unpaired
 from llmq.judge.results import Key
 from llmq.rules import Rule, read_rule
 from llmq.statistics import estimates, power
-from llmq.statistics.compare import too_few
+from llmq.statistics.compare import multiple, too_few
 from llmq.statistics.estimates import FEWEST, Estimate
 from llmq.statistics.pairing import count, pairs
 from llmq.types import JsonObject, Measurement
@@ -173,14 +173,16 @@ def _judge(
     rule = _in_unit_of(rule, m)
     b = before.get((m.task, m.metric))
     kind: Any = "figure" if not rule.is_relative else "difference" if rule.factor is None else "ratio"
+    points = in_points(m.unit) or rule.unit == "pt"
     plain = Ruling(
-        rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, _is_share(m), m.n
+        rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, points, m.n
     )
     if rule.is_relative and b is None:
-        return replace(plain, reason="the base was not asked this")
+        return replace(plain, kind="figure", reason="the base was not asked this")
     if b and rule.is_relative:
-        if kind == "ratio" and b.value <= 0:
-            return replace(plain, reason=f"the base's figure is {b.value:g}, and no ratio to it means anything")
+        if kind == "ratio" and multiple(m.value, b.value) is None:
+            told = f"the figure is {m.value:g} and the base's {b.value:g}, and no ratio of them means anything"
+            return replace(plain, kind="figure", reason=told)
         if not is_base and (reason := unlike(m, b)):
             raise UserError(f"rule {rule.text!r}: {m.task} {m.metric} cannot be held against the base: {reason}")
         plain = replace(plain, value=m.value / b.value if kind == "ratio" else m.value - b.value)
@@ -291,4 +293,4 @@ def _in_unit_of(rule: Rule, m: Measurement) -> Rule:
 
 
 def _is_share(m: Measurement) -> bool:
-    return m.unit.startswith("share") or (m.unit == "" and m.metric.removeprefix("bicubic_").startswith(AT_MOST_1))
+    return in_points(m.unit) or (m.unit == "" and m.metric.removeprefix("bicubic_").startswith(AT_MOST_1))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import in_bytes
 from llmq.report import foretold
+from llmq.report.numbers import POINTS, difference_of, interval, scaled, signed, times
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
@@ -71,10 +72,7 @@ def sentence(v: JsonObject) -> str:
 
 
 def _parts(v: JsonObject) -> Iterator[str]:
-    seen = f"{_shown(v['value'], v)}"
-    if v["ci95"] and v["ci95"][0] < v["ci95"][1]:
-        seen += f" [{_shown(v['ci95'][0], v)}, {_shown(v['ci95'][1], v)}]"
-    yield f"{v['rule']}: {v['task']} {v['metric']} {seen}{' of the base' if v['kind'] == 'ratio' else ''}"
+    yield f"{v['rule']}: {v['task']} {v['metric']} {_seen(v)}"
     if v["reason"]:
         yield v["reason"]
     if v.get("stored"):
@@ -101,9 +99,17 @@ def left_out(c: JsonObject) -> str:
     )
 
 
-def _shown(value: float, v: JsonObject) -> str:
+def _seen(v: JsonObject) -> str:
+    """What a rule bounds, with the interval, as the table shows such figures."""
     if v["kind"] == "ratio":
-        return f"{value:.4g}x"
+        return f"{times(v['value'], v['ci95'], 'x', 3)} of the base"
+    scale, unit = scaled(v["unit"])
+    factor, name = (scale, f" {unit}" if scale != 1 else "")
     if v["kind"] == "difference":
-        return f"{100 * value:+.2f} pt" if v["points"] else f"{value:+.4g}"
-    return f"{value / 1e6:,.4g} MB" if v["unit"] == "bytes" else f"{value:.4g}"
+        factor, name = POINTS if v["points"] else difference_of(v["unit"]) or (factor, name)
+    shown = signed if v["kind"] == "difference" else _four_digits
+    return f"{shown(v['value'] * factor)}{name}{interval(v['ci95'], factor, shown)}"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:,.4g}"

@@ -1,6 +1,7 @@
 """The forest plot: every sampled figure of every stage beside the base, a line for each 95 % interval."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ class Line:
 
     stage: str
     metric: str
+    """The metric; with the task before it where several tasks take it."""
     at: float
     low: float
     high: float
@@ -43,6 +45,7 @@ def draw(
     Each comparison names the `stage` or the `result` that was set beside the base.
     """
     units = {(m["task"], m["metric"]): m["unit"] for m in measurements}
+    tasks = Counter(metric for _, metric in units)
     groups: dict[tuple[str, bool], list[tuple[JsonObject, Sequence[float]]]] = {}
     for c in comparisons:
         unit = units[c["task"], c["metric"]]
@@ -53,7 +56,8 @@ def draw(
         factor, name = plain or (1.0, "")
         title = f"Difference from {base},{name or ' as measured'}" if plain else f"Ratio to {base}"
         numbers = [factor * x for x in (c["difference"] if plain else c["ratio"], *ends)]
-        told = {**c, "unit": unit, "stage": c.get("stage") or c["result"]}
+        label = c["metric"] if tasks[c["metric"]] == 1 else f"{c['task']} {c['metric']}"
+        told = {**c, "unit": unit, "stage": c.get("stage") or c["result"], "label": label}
         groups.setdefault((title, not plain), []).append((told, numbers))
     return [_plot(title, ratios, found) for (title, ratios), found in groups.items()]
 
@@ -69,7 +73,7 @@ def _plot(title: str, ratios: bool, found: Sequence[tuple[JsonObject, Sequence[f
         return round(100 * (warp(value) - warp(least)) / span, 2)
 
     lines = [
-        Line(c["stage"], c["metric"], place(at), place(low), place(high), c["verdict"], set_beside(c, c["unit"]))
+        Line(c["stage"], c["label"], place(at), place(low), place(high), c["verdict"], set_beside(c, c["unit"]))
         for c, (at, low, high) in found
     ]
     ticks = {place(value): _tick(value, ratios) for value in (least, most)}

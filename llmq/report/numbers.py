@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+from llmq.judge.protocols import in_points
 from llmq.types import JsonObject
 
 SCALES = {"bytes": (1e-6, "MB"), "parameters": (1e-6, "M")}
 """The factor by which figures of a unit are shown, and the unit that they are shown in."""
-DIFFERENCES = {"dB": (1.0, " dB"), "share": (100.0, " pt"), "probability": (100.0, " pt"), "": (1.0, "")}
-"""Units of which a difference is shown and no ratio: the factor, and the name (pt: percent points)."""
+POINTS = (100.0, " pt")
+DIFFERENCES = {"dB": (1.0, " dB"), "": (1.0, "")}
+"""Units, besides shares, of which a difference is shown and no ratio: the factor, and the name."""
 
 ALIKE = "the same on every sample"
 
@@ -23,17 +25,27 @@ def set_beside(comparison: JsonObject, unit: str) -> str:
     if plain or comparison["ratio"] is None:
         factor, name = plain or (scaled(unit)[0], "")
         return f"{signed(comparison['difference'] * factor)}{name}{interval(comparison['ci95'], factor, signed)}"
-    return f"{_times(comparison['ratio'])}×{interval(comparison['ratio_ci95'], 1.0, _times)}"
+    return times(comparison["ratio"], comparison["ratio_ci95"], "×")
 
 
-def _times(ratio: float) -> str:
-    """Two digits behind the point; a model that was destroyed may be many powers of ten away."""
-    return f"{ratio:.2f}" if ratio < 1000 else number(ratio)
+def times(ratio: float, ends: Sequence[float] | None, sign: str, least: int = 2) -> str:
+    """A ratio and its interval with `least` digits behind the point, or as many more as tell it from 0 and from 1.
+
+    So an interval that leaves out 1 is never shown with an end of 1.00.
+    """
+    low, high = ends or (ratio, ratio)
+    apart = min(abs(end - 1) for end in (low, high)) if low > 1 or high < 1 else 1.0
+    digits = next((d for d in range(least, 6) if apart >= 0.5 * 10.0**-d), 6)
+
+    def shown(value: float) -> str:
+        return f"{value:.{digits}f}" if 0.1 <= value < 1000 or value == 0 else number(value)
+
+    return f"{shown(ratio)}{sign}{interval(ends, 1.0, shown)}"
 
 
 def difference_of(unit: str) -> tuple[float, str] | None:
     """The factor and the name of a difference of figures of a unit; None where a ratio says more."""
-    return DIFFERENCES.get("share" if unit.startswith("share ") else unit)
+    return POINTS if in_points(unit) else DIFFERENCES.get(unit)
 
 
 def interval(ends: Sequence[float] | None, factor: float, shown: Callable[[float], str]) -> str:

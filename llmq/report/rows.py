@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import HEADLINE, SIZE, is_size, stored_otherwise
 from llmq.report.facts import left_out
-from llmq.report.numbers import ALIKE, interval, is_alike, number, scaled, set_beside, signed
+from llmq.report.numbers import ALIKE, difference_of, interval, is_alike, number, scaled, set_beside, signed
 from llmq.statistics.estimates import FEWEST
-from llmq.types import JsonObject, Measurement
+from llmq.types import JsonObject
 
 if TYPE_CHECKING:
     from llmq.judge.comparisons import Comparisons
@@ -147,17 +147,20 @@ def compared_rows(compared: "Comparisons") -> Iterator[Row]:
         found = [known.get((other.name, task, metric)) for other in others]
         if any(found):
             scale, unit = scaled(base.unit)
-            pairs = zip(found, others, strict=True)
-            cells = [_difference(c, o.figures[task, metric], scale) if c else Cell("—") for c, o in pairs]
+            factor, name = difference_of(base.unit) or (scale, "")
+            cells = [
+                _difference(c, number(o.figures[task, metric].value * scale), factor, name) if c else Cell("—")
+                for c, o in zip(found, others, strict=True)
+            ]
             seen = max((c.detectable for c in found if c and c.detectable), default=0.0)
-            sees = f"±{number(seen * scale)}" if seen else ""
+            sees = f"±{number(seen * factor)}" if seen else ""
             value = Cell(number(base.value * scale))
             yield Row(task, metric, unit, base.better, base.convention, (value, *cells), sees)
 
 
-def _difference(c: "Comparison", m: Measurement, scale: float) -> Cell:
-    told = f"{signed(c.difference * scale)}{interval(c.ci95, scale, signed)}"
-    return Cell(f"{number(m.value * scale)} ", told, c.verdict)
+def _difference(c: "Comparison", value: str, factor: float, name: str) -> Cell:
+    told = f"{signed(c.difference * factor)}{name}{interval(c.ci95, factor, signed)}"
+    return Cell(f"{value} ", told, c.verdict)
 
 
 def comparison_notes(compared: "Comparisons") -> Iterator[str]:
@@ -186,22 +189,23 @@ def alarms(report: "Report") -> list[str]:
 
 
 def _useless(report: "Report") -> Iterator[str]:
-    figures = {(m["stage"], m["metric"]): m["value"] for m in report.measurements}
+    figures = {(m["stage"], m["task"], m["metric"]): m["value"] for m in report.measurements}
     for m in report.measurements:
         if m["metric"] == "psnr_gain" and m["value"] < 0:
             yield f"BAD: {m['stage']}: its images are {-m['value']:.2f} dB below plain bicubic interpolation"
-        if (m["task"], m["metric"]) == ("accuracy", "top1_agreement") and m["value"] < AGREEMENT:
+        is_accuracy = m["task"].partition(" ")[0] == "accuracy"  # "accuracy (photos)" of several
+        if is_accuracy and m["metric"] == "top1_agreement" and m["value"] < AGREEMENT:
             others = f"{1 - m['value']:.0%} of {m['n']:,} images"
             yield f"BAD: {m['stage']}: it gives another class than the base to {others}"
-        floor = figures.get((m["stage"], "frechet_floor"))
-        from_base = (report.measured[0], "frechet_distance") not in figures
+        floor = figures.get((m["stage"], m["task"], "frechet_floor"))
+        from_base = (report.measured[0], m["task"], "frechet_distance") not in figures
         if m["metric"] == "frechet_distance" and from_base and floor and m["value"] > FLOORS * floor:
             seen = f"a Fréchet distance of {number(m['value'])} from the base's"
             yield f"BAD: {m['stage']}: its images have {seen}, two sets of the base's own {number(floor)}"
     for c in report.comparisons:
         least, most = LOST.get(c["metric"], (0, inf))
         if c["verdict"] == "worse" and c["ratio"] is not None and not least <= c["ratio"] <= most:
-            now, was = (number(figures[name, c["metric"]]) for name in (c["stage"], c["against"]))
+            now, was = (number(figures[name, c["task"], c["metric"]]) for name in (c["stage"], c["against"]))
             yield f"BAD: {c['stage']}: {c['task']} {c['metric'].replace('_', ' ')} {now}, of the base {was}"
 
 

@@ -51,9 +51,14 @@ def _nearly_same_size(stage: Measurement, base: Measurement) -> bool:
     return stage.unit in ("bytes", "parameters") and near and stage.better != "unknown"
 
 
+def multiple(value: float, base: float) -> float | None:
+    """The ratio of two figures; None where the base is 0 or either is negative: no multiple tells their distance."""
+    return value / base if base > 0 and value >= 0 else None
+
+
 def compare(stage: Measurement, base: Measurement, seed: int = 0) -> Comparison:
     """Difference, ratio, their 95 % intervals from the pairs, and the verdict that the interval allows."""
-    off, ratio_value = stage.value - base.value, stage.value / base.value if base.value else None
+    off, ratio_value = stage.value - base.value, multiple(stage.value, base.value)
     plain = Comparison(stage.task, stage.metric, off, ratio_value, None, None, verdict(None, stage.better))
     if stage.exact and base.exact:
         ci, ratio_ci = (off, off), (ratio_value, ratio_value) if ratio_value is not None else None
@@ -75,7 +80,7 @@ def _of_pairs(plain: Comparison, paired: Pairs, better: Better, seed: int) -> Co
     plain = replace(plain, n=paired.n, only_stage=paired.only_stage, only_base=paired.only_base)
     if paired.only_stage or paired.only_base:  # the stages' own figures cover documents without a pair
         value, base_value = float(figure(a)[0]), float(figure(b)[0])
-        plain = replace(plain, difference=value - base_value, ratio=value / base_value if base_value else None)
+        plain = replace(plain, difference=value - base_value, ratio=multiple(value, base_value))
     found, times = difference(a, b, seed), ratio(a, b, seed)
     if found:
         plain = replace(
