@@ -192,3 +192,10 @@ class Stage:
 def _in_run(folder: Path, name: object) -> str:
     """A path relative to the folder of a stage, made relative to the run."""
     return f"{folder.resolve().name}/{name}" if not Path(str(name)).is_absolute() else str(name)
+
+
+def check_schema(report: object, file: Path) -> None:
+    """Raise `UserError` for a `report.json` that a later llmq wrote: its entries may mean something else."""
+    later = report.get("schema_version") if isinstance(report, dict) else None
+    if isinstance(later, int) and later > SCHEMA_VERSION:
+        raise UserError(f"{str(file)!r} has schema version {later}; this llmq knows {SCHEMA_VERSION}: take a later one")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmq.artifact import check_schema
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.guarded.files import library, parse_json, read_json, read_text
 from llmq.runs import paths as run_paths
@@ -44,6 +45,7 @@ def run(folder: Path) -> dict[str, Result]:
 def _run(folder: Path) -> dict[str, Result]:
     run_paths.check(folder)
     report = _json(folder / "report.json")
+    check_schema(report, folder / "report.json")
     try:
         stages = list(dict.fromkeys(m["stage"] for m in report["measurements"]))
     except (KeyError, TypeError):

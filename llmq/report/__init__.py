@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llmq.artifact import SCHEMA_VERSION, Stage
+from llmq.artifact import SCHEMA_VERSION, Stage, check_schema
 from llmq.files import write_json
 from llmq.guarded.files import read_json_object
 from llmq.judge.protocols import refused
@@ -104,7 +104,10 @@ class Report:
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of a run folder."""
-        return cls(**read_json_object(folder / "report.json"))
+        file = folder / "report.json"
+        told = read_json_object(file)
+        check_schema(told, file)
+        return cls(**told)
 
     def save(self, folder: Path) -> None:
         """Write `report.json`."""

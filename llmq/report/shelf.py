@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.errors import UserError
-from llmq.guarded.files import library, read_json_object
+from llmq.guarded.files import library
 from llmq.report import Report
 from llmq.report.rows import summary
 from llmq.runs.paths import check
@@ -51,7 +51,7 @@ def _shelved(run: Path) -> Shelved:
     check(run)
     file = run / "report.json"
     with library(run, "run"):
-        report = Report(**read_json_object(file)) if file.is_file() else None
+        report = Report.read(run) if file.is_file() else None
         asked = report.recipe if report else read(run / "recipe.yaml").data
         model = asked.get("model") or asked.get("target", "")
         word, settings = next(iter(model.items())) if isinstance(model, dict) else (str(model), None)
