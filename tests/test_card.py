@@ -57,6 +57,22 @@ def test_only_an_id_of_the_hub_is_named_as_the_base(model, named, tmp_path):
     assert ModelCard(text).data.base_model == named
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{% for m in messages %}<s>{{ m }}</s></b></c>{{ x }}", ...),
+        ("word " * 200, ...),
+        ("either/or/and not", ...),
+        ("org/name", ...),
+        ("/home/me/rows.jsonl", "rows.jsonl"),
+        ("../up/rows.jsonl", "rows.jsonl"),
+        ("some/where/rows.jsonl", "rows.jsonl"),
+    ],
+)
+def test_the_recipe_in_a_card_loses_folders_and_no_other_text(text, told):
+    assert card._portable({"a": [text]}) == {"a": [text if told is ... else told]}
+
+
 def test_a_card_is_edited_freely(run):
     file = run / "1-quantize.rtn/README.md"
     file.write_text(file.read_text() + "More.\n")

@@ -1,5 +1,6 @@
 """The model card of a stage: a `README.md` beside the weights, with the table, the base, the recipe and the limits."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ KINDS = {
 }  # fmt: skip
 """The hub's name of the task of each kind of model."""
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.xml")
+
+
+MARKUP = re.compile(r"[\s<>{}|]")
 
 
 def write(report: "Report", run: Path, base: Path, kind: str) -> None:
@@ -106,8 +110,10 @@ def _of_base(base: Path) -> str:
         return ""
 
 
-def _is_path(model: str) -> bool:
-    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or Path(model).exists()
+def _is_path(text: str) -> bool:
+    """True for a folder or file; a prompt or a chat template is none, however long, with however many slashes."""
+    begins = text.startswith(("/", "./", "../", "~")) and "\n" not in text
+    return begins or os.path.exists(text) or (text.count("/") > 1 and not MARKUP.search(text))
 
 
 def _is_on_hub(model: str) -> bool:
