@@ -11,9 +11,6 @@ from llmq.errors import UserError
 from llmq.guarded.weights import FILE_BYTES, FILE_TYPES
 from llmq.types import Exhibit, JsonObject, Loaded, M_co, Measurement, Step
 
-SCHEMA_VERSION = 2
-"""Version 1 had no `exact`: a standard error of 0 meant that a figure was counted (see `Measurement.of`)."""
-
 MACHINE = "machine.json"
 """The file of a stage for facts that depend on the machine, the folder or the time."""
 TIMES = ("seconds", "tokens_per_second", "examples_per_second", "peak_memory")
@@ -192,10 +189,3 @@ class Stage:
 def _in_run(folder: Path, name: object) -> str:
     """A path relative to the folder of a stage, made relative to the run."""
     return f"{folder.resolve().name}/{name}" if not Path(str(name)).is_absolute() else str(name)
-
-
-def check_schema(report: object, file: Path) -> None:
-    """Raise `UserError` for a `report.json` that a later llmq wrote: its entries may mean something else."""
-    later = report.get("schema_version") if isinstance(report, dict) else None
-    if isinstance(later, int) and later > SCHEMA_VERSION:
-        raise UserError(f"{str(file)!r} has schema version {later}; this llmq knows {SCHEMA_VERSION}: take a later one")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from llmq import environment, measure, together
 from llmq.answers import AnswerCache
-from llmq.artifact import MACHINE, SCHEMA_VERSION, Artifact, Failure, Stage
+from llmq.artifact import MACHINE, Artifact, Failure, Stage
 from llmq.errors import is_of_machine, one_line
 from llmq.files import to_json, write_json, write_text
 from llmq.guarded.files import library, read_json_object
 from llmq.reading import by_name
 from llmq.runs.paths import within
 from llmq.terminal import log, say
-from llmq.types import Answer, Attachment, Clock, Exhibit, JsonObject, Loaded, Measurement, Task
+from llmq.types import SCHEMA_VERSION, Answer, Attachment, Clock, Exhibit, JsonObject, Loaded, Measurement, Task
 
 Question = tuple[str, str, Task]
 """A method of `Task` (`score` or `against`), the task's name in the run, and the task."""

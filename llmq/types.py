@@ -365,6 +365,15 @@ class Data(Plugin):
         raise NotImplementedError
 
 
+SCHEMA_VERSION = 2
+"""Version 1 had no `exact`: a standard error of 0 meant that a figure was counted (see `Measurement.of`)."""
+
+
+def in_points(unit: str) -> bool:
+    """True for a unit whose differences are told in percentage points."""
+    return unit in ("share", "probability") or unit.startswith("share ")
+
+
 @dataclass(frozen=True)
 class Samples:
     """The per-sample scores behind a figure, in an order that is the same for every stage.

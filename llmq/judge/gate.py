@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from llmq.errors import UserError, did_you_mean
 from llmq.judge import results
-from llmq.judge.protocols import HEADLINE, in_points, is_size, stored_otherwise, unlike, unpaired
+from llmq.judge.protocols import HEADLINE, is_size, stored_otherwise, unlike, unpaired
 from llmq.judge.results import Key
 from llmq.rules import Rule, read_rule
 from llmq.statistics import estimates, power
 from llmq.statistics.compare import multiple, too_few
 from llmq.statistics.estimates import FEWEST, Estimate
 from llmq.statistics.pairing import count, pairs
-from llmq.types import JsonObject, Measurement
+from llmq.types import JsonObject, Measurement, in_points
 
 Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
 EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 1, "base-unhealthy": 1, "undecided": 3}

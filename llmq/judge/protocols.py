@@ -65,11 +65,6 @@ def is_size(m: Measurement) -> bool:
     return m.exact and m.unit == "bytes"
 
 
-def in_points(unit: str) -> bool:
-    """True for a unit whose differences are told in percentage points."""
-    return unit in ("share", "probability") or unit.startswith("share ")
-
-
 def stored_otherwise(stage: str, base: str) -> str:
     """The dtypes in which a stage and the base are stored, where a part of their ratio of sizes is due to these.
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.artifact import check_schema
 from llmq.errors import LlmqError, UserError, did_you_mean
 from llmq.guarded.files import library, parse_json, read_json, read_text
 from llmq.runs import paths as run_paths
-from llmq.runs.paths import within
+from llmq.runs.paths import check_schema, within
 from llmq.types import JsonObject, Measurement
 
 Key = tuple[str, str]

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llmq.artifact import SCHEMA_VERSION, Stage, check_schema
+from llmq.artifact import Stage
 from llmq.files import write_json
 from llmq.guarded.files import read_json_object
 from llmq.judge.protocols import refused
+from llmq.runs.paths import check_schema
 from llmq.statistics.compare import compare, corrected
-from llmq.types import Exhibit, JsonObject, Measurement
+from llmq.types import SCHEMA_VERSION, Exhibit, JsonObject, Measurement
 
 BICUBIC = "bicubic"
 PREFIX = f"{BICUBIC}_"

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from llmq.judge.protocols import in_points
-from llmq.types import JsonObject
+from llmq.types import JsonObject, in_points
 
 SCALES = {"bytes": (1e-6, "MB"), "parameters": (1e-6, "M")}
 """The factor by which figures of a unit are shown, and the unit that they are shown in."""

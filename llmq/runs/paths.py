@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 from llmq.errors import UserError
+from llmq.types import SCHEMA_VERSION
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -50,3 +51,10 @@ def picture(run: Path, name: str) -> bytes:
     if not data.startswith(PNG):
         raise UserError(f"{str(file)!r} is no PNG, as pictures of a run are")
     return data
+
+
+def check_schema(report: object, file: Path) -> None:
+    """Raise `UserError` for a `report.json` that a later llmq wrote: its entries may mean something else."""
+    later = report.get("schema_version") if isinstance(report, dict) else None
+    if isinstance(later, int) and later > SCHEMA_VERSION:
+        raise UserError(f"{str(file)!r} has schema version {later}; this llmq knows {SCHEMA_VERSION}: take a later one")
