@@ -17,7 +17,7 @@ from run_folders import FACTS, accuracy, perplexity, size, speed, write_run
 from llmq import cli
 from llmq.errors import UserError
 from llmq.judge import gate
-from llmq.report import Report, distributions, drawing, first, forest, html, numbers, rows, samples, screen
+from llmq.report import Report, charts, distributions, drawing, first, forest, html, numbers, rows, samples, screen
 from llmq.report.numbers import set_beside
 from llmq.statistics.compare import compare
 from llmq.statistics.figures import mean
@@ -465,3 +465,14 @@ def test_in_a_browser_nothing_overflows_errs_is_too_faint_or_has_no_name(run, tm
     command = [BROWSER, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert json.loads(markup.unescape(re.search('<pre id="told">(.*?)</pre>', dom)[1])) == []
+
+
+def test_a_chart_sets_figures_of_one_task_side_by_side(run):
+    told = json.loads((run / "report.json").read_text())
+    mine = next(m for m in told["measurements"] if m["metric"] == "token_perplexity" and m["stage"] == "0-base")
+    told["measurements"] += [{**mine, "task": "perplexity-2", "stage": stage} for stage in ("0-base", "2-adapt.lora")]
+    told["measurements"] += [{**m, "stage": "2-adapt.lora"} for m in told["measurements"] if m["task"] == "size"][:1]
+    told["stages"].append({**told["stages"][-1], "name": "2-adapt.lora"})
+    drawn = charts.draw(Report(**told))["Size against quality"]
+    assert "1-quantize.bnb" in drawn
+    assert "2-adapt.lora" not in drawn  # it has the perplexity of another text alone

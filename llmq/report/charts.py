@@ -23,10 +23,11 @@ def draw(report: "Report") -> dict[str, str]:
 
 
 def _of(report: "Report", metrics: Sequence[str]) -> tuple[JsonObject, str]:
+    """By stage, the first of the metrics that a task has found: of one task, as another's figure is of other things."""
     for metric in metrics:
         found = [m for m in report.measurements if m["metric"] == metric]
         if found:
-            return {m["stage"]: m for m in reversed(found)}, metric
+            return {m["stage"]: m for m in found if m["task"] == found[0]["task"]}, metric
     return {}, ""
 
 
