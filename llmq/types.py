@@ -436,6 +436,8 @@ class Measurement:
         for name in ("task", "metric", "unit", "better", "convention"):
             if not isinstance(data[name], str):
                 raise TypeError(f"{name!r} of a measurement is no text")
+        if data["better"] not in get_args(Better):
+            raise TypeError(f"{data['better']!r} is no direction of a measurement")
         old = "exact" not in data
         exact = data["stderr"] == 0 and data["n"] == 1 and not data.get("samples") if old else data["exact"]
         if samples := data.get("samples"):

@@ -183,3 +183,14 @@ def test_a_report_that_is_none_is_one_line(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(UserError):
         looking.show(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["better", "stage", "value"])
+def test_a_figure_that_is_none_or_of_no_stage_is_one_line(change, tmp_path):
+    write_run(tmp_path / "run", {"0-base": [size(1.0)], "1-quantize.bnb": [size(0.5)]})
+    file = tmp_path / "run" / "report.json"
+    told = json.loads(file.read_text())
+    told["measurements"][0][change] = {"better": "up", "stage": "7-gone", "value": "1"}[change]
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="is no whole run"):
+        looking.show(str(tmp_path / "run"))

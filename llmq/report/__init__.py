@@ -104,11 +104,17 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
-        """The report of a run folder."""
+        """The report of a run folder. Raises `KeyError` or `TypeError` for a figure that is none, or of no stage."""
         file = folder / "report.json"
         told = read_json_object(file)
         check_schema(told, file)
-        return cls(**told)
+        report = cls(**told)
+        names = {stage["name"] for stage in report.stages}
+        for m in report.measurements:
+            Measurement.of({key: value for key, value in m.items() if key != "stage"})
+            if m["stage"] not in names:
+                raise KeyError(m["stage"])
+        return report
 
     def save(self, folder: Path) -> None:
         """Write `report.json`."""
