@@ -12,6 +12,7 @@ from functools import partial
 import psutil
 import pytest
 import yaml
+from run_folders import accuracy, write_run
 
 import llmq
 from llmq import cli, sweeping
@@ -21,6 +22,7 @@ from llmq.report import Report
 from llmq.runs import folder as run_folder
 from llmq.source import to_yaml
 from llmq.sweeping import results, sharing
+from llmq.sweeping.points import Point
 from llmq.sweeping.spec import Range, load, name_of, recipe_of, settings_of
 from llmq.types import Measurement
 
@@ -430,3 +432,11 @@ def test_a_cluster_of_two_workers_runs_a_sweep_and_replaces_a_killed_one(sweep_o
     assert swept.best == swept.points[0].name
     again = sweeping.sweep(load(file), tmp_path / "out", lambda point: pytest.fail("it is finished"))
     assert again.best == swept.best
+
+
+def test_an_objective_may_be_better_higher(sweep_of, tmp_path):
+    write_run(tmp_path / "run", {"0-base": [accuracy([1] * 8)], "1-rtn": [accuracy([1, 0] * 4)]})
+    asked = load(sweep_of(list=[{"seed": 1}], objectives=["acc"]))
+    point = Point("run", {}, recipe_of(asked, {}), tmp_path / "run", code=0)
+    results.judge(asked, point)
+    assert (point.losses, point.base) == ([-0.5], {"acc": 1.0})

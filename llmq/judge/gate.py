@@ -130,38 +130,43 @@ def as_data(rulings: Sequence[Ruling]) -> JsonObject:
 
 
 def resolve(rule: Rule, found: Iterable[Measurement]) -> Measurement:
-    """The figure that a rule names: by task and metric, by either, or by a part that only one of them has.
+    """The figure that a rule names. Raises `UserError` for a rule that bounds it from its better side."""
+    m = named(rule.metric, found, f"rule {rule.text!r}")
+    if rule.at_most != (m.better == "lower"):
+        sign = "<=" if m.better == "lower" else ">="
+        raise UserError(f"rule {rule.text!r} passes the worse models: {m.metric} is better {m.better}; write {sign}")
+    return m
 
-    Of several figures of one task the headline figure is meant: the size on disk, the perplexity a token, `acc`.
+
+def named(word: str, found: Iterable[Measurement], asked: str) -> Measurement:
+    """The figure of a name: by task and metric, by either, or by a part that only one of them has.
+
+    Of several figures of one task the headline figure is meant: the size on disk, the perplexity a token, `acc`. Raises
+    `UserError`, which begins with what `asked` for it.
     """
     known = {f"{m.task} {m.metric}": m for m in found}
-    names = _candidates(rule, known)
+    names = _candidates(word, known)
     leading = [name for name in names if known[name].metric in HEADLINE]
     if len(names) == 1 or len(leading) == 1:
         m = known[(names if len(names) == 1 else leading)[0]]
         if m.better == "unknown":
-            raise UserError(f"rule {rule.text!r}: direction unknown: nothing states the better direction of {m.metric}")
-        if rule.at_most != (m.better == "lower"):
-            sign = "<=" if m.better == "lower" else ">="
-            raise UserError(
-                f"rule {rule.text!r} passes the worse models: {m.metric} is better {m.better}; write {sign}"
-            )
+            raise UserError(f"{asked}: direction unknown: nothing states the better direction of {m.metric}")
         return m
     if names:
-        raise UserError(f"rule {rule.text!r}: {rule.metric!r} can mean {', '.join(map(repr, names))}; name one")
+        raise UserError(f"{asked}: {word!r} can mean {', '.join(map(repr, names))}; name one")
     near = {*known, *(m.task for m in known.values()), *(m.metric for m in known.values())}
-    raise UserError(f"rule {rule.text!r}: nothing measured is called {rule.metric!r}{did_you_mean(rule.metric, near)}")
+    raise UserError(f"{asked}: nothing measured is called {word!r}{did_you_mean(word, near)}")
 
 
 def check(rules: Iterable[Rule], found: Sequence[Measurement], more: bool) -> None:
     """Raise `UserError` for a rule that names none or several of these figures; with `more` others will follow."""
     for rule in rules:
-        if not more or _candidates(rule, {f"{m.task} {m.metric}": m for m in found}):
+        if not more or _candidates(rule.metric, {f"{m.task} {m.metric}": m for m in found}):
             resolve(rule, found)
 
 
-def _candidates(rule: Rule, known: Mapping[str, Measurement]) -> list[str]:
-    word = rule.metric.replace("/", " ").replace(":", " ").lower()
+def _candidates(metric: str, known: Mapping[str, Measurement]) -> list[str]:
+    word = metric.replace("/", " ").replace(":", " ").lower()
     whole = [name for name in known if name.lower() == word]
     either = [name for name, m in known.items() if word in (m.task.lower(), m.metric.lower())]
     return whole or either or [name for name in known if word in name.lower()]

@@ -64,6 +64,8 @@ def _read(target: str) -> list[Result]:
     path = Path(target)
     if not path.exists():
         raise UserError(f"there is no run, stage or result file {target!r}{did_you_mean(path.name, _near(path))}")
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{target!r} is a model; measure it first (llmq eval {target} --out NAME), then name NAME")
     if path.is_file():
         return [_harness(path)]
     if (path / "report.json").is_file():

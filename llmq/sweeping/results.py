@@ -5,7 +5,6 @@ from pathlib import Path
 
 from llmq.errors import UserError
 from llmq.files import write_json, write_text
-from llmq.rules import Rule
 from llmq.sweeping.points import Point, Swept
 from llmq.sweeping.spec import Sweep
 from llmq.terminal import say
@@ -22,7 +21,7 @@ def judge(asked: Sweep, point: Point) -> None:
     from llmq.judge import gate, results
 
     first, *_, last = 2 * [*results.run(point.folder).values()]  # a stage alone is both
-    found = [gate.resolve(Rule(name, name, True, False), last.measurements) for name in asked.objectives]
+    found = [gate.named(name, last.measurements, f"objective {name!r}") for name in asked.objectives]
     point.figures = {name: m.value for name, m in zip(asked.objectives, found, strict=True)}
     point.measured = found
     same = {(m.task, m.metric): name for name, m in zip(asked.objectives, found, strict=True)}

@@ -7,11 +7,10 @@ A checked row is one of `{"text"}`, `{"prompt", "completion"}` or `{"messages"}`
 import hashlib
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError, did_you_mean
 from llmq.files import sha256_texts
@@ -19,6 +18,10 @@ from llmq.guarded.strict_json import why_not_plain
 from llmq.text import messages as chat
 from llmq.text.pieces import Kept, Pieces
 from llmq.types import Split
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Row = dict[str, Any]
 Raw = Mapping[str, object]
@@ -274,36 +277,57 @@ def split(rows: Gathered, shape: str, held_out: float, limit: int | None) -> Spl
 
     Where so many have the same question that no such share is near the one wanted, equal rows alone stay together.
     """
-    its_own = rows.keys[:limit]
+    import numpy as np
+
+    its_own = np.asarray(rows.keys)[:limit]  # (rows,)
     # At least one on either side.
     wanted = min(max(1, round(held_out * len(its_own))), len(its_own) - 1) if held_out and len(its_own) > 1 else 0
-    least: dict[int, int] = {}  # question -> the least key of its rows
-    for key, asked in zip(its_own, rows.asked, strict=False):
-        least[asked] = min(key, least.get(asked, key))
-    by_question = array("Q", (least[asked] for asked in rows.asked[:limit]))
-    for keys in (by_question, its_own):
-        if aside := _aside(keys, wanted):
-            break
-    sides = [
-        array("I", (number for number, key in enumerate(keys) if (key in aside) is not learned))  # in the order read
-        for learned in (True, False)
-    ]
+    aside = _aside(_least(its_own, np.asarray(rows.asked)[:limit]), wanted)
+    if not aside.any():
+        aside = _aside(its_own, wanted)
+    # In the order read.
+    sides = [array("I", np.flatnonzero(side).astype(np.uint32).tobytes()) for side in (~aside, aside)]
     train, held = map(rows.part, sides)
     skipped = {"over_the_limit": len(rows) - len(its_own)}
     return Split(train, held, shape, _counts(train, held, skipped), rows.sha256(chain(*sides)))
 
 
-def _aside(keys: Sequence[int], wanted: int) -> set[int]:
-    """The least keys of `wanted` rows or up to twice as many; keys of more rows than that are passed over."""
-    aside: set[int] = set()
+def _least(keys: "NDArray[np.uint64]", questions: "NDArray[np.uint64]") -> "NDArray[np.uint64]":
+    """For each row the least key of all rows with its question. (rows,)"""
+    import numpy as np
+
+    order, firsts = _groups(questions)
+    least = np.empty_like(keys)
+    least[order] = np.repeat(np.minimum.reduceat(keys[order], firsts), np.diff(firsts, append=len(keys)))
+    return least
+
+
+def _aside(keys: "NDArray[np.uint64]", wanted: int) -> "NDArray[np.bool_]":
+    """True for the least keys, of `wanted` rows or up to twice as many; one of more rows is passed over. (rows,)"""
+    import numpy as np
+
+    order, firsts = _groups(keys)
+    counts = np.diff(firsts, append=len(keys))
+    taken: NDArray[np.bool_] = np.zeros(len(counts), np.bool_)
     count = 0
-    for key, rows in sorted(Counter(keys).items()):
+    for i, more in enumerate(counts):
         if count >= wanted:
             break
-        if count + rows <= 2 * wanted and count + rows < len(keys):
-            aside.add(key)
-            count += rows
+        if count + more <= 2 * wanted and count + more < len(keys):
+            taken[i] = True
+            count += int(more)
+    aside: NDArray[np.bool_] = np.empty(len(keys), np.bool_)
+    aside[order] = np.repeat(taken, counts)
     return aside
+
+
+def _groups(keys: "NDArray[np.uint64]") -> "tuple[NDArray[np.uint32], NDArray[np.intp]]":
+    """The rows by key, and where in this order each key begins."""
+    import numpy as np
+
+    order = np.argsort(keys).astype(np.uint32)
+    ranked = keys[order]
+    return order, np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
 
 
 def make_split(train: Sequence[Row], held_out: Sequence[Row], shape: str, skipped: Mapping[str, int]) -> Split:
