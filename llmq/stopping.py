@@ -31,8 +31,8 @@ _ending = threading.Lock()
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM inside the block."""
+def handled(until_exit: bool = False) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM inside the block, or until the process ends, as Python takes a while to end."""
     restore = _install() if threading.current_thread() is threading.main_thread() else None
     try:
         yield
@@ -40,7 +40,7 @@ def handled() -> Iterator[None]:
         print(_line(), file=sys.stderr)
         sys.exit(130)
     finally:
-        if restore:
+        if restore and not until_exit:
             restore()
 
 

@@ -56,10 +56,10 @@ def main() -> None:
         apply(step, base, Path(out) / "quantized", **whole)
         done = True
         watcher.join()
-    source = base.model.skeleton(base, "cpu")
-    block = sum(p.numel() for p in source.module.get_submodule(source.blocks[0]).parameters()) * 2
-    activations = samples * length * source.config.hidden_size * 2
-    files = sum(f.stat().st_size for f in base.weight_files())
+        source = base.model.skeleton(base, "cpu")
+        block = sum(p.numel() for p in source.module.get_submodule(source.blocks[0]).parameters()) * 2
+        activations = samples * length * source.config.hidden_size * 2
+        files = sum(f.stat().st_size for f in base.weight_files())
     parts = {"block": block / 2**20, "activations": activations / 2**20, "files": files / 2**20}
     print(json.dumps({"peak": peak - before, **parts}))
 

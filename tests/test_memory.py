@@ -46,12 +46,11 @@ def test_peak_memory_is_flat_in_depth(step, tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_merge_takes_as_much_for_48_blocks_as_for_12(tiny_llama, tmp_path):
-    """Of each block more stay its adapter and modules without weights."""
+def test_a_merge_keeps_of_each_further_block_less_than_3_percent(tiny_llama, tmp_path):
+    """Its adapter stays, and modules without weights."""
     shape = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
-    peaks: dict[int, float] = {}
-    for blocks in (12, 24, 48):
+    found: dict[int, dict[str, float]] = {}
+    for blocks in (12, 48):
         folder = reshaped(tiny_llama, tmp_path / str(blocks), num_hidden_layers=blocks, **shape)
-        peaks[blocks] = probe("adapt.merge", tiny_llama, folder, 8, 64)["peak"]
-    print(peaks)
-    assert max(peaks.values()) < 1.03 * min(peaks.values()), peaks
+        found[blocks] = probe("adapt.merge", tiny_llama, folder, 8, 64)
+    assert found[48]["peak"] - found[12]["peak"] < 36 * 0.03 * found[12]["block"], found
