@@ -1,13 +1,12 @@
 """Head and embeddings that are one matrix: what the files hold decides, and a change to one of them makes them two."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import apply, base_of, logits_of, some_ids
+from helpers import adapted_by_chance, apply, base_of, logits_of, some_ids
 from safetensors.torch import load_file, save_file
 
 IDS = some_ids()
@@ -47,18 +46,7 @@ def copied(folder: Path, target: Path) -> Path:
 
 def adapted(folder: Path, target: Path, **settings: Any) -> Any:
     """The model in a folder with an adapter whose every weight is random, as if it had been trained."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = base_of(folder, "float32")
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
-    torch.manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    model.save_pretrained(target)
-    return replace(base, adapter=target)
+    return adapted_by_chance(base_of(folder, "float32"), target, **settings)
 
 
 def in_plain_transformers(folder: Path) -> torch.Tensor:
