@@ -193,6 +193,19 @@ def test_an_npz_keeps_the_size_of_its_voxels(tmp_path):
         assert archive["voxel_size"] == 2.5
 
 
+def test_the_low_volume_of_a_pair_has_larger_voxels_than_the_pair_says(tmp_path):
+    low = numbers(2, 8, 8, kind="uint8")
+    np.savez(tmp_path / "p.npz", lr=low, hr=np.zeros((6, 24, 24), np.uint8), voxel_size=2.5)
+    np.savez(tmp_path / "v.npz", lr=low, voxel_size=2.5)  # alone it is no pair
+    artifact = plugin.build({"srcnn": {"scale": 2}}, "models").base(Context(seed=0, device="cpu"))
+    for name, width in (("p", 7.5), ("v", 2.5)):
+        scan = plugin.build({"scan": {"path": tmp_path / f"{name}.npz"}}, "data").read()
+        assert (scan.held_out[0].image.shape[:2], scan.pixel_size) == ((8, 8), width)
+        made = predict(artifact, [tmp_path / f"{name}.npz"], tmp_path / name, {}, Context(seed=0, device="cpu"))
+        with np.load(made.files[0]) as archive:
+            assert archive["voxel_size"] == width / 2
+
+
 def test_bad_files_are_named(tmp_path, monkeypatch):
     file = dicom(tmp_path / "a.dcm", numbers(6, 8))
     whole = file.read_bytes()

@@ -54,4 +54,4 @@ class Scan(Data):
         held_out = [Example(f"{path.name} {self.across} {i}", image[..., None]) for i, image in enumerate(volume)]
         about = self.model_dump_json(exclude={"path", "voxel_size"})
         split = make_split([], held_out, "low", [sha256_files(volumes.files_of(path)), sha256_text(about)])
-        return replace(split, pixel_size=self.voxel_size or volumes.voxel_size(path), neighbours=True)
+        return replace(split, pixel_size=self.voxel_size or volumes.voxel_size(path, low=True), neighbours=True)

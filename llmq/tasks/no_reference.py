@@ -56,6 +56,8 @@ class NoReference(OfPores):
                 grey["model"].append(luma(made).round().astype("uint8"))
         way, scale = self.way, loaded.artifact.model.scale
         levels = {kind: way.level(images) for kind, images in grey.items()}
+        # Of a scan alone the low pixels have that size, of pairs the high ones.
+        pixel_size = split.pixel_size and split.pixel_size / (scale if split.shape == "low" else 1)
         if levels["bicubic"] is None:
             raise UserError(f"all held-out pixels of {self.data.word} are alike, and nothing tells pores")
         clusters, alike = in_stretches(split, len(lows))
@@ -66,7 +68,7 @@ class NoReference(OfPores):
         for kind, prefix in KINDS:
             yield from self._figures(prefix, grey[kind], levels[kind], scale, protocol, clusters)
         for i, (name, low) in enumerate(lows[: self.pictures]):
-            yield self._shown(name, low, {kind: grey[kind][i] for kind in grey}, levels)
+            yield self._shown(name, low, {kind: grey[kind][i] for kind in grey}, levels, pixel_size)
 
     def _figures(
         self,
@@ -133,15 +135,23 @@ class NoReference(OfPores):
         yield mean(self.name, metric, known, unit, "lower", f"{words}{left_out}; {protocol}", clusters=told)
 
     def _shown(
-        self, name: str, low: "ndarray", grey: "Mapping[str, ndarray]", levels: Mapping[str, int | None]
+        self,
+        name: str,
+        low: "ndarray",
+        grey: "Mapping[str, ndarray]",
+        levels: Mapping[str, int | None],
+        pixel_size: float | None,
     ) -> Exhibit:
         from llmq.vision.pictures import panels, png, show, show_axes
+        from llmq.vision.scale_bar import label, stamped
 
         figure, axes = panels(1, 4, 2.2, 2.3)
         show(axes[0, 0], low, "low")
         curves = axes[0, 3]
         for panel, kind, colour in zip(axes[0, 1:3], ("bicubic", "model"), ("C1", "C0"), strict=True):
-            show(panel, grey[kind][..., None], kind)
+            image = grey[kind][..., None]
+            bar = f", bar {label(image.shape[1], pixel_size)}" if pixel_size else ""
+            show(panel, stamped(image, pixel_size), f"{kind}{bar}")
             counts = [float(self.way.cut(grey[kind], at).mean()) for at in range(255)]
             curves.plot(range(255), counts, color=colour, lw=1.3, label=kind)
             if (level := levels[kind]) is not None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tifffile import TiffFile
 
 VOLUMES = (".npz", ".npy")
-LOW = "lr"
-"""The low-resolution array among several in an .npz, as in data sets of pairs."""
+LOW, HIGH = "lr", "hr"
+"""The names of the arrays in an .npz of pairs."""
 VOXEL_SIZE = "voxel_size"
 """The name in an .npz of the micrometres that a voxel is wide, a high-resolution one in pairs."""
 OF_IMAGEJ = ("uint8", "uint16", "float32")
@@ -97,7 +97,7 @@ def _of_numpy(path: Path, suffix: str) -> Raster:
                 array = archive[key]
     if array.ndim not in (2, 3):
         raise UserError(f"{path}: is {array.dtype}{array.shape}; a volume (z, y, x) or an image (y, x) is needed")
-    voxel_size = voxel_size_of_npz(path) if suffix == ".npz" and key != LOW else None  # that of pairs is the high one's
+    voxel_size = voxel_size_of_npz(path, low=key == LOW) if suffix == ".npz" else None
     return Raster(array if array.ndim == 3 else array[None], suffix, key, array.ndim == 2, voxel_size=voxel_size)
 
 
@@ -112,17 +112,19 @@ def _of_dicom(path: Path) -> Raster:
     return Raster(scan.pixels, ".tif", voxels=told)
 
 
-def voxel_size_of_npz(path: Path) -> float | None:
-    """The `voxel_size` of an .npz in micrometres; None without one."""
+def voxel_size_of_npz(path: Path, low: bool = False) -> float | None:
+    """The `voxel_size` of an .npz in micrometres, of pairs that of the `low` volume if asked; None without one."""
     import numpy as np
 
     with readable(path, ".npz of arrays"), np.load(path, allow_pickle=False) as archive:
         told = archive[VOXEL_SIZE] if VOXEL_SIZE in archive.files else None
+        of_pair = told is not None and low and {LOW, HIGH} <= set(archive.files)
+        times = archive[HIGH].shape[-1] / archive[LOW].shape[-1] if of_pair else 1.0
     if told is None:
         return None
     if told.size != 1 or told.dtype.kind not in "iuf" or not 0 < float(told.item()) < float("inf"):
         raise UserError(f"{path}: {VOXEL_SIZE!r} is {told.dtype}{told.shape}; one number of micrometres is needed")
-    return float(told.item())
+    return float(told.item()) * times
 
 
 def _by_pillow(path: Path) -> ndarray:

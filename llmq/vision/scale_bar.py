@@ -16,7 +16,7 @@ def length(width: int, pixel_size: float) -> float:
     """The length of the bar in micrometres: 1, 2 or 5 times a power of ten, the longest that fits the width."""
     most = SHARE * width * pixel_size
     unit = 10.0 ** floor(log10(most))
-    return next(step * unit for step in (5, 2, 1) if step * unit <= most)
+    return next(step * unit for step in (5, 2, 1, 0.5) if step * unit <= most)  # 0.5: log10 may round up to a power
 
 
 def label(width: int, pixel_size: float | None) -> str:

@@ -108,15 +108,18 @@ def _read(path: Path, hows: Mapping[str, Reading]) -> tuple[ndarray, ndarray | N
     return _tif(path, how), None
 
 
-def voxel_size(path: Path) -> float | None:
-    """The micrometres that a voxel is wide, if the file says: a TIFF, a DICOM file, or the `voxel_size` of an .npz."""
+def voxel_size(path: Path, low: bool = False) -> float | None:
+    """The micrometres that a voxel is wide, if the file says: a TIFF, a DICOM file, or the `voxel_size` of an .npz.
+
+    Of a file of pairs that is a voxel of the high-resolution volume, or of the `low` one if asked.
+    """
     first = files_of(path)[0]
     if is_tiff(first):
         return rasters.voxel_size(first)
     if is_dicom(first):
         scan = read_dicom(first)
         return 1000 * scan.width if scan.width and scan.width == scan.height else None
-    return rasters.voxel_size_of_npz(first) if first.suffix.lower() == ".npz" else None
+    return rasters.voxel_size_of_npz(first, low) if first.suffix.lower() == ".npz" else None
 
 
 def _npz(path: Path) -> dict[str, ndarray]:
