@@ -206,6 +206,20 @@ def test_the_low_volume_of_a_pair_has_larger_voxels_than_the_pair_says(tmp_path)
             assert archive["voxel_size"] == width / 2
 
 
+@pytest.mark.parametrize(("kind", "padding"), [("uint16", 7), ("int16", -2000), ("uint16", None)])
+def test_pixels_that_stand_for_no_value_are_told_once(kind, padding, tmp_path, capsys):
+    stored = numbers(6, 8, kind=kind) + np.array(8, kind)
+    stored[0, 0] = -2000 if kind == "int16" else 7
+    tags = {} if padding is None else {"PixelPaddingValue": padding}
+    for name in "ab":
+        read_dicom(dicom(tmp_path / name, stored, **tags))
+    told = [line for line in capsys.readouterr().err.splitlines() if "PixelPaddingValue" in line]
+    assert len(told) == (padding is not None)
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", extratags=[(42113, 2, 2, "7", True)])
+    read_raster(tmp_path / "a.tif")
+    assert ("7 (GDAL_NODATA)" in capsys.readouterr().err) == (kind == "uint16")
+
+
 def test_bad_files_are_named(tmp_path, monkeypatch):
     file = dicom(tmp_path / "a.dcm", numbers(6, 8))
     whole = file.read_bytes()

@@ -10,7 +10,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import UserError
-from llmq.vision.pixels import readable
+from llmq.vision.pixels import readable, say_padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,10 @@ def read_dicom(path: Path) -> Scan:
         held = _opened(path)
         if int(held.get("SamplesPerPixel", 1)) != 1 or held.get("PhotometricInterpretation") == "PALETTE COLOR":
             raise UserError(f"{path}: is in colour, and grey is needed")
-        pixels = _rescaled(held)[_order(path, held)]
+        stored = _stored(held)
+        if _is_padded(held, stored):
+            say_padded(path.parent, f"{held.PixelPaddingValue} (PixelPaddingValue)")
+        pixels = _rescaled(held, stored)[_order(path, held)]
         measures = [_told(held, "PixelMeasuresSequence", name)[0] for name in MEASURES]
         down, across = (float(mm) for mm in measures[0] or (0, 0))
         depth = float(measures[1] or measures[2] or 0)
@@ -143,16 +146,27 @@ def _opened(path: Path, **how: bool) -> Any:
     return pydicom.dcmread(path, **how)
 
 
-def _rescaled(held: Dataset) -> ndarray:
+def _stored(held: Dataset) -> ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydicom cuts pixels off that the sizes in the head leave over
+        stored: ndarray = held.pixel_array
+    return stored
+
+
+def _is_padded(held: Dataset, stored: ndarray) -> bool:
+    """True if a stored number is one that stands for no value, be it written as a signed or an unsigned one."""
+    padding = held.get("PixelPaddingValue", None)
+    values = 2 ** int(held.BitsAllocated)
+    return padding is not None and bool((stored.astype(int) % values == int(padding) % values).any())
+
+
+def _rescaled(held: Dataset, stored: ndarray) -> ndarray:
     """Stored numbers `(frames, height, width)` through slope and intercept, of each frame where it tells its own.
 
     Whole numbers stay whole. White is made the largest number.
     """
     import numpy as np
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # pydicom cuts pixels off that the sizes in the head leave over
-        stored: ndarray = held.pixel_array
     if held.PhotometricInterpretation == "MONOCHROME1":  # its least number is white
         ends = np.iinfo(stored.dtype)
         bits = int(held.BitsStored)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError, is_of_machine
 from llmq.guarded.files import check_plain
+from llmq.terminal import say
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy import ndarray
     from tifffile import TiffFile, TiffPage, TiffPageSeries
 
@@ -21,6 +22,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both 
 PLAIN = (0, 1, 2)
 """The photometric interpretations of plain numbers: white is 0, black is 0, red-green-blue."""
 ORIENTATION = 274  # the tag of TIFF and EXIF
+NODATA = 42113  # the tag of GDAL
 
 
 def check_window(window: Window | None, name: str = "window") -> None:
@@ -106,8 +108,16 @@ def _pixels(path: Path, file: TiffFile) -> ndarray:
         return _by_pillow(path, page)
     if page.photometric == 0 and pixels.dtype.kind == "u":
         pixels = pixels.dtype.type(np.iinfo(pixels.dtype).max) - pixels
+    if NODATA in page.tags and bool((pixels == float(page.tags[NODATA].value)).any()):
+        say_padded(path.parent, f"{page.tags[NODATA].value} (GDAL_NODATA)")
     tag = page.tags.get(ORIENTATION)
     return _turned(pixels, int(tag.value) if tag is not None else 1)
+
+
+@cache  # once, not for each slice
+def say_padded(folder: Path, value: str) -> None:
+    """Tell that pixels are marked as without a value: what looks at them takes them for pore or rock."""
+    say(f"{folder}: pixels of {value} are marked as without a value, and are taken as what they are; crop them off")
 
 
 def _check_whole(path: Path, size: int, series: TiffPageSeries) -> None:
