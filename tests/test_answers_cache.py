@@ -212,6 +212,7 @@ def test_every_kind_of_answer_comes_back_as_it_was(kept):
     assert answers.read({"a": 2}) is None
 
 
+@pytest.mark.slow
 def test_a_report_says_what_was_reused_and_speed_never_is(model, kept, tmp_path):
     tasks = [
         plugin.build(t, "tasks")
@@ -229,6 +230,7 @@ def test_a_report_says_what_was_reused_and_speed_never_is(model, kept, tmp_path)
     assert not [t for t in ("size", "speed") if plugin.load(f"tasks.{t}")().depends() is not None]
 
 
+@pytest.mark.slow
 def test_the_questions_of_lm_eval_are_kept_with_its_files(model, kept, tmp_path, monkeypatch):
     # What other tests opened, a person's code as they are, is none of this task's: /proc/self changes all the time.
     monkeypatch.setattr(harness_sources, "_opened", set())

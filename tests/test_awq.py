@@ -110,7 +110,7 @@ def test_groups_without_a_feeder_are_counted_and_all_layers_are_packed(solver, t
         assert torch.isfinite(logits_of(loaded.module, some_ids())).all()
 
 
-@pytest.mark.parametrize("solver", ["nearest", "gptq"])
+@pytest.mark.parametrize("solver", ["nearest", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_a_killed_awq_goes_on_to_the_same_bytes(solver, tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     settings = {**FEW, "data": str(tiny_jsonl), "solver": solver}
     source = base_of(reshaped(tiny_llama, tmp_path / "model", num_key_value_heads=4))

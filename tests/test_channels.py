@@ -307,13 +307,13 @@ def test_the_least_go_in_all_parts_alike_and_a_round_number_stays(place_scores, 
 
 
 FAMILIES = {
-    "resnet": {"timm_classifier": {"architecture": "resnet18", "classes": 10, "input_size": 32}},
     "dcgan": {"dcgan": {"features": 16}},
     "edsr": {"edsr": {"scale": 4, "n_resblocks": 2, "n_feats": 32}},
     "wdsr-b": {"wdsr": {"variant": "B", "scale": 3, "n_resblocks": 2}},
     "fcos": {"torchvision_detector": {"architecture": "fcos", "size": 64}},
 }
 SLOW = {
+    "resnet": {"timm_classifier": {"architecture": "resnet18", "classes": 10, "input_size": 32}},
     "mobilenet": {"timm_classifier": {"architecture": "mobilenetv3_small_050", "classes": 10, "input_size": 32}},
     "efficientnet": {"timm_classifier": {"architecture": "tf_efficientnet_lite0", "classes": 10, "input_size": 32}},
     "vit": {"timm_classifier": {"architecture": "test_vit", "classes": 10}},

@@ -391,6 +391,7 @@ def test_longer_functions_are_left_out_and_counted(library):
     assert short.counts["read"] == library.counts["read"]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_a_function_without_its_docstring_and_the_question(library):
     for row in library.train[:500]:
         code = row["prompt"].removesuffix(QUESTION)

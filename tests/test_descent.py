@@ -90,7 +90,7 @@ def test_inputs_that_are_always_zero_are_borne():
     assert bool(descend(weight, hessian, made, damping, 2).weight().isfinite().all())
 
 
-@pytest.mark.parametrize(("bits", "sweeps"), [(2, 2), (3, 2), (4, 0)])
+@pytest.mark.parametrize(("bits", "sweeps"), [pytest.param(2, 2, marks=pytest.mark.slow), (3, 2), (4, 0)])
 def test_few_bits_are_asymmetric_and_swept_unless_asked_otherwise(bits, sweeps, tiny_llama, tiny_jsonl, tmp_path):
     settings = {"samples": 2, "length": 32, "data": str(tiny_jsonl), "bits": bits, "group_size": 32}
     base, sym = base_of(tiny_llama), bits == 4

@@ -175,6 +175,7 @@ def test_an_interrupt_is_no_failure_and_a_model_that_does_not_open_is_none_of_a_
         pipeline.evaluate({"0-base": artifact}, tasks, tmp_path / "b", CPU, {}, cache=False)
 
 
+@pytest.mark.slow
 def test_the_names_of_a_task_do_not_hang_on_whether_another_failed(tiny_llama, tmp_path, monkeypatch):
     """Or the second of two questions of one name would be set beside the base's first."""
     shots = [plugin.build({"lm_eval": {"tasks": ["pydoc_continuation"], "limit": n}}, "tasks") for n in (2, 3)]

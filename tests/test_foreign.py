@@ -564,6 +564,7 @@ def test_a_graph_that_is_not_there_foretells_nothing():
     assert model.sketch().unknown == "there is no file 'no.onnx', and only the file of a graph tells its size"
 
 
+@pytest.mark.slow
 def test_a_file_of_llmq_tells_what_it_takes(tmp_path, capsys):
     """Opened again by its file alone it sees what the network saw; what is set goes before what is told."""
     settings = {

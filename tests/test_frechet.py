@@ -135,6 +135,7 @@ def test_inception_leaves_the_padding_out_of_its_averages():
     assert _Last.pool(spot)[0, 0, 1, 1] == 9
 
 
+@pytest.mark.slow
 def test_inception_opens_a_file_of_its_weights_and_no_other(tmp_path):
     torch.manual_seed(0)
     network = fid_inception()

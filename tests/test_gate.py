@@ -322,6 +322,7 @@ def test_a_gate_that_names_nothing_measured_is_seen_before_the_steps(job, llmq, 
     assert not (tmp_path / "run/1-quantize.bnb").exists()
 
 
+@pytest.mark.slow
 def test_a_gate_on_what_only_stages_have_and_a_task_that_is_asked_twice(job, llmq, tmp_path):
     questions = [{"lm_eval": {"tasks": ["pydoc_continuation"], "limit": n}} for n in (4, 6)]
     divergence = {"divergence": {"tasks": [], "windows": 8, "window": 16}}

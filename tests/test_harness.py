@@ -33,7 +33,7 @@ STAGES = {
     "int8": lambda folder, tmp: apply("quantize.bnb", base_of(folder), tmp / "int8", bits=8),
     "packed": lambda folder, tmp: apply("quantize.rtn", base_of(folder), tmp / "rtn", bits=4, group_size=32),
 }
-KINDS = [pytest.param(k, marks=pytest.mark.slow) if k in ("int8", "packed") else k for k in STAGES]
+KINDS = [pytest.param(k, marks=pytest.mark.slow) if k in ("nf4", "int8", "packed") else k for k in STAGES]
 
 
 def requests(tokenizer, count=24):
@@ -233,6 +233,7 @@ def copies(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_tasks_read_local_copies_by_generation_and_by_choice(tiny_llama, copies):
     settings = {"tasks": ["gsm8k", "arc_easy"], "num_fewshot": 1, "limit": 2, "data_dir": str(copies)}
     found = {(m.task, m.metric): m for m in lm_eval(base_of(tiny_llama), **settings) if isinstance(m, Measurement)}

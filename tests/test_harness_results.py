@@ -33,6 +33,7 @@ def oracle(artifact, folder, *tasks):
         return evaluator.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)
 
 
+@pytest.mark.slow
 def test_every_kind_of_task_has_lm_evals_figures_and_samples_that_make_them(tiny_llama, tmp_path):
     write(tmp_path, "choice", {**CHOICE, "metric_list": metrics("acc", "acc_norm", "acc_mutual_info")})
     names = ["choice", write(tmp_path, "lambada", LAMBADA), write(tmp_path, "wiki", WIKITEXT)]
@@ -63,6 +64,7 @@ def test_every_kind_of_task_has_lm_evals_figures_and_samples_that_make_them(tiny
     assert found["lambada", "acc"].chance is None
 
 
+@pytest.mark.slow
 def test_perplexities_of_tasks_have_paired_verdicts(tiny_llama, tmp_path):
     folder = tmp_path / "tasks"
     names = [write(folder, "lambada", LAMBADA), write(folder, "wiki", WIKITEXT)]

@@ -78,6 +78,7 @@ def base_and_theirs(tiny_llama: Path, folder: Path) -> tuple[Artifact, Path, dic
     return base, file, foreign(whole.weights / "model.gguf", file)
 
 
+@pytest.mark.slow
 def test_a_foreign_q4_k_file_is_compared_with_our_own_bits(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("suite.yaml").write_text(SUITE)

@@ -17,7 +17,7 @@ QUICK = {"r": 4, "max_length": 64, "max_steps": 4, "per_device_train_batch_size"
 BASES = {"bf16": None, "nf4": {"bits": 4}, "fp4": {"bits": 4, "quant_type": "fp4"}, "int8": {"bits": 8}}
 
 
-@pytest.fixture(params=["bf16", "nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp4", "int8"))])
+@pytest.fixture(params=["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "fp4", "int8"))])
 def any_base(request, tiny_llama, tmp_path):
     """The tiny model, bf16 or quantized."""
     settings = BASES[request.param]
@@ -131,6 +131,7 @@ def test_every_option_trains(tiny_llama, tiny_jsonl, tmp_path, settings):
         assert torch.isfinite(logits_of(loaded.module, some_ids())).all()
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_learned(tiny_llama, tiny_jsonl, tmp_path):
     stage = apply(
         "adapt.lora",

@@ -86,6 +86,7 @@ def test_no_block_stays_in_memory_and_the_model_is_left_as_it_was(tiny_llama):
     assert source.module.get_submodule(source.blocks[0]).forward.__func__ is forward
 
 
+@pytest.mark.slow
 def test_equal_weights_give_the_plain_result_to_the_bit(tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     plain = {**SETTINGS, "data": str(tiny_jsonl), "hessian": "inputs"}
     monkeypatch.setattr(
@@ -103,7 +104,7 @@ def test_equal_weights_give_the_plain_result_to_the_bit(tiny_llama, tiny_jsonl, 
     ("word", "settings"),
     [
         ("quantize.awq", {"group_size": 32}),
-        ("quantize.awq", {"group_size": 32, "solver": "gptq"}),
+        pytest.param("quantize.awq", {"group_size": 32, "solver": "gptq"}, marks=pytest.mark.slow),
         ("prune.wanda", {}),
         ("prune.sparsegpt", {}),
         ("prune.alps", {}),
@@ -132,7 +133,10 @@ def test_a_row_of_weight_four_counts_as_four_rows():
         torch.testing.assert_close(gram.total(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("killed_at", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"])
+@pytest.mark.parametrize(
+    "killed_at",
+    [pytest.param("model.layers.0.self_attn.o_proj", marks=pytest.mark.slow), "model.layers.1.mlp.up_proj"],
+)
 def test_a_killed_job_goes_on_to_the_same_bytes_without_a_second_backward_pass(
     killed_at, tiny_llama, tiny_jsonl, tmp_path, monkeypatch
 ):

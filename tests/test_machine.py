@@ -87,7 +87,11 @@ FAILS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", FAILS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [FAILS[0], *(pytest.param(error, marks=pytest.mark.slow) for error in FAILS[1:])],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_step_that_fails_is_one_line_and_its_traceback_stands_in_the_log(job, tmp_path, monkeypatch, capsys, error):
     cls = plugin.load("quantize.rtn")
 
@@ -231,6 +235,7 @@ def test_a_limit_on_memory_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_damaged_answers_of_a_run_are_named_when_it_is_resumed(job, tmp_path, monkeypatch, capsys):
     ended(capsys, "run", str(job), "--out", str(tmp_path / "o"))
     for content in ("{", "[]", '{"measurements": 5}', json.dumps({"measurements": [{"task": "size"}], "exhibits": []})):

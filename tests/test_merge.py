@@ -12,7 +12,7 @@ from llmq.errors import UserError
 LORA = {"r": 4, "max_length": 64, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize("settings", [None, {"bits": 4}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("settings", [None, {"bits": 4}, pytest.param({"bits": 8}, marks=pytest.mark.slow)], ids=str)
 def test_a_merged_model_opens_in_plain_transformers_and_says_nearly_the_same(
     tiny_llama, tiny_jsonl, tmp_path, settings
 ):
@@ -45,6 +45,7 @@ def test_merging_is_exact_in_float32(tiny_llama, tiny_jsonl, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_divergence_is_that_of_a_slow_obvious_sum(tiny_llama, tiny_jsonl, tmp_path):
     from llmq.data.pydoc import Pydoc
     from llmq.text.windows import windows_of
@@ -63,7 +64,13 @@ def test_the_divergence_is_that_of_a_slow_obvious_sum(tiny_llama, tiny_jsonl, tm
     assert merged.measurements[0].value == pytest.approx(total / tokens, rel=1e-2, abs=1e-7)
 
 
-@pytest.mark.parametrize("packs", [{"quantize.rtn": {"bits": 4, "group_size": 32}}, {"quantize.bnb": {"bits": 4}}])
+@pytest.mark.parametrize(
+    "packs",
+    [
+        {"quantize.rtn": {"bits": 4, "group_size": 32}},
+        pytest.param({"quantize.bnb": {"bits": 4}}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_sum_is_rounded_again_and_the_loss_of_it_is_measured(packs, tiny_llama, tiny_jsonl, tmp_path):
     ((word, settings),) = packs.items()
     packed = apply(word, base_of(tiny_llama), tmp_path / "p", **settings)

@@ -153,6 +153,7 @@ def test_weights_that_are_not_finite_are_told_before_anything_is_trained():
         choose(adapted(model), True, 2)
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_trained_one_example_a_row_and_the_notes_say_why(tiny_llama, tiny_jsonl, tmp_path):
     from transformers import AutoTokenizer
 

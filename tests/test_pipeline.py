@@ -60,6 +60,7 @@ def test_a_run_leaves_a_report_that_sets_every_stage_beside_the_base(job, tmp_pa
     assert (out / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_whole_stage(job, tmp_path, monkeypatch):
     out = tmp_path / "run"
     loaded = recipe.load(str(job))
@@ -96,6 +97,7 @@ def test_a_folder_with_another_recipe_is_not_resumed(job, tmp_path):
         pipeline.check_folder(recipe.load(str(job), ["seed=1"]), out, resume=True)
 
 
+@pytest.mark.slow
 def test_only_the_ends_are_evaluated_where_the_recipe_says_so(job, tmp_path):
     report = pipeline.run(recipe.load(str(job), ["stages=ends"]), tmp_path / "run")
     assert {m["stage"] for m in report.measurements} == {"0-base", "2-adapt.lora"}

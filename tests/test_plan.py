@@ -345,6 +345,7 @@ def test_a_run_is_refused_with_a_cure_before_anything_is_loaded(tiny_llama, tiny
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_report_sets_what_was_foretold_beside_what_was_measured(tiny_llama, tmp_path, monkeypatch, capsys):
     job = {
         "model": {"causal_lm": {"weights": str(tiny_llama)}},

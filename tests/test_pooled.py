@@ -45,6 +45,7 @@ def packed(tiny_llama, tmp_path_factory):
     return apply("quantize.rtn", base_of(tiny_llama, "float32"), tmp_path_factory.mktemp("packed") / "1", **settings)
 
 
+@pytest.mark.slow
 def test_an_adapter_merges_into_the_grid_and_goes_into_gguf_without_loss(packed, tiny_jsonl, tmp_path):
     adapted = apply("adapt.lora", packed, tmp_path / "a", data=str(tiny_jsonl), use_qalora=True, **QUICK)
     tensors = load(adapter_bytes(adapted))

@@ -109,7 +109,7 @@ def test_packing_that_loses_a_code_is_found_before_it_is_written(monkeypatch, st
         gptq_format.to_tensors(made, stored_as)
 
 
-@pytest.mark.parametrize("word", ["int8", "float16"])
+@pytest.mark.parametrize("word", [pytest.param("int8", marks=pytest.mark.slow), "float16"])
 def test_a_graph_that_is_not_what_was_meant_is_refused(tmp_path, monkeypatch, word):
     from llmq.openvino_runtime import openvino
 

@@ -53,6 +53,7 @@ def test_prune_quantize_and_train_come_back_byte_for_byte(run, tmp_path):
     assert again.figures >= 6
 
 
+@pytest.mark.slow
 def test_another_seed_is_seen_in_what_was_trained_and_nowhere_before(run, job, tmp_path):
     pipeline.run(recipe.load(str(job), ["seed=4"]), tmp_path / "other")
     found = replay.beside(run, tmp_path / "other")

@@ -180,6 +180,7 @@ def test_a_bare_path_means_the_data_of_the_models_kind(model, path, word):
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_a_detector_of_two_classes_is_measured_on_its_own(yolo, tmp_path):
     made = job(FCOS, [{"adapt.train": {"data": str(yolo), "max_steps": 1}}], "detector")
     tasks = [task for task in made.evaluate if task.word == "tasks.detection"]

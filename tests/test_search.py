@@ -221,6 +221,7 @@ def test_sizes_are_shares_and_bytes(base):
             budget_bytes(wrong, base)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe_runs_it_and_tells_foretold_beside_measured(base, tmp_path):
     asked = [
         "search",
@@ -356,6 +357,7 @@ def test_quality_on_several_texts_is_that_of_the_worst():
     assert searched(Budget(kl=0.07), kls=[(0.01, 0.01), (0.04, 0.01)]).told["kl_to_base"] == 0.04
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_meet_the_bytes_leaves_them_to_the_others(base, tmp_path, monkeypatch):
     source = base.model.skeleton(base, "cpu")
     sizes = sensitivity.sizes_of(base, source, False)

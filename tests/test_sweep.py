@@ -271,6 +271,7 @@ def test_a_range_of_whole_numbers_has_whole_numbers_and_another_has_others(low, 
     assert sweeping._chosen(Trial(), "key", Range(low=low, high=high, log=log)) is wanted
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_recipe_is_refused(sweep_of, recipe, tmp_path):
     asked = load(sweep_of(list=[{"seed": 1}]))
     sweeping.sweep(asked, tmp_path / "out", in_this_process)

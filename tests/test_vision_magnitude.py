@@ -175,7 +175,7 @@ def test_real_families_keep_their_shapes_and_lose_half_of_their_weights(model, t
     assert all(bool(t.isfinite().all()) for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
-@pytest.mark.parametrize("held", [None, False])
+@pytest.mark.parametrize("held", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_afterwards_keeps_the_zeros_unless_told_otherwise(held, tmp_path):
     model = plugin.build({"timm_classifier": {"architecture": "resnet10t", "classes": 10, "input_size": 32}}, "models")
     _, made = pruned(tmp_path / "made", model)

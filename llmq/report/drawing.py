@@ -50,10 +50,13 @@ def legend(figure: "Figure", axes: "Axes") -> None:
 def as_svg(figure: "Figure") -> str:
     """A figure as text for the page, whose ink follows the theme."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = io.StringIO()
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set(facecolor="none", edgecolor="none")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmq"}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # `savefig` draws twice, to the same text
     # Text stays text, in the font of the page; the XML head and the metadata have no place inside HTML.
     # The numbered names of parts come in every picture; nothing refers to them.
     unwanted = r"^.*?(?=<svg)|<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*_\d+\""

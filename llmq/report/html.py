@@ -4,6 +4,7 @@ import base64
 import json
 import shlex
 from dataclasses import asdict, replace
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ from llmq.source import to_yaml
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from llmq.judge.comparisons import Comparisons
     from llmq.report import Report
 
@@ -125,10 +128,14 @@ def _seen(row: Row) -> Row:
 
 
 def _rendered(template: str, **values: object) -> str:
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    return environment.get_template(template).render(**values)
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 
 
 def _commands(report: "Report", folder: Path) -> dict[str, str]:
