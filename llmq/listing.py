@@ -14,6 +14,9 @@ from llmq.words import PACKAGES, words
 if TYPE_CHECKING:
     from llmq.types import Plugin
 
+NARROW, INDENT = 20, "    "
+"""The fewest columns of a text that stands beside its head, and what moves it in where it stands below."""
+
 
 def everything() -> dict[str, dict[str, str]]:
     """Every word, recipe, sweep and suite, with a line on each."""
@@ -55,11 +58,13 @@ def as_text(found: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def wrapped(head: str, text: str) -> str:
-    """A head and a text beside it, which on a terminal is wrapped by words under itself."""
+    """A head and a text beside it, which on a terminal is wrapped by words under itself; below, on a narrow one."""
     if not sys.stdout.isatty():
         return f"{head}{text}".rstrip()
-    width = max(shutil.get_terminal_size().columns, len(head) + 20)
-    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)).rstrip()
+    width, under = shutil.get_terminal_size().columns, " " * len(head)
+    if text and width < len(head) + NARROW:
+        return "\n".join((head.rstrip(), textwrap.fill(text, width, initial_indent=INDENT, subsequent_indent=INDENT)))
+    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=under).rstrip()
 
 
 def as_seen(text: str) -> str:
@@ -69,7 +74,8 @@ def as_seen(text: str) -> str:
 
 def settings_of(word: str, cls: "type[Plugin]") -> str:
     """The documentation of a word, and a line for each of its settings."""
-    lines = [f"{word}: {sys.modules[cls.__module__].__doc__}"]
+    told = f"{word}: {sys.modules[cls.__module__].__doc__}"
+    lines = ["\n\n".join(wrapped("", paragraph) for paragraph in told.split("\n\n"))]
     for name, field in cls.model_fields.items():
         default = "needed" if field.is_required() else f"= {field.default!r}"
         lines.append(wrapped(f"  {name:<30} {default:<16} ", field.description or ""))

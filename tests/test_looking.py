@@ -42,6 +42,8 @@ def test_help_has_a_short_form_and_the_version_is_told():
     assert told("-h") == told("--help")
     assert told("--version").split()[0] == "llmq"
     assert told("help", "quantize.rtn") == told("show", "quantize.rtn")
+    assert told("help") == told("--help")
+    assert told("help", "run") == told("run", "--help")
 
 
 def test_the_words_of_one_kind():
@@ -110,6 +112,15 @@ def test_lines_are_wrapped_by_words_on_a_terminal_alone(monkeypatch):
     lines = listing.wrapped("head ", "word " * 40).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert all(line.startswith("     word") for line in lines[1:])
+
+
+def test_nothing_of_a_word_is_wider_than_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for columns in (50, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = listing.settings_of("quantize.gptq", plugin.load("quantize.gptq")).splitlines()
+        assert all(len(line) <= columns for line in shown)
+        assert "damp_percent" in " ".join(shown)
 
 
 def test_names_are_completed(runs):

@@ -442,7 +442,24 @@ COMMANDS: Mapping[str, Callable[..., object]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-app.command("help", hidden=True)(looking.show)
+
+
+@app.command("help", hidden=True)
+def help_of(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[COMMAND|WORD|RECIPE|…]", autocompletion=completing.shown)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the options of a command, or what `llmq show` shows."""
+    program = context.find_root()
+    if name is None:
+        typer.echo(program.get_help())
+    elif name in COMMANDS:
+        program.command.main([name, "--help"], program.info_name, standalone_mode=False)
+    else:
+        looking.show(name, as_json)
 
 
 def main() -> None:
