@@ -596,3 +596,46 @@ def test_a_file_of_llmq_tells_what_it_takes(tmp_path, capsys):
     assert (beside.mean, beside.labels, beside.crop_mode) == ((0.4,), ("a", "b", "c", "d"), "squash")
     own: Any = opened(file, is_a="classifier", mean=[0.5], std=[0.3]).model
     assert (own.mean, own.crop_pct) == ((0.5,), 0.9)
+
+
+SOFTMAX = ("detr", "yolos")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "opset"), [("detr", 14), ("detr", 20), ("yolos", 14), ("yolos", 20), ("rt_detr", 16), ("rt_detr", 20)]
+)
+def test_a_detector_of_transformers_as_torch_exports_it_finds_what_transformers_finds(family, opset, tmp_path):
+    """From the first opset on that has its operations. The batch norms have seen data, or scores are all alike."""
+    from test_hf_detector import CONFIGS
+    from transformers import AutoConfig, AutoModelForObjectDetection, DetrImageProcessor, RTDetrImageProcessor
+
+    class Outputs(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            made = network(pixel_values=images)
+            return made.logits, made.pred_boxes
+
+    torch.manual_seed(0)
+    network = AutoModelForObjectDetection.from_config(AutoConfig.for_model(family, **CONFIGS[family]))
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train().momentum = None
+    with torch.inference_mode():
+        network(pixel_values=torch.rand(8, 3, 64, 64))
+    holder = Outputs()
+    holder.network = network.eval()
+    file = write(holder, tmp_path / "net.onnx", (1, 3, 64, 64), opset, batch=False)
+    decoding = "detr" if family in SOFTMAX else "rtdetr"
+    stage = opened(file, is_a="detector", decoding=decoding, score_threshold=0.0)
+    (image,) = some_images((64, 64))
+    with stage.open("cpu") as loaded:
+        (ours,) = loaded.artifact.model.detect(loaded, [image])
+    with torch.inference_mode():
+        outputs = network(pixel_values=torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
+    processor = DetrImageProcessor() if family in SOFTMAX else RTDetrImageProcessor()
+    (theirs,) = processor.post_process_object_detection(outputs, 0.0, [(64, 64)])
+    order = theirs["scores"].argsort(descending=True, stable=True)
+    assert len(order) >= 10
+    assert np.allclose(ours.scores, theirs["scores"][order].numpy(), atol=1e-4)
+    assert ours.labels.tolist() == theirs["labels"][order].tolist()
+    assert np.allclose(ours.boxes, theirs["boxes"][order].clamp(0, 64).numpy(), atol=0.02)
