@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,9 @@ def test_voxels_that_ome_tells_are_kept(kind, unit, micrometres, tmp_path, capsy
         else:
             assert per == pytest.approx([1e4 / micrometres * 4, 1e4 / micrometres * 8])
             assert tags[296].value == 3
+            (sizes,) = re.findall(r"<Pixels .*?>", file.ome_metadata)
+            found = {axis: float(re.search(f'PhysicalSize{axis}="(.*?)"', sizes)[1]) for axis in "XYZ"}
+            assert found == {"X": 250, "Y": 125, "Z": 2000}  # micrometres
     about |= {"PhysicalSizeXUnit": "pixel"}
     tifffile.imwrite(tmp_path / "b.ome.tif", noise(3, 8, 8, kind=kind), metadata=about)
     predicted(EDSR, [tmp_path / "b.ome.tif"], tmp_path / "out2")

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from llmq.errors import UserError
 from llmq.guarded.files import check_plain
@@ -30,6 +31,8 @@ LOW, HIGH = "lr", "hr"
 VOXEL_SIZE = "voxel_size"
 """The name in an .npz of the micrometres that a voxel is wide, a high-resolution one in pairs."""
 OF_IMAGEJ = ("uint8", "uint16", "float32")
+OF_OME = ("int8", "int16", "int32", "uint32", "float64")
+"""Those of OME that ImageJ has not."""
 RESOLUTIONS = (282, 283)
 UNIT = 296  # the tag of the unit of both
 MICROMETRES = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "mm": 1e3, "cm": 1e4}
@@ -103,12 +106,8 @@ def _of_numpy(path: Path, suffix: str) -> Raster:
 
 def _of_dicom(path: Path) -> Raster:
     scan = read_dicom(path)
-    told: JsonObject = {}
-    if scan.width and scan.height:
-        told = {"resolution": (10 / scan.width, 10 / scan.height), "resolutionunit": CENTIMETRES}
-        if scan.depth and scan.pixels.dtype.name in OF_IMAGEJ:  # the only description that has a distance of slices
-            told = {"resolution": (1 / scan.width, 1 / scan.height), "imagej": True}
-            told["metadata"] = {"spacing": scan.depth, "unit": "mm"}
+    width, height, depth = (1e3 * (mm or 0.0) for mm in (scan.width, scan.height, scan.depth))
+    told = _written(width, height, depth, scan.pixels.dtype.name)
     return Raster(scan.pixels, ".tif", voxels=told)
 
 
@@ -195,12 +194,21 @@ def _of_ome(file: TiffFile) -> JsonObject:
         unit = MICROMETRES.get(str(pixels.get(f"PhysicalSize{axis}Unit", "µm")), 0.0)
         sizes.append(float(pixels.get(f"PhysicalSize{axis}", 0)) * unit)
     across, down, apart = (size if 0 < size < float("inf") else 0.0 for size in sizes)
+    return _written(across, down, apart, file.series[0].dtype.name)
+
+
+def _written(across: float, down: float, apart: float, dtype: str) -> JsonObject:
+    """Voxels of a size in micrometres (0: unknown) for tifffile: ImageJ's way, or OME's for other numbers."""
     if not (across and down):
         return {}
-    if apart and file.series[0].dtype.name in OF_IMAGEJ:
+    if apart and dtype in OF_IMAGEJ:
         metadata = {"spacing": apart, "unit": "um"}
         return {"resolution": (1 / across, 1 / down), "resolutionunit": 1, "imagej": True, "metadata": metadata}
-    return {"resolution": (1e4 / across, 1e4 / down), "resolutionunit": CENTIMETRES}
+    told: JsonObject = {"resolution": (1e4 / across, 1e4 / down), "resolutionunit": CENTIMETRES}
+    if apart and dtype in OF_OME:
+        metadata = {f"PhysicalSize{axis}": size for axis, size in zip("XYZ", (across, down, apart), strict=True)}
+        told |= {"ome": True, "metadata": {**metadata, "UUID": str(UUID(int=0))}}  # a random one otherwise
+    return told
 
 
 def _of_imagej(file: TiffFile) -> JsonObject:
@@ -262,8 +270,9 @@ class Enlarged:
         if "resolution" in voxels:  # pixels in a unit of length
             voxels["resolution"] = tuple(self.scale * each for each in voxels["resolution"])
         colours = self.slices.ndim == 4
-        if self.deeper > 1 and "spacing" in (voxels["metadata"] or {}):
-            voxels["metadata"] = {**voxels["metadata"], "spacing": voxels["metadata"]["spacing"] / self.deeper}
-        if voxels.get("imagej"):
-            voxels["metadata"] = {**voxels["metadata"], "axes": "ZYXS" if colours else "ZYX"}
+        smaller = {"spacing": self.deeper, "PhysicalSizeZ": self.deeper, "PhysicalSizeX": self.scale}
+        smaller["PhysicalSizeY"] = self.scale
+        if told := voxels["metadata"]:
+            told = {name: value / smaller[name] if name in smaller else value for name, value in told.items()}
+            voxels["metadata"] = {**told, "axes": "ZYXS" if colours else "ZYX"}
         tifffile.imwrite(self.target, self.slices, photometric="rgb" if colours else "minisblack", **voxels)
