@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS_AT_A_TIME = 256
+ROWS_AT_A_TIME = 128
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from llmq.finite import advice, check_gradients, check_loss, check_weights
 from llmq.text.examples import IGNORED, Collator, Tokens
 from llmq.text.fast_path import FastPath
 from llmq.text.in_force import check_in_force
+from llmq.text.made_again import made_again
 from llmq.text.sharding import let_processors_shard, share_held
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def trained(
 ) -> tuple[PackedTrainer, dict[str, object]]:
     """A trainer of this kind after its training, from the last whole checkpoint in `folder` on, and the history."""
     trainer = _trainer(kind, fast, teacher, folder / CHECKPOINTS, arguments, asked, **parts)
-    with fast.switched_on() if fast else nullcontext():
+    with fast.switched_on() if fast else nullcontext(), made_again():
         trainer.train(resume_from_checkpoint=str(trainer.done) if trainer.done else None)
     seconds = trainer.elapsed
     trainer.check_weights()

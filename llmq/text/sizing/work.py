@@ -18,7 +18,7 @@ from llmq.text.sizing.packing import in_int8, in_planes
 if TYPE_CHECKING:
     from llmq.text.sizing.network import TextSketch
 
-CHUNK = 256
+CHUNK = 128
 """Rows of logits that the fused loss holds at a time (`fused_loss`)."""
 TILE = 128
 """Queries of a tile of attention (`attention`)."""
@@ -119,10 +119,10 @@ def saved(sketch: TextSketch, rows: int, length: int, ranks: int, checkpointed: 
     width, tokens = BYTES[sketch.dtype], rows * length
     d, inner, q, k = sketch.hidden, sketch.inner, sketch.queries, sketch.keys
     norms = 2 * d * 4
-    inputs = (d + q + d + inner) * width  # of the adapters; layers that are given the same share it
+    inputs = (d + q + d) * width  # of the adapters; layers that are given the same share it
     if any(map(in_int8, sketch.linears)):  # on a processor these layers keep what they were given, rounded or not
         inputs += (2 * d + q + inner) * width
-    mixing = (q + k + 3 * inner) * width + 7 * ranks * width
+    mixing = (q + k + 2 * inner) * width + 7 * ranks * width  # what is made again is not kept (`made_again`)
     scores = sketch.heads * (length + TILE) // 2 * width
     block = tokens * (norms + inputs + mixing + scores)
     if checkpointed:
