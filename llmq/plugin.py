@@ -7,6 +7,7 @@ The docstring of the file documents the word.
 import importlib
 import inspect
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from llmq.types import JsonObject, Model, Plugin
 from llmq.words import words as words
 
 
+@cache
 def load(word: str) -> type[Plugin]:
     """The plug-in class that a word names."""
     known = words()

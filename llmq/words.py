@@ -21,7 +21,7 @@ def words() -> dict[str, str]:
 
 
 def _words_of(package: str) -> Iterator[tuple[str, str]]:
-    # `os.scandir`: a check lists all words twelve times, and objects for the paths took 40 % of its time.
+    # `os.scandir`: a check lists all words several times, and objects for the paths took 40 % of its time.
     for folder in importlib.import_module(f"llmq.{package}").__path__:
         with os.scandir(folder) as entries:
             for entry in entries:

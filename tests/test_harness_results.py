@@ -191,6 +191,7 @@ def test_what_cannot_be_scored_is_one_line_with_task_and_question(tiny_llama, tm
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_questions_that_lose_their_beginning_are_counted(tiny_llama, tmp_path):
     data = rows(5)
     data[1]["question"] = "The statement " * 400

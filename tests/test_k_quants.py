@@ -120,6 +120,7 @@ def test_a_model_is_no_result_yet(tiny_llama, tmp_path):
         comparisons.targets([str(tmp_path / "run.gguf")])
 
 
+@pytest.mark.slow
 def test_a_run_on_a_foreign_file_tells_its_types(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, file, _ = base_and_theirs(tiny_llama, tmp_path)

@@ -130,6 +130,7 @@ def test_an_error_goes_up_where_its_log_cannot_be_written(tmp_path):
     assert errors.line_of(raised.value).startswith("unforeseen: KeyError: 'x'")
 
 
+@pytest.mark.slow
 def test_disk_is_looked_for_before_a_stage_is_written(job, tmp_path, monkeypatch):
     needed = files.bytes_of(recipe.load(str(job)).model.base(CPU).weight_files())
     monkeypatch.setattr(files, "free_bytes", lambda path: needed - 1)

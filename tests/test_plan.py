@@ -321,7 +321,13 @@ def test_nf4_of_a_matrix_is_half_a_byte_a_weight_and_its_scales():
     assert part.opened == 2**20 // 2 + 2**20 // 64 + 4 * (2**20 // 64 // 256) + 4 * (256 + 16 + 1)
 
 
-@pytest.mark.parametrize("name", recipe.names("recipes"))
+GRAPHS = ("vision/classifier-int8", "vision/digits-int8-bound", "vision/digits-qat4")
+"""Recipes that are foretold by an export of their network."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in GRAPHS else n for n in recipe.names("recipes")]
+)
 def test_every_bundled_recipe_is_foretold(name):
     if name == "vision/rock-drsrd1":
         pytest.skip("its data is not bundled; its steps are known when that is read")

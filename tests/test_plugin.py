@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     for name in set(sys.modules) - before:
         if name.startswith("llmq.quantize."):
             del sys.modules[name]
+    plugin.load.cache_clear()
 
 
 def test_one_file_is_one_word(folder):

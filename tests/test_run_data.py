@@ -196,6 +196,7 @@ def test_a_detector_of_two_classes_is_measured_on_its_own(yolo, tmp_path):
     assert f"reads data.coco {yolo}" in (tmp_path / "run/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_classifier_and_its_stages_read_the_held_out_part_of_its_folder(pets, tmp_path):
     own = plugin.build({"image_folder": {"path": str(pets)}}, "data").read()
     assert len(own.held_out) == 5

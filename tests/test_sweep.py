@@ -280,6 +280,7 @@ def test_a_folder_of_another_recipe_is_refused(sweep_of, recipe, tmp_path):
         sweeping.sweep(load(sweep_of(list=[{"seed": 1}])), tmp_path / "out", in_this_process)
 
 
+@pytest.mark.slow
 def test_a_search_finds_what_a_grid_would_and_chooses_the_same_again(sweep_of, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     space = {"adapt.lora.r": [2, 4, 8], "adapt.lora.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}

@@ -88,6 +88,7 @@ def test_fast_and_own_path_learn_the_same(pruned, tiny_jsonl, tmp_path, monkeypa
         assert one == pytest.approx(other, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_taught_training_is_one_of_its_seed_and_goes_on_after_a_kill(pruned, tiny_jsonl, tmp_path, monkeypatch):
     settings = {"data": str(tiny_jsonl), **QUICK, "teacher": "base", "save_steps": 2}
     whole = apply("adapt.lora", pruned, tmp_path / "whole", **settings)
