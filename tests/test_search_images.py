@@ -10,7 +10,7 @@ import llmq
 from llmq import plugin
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.searching.images import ImageSearched, share_of, stage_of
+from llmq.searching.images import ImageSearch, ImageSearched, share_of, stage_of
 
 RESNET = {
     "timm_classifier": {
@@ -87,6 +87,16 @@ def test_what_no_search_can_begin_with_is_refused(stage, tmp_path):
     ):
         with pytest.raises(UserError, match=told):
             llmq.search(stage.weights, out=tmp_path / "out", **how)
+
+
+def test_the_data_are_of_the_scale_of_the_network_and_of_nothing_else():
+    def entry(model: dict[str, Any], data: str) -> Any:
+        base: Any = plugin.build(model, "models").base(CPU)
+        return ImageSearch(lambda recipe: None, base, data, 8, None, 0)._entry()
+
+    assert entry({"edsr": {"scale": 3}}, "rock") == {"rock": {"scale": 3, "dimensions": 2}}
+    assert entry({"srcnn": {"scale": 2}}, "scan.npz") == {"rock": {"path": "scan.npz", "scale": 2}}
+    assert entry({"torchvision_detector": {}}, "scenes") == {"scenes": {}}  # a scale of another thing
 
 
 def searched(ci95: list[float], bound: float) -> ImageSearched:

@@ -133,7 +133,9 @@ class ImageSearch:
         """Find, run and measure what meets one budget: `{"macs": "0.5x"}`, or drops such as `{"top1": "0.3pt"}`."""
         if "macs" not in asked:
             drops = {name: value.strip().removeprefix("-") for name, value in asked.items()}
-            step: JsonObject = {"quantize.int8": {"data": self.data, "samples": self.samples, "accuracy_drop": drops}}
+            step: JsonObject = {
+                "quantize.int8": {"data": self._entry(), "samples": self.samples, "accuracy_drop": drops}
+            }
             return ImageSearched(self.run(self._recipe([step])), dict(drops), {})
         if len(asked) > 1:
             raise UserError(f"{' and '.join(f'--{name}' for name in asked)}: name --macs alone, or drops alone")
@@ -144,7 +146,7 @@ class ImageSearch:
         modules = {f"^{re.escape(name)}$": {"ratio": ratio} if ratio else "skip" for name, ratio in ratios.items()}
         steps: list[JsonObject] = [
             {"prune.channels": {"modules": modules}},
-            {"adapt.distill": {"data": self.data, "teacher": "base"}},
+            {"adapt.distill": {"data": self._entry(), "teacher": "base"}},
         ]
         foretold = {"macs": macs, "error_of_outputs": cost}
         return ImageSearched(self.run(self._recipe(steps)), {"macs": budget, "of": trials.whole}, foretold)
@@ -155,11 +157,19 @@ class ImageSearch:
         model = self.stage.model
         if model.two_stages:
             raise UserError(f"--macs: {model.title} cannot be taught once it is cut; take a detector of one stage")
-        data: Any = plugin.build(plugin.data_entry(self.data, model.kind), "data")
+        data: Any = plugin.build(self._entry(), "data")
         inputs = list(model.calibration(data.read(), self.samples, self.seed))
         inputs = [torch.cat(inputs)] if len({x.shape for x in inputs}) == 1 else inputs
         step: Any = plugin.build("prune.channels")
         return step.trials(self.stage, inputs)
+
+    def _entry(self) -> JsonObject:
+        """The data, whose low-resolution images are as much smaller as the network enlarges."""
+        model = self.stage.model
+        ((word, settings),) = plugin.data_entry(self.data, model.kind).items()
+        fields = plugin.load(f"data.{word}").model_fields
+        both = [name for name in ("scale", "dimensions") if name in fields and name in type(model).model_fields]
+        return {word: {**settings, **{name: getattr(model, name) for name in both}}}
 
     def _recipe(self, steps: list[JsonObject]) -> "Recipe":
         from llmq import recipe
