@@ -3,6 +3,7 @@
 import re
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from llmq import environment, measure, together
 from llmq.answers import AnswerCache
 from llmq.artifact import MACHINE, Artifact, Failure, Stage
 from llmq.errors import is_of_machine, one_line
-from llmq.files import to_json, write_json, write_text
+from llmq.files import sha256_text, to_json, write_json, write_text
 from llmq.guarded.files import library, read_json_object
 from llmq.reading import by_name
 from llmq.runs.paths import within
@@ -105,7 +106,8 @@ def _keep(
     measurements = [a for a in answers if isinstance(a, Measurement)]
     write_samples(measurements, folder / "samples")
     figures = {(m["task"], m["metric"]): m for m in (*before.get("measurements", ()), *map(asdict, measurements))}
-    shown = [_keep_picture(a, folder) for a in answers if isinstance(a, Exhibit)]
+    files = _file_names((f"{a.task}-{a.title}" for a in answers if isinstance(a, Exhibit)), "-")
+    shown = [_keep_picture(a, folder, files) for a in answers if isinstance(a, Exhibit)]
     exhibits = {(e["task"], e["title"], e["input"]): e for e in (*before.get("exhibits", ()), *shown)}
     whole = {
         "schema_version": SCHEMA_VERSION,
@@ -126,11 +128,11 @@ def _of_machine(folder: Path) -> JsonObject:
     return read_json_object(file) if file.exists() else {}
 
 
-def _keep_picture(exhibit: Exhibit, folder: Path) -> JsonObject:
+def _keep_picture(exhibit: Exhibit, folder: Path, files: Mapping[str, str]) -> JsonObject:
     """The exhibit as JSON holds it; the picture becomes a file in the folder of the stage."""
     data = {k: v for k, v in asdict(exhibit).items() if k != "picture"}
     if exhibit.picture:
-        name = re.sub(r"[^\w.-]+", "-", f"{exhibit.task}-{exhibit.title}")
+        name = files[f"{exhibit.task}-{exhibit.title}"]
         file = folder / "pictures" / f"{name}.png"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(exhibit.picture)
@@ -189,13 +191,20 @@ def _failure(name: str, method: str, stage: str, error: BaseException) -> Failur
 def write_samples(measurements: Sequence[Measurement], folder: Path) -> None:
     """Write the scores by sample as `samples/<task>.<metric>.jsonl`."""
     folder.mkdir(exist_ok=True)
+    files = _file_names((f"{m.task}.{m.metric}" for m in measurements), "_")
     for m in measurements:
         if m.samples:
             weights = m.samples.weights or (1.0,) * len(m.samples.values)
             scored = enumerate(zip(m.samples.values, weights, strict=True))
             rows = (to_json({"sample": i, "score": value, "weight": weight}) for i, (value, weight) in scored)
-            name = re.sub(r"[^\w.-]+", "_", f"{m.task}.{m.metric}")
-            write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
+            write_text(folder / f"{files[f'{m.task}.{m.metric}']}.jsonl", "\n".join(rows) + "\n")
+
+
+def _file_names(names: Iterable[str], instead: str) -> dict[str, str]:
+    """A file name for each name; those that differ only in what no file name has bear a digest as well."""
+    plain = {name: re.sub(r"[^\w.-]+", instead, name) for name in names}
+    alike = Counter(file.casefold() for file in plain.values())
+    return {n: f if alike[f.casefold()] == 1 else f"{f}{instead}{sha256_text(n)[:8]}" for n, f in plain.items()}
 
 
 def overrides(method: str, tasks: Iterable[Task]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import CPU, apply, base_of
 
-from llmq import answers, environment, pipeline, plugin
+from llmq import answers, environment, pipeline, plugin, questions
 from llmq.harness import sources as harness_sources
 from llmq.report import Report
 from llmq.types import Attachment, Exhibit, Measurement, Samples
@@ -210,6 +210,20 @@ def test_every_kind_of_answer_comes_back_as_it_was(kept):
     assert back[1].picture == given[1].picture
     assert back[2].text == given[2].text
     assert answers.read({"a": 2}) is None
+
+
+def test_answers_whose_names_make_one_file_name_have_files_of_their_own(tmp_path):
+    pictures = [Exhibit("t", title, "in", "", picture=title.encode()) for title in ("a b", "a-b", "A b", "c")]
+    questions._keep(pictures, [], [], {}, tmp_path / "0-base", {})
+    shown = json.loads((tmp_path / "0-base/measurements.json").read_text())["exhibits"]
+    assert {e["title"]: (tmp_path / e["file"]).read_bytes().decode() for e in shown} == {
+        title: title for title in ("a b", "a-b", "A b", "c")
+    }
+    assert shown[-1]["file"] == "0-base/pictures/t-c.png"
+    scored = [Measurement(t, "acc", 0.5, "share", "higher", 1, None, "c", Samples((0.5,))) for t in ("x y", "x_y", "z")]
+    questions.write_samples(scored, tmp_path / "samples")
+    assert len(list((tmp_path / "samples").iterdir())) == len(scored)
+    assert (tmp_path / "samples/z.acc.jsonl").exists()
 
 
 @pytest.mark.slow
