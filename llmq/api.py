@@ -91,11 +91,14 @@ def load(
     from llmq.overrides import in_order
 
     trust.given(trust_remote_code, allow_code)
+    changes = in_order(overrides)
     if isinstance(recipe, recipes.Recipe):
-        return recipe
+        if not changes:
+            return recipe
+        recipe, name = recipe.plain(), recipe.name
     if not isinstance(recipe, Mapping):
-        return recipes.load(os.fspath(recipe), in_order(overrides), checked=checked)
-    return recipes.of_source(recipes.Source(said_in, dict(recipe)), name, in_order(overrides), checked=checked)
+        return recipes.load(os.fspath(recipe), changes, checked=checked)
+    return recipes.of_source(recipes.Source(said_in, dict(recipe)), name, changes, checked=checked)
 
 
 def plan(
@@ -176,7 +179,7 @@ def asked_of(suite: str | None, tasks: str | Sequence[str] | None, limit: int | 
     from llmq.targets import asked_for
 
     named = tasks if tasks is None or isinstance(tasks, str) else ",".join(tasks)
-    return asked_for(suite, named, limit) if suite or tasks or limit else None
+    return asked_for(suite, named, limit) if suite or tasks or limit is not None else None
 
 
 def quantize(

@@ -28,6 +28,7 @@ LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
     "numpy", "scipy", "torchvision", "timm", "torchmetrics", "faster-coco-eval", "torch-pruning", "scikit-learn",
     "openvino", "nncf", "openvino-genai", "openvino-tokenizers", "onnx", "onnxruntime", "gptqmodel",
+    "pillow", "scikit-image", "jinja2", "sacrebleu", "evaluate", "rouge-score", "nltk", "sympy",
 )  # fmt: skip
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4

@@ -1,6 +1,6 @@
 """The hash of every file of a run, written when the run ends, and of the files of its base, written when it begins."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llmq.artifact import MACHINE, Artifact
@@ -12,6 +12,11 @@ from llmq.runs.folder import LOCK
 FILE = "hashes.json"
 UNHASHED = (FILE, "log.txt", LOCK, "tensorboard")
 """Files that change after the run has ended, or that would have to hash themselves."""
+SAYING = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer*", "*.model", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py",
+)  # fmt: skip
+"""The files of configuration, tokenizer, template and code beside weights."""
 
 
 def record(run: Path) -> None:
@@ -49,22 +54,30 @@ def check_base(base: Artifact, stage: Path) -> None:
 
     A file of the same size and time is taken for the same; any other is hashed.
     """
+    if name := other_file(base, stage, _is_same):
+        raise UserError(
+            f"{str(stage)!r} began from another {name} than lies in {str(base.weights)!r} now; bring back what "
+            "was there, or use a new --out"
+        )
+
+
+def other_file(base: Artifact, stage: Path, same: Callable[[Path, Mapping[str, object]], bool]) -> str:
+    """The first file of a base that is not the `same` as when the run began, that came or went; or nothing."""
     kept = read_json_object(stage / MACHINE).get("files") if (stage / MACHINE).is_file() else None
     if not isinstance(kept, dict):  # of an older run
-        return
+        return ""
     files = {f.name: f for f in _files(base)}
-    for name in sorted(kept.keys() | files.keys()):
-        if name not in files or name not in kept or not _is_same(files[name], kept[name]):
-            raise UserError(
-                f"{str(stage)!r} began from another {name} than lies in {str(base.weights)!r} now; bring back what "
-                "was there, or use a new --out"
-            )
+    changed = (
+        n for n in sorted(kept.keys() | files.keys()) if not (n in files and n in kept and same(files[n], kept[n]))
+    )
+    return next(changed, "")
 
 
 def _files(base: Artifact) -> list[Path]:
-    """The files of the weights, and those of configuration and tokenizer beside them."""
-    beside = [f for name in ("config.json", "tokenizer*.json") for f in base.weights.glob(name)]  # none of a file
-    return [*base.weight_files(), *beside]
+    """The files of the weights, and all beside them that say how to open and ask the model."""
+    beside = (f for name in SAYING for f in base.weights.glob(name))  # none of a file
+    adapter = {base.adapter / "adapter_config.json"} if base.adapter else set()
+    return sorted({*base.weight_files(), *adapter, *(f for f in beside if f.is_file())})
 
 
 def _time(file: Path) -> int:

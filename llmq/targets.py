@@ -164,7 +164,7 @@ def asked_for(
 
     `settings` go to every task that has a setting of that name, unless they are empty.
     """
-    if limit and not tasks:
+    if limit is not None and not tasks:
         raise UserError(f"--limit {limit} goes with --tasks a,b,c; a suite says its own limits")
     if suite and tasks:
         raise UserError(f"--suite {suite} and --tasks {tasks} exclude each other; leave one out")
@@ -172,10 +172,10 @@ def asked_for(
         raise UserError("nothing is asked: name --suite NAME (llmq list evals), or lm-eval's --tasks a,b,c")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) and tasks):
         raise UserError(f"--batch-size {batch_size}: a whole number, with --tasks, or 'auto'")
-    said = {key: value for key, value in settings.items() if value not in (None, False)}
+    said = {key: value for key, value in settings.items() if value is not None and value is not False}
     if suite:
         return _with(read(find("evals", suite)).data, said) if said else suite
-    said |= {"limit": limit} if limit else {}
+    said |= {"limit": limit} if limit is not None else {}
     said |= {"batch_size": int(batch_size)} if batch_size != "auto" else {}
     return [{"lm_eval": {"tasks": [t.strip() for t in (tasks or "").split(",") if t.strip()], **said}}]
 

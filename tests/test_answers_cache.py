@@ -122,7 +122,9 @@ def test_how_the_model_is_opened_counts(model, kept):
     assert not ask(replace(model, packed=True))[1]
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers", "tokenizers", "bitsandbytes", "lm-eval"])
+@pytest.mark.parametrize(
+    "name", ["torch", "transformers", "tokenizers", "bitsandbytes", "lm-eval", "jinja2", "pillow", "sacrebleu"]
+)
 def test_every_library_counts(model, kept, monkeypatch, name):
     ask(model)
     stock = environment.library_version

@@ -55,6 +55,14 @@ def test_overrides_by_key_are_folded_as_on_the_command_line(report):
     assert plain["evaluate"][1] == {"perplexity": {"window": 32, "limit": 8, "data": "pydoc"}}
 
 
+def test_overrides_of_a_recipe_that_was_read_before_are_folded_too(tiny_llama):
+    plain = {"model": {"causal_lm": {"weights": str(tiny_llama)}}, "steps": [{"quantize.rtn": {"bits": 8}}]}
+    job = api.load(plain, name="mine")
+    changed = api.load(job, {"quantize.rtn.bits": 4, "seed": 3})
+    assert (changed.name, changed.steps[0].bits, changed.seed) == ("mine", 4, 3)
+    assert api.load(job) is job
+
+
 def test_a_report_is_rows_a_table_and_a_page(report):
     figures = {(m["stage"], m["metric"]): m["value"] for m in report.measurements}
     assert figures["1-quantize.rtn", "bytes_on_disk"] < figures["0-base", "bytes_on_disk"]

@@ -11,7 +11,7 @@ from run_folders import accuracy, perplexity, size, speed, write_run
 
 from llmq import pipeline, recipe
 from llmq.errors import UserError
-from llmq.judge import gate
+from llmq.judge import gate, results
 from llmq.report import Report
 from llmq.rules import read_rule
 from llmq.types import Measurement, Samples
@@ -124,6 +124,26 @@ def test_a_stage_can_be_named_and_the_base_beside_itself_passes(run_folder, llmq
     ended, out, _ = llmq("gate", "run", "--stage", "0-base", *words)
     assert ended == 0, out
     assert out.count("pass") == 4
+
+
+@pytest.mark.parametrize("lost", ["0-base", "1-quantize.bnb"])
+def test_a_stage_whose_tasks_all_failed_is_not_replaced_by_another(run_folder, llmq, lost):
+    """The last measured stage passed for the last one, and the first measured one for the base."""
+    report = json.loads((run_folder / "report.json").read_text())
+    for stage in report["stages"]:
+        stage["asked"] = {"seconds": 1.0}
+    report["measurements"] = [m for m in report["measurements"] if m["stage"] != lost]
+    (run_folder / "report.json").write_text(json.dumps(report))
+    ended, _, err = llmq("gate", "run", "--rule", "perplexity <= 1.5x base")
+    assert ended == 2
+    assert f"all tasks failed at {lost}" in err
+
+
+def test_a_stage_before_the_base_is_not_taken_for_it(run_folder, llmq):
+    report = json.loads((run_folder / "report.json").read_text())
+    report["stages"][1]["asked"] = {"seconds": 1.0}
+    (run_folder / "report.json").write_text(json.dumps(report))
+    assert list(results.run(run_folder)) == ["1-quantize.bnb"]
 
 
 def test_undecided_names_how_many_samples_it_takes(run_folder, llmq):

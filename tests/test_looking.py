@@ -82,6 +82,7 @@ def test_an_evaluation_has_no_stages_to_come():
     [
         (None, None, 5, "--limit 5 goes with --tasks a,b,c; a suite says its own limits"),
         ("text-quick", None, 5, "--limit 5 goes with --tasks"),
+        ("text-quick", None, 0, "--limit 0 goes with --tasks"),
         ("text-quick", "hellaswag", None, "--suite text-quick and --tasks hellaswag exclude each other"),
         (None, None, None, "nothing is asked: name --suite NAME"),
     ],
@@ -89,6 +90,13 @@ def test_an_evaluation_has_no_stages_to_come():
 def test_what_is_asked_for_is_refused_in_words_of_its_options(suite, tasks, limit, told_so):
     with pytest.raises(UserError, match=told_so):
         targets.asked_for(suite, tasks, limit)
+
+
+def test_no_examples_are_asked_for_as_0_and_not_as_the_tasks_own_number():
+    ((told,),) = [
+        entry.values() for entry in targets.asked_for(None, "gsm8k", 0, num_fewshot=0, apply_chat_template=False)
+    ]
+    assert told == {"tasks": ["gsm8k"], "num_fewshot": 0, "limit": 0}
 
 
 def test_runs_are_listed_the_latest_first_whole_or_not(runs):

@@ -1,6 +1,7 @@
 """A run made again comes back byte for byte, and a run that was touched is found out."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -35,8 +36,6 @@ def run(job, tmp_path_factory):
 
 def copy_of(run, tmp_path):
     """A run to be damaged."""
-    import shutil
-
     return shutil.copytree(run, tmp_path / "run")
 
 
@@ -93,6 +92,19 @@ def test_a_base_that_is_another_now_is_found_out(run, tmp_path):
     (damaged / "report.json").write_text(json.dumps(report))
     found = replay.verify(damaged)
     assert "not those that were measured" in found.base
+    assert not found.whole
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_what_asks_the_base_is_part_of_it(run, tmp_path, name):
+    moved = copy_of(run, tmp_path)
+    told = json.loads((moved / "0-base/machine.json").read_text())
+    base = shutil.copytree(told["weights"][0], tmp_path / "base")
+    (moved / "0-base/machine.json").write_text(json.dumps({**told, "weights": [str(base)]}))
+    assert not replay.verify(moved).base
+    (base / name).write_text((base / name).read_text() + "\n")
+    found = replay.verify(moved)
+    assert f"{name} is not the one that the run began from" in found.base
     assert not found.whole
 
 

@@ -451,7 +451,7 @@ def test_a_resumed_stage_that_was_made_from_other_data_is_refused(place, tiny_ll
         pipeline.make_stage(step, base, folder, CPU)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_resumed_run_whose_base_was_replaced_is_refused(name, tiny_llama, tmp_path):
     weights = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     base, folder = base_of(weights), tmp_path / "run" / "0-base"

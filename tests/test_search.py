@@ -284,6 +284,12 @@ def test_a_search_that_was_killed_goes_on_and_begins_the_runs_that_had_not_begun
     assert gone_on == [("r", True), ("r-2", True), ("r-awq", False)]
 
 
+def test_the_device_of_a_search_is_that_of_its_run(base, tmp_path):
+    model = {"causal_lm": {"weights": str(base.weights)}}
+    asked = searching.Search(llmq.run, model, Budget("0.6x"), {}, searching.TASKS, 0, tmp_path, device="cpu")
+    assert asked._recipe([], ()).device == "cpu"
+
+
 def test_an_unknown_method_of_a_search_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"--methods 'gtpq': some of gptq, awq, prune.layers; did you mean 'gptq'"):
         llmq.search(base.weights, size="0.6x", methods=["gtpq"], out=tmp_path / "r")

@@ -7,9 +7,9 @@ from pathlib import Path
 from llmq import recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
-from llmq.files import BESIDE, sha256_files
+from llmq.files import BESIDE, sha256, sha256_files
 from llmq.guarded.files import library, read_json_object
-from llmq.hashes import hashes, recorded
+from llmq.hashes import hashes, other_file, recorded
 from llmq.recipe import Recipe
 from llmq.runs import paths as run_paths
 from llmq.runs.paths import within
@@ -53,7 +53,7 @@ def _verified(run: Path) -> Verified:
 
 
 def _base(run: Path) -> str:
-    """The fault of the weights that the run began from, or nothing; the report keeps their hash."""
+    """The fault of the base that the run began from, or nothing; report and base keep the hashes."""
     report = _report(run)
     measured = dict.fromkeys(m["stage"] for m in report["measurements"])
     folder = within(run, next(iter(measured), "0-base"), run / "report.json")
@@ -63,6 +63,8 @@ def _base(run: Path) -> str:
         artifact = Artifact.load(folder)
         if sha256_files(artifact.weight_files()) != report["environment"]["model_sha256"]:
             return f"{artifact.weights}: the weights are not those that were measured"
+        if name := other_file(artifact, folder, lambda file, kept: sha256(file) == kept.get("sha256")):
+            return f"{artifact.weights}: {name} is not the one that the run began from"
     except OSError as error:
         return f"the weights cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -46,12 +46,18 @@ def _run(folder: Path) -> dict[str, Result]:
     report = _json(folder / "report.json")
     check_schema(report, folder / "report.json")
     try:
-        stages = list(dict.fromkeys(m["stage"] for m in report["measurements"]))
-    except (KeyError, TypeError):
+        measured = list(dict.fromkeys(m["stage"] for m in report["measurements"]))
+        names = [s["name"] for s in report.get("stages", ())]
+        asked = [s["name"] for s in report.get("stages", ()) if s.get("asked")]  # older reports have none
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{str(folder / 'report.json')!r} is no report of llmq") from None
-    if not stages:
+    if not measured:
         raise UserError(f"{str(folder)!r}: nothing was measured in this run; give its recipe something to 'evaluate'")
-    return {name: _stage(within(folder, name, folder / "report.json"), report) for name in stages}
+    for end in (*asked[:1], *asked[-1:]):
+        if end not in measured:  # another stage would be taken for the base, or for the last one
+            raise UserError(f"{str(folder)!r}: all tasks failed at {end}; ask them again with llmq run … --resume")
+    before = names[: names.index(asked[0])] if asked else []  # stages before the base keep what their steps measured
+    return {n: _stage(within(folder, n, folder / "report.json"), report) for n in measured if n not in before}
 
 
 def read(target: str) -> list[Result]:

@@ -406,6 +406,7 @@ class Search:
         from llmq import recipe
 
         plain = {"model": self.model, "steps": steps, "evaluate": self.tasks, "seed": self.seed}
+        plain |= {"device": self.device}
         # Overrides are folded into the data itself.
         job = recipe.of_source(recipe.Source("search", deepcopy(plain)), "search", overrides)
         if lost := {"tasks.size", "tasks.divergence"} - {task.word for task in job.evaluate}:
