@@ -114,10 +114,30 @@ def test_generate_is_greedy_whatever_the_settings_of_the_model(tiny_llama, tiny_
     task = plugin.build({"generate": {"data": str(tiny_jsonl), "examples": 3, "max_new_tokens": 12}}, "tasks")
     with base_of(tiny_llama).open("cpu") as loaded:
         plain = [exhibit.output for exhibit in list(task.score(loaded))[:-1]]
-        for name, value in {"repetition_penalty": 5.0, "num_beams": 4, "no_repeat_ngram_size": 1}.items():
+        steering = {"repetition_penalty": 5.0, "num_beams": 4, "no_repeat_ngram_size": 1, "guidance_scale": 3.0}
+        for name, value in {**steering, "exponential_decay_length_penalty": (1, 2.0)}.items():
             setattr(loaded.module.generation_config, name, value)
         steered = [exhibit.output for exhibit in list(task.score(loaded))[:-1]]
     assert steered == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_beams", 4), ("guidance_scale", 3.0), ("encoder_repetition_penalty", 5.0), ("forced_eos_token_id", 2)],
+)
+def test_lm_eval_s_texts_are_written_as_the_settings_of_the_model_say(tiny_llama, name, value):
+    """As lm-eval's own class writes them, by `generate`: many texts at once knew neither beams nor guidance."""
+    from llmq.text import decoding
+
+    with base_of(tiny_llama, "float32").open("cpu") as loaded:
+        module, tokenizer = loaded.module, loaded.processor
+        ids = torch.tensor([tokenizer("What is 3 plus 4? ").input_ids])
+        plain = decoding.generate(module, tokenizer, [decoding.Job(tuple(ids[0].tolist()), (), 12)], "cpu")
+        setattr(module.generation_config, name, value)
+        made = decoding.generate(module, tokenizer, [decoding.Job(tuple(ids[0].tolist()), (), 12)], "cpu")
+        stock = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert made == [tokenizer.decode(stock[0, ids.shape[1] :], skip_special_tokens=True)]
+    assert made != plain
 
 
 @pytest.mark.slow

@@ -88,8 +88,7 @@ class Generate(Task):
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
-                num_beams=1,
-                **STEERING,  # greedy, whatever penalties the model's own settings have
+                **STEERING,  # greedy, whatever penalties and beams the model's own settings have
                 pad_token_id=loaded.processor.pad_token_id,
                 eos_token_id=sorted(ends) or None,
             )

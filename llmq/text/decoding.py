@@ -145,9 +145,14 @@ def end_marks(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {int(m) for m in (*marks, tokenizer.eos_token_id) if m is not None}
 
 
-STEERING = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
+STEERING: dict[str, object] = {"num_beams": 1, "min_length": 0, "min_new_tokens": None}
+STEERING |= dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0)
+STEERING |= dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0)
 STEERING |= dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"))
-"""Generation settings that change which token is the likeliest, and the values at which they change nothing."""
+STEERING |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
+STEERING |= dict.fromkeys(("guidance_scale", "stop_strings", "watermarking_config", "max_time"))
+STEERING |= dict.fromkeys(("penalty_alpha", "dola_layers", "token_healing"))
+"""Generation settings that change which token is written next, and the values at which they change nothing."""
 
 
 def steered(module: PreTrainedModel) -> bool:
