@@ -95,7 +95,7 @@ def load(
     if isinstance(recipe, recipes.Recipe):
         if not changes:
             return recipe
-        recipe, name = recipe.plain(), recipe.name
+        name, recipe = recipe.name, recipe.plain()
     if not isinstance(recipe, Mapping):
         return recipes.load(os.fspath(recipe), changes, checked=checked)
     return recipes.of_source(recipes.Source(said_in, dict(recipe)), name, changes, checked=checked)
