@@ -116,6 +116,7 @@ def test_a_card_sets_the_figure_of_one_task_beside_that_task_s_own(tmp_path):
     )  # fmt: skip
     (card,) = first.cards(Report.read(folder), "1-rtn")  # the first task's windows differ: it is not compared
     assert (card.value, card.beside, card.word) == (rows.number(perplexity(losses).value), "", "")
+    assert card.certainty[0].startswith("n = 16; not compared: ")
 
 
 def test_a_card_counts_the_pairs_and_not_the_documents_without_one(tmp_path):
@@ -476,3 +477,17 @@ def test_a_chart_sets_figures_of_one_task_side_by_side(run):
     drawn = charts.draw(Report(**told))["Size against quality"]
     assert "1-quantize.bnb" in drawn
     assert "2-adapt.lora" not in drawn  # it has the perplexity of another text alone
+
+
+def test_the_numbers_of_points_that_lie_together_are_one_text(run):
+    told = json.loads((run / "report.json").read_text())
+    sizes = [m for m in told["measurements"] if m["metric"] in ("bytes_on_disk", "token_perplexity")]
+    for stage in ("2-export.gguf", "3-adapt.lora"):
+        told["stages"].append({**told["stages"][-1], "name": stage})
+        far = 1 + 5 * (stage[0] == "3")
+        told["measurements"] += [
+            {**m, "stage": stage, "value": far * m["value"]} for m in sizes if m["stage"] == "1-quantize.bnb"
+        ]
+    texts = re.findall("<!-- (.*?) -->", charts.draw(Report(**told))["Size against quality"])
+    texts += re.findall(">([^<>]+)</text>", charts.draw(Report(**told))["Size against quality"])
+    assert {"0", "1, 2", "3"} <= set(texts)

@@ -1,6 +1,6 @@
 """The pictures of a report, as SVG text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmq.judge.protocols import QUALITY, SIZE, SPEED
@@ -8,7 +8,12 @@ from llmq.report.drawing import INK, as_svg, blank, colours_of, legend, plain_te
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from llmq.report import Report
+
+NEAR = 14
+"""Pixels within which the numbers of two points would lie over each other."""
 
 
 def draw(report: "Report") -> dict[str, str]:
@@ -43,9 +48,6 @@ def _trade_off(report: "Report", metrics: Sequence[str], factor: float, axis: st
     points = {s: (others[s]["value"] * factor, quality[s]["value"]) for s in both}
     for name, (x, y) in points.items():
         axes.plot(x, y, "o", color=colours[name], markersize=8, label=name)
-        number, dash, _ = name.partition("-")
-        if dash and number.isdigit():  # the legend alone would tell stages apart by colour only
-            axes.annotate(number, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8.5)
     if better != "unknown" and (front := _front(list(points.values()), less, better == "lower")):
         axes.plot(*zip(*front, strict=True), "--", color=INK, lw=1, alpha=0.5, zorder=0)
     axes.set_xlim(0, 1.15 * max(x for x, _ in points.values()))
@@ -55,11 +57,30 @@ def _trade_off(report: "Report", metrics: Sequence[str], factor: float, axis: st
     )
     axes.margins(y=0.2)
     axes.autoscale_view(scalex=False)
+    for number, point in _numbered(points, axes):  # the legend alone would tell stages apart by colour only
+        axes.annotate(number, point, xytext=(6, 6), textcoords="offset points", fontsize=8.5)
     legend(figure, axes)
     axes.set_xlabel(axis)
     told = {"higher": "  (↑ higher is better)", "lower": "  (↓ lower is better)"}.get(better, "")
     axes.set_ylabel(f"{metric.replace('_', ' ')}{told}")
     return as_svg(figure)
+
+
+def _numbered(points: Mapping[str, tuple[float, float]], axes: "Axes") -> list[tuple[str, tuple[float, float]]]:
+    """The numbers of the stages at their points; one text for points so near that two would lie over each other."""
+    texts: list[tuple[str, tuple[float, float]]] = []
+    for name, point in points.items():
+        number, dash, _ = name.partition("-")
+        if not dash or not number.isdigit():
+            continue
+        place = axes.transData.transform(point)  # pixels
+        for i, (others, at) in enumerate(texts):
+            if abs(place - axes.transData.transform(at)).max() < NEAR:
+                texts[i] = f"{others}, {number}", at
+                break
+        else:
+            texts.append((number, point))
+    return texts
 
 
 def _speed_axis(report: "Report") -> str:

@@ -102,7 +102,9 @@ def _alone(report: "Report", m: JsonObject) -> str:
     of_base = {other["metric"] for other in report.measurements if other["stage"] == base}
     is_own = m["metric"] in of_base or m["stage"] == base or report.lacks_base
     against = "" if is_own else f", against what {base} answers"
-    return f"n = {m['n']:,}{against}"
+    place = m["stage"], m["task"], m["metric"]
+    reason = next((r["reason"] for r in report.refused if (r["stage"], r["task"], r["metric"]) == place), "")
+    return f"n = {m['n']:,}{against}{f'; not compared: {reason}' if reason else ''}"
 
 
 def _floor(report: "Report", stage: str) -> str:
