@@ -1,5 +1,6 @@
 """The commands that look: list, show, runs, doctor, help, version; and the completion of a shell."""
 
+import io
 import json
 import os
 import sys
@@ -7,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from run_folders import size, write_run
 from typer.testing import CliRunner
 
 from llmq import api, cli, doctor, listing, plugin, targets
-from llmq.cli import completing, looking
+from llmq.cli import completing, looking, streams
 from llmq.errors import UserError
-from llmq.report import shelf
+from llmq.report import Report, screen, shelf
 
 
 def told(*words: str) -> str:
@@ -213,3 +215,25 @@ def test_a_figure_that_is_none_or_of_no_stage_is_one_line(change, tmp_path):
     file.write_text(json.dumps(told))
     with pytest.raises(UserError, match="is no whole run"):
         looking.show(str(tmp_path / "run"))
+
+
+def test_a_closed_stream_is_written_to_nowhere_and_an_ascii_one_gets_one_sign_for_one(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", narrow)
+    streams.prepare()
+    print(told_row := "acc ↑  0.75 ± 0.1  1.13× ▼  京", file=sys.stderr, flush=True)
+    print(told_row, flush=True)
+    assert not sys.stdout.isatty()
+    assert narrow.buffer.getvalue() == b"acc ^  0.75 ~ 0.1  1.13x -  \\u4eac\n"
+    sys.stdout.close()
+
+
+def test_lines_below_a_table_are_wrapped_on_a_terminal_and_whole_in_a_pipe(runs):
+    report = Report.read(runs / "first")
+    for is_terminal in (True, False):
+        out = Console(file=io.StringIO(), width=60, force_terminal=is_terminal, color_system=None)
+        screen.show(report, out)
+        lines = out.file.getvalue().splitlines()
+        assert any("[ ]: the 95 % interval of either." in line for line in lines) is not is_terminal
+        assert max(map(len, lines)) <= 60 or not is_terminal

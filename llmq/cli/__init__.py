@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llmq import __version__, api, errors, stopping, trust
-from llmq.cli import completing, judging, looking, planning, sweeping, using
+from llmq.cli import completing, judging, looking, planning, streams, sweeping, using
 from llmq.cli.ending import failed, tell
 from llmq.cli.options import DEFAULT_MODEL, AllowCode, Cache, Json, Opener, Out, Overrides, Trust
 from llmq.errors import UserError, in_bytes, visible
@@ -477,15 +477,11 @@ def _main() -> int:
     # The trust, and the resumable run, of an earlier command in this process do not hold for this one.
     trust.given()
     stopping.resumable = None
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone gets the rest as escapes
-            with suppress(OSError):
-                stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     line, answered = "", False
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if sys.stdout:  # None if it was closed before the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     except errors.LlmqError as error:
         line, code, answered = str(error), error.exit_code, isinstance(error, errors.Answered)
     except TyperException as error:

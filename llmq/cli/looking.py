@@ -77,6 +77,7 @@ def list_runs(
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder, the latest first: recipe, model, stages, gate and headline."""
+    from llmq import listing
     from llmq.report import shelf
 
     if not folder.is_dir():
@@ -87,9 +88,9 @@ def list_runs(
         return
     for run in found:
         gate = f"  gate {run.gate}" if run.gate else ""
-        told = f"{run.folder}  {run.ended}  {run.progress}{gate}"
-        for line in (told, f"    {' → '.join((run.model, *run.steps))}", f"    {run.headline}"):
-            typer.echo(visible(line))
+        typer.echo(visible(f"{run.folder}  {run.ended}  {run.progress}{gate}"))
+        for line in (" → ".join((run.model, *run.steps)), run.headline):
+            typer.echo(listing.wrapped("    ", visible(line)))
 
 
 def doctor(as_json: Json = False) -> None:

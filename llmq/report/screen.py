@@ -23,6 +23,8 @@ from llmq.report.rows import (
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from llmq.report import Report
 
 COLOURS = {"better": "green", "pass": "green", "worse": "red", "fail": "red", "base-unhealthy": "red"}
@@ -37,20 +39,19 @@ def show(report: "Report", out: Console | None = None) -> None:
     """Print the table of stages."""
     out = out or console(160)
     out.print(_table(report.columns, list(rows(report)), out.width))
-    out.print(LEGEND, style="dim")
-    for line in notes(report):
-        out.print(cell(line), style="dim", soft_wrap=True)
+    for line in (LEGEND, *notes(report)):
+        _print(out, line, "dim")
     for line in alarms(report):
-        out.print(cell(line), style="red", soft_wrap=True)
+        _print(out, line, "red")
 
 
 def show_comparison(compared: Comparisons, out: Console | None = None) -> None:
     """Print the table of results beside the first of them."""
     out = out or console(200)
     out.print(_table([r.name for r in compared.results], list(compared_rows(compared)), out.width, "sees"))
-    out.print(COMPARISON_LEGEND, style="dim", soft_wrap=True)
+    _print(out, COMPARISON_LEGEND, "dim")
     for line in comparison_notes(compared):
-        out.print(cell(line), soft_wrap=True)
+        _print(out, line)
 
 
 def show_gate(told: JsonObject, out: Console | None = None) -> None:
@@ -58,9 +59,14 @@ def show_gate(told: JsonObject, out: Console | None = None) -> None:
     out = out or console(200)
     for v in told["rules"]:
         verdict = cell(f"{v['verdict']:<15}", COLOURS.get(v["verdict"], "yellow"))
-        out.print(verdict.append_text(cell(sentence(v))), soft_wrap=True)
+        _print(out, verdict.append_text(cell(sentence(v))))
     if len(told["rules"]) > 1:
-        out.print(cell(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", "bold"), soft_wrap=True)
+        _print(out, cell(f"{told['verdict']:<15}of all, for stage {told['rules'][0]['stage']}", "bold"))
+
+
+def _print(out: Console, line: "str | Text", style: str = "") -> None:
+    """Print a line, wrapped by words on a terminal and whole into a pipe."""
+    out.print(cell(line) if isinstance(line, str) else line, style=style, soft_wrap=not out.is_terminal)
 
 
 NARROW = 110
