@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, apply, base_of
@@ -103,3 +104,30 @@ def test_image_networks_have_facts_too(tmp_path):
 )
 def test_a_layer_has_a_place_in_the_map(layer, place):
     assert layers.place_of(layer) == place
+
+
+def test_weights_of_4_bits_are_read_number_by_number_depthwise_ones_as_well():
+    pytest.importorskip("openvino")
+    from openvino import Model, PartialShape, Shape, Type, opset13
+    from openvino.op import Constant
+
+    from llmq.vision.graph_layers import facts_of
+
+    codes = np.arange(-8, 8, dtype=np.int8).reshape(4, 1, 2, 2)
+
+    def graph(packed: bool) -> Model:
+        image = opset13.parameter(PartialShape([1, 4, 8, 8]), Type.f32)
+        scale = opset13.constant(np.full((4, 1, 1, 1), 0.5, np.float32))
+        weight = opset13.constant(0.5 * codes.astype(np.float32).reshape(4, 1, 1, 2, 2))
+        if packed:
+            nibbles = Constant(Type.i4, Shape([4, 1, 2, 2]), codes.reshape(-1).tolist())
+            floats = opset13.multiply(opset13.convert(nibbles, "f32"), scale)
+            weight = opset13.reshape(floats, opset13.constant(np.array([4, 1, 1, 2, 2])), special_zero=False)
+        around = [1, 1], [0, 0], [0, 0], [1, 1]
+        layer = opset13.group_convolution(image, weight, *around)
+        layer.set_friendly_name("__module.conv/GroupConvolution")
+        return Model([layer], [image])
+
+    facts = facts_of(graph(packed=False), graph(packed=True))
+    assert facts["conv"]["bits"] == 4
+    assert facts["conv"]["error"] == 0

@@ -75,9 +75,13 @@ def _decoded(node: Node) -> tuple[np.ndarray, int] | None:
     """The numbers that a constant stands for, once its scales and zero points are applied, and the bits of one."""
     kind = node.get_type_name()
     if kind == "Constant":
-        return node.data.astype(np.float32), 8 * node.data.itemsize
+        # `data` of 4 bits are bytes that hold two numbers each.
+        return node.get_data(dtype=np.float32).copy(), node.get_output_element_type(0).bitwidth
     if kind == "Convert":
         return _decoded(node.input_value(0).get_node())
+    if kind == "Reshape":  # a depthwise weight of 4 bits gets its groups back
+        inner, shape = _decoded(node.input_value(0).get_node()), node.get_output_partial_shape(0)
+        return (inner[0].reshape(shape.to_shape()), inner[1]) if inner and shape.is_static else None
     if kind not in ("Multiply", "Subtract"):
         return None
     first, second = (_decoded(value.get_node()) for value in (node.input_value(0), node.input_value(1)))
