@@ -16,7 +16,7 @@ from scipy.linalg import sqrtm
 from llmq import plugin
 from llmq.errors import LlmqError, UserError
 from llmq.matrix.gaussians import frechet_distance, frechet_with_stderr, of_moments
-from llmq.tasks.frechet import of_inception
+from llmq.tasks.frechet import _halves, of_inception
 from llmq.tasks.frechet.inception import _A, _Last, fid_inception, resized
 from llmq.types import Split
 from llmq.vision.images import Example, Lazily
@@ -228,3 +228,18 @@ def test_real_images_of_other_channels_are_refused():
     task = plugin.build({"frechet": {"data": "digits", "inception": str(Path("x.pth"))}}, "tasks")
     with pytest.raises(UserError, match="has 1 channels, and this generator makes 3"):
         task._images(model)
+
+
+def test_the_halves_of_real_images_are_alike_where_these_lie_class_by_class():
+    real = np.concatenate([rows(seed, n=50) + 10 * seed for seed in range(4)])  # far apart from one another
+    (one, other), _ = _halves(real, Split([], [], "image", {}, ""))
+    assert sorted(map(tuple, [*one, *other])) == sorted(map(tuple, real))
+    assert frechet_with_stderr(one, other)[0] < 0.05 * frechet_with_stderr(real[:100], real[100:])[0]
+
+
+def test_slices_side_by_side_are_in_one_half_but_at_the_ends_of_stretches():
+    real = np.arange(200.0).reshape(-1, 1)
+    (one, other), told = _halves(real, Split([], [], "image", {}, "", neighbours=True))
+    assert (len(one) + len(other), told) == (200, "every second stretch")
+    assert sum(np.diff(one[:, 0]) > 1) + sum(np.diff(other[:, 0]) > 1) < 20
+    assert abs(one.mean() - other.mean()) < 20  # and not a hundred, as of the first and the last half

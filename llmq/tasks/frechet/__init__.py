@@ -100,10 +100,9 @@ class Frechet(Task):
         rows = extract(model.generate(loaded, model.latents(self.n, self.seed)))  # (n, features)
         yield self._measured("frechet_distance", rows, real, extract.name, f"samples from {about}")
         yield from self._manifolds(rows, real, extract.name, f"samples among {about}")
-        half = len(real) // 2
-        if half >= FEWEST:
-            halves = real[:half], real[half : 2 * half]
-            yield self._measured("frechet_floor", *halves, extract.name, f"halves of {about}")
+        halves, of_halves = _halves(real, split)
+        if min(map(len, halves)) >= FEWEST:
+            yield self._measured("frechet_floor", *halves, extract.name, f"{of_halves} of {about}")
 
     def against(self, loaded: Loaded, base: Loaded) -> Iterable[Measurement]:
         """Without `data`, the distance from samples of the base, and that between two sets of samples of the base."""
@@ -170,6 +169,18 @@ class Frechet(Task):
         return Measurement(
             self.name, metric, value, "squared feature distance", "lower", len(first), stderr, convention
         )
+
+
+def _halves(rows: "ndarray", split: Split) -> "tuple[tuple[ndarray, ndarray], str]":
+    """Every second of the rows `(n, features)` and the others, as folders have one class behind the other.
+
+    Slices of a volume are alike, so that every second one is no other set: there it is every second stretch of them.
+    """
+    from llmq.statistics.figures import stretches
+
+    turns = [each % 2 for each in (stretches(len(rows)) if split.neighbours else range(len(rows)))]
+    halves = tuple(rows[[i for i, turn in enumerate(turns) if turn == side]] for side in (0, 1))
+    return (halves[0], halves[1]), "every second stretch" if split.neighbours else "every second"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ ERRORS = {"Q4_0": 0.14, "Q4_1": 0.085, "Q5_0": 0.07, "Q5_1": 0.045, "Q8_0": 0.00
 SMALL = 4e-6
 """The error of weights so small that float16 holds their scale inexactly."""
 
+CHECKED = 2**20
+"""Weights that are compared with the file at a time."""
+
 
 @dataclass(frozen=True)
 class Type:
@@ -123,24 +126,33 @@ def check(place: Place, source: Source, chosen: Type, held: np.ndarray) -> float
     """
     import torch
 
-    meant, is_ = values(place, source), torch.from_numpy(held.copy())
-    if meant.shape != is_.shape:
-        raise LlmqError(f"{place.name} was read back as {tuple(is_.shape)}, and {tuple(meant.shape)} was written")
-    error = (is_ - meant).abs()
-    largest = float(meant.abs().max())
+    meant = values(place, source)
+    if meant.shape != held.shape:
+        raise LlmqError(f"{place.name} was read back as {held.shape}, and {tuple(meant.shape)} was written")
+    largest = float(torch.maximum(meant.max(), -meant.min()))
+    step = chosen.distance * _steps(place, source) if chosen.distance else 0.0
+    # Embeddings are the largest tensor: differences and bounds of all rows at once would be five more of their size.
+    rows, worst = max(1, CHECKED * len(meant) // meant.numel()), 0.0
+    for i, part in enumerate(torch.split(meant, rows)):
+        error = (torch.from_numpy(held[i * rows : (i + 1) * rows].copy()) - part).abs_()
+        if not bool((error <= _bound(part, chosen, step, largest)).all()):  # not >: NaN
+            told = f"{float(error.max()):.3g} from weights up to {largest:.3g}"
+            raise LlmqError(f"{place.name} as {chosen.name} was read back further away than its rounding: {told}")
+        worst = max(worst, float(error.max()))
+    return worst / largest if largest else 0.0
+
+
+def _bound(meant: Tensor, chosen: Type, step: float, largest: float) -> Tensor:
+    """The largest error that the type may make of each weight; `step` is that of a grid that is kept."""
+    import torch
+
     if chosen.name == "F32" or chosen.kept:
-        step = chosen.distance * _steps(place, source) if chosen.distance else 0.0
         # With fractional zero points `(code - zero) * scale` and `scale * code + minimum` differ in float32.
-        bound = torch.full_like(error, step * 1.01 + (2**-22 * largest if step else 0.0))
-    elif chosen.name in KINDS:
+        return torch.full_like(meant, step * 1.01 + (2**-22 * largest if step else 0.0))
+    if chosen.name in KINDS:
         blocks = meant.reshape(*meant.shape[:-1], -1, BLOCK).abs().amax(-1, keepdim=True)
-        bound = (blocks * ERRORS[chosen.name] + SMALL).expand(*blocks.shape[:-1], BLOCK).reshape(meant.shape)
-    else:
-        bound = meant.abs() * ERRORS[chosen.name] + 2**-24
-    if not bool((error <= bound).all()):  # not >: NaN
-        told = f"{float(error.max()):.3g} from weights up to {largest:.3g}"
-        raise LlmqError(f"{place.name} as {chosen.name} was read back further away than its rounding: {told}")
-    return float(error.max()) / largest if largest else 0.0
+        return (blocks * ERRORS[chosen.name] + SMALL).expand(*blocks.shape[:-1], BLOCK).reshape(meant.shape)
+    return meant.abs() * ERRORS[chosen.name] + 2**-24
 
 
 def _steps(place: Place, source: Source) -> float:
