@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import base_of, exit_code, reshaped, some_ids
+from helpers import apply, base_of, exit_code, reshaped, some_ids
 from tiny_text_models import ARCHITECTURES, build
 
 from llmq import chatting, cli
@@ -80,6 +80,22 @@ def test_what_was_read_before_changes_no_answer(architecture, tiny_llama, tmp_pa
             assert list(stream(reader, text, 8, pick, ())) == fresh
             follows = [*reader.ids, *ids[50:]]  # as the next turn does
             torch.testing.assert_close(reader.logits(follows), Reader(opened.module, "cpu").logits(follows))
+
+
+@pytest.mark.slow
+def test_a_graph_reads_only_what_differs_from_the_text_before(tiny_llama, tmp_path):
+    pytest.importorskip("openvino")
+    ids = some_ids(1, 40)[0].tolist()
+    with apply("export.openvino", base_of(tiny_llama, "float32"), tmp_path / "stage").open("cpu") as opened:
+        reader, read = Reader(opened.module, "cpu"), []
+        opened.module.register_forward_pre_hook(
+            lambda module, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+        for text, new in ((ids[:30], 30), (ids[:20] + ids[35:], 5), (ids[:10], 1), (ids[5:], 35)):
+            read.clear()
+            logits = reader.logits(text)
+            assert read == [new]
+            torch.testing.assert_close(logits, Reader(opened.module, "cpu").logits(text))
 
 
 def test_a_conversation_is_read_once(loaded):

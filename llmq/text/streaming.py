@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llmq.errors import LlmqError
@@ -103,11 +102,8 @@ def _goes_on(cache: JsonObject, tokens: int) -> bool:
 def _shortened(cache: JsonObject, tokens: int) -> bool:
     """Shorten a cache of plain keys and values; False for any other, such as recurrent states or sliding windows."""
     states = cache.get("past_key_values")
-    if (
-        len(cache) > 1
-        or not isinstance(states, DynamicCache)
-        or any(type(x) is not DynamicLayer for x in states.layers)
-    ):
+    layers = getattr(states, "layers", ())  # a graph of OpenVINO shows none, and all of its own are plain
+    if states is None or len(cache) > 1 or not states.is_croppable or any(type(x) is not DynamicLayer for x in layers):
         return False
     states.crop(tokens - states.get_seq_length())  # a negative number: from the end
     return True
