@@ -308,6 +308,7 @@ def check_order(
     now: dict[str, bool | str] = {"packed": False, "adapter": False, "runtime": begins_in}
     if base:
         now = {"packed": base.packed, "adapter": base.adapter is not None, "runtime": base.runtime}
+    before: list[Step] = []
     for i, step in enumerate(steps):
         where = source.where(("steps", i))
         _suits(step, kind, source, ("steps", i, step.word))
@@ -316,7 +317,12 @@ def check_order(
                 raise UserError(f"{where}: {step.word!r} {CURES[name, wanted]}")
         if now["runtime"] not in step.runtimes:
             raise UserError(f"{where}: {step.word!r} needs a stage in torch, and this one is in {now['runtime']}")
+        try:
+            step.check_after(before)
+        except UserError as error:
+            raise UserError(f"{where}: {step.word!r} {error}") from None
         now.update(step.left)
+        before.append(step)
 
 
 def is_run(folder: Path) -> bool:

@@ -231,6 +231,9 @@ class Step(Plugin, Generic[M]):
     def check_base(self, base: "Artifact[M]") -> None:
         """Raise `UserError` for a base that the step cannot change; called before the first step."""
 
+    def check_after(self, steps: "Sequence[Step]") -> None:
+        """Raise `UserError` if the steps before leave weights, by their settings, that this step cannot take."""
+
     @property
     def calibration_windows(self) -> tuple[int, int]:
         """The windows of text that the step calibrates on, and the tokens of each; none without a calibration."""

@@ -251,6 +251,23 @@ def test_orders_that_cannot_work(words, cure):
         check_order("causal-lm", steps(*words), HERE)
 
 
+@pytest.mark.parametrize(
+    ("before", "cure"),
+    [
+        ({"quantize.bnb": {}}, "codes of bitsandbytes; quantize by quantize.gptq"),
+        ({"quantize.rtn": {"bits": 3}}, "3 bits: vLLM reads 4 and 8"),
+        ({"quantize.rtn": {"modules": {"q_proj": {"bits": 2}}}}, "2 bits"),
+        ({"quantize.gptq": {"static_groups": False}}, "act order; quantize with static_groups: true"),
+    ],
+    ids=str,
+)
+def test_weights_that_an_export_has_no_place_for_are_seen_before_they_are_made(before, cure):
+    with pytest.raises(UserError, match=f"'export.compressed_tensors' has no place for .*{cure}"):
+        check_order("causal-lm", [*map(plugin.build, (before, "export.compressed_tensors"))], HERE)
+    fine = {"quantize.rtn": {"bits": 3, "modules": {"layers": {"bits": 4}}}}
+    check_order("causal-lm", [*map(plugin.build, (fine, "export.compressed_tensors"))], HERE)
+
+
 def test_a_base_that_is_packed_already_counts():
     base = replace(Artifact(None, Path()), packed=True)
     with pytest.raises(UserError, match="needs float weights"):

@@ -5,13 +5,14 @@ several config groups. transformers opens it with the package compressed-tensors
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from llmq.artifact import Artifact
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UserError
 from llmq.text.family import LanguageModel
+from llmq.text.formats import PACKED_BITS
 from llmq.types import Context, Step
 
 if TYPE_CHECKING:
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 class CompressedTensors(Step[LanguageModel]):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": True, "adapter": False}
+
+    def check_after(self, steps: "Sequence[Step]") -> None:
+        """Raise `UserError` for codes of bitsandbytes, for other bits than 4 and 8, and for groups in act order."""
+        made = next((step.model_dump() for step in reversed(steps) if step.left.get("packed")), {})
+        if "quant_type" in made:
+            raise UserError("has no place for the codes of bitsandbytes; quantize by quantize.gptq, rtn or awq")
+        said = made.get("modules") or {}
+        grids = [each for each in said.values() if isinstance(each, dict)] + ([] if said else [made])
+        if odd := [each["bits"] for each in grids if each.get("bits", 4) not in PACKED_BITS]:
+            raise UserError(f"has no place for {odd[0]} bits: vLLM reads 4 and 8; quantize with bits: 4")
+        if made.get("desc_act") and not made.get("static_groups"):
+            raise UserError("has no place for groups in act order; quantize with static_groups: true")
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         """The same codes in another order, and a shape of each layer instead of the groups of its inputs."""

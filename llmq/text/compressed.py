@@ -12,7 +12,7 @@ from llmq.guarded.files import read_json_object
 from llmq.guarded.weights import INDEX, OTHER_NAME, opened, safetensors_of
 from llmq.matrix import gptq_format, pack_quantized
 from llmq.text.blockwise import write
-from llmq.text.formats import COMPRESSED, PACK_QUANTIZED, quantization
+from llmq.text.formats import COMPRESSED, PACK_QUANTIZED, PACKED_BITS, quantization
 from llmq.text.names import module_names
 from llmq.text.opening import stored_as, without_weights
 from llmq.text.skeleton import copy_files
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from llmq.matrix.grid import Quantized
     from llmq.text.packed_tensors import Stored
-
-BITS = (4, 8)
 
 
 class Scheme(NamedTuple):
@@ -124,7 +122,7 @@ def _quantized(layer: str, held: Mapping[str, Stored], form: str) -> Quantized:
 
 
 def _scheme(layer: str, made: Quantized) -> Scheme:
-    if made.bits not in BITS:
+    if made.bits not in PACKED_BITS:
         raise UserError(
             f"{layer} has {made.bits} bits, and vLLM reads pack-quantized layers of 4 and 8; quantize it with bits: 4"
         )

@@ -16,6 +16,8 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja",
 READ = ("gptq", "bitsandbytes")
 """Methods of quantization whose folders are opened."""
 COMPRESSED, PACK_QUANTIZED = "compressed-tensors", "pack-quantized"
+PACKED_BITS = (4, 8)
+"""Bits of pack-quantized layers that vLLM reads."""
 """The method whose folders are opened in one format alone, and that format."""
 PACKS_THAT = "; quantize.{step} packs that"  # cures: ends of the message that refuses a folder
 DEQUANTIZES = ", or let transformers make floats of it: {config}(dequantize=True), then save_pretrained"
