@@ -1,6 +1,8 @@
 """A stage on the hub: the files of the model and the card, and nothing of the machine."""
 
 import json
+import re
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from llmq.errors import LlmqError, UserError, first_line
@@ -12,7 +14,8 @@ from llmq.terminal import say
 def publish(stage: Path, repository: str, private: bool) -> str:
     """Upload the model of a stage, and return the address.
 
-    Raises `UserError` for a folder that is no stage, holds no model, or names a base that only this machine has.
+    Raises `UserError` for a folder that is no stage, holds no model, or names a base that only this machine has; and
+    for a repository with weights that would be opened in place of, or on top of, the uploaded ones.
     """
     if not (stage / "artifact.json").is_file():
         stages = ", ".join(sorted(f.parent.name for f in stage.glob("[0-9]*-*/artifact.json")))
@@ -31,6 +34,7 @@ def publish(stage: Path, repository: str, private: bool) -> str:
     hub = HfApi()
     try:
         made = hub.create_repo(repository, private=private, exist_ok=True)
+        _check_there(repository, hub.list_repo_files(repository), {f.relative_to(stage).as_posix() for f in files})
         hub.upload_folder(
             repo_id=repository,
             folder_path=stage,
@@ -42,6 +46,17 @@ def publish(stage: Path, repository: str, private: bool) -> str:
     except (HfHubHTTPError, OSError) as error:
         raise LlmqError(f"the hub does not take {repository!r}: {first_line(error)}") from None
     return str(made)
+
+
+def _check_there(repository: str, there: Iterable[str], mine: Set[str]) -> None:
+    """Raise `UserError` for safetensors of another upload, which transformers prefers to shards or adds to a model."""
+    opened = re.compile(r"(adapter_)?model([.-].*)?\.safetensors(\.index\.json)?|adapter_config\.json")
+    left = sorted(name for name in there if opened.fullmatch(name) and name not in mine)
+    if left and any(map(opened.fullmatch, mine)):
+        raise UserError(
+            f"{repository!r} holds {left[0]!r} of another upload, which would be opened with this stage or in its "
+            "place; delete it there, or push to a repository of its own"
+        )
 
 
 def _check_base(adapter: Path) -> None:

@@ -191,6 +191,7 @@ MODELS = [
     *model("empty-index", {**SHARD, INDEX: "{}"}, "'m/model.safetensors.index.json'", "'weight_map'"),
     *model("another-name", SHARD, "'m' holds 'model-1.safetensors'", "model.safetensors, nor"),
     *model("adapter", {"m/config.json": None, "m/adapter_config.json": "{}"}, "'m'", "it is an adapter", "stage"),
+    *model("both", {"m/adapter_config.json": "{}"}, "'m' holds a model and an adapter", "the sum of both"),
     *weights("no-gguf", "w.gguf", None, "there is no file 'w.gguf'"),
     *weights("not-gguf", "w.gguf", "GIF89a", "'w.gguf' is not a GGUF file", "GIF8"),
     *weights("a-file", "w.safetensors", safetensors(), "'w.safetensors' is a file", "folder"),

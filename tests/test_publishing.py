@@ -9,13 +9,16 @@ import llmq
 
 
 class Hub:
-    """The two calls of `HfApi` that a push needs; keeps the files that it was given."""
+    """The calls of `HfApi` that a push needs; keeps the files that it was given."""
 
     files: dict[str, list[str]] = {}
 
     def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
         assert exist_ok
         return f"https://hub/{repo_id}"
+
+    def list_repo_files(self, repo_id: str) -> list[str]:
+        return self.files.get(repo_id, [])
 
     def upload_folder(self, repo_id: str, folder_path, allow_patterns: list[str], commit_message: str) -> None:
         assert all((folder_path / name).is_file() for name in allow_patterns)
@@ -35,6 +38,17 @@ def stage(tmp_path, monkeypatch):
 def test_the_model_and_its_card_are_uploaded_and_nothing_of_the_machine(stage):
     assert llmq.push(stage, "me/small") == "https://hub/me/small"
     assert Hub.files["me/small"] == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("left", ["adapter_config.json", "model-00001-of-00002.safetensors"])
+def test_weights_of_another_upload_are_not_mixed_with_these(stage, left, monkeypatch):
+    """transformers adds an adapter to the model beside it, and takes a single file before shards."""
+    monkeypatch.setattr(Hub, "files", {"me/small": [left, "README.md", "other.gguf"]})
+    with pytest.raises(llmq.UserError, match=rf"'me/small' holds '{left}' of another upload"):
+        llmq.push(stage, "me/small")
+    assert Hub.files["me/small"][0] == left
+    (stage / "model.safetensors").rename(stage / "model.gguf")
+    llmq.push(stage, "me/small")
 
 
 def test_what_nobody_could_open_stays(stage, tmp_path):

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
 
 def check_folder(place: Path) -> None:
-    """Raise `UserError` for pipes, broken headers, broken configurations and absurd sizes of networks."""
+    """Raise `UserError` for pipes, broken headers and configurations, absurd sizes, and an adapter among weights."""
     if not place.is_dir():
         return
     check_plain_folder(place)
@@ -82,8 +82,18 @@ def check_folder(place: Path) -> None:
         header(file)
     if (place / "config.json").exists():
         read_configuration(place)
+        check_no_adapter(place)
     if (place / "adapter_config.json").exists():
         read_json_object(place / "adapter_config.json")
+
+
+def check_no_adapter(place: Path) -> None:
+    """Raise `UserError` for an adapter beside a model: transformers would open the sum of both."""
+    if (place / "adapter_config.json").exists():
+        raise UserError(
+            f"{str(place)!r} holds a model and an adapter (adapter_config.json), which transformers would open as the "
+            "sum of both; put the adapter into a folder of its own"
+        )
 
 
 @contextmanager

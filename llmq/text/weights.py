@@ -20,6 +20,7 @@ from llmq.guarded.weights import (
     FILE_TYPES,
     INDEX,
     SINGLE,
+    check_no_adapter,
     entry_of,
     header,
     read_configuration,
@@ -92,6 +93,7 @@ def check_folder(folder: Path) -> None:
         is_adapter = "adapter_config.json" in files
         hint = " (it is an adapter; evaluate its stage or run folder instead)" if is_adapter else ""
         raise UserError(f"{str(folder)!r} has no config.json, so it is not a Hugging Face model folder{hint}")
+    check_no_adapter(folder)
     entry = entry_of(folder)  # the index, or the one file
     packed_as(folder)
     if not weights and not entry:
