@@ -1,6 +1,7 @@
 """The hash of every file of a run, written when the run ends, and of the files of its base, written when it begins."""
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 from llmq.artifact import MACHINE, Artifact
@@ -13,8 +14,8 @@ FILE = "hashes.json"
 UNHASHED = (FILE, "log.txt", LOCK, "tensorboard")
 """Files that change after the run has ended, or that would have to hash themselves."""
 SAYING = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer*", "*.model", "vocab*",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py",
+    "config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "tokenizer*",
+    "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py",
 )  # fmt: skip
 """The files of configuration, tokenizer, template and code beside weights."""
 
@@ -42,6 +43,11 @@ def recorded(run: Path) -> dict[str, str]:
         return {str(name): str(value) for name, value in found.items()}
     except (UserError, KeyError, AttributeError):
         raise UserError(f"{str(file)!r} holds no hashes of llmq") from None
+
+
+def is_opened(name: str) -> bool:
+    """True for a file of a stage that would be opened with the model beside it."""
+    return "/" in name and any(fnmatch(Path(name).name, pattern) for pattern in (*SAYING, "*.safetensors*"))
 
 
 def of_base(base: Artifact) -> dict[str, dict[str, object]]:

@@ -243,13 +243,14 @@ def test_a_share_differs_by_points_here_as_in_the_report(runs, llmq):
     assert all("-12.50 pt [" in text for text in shown)
 
 
+@pytest.mark.parametrize("version", [99, 99.0, "3", True])
 @pytest.mark.parametrize("command", [("show",), ("compare",), ("gate", "--rule", "size <= 1x base")])
-def test_a_report_of_a_later_llmq_is_refused(runs, command, llmq):
+def test_a_report_of_a_later_llmq_is_refused(runs, command, version, llmq):
     file = runs / "a" / "report.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 99}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": version}))
     ended, out, err = llmq(command[0], "a", *command[1:])
     assert (ended, out) == (2, "")
-    assert "schema version 99; this llmq knows 2" in err
+    assert f"schema version {version!r}; this llmq knows 2" in err
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from helpers import exit_code
 
+import llmq
 from llmq import hashes, pipeline, recipe
 from llmq.errors import UserError
 from llmq.judge import replay
@@ -93,6 +94,28 @@ def test_a_base_that_is_another_now_is_found_out(run, tmp_path):
     found = replay.verify(damaged)
     assert "not those that were measured" in found.base
     assert not found.whole
+
+
+def test_a_file_that_would_be_opened_with_a_stage_is_not_harmless(run, tmp_path):
+    added = copy_of(run, tmp_path)
+    (added / "1-prune.magnitude/added_tokens.json").write_text("{}")
+    found = replay.verify(added)
+    assert found.added == ["1-prune.magnitude/added_tokens.json"]
+    assert not found.whole
+
+
+@pytest.mark.parametrize("target", ["stage", "folder"])
+def test_the_base_of_an_evaluation_is_what_it_was_asked_about(run, tiny_llama, tmp_path, target):
+    """An evaluation has no stage of its own: whatever became of the model, it was whole."""
+    (tmp_path / "suite.yaml").write_text("- size\n")
+    place = copy_of(run, tmp_path) / "1-prune.magnitude" if target == "stage" else tmp_path / "base"
+    if target == "folder":
+        shutil.copytree(tiny_llama, place)
+    report = llmq.evaluate(place, suite=str(tmp_path / "suite.yaml"), out=tmp_path / "eval")
+    assert replay.verify(report.folder).whole
+    weights = min(place.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert "not those that were measured" in replay.verify(report.folder).base
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])

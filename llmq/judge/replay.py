@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 from llmq import recipe
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import BESIDE, sha256, sha256_files
 from llmq.guarded.files import library, read_json_object
-from llmq.hashes import hashes, other_file, recorded
+from llmq.hashes import hashes, is_opened, other_file, recorded
 from llmq.recipe import Recipe
 from llmq.runs import paths as run_paths
 from llmq.runs.paths import within
 from llmq.source import read
-from llmq.types import JsonObject
+from llmq.types import JsonObject, Model
 
 NOISY = ("peak_memory", "peak_memory_of_process")
 """Figures that no two runs share."""
@@ -33,8 +34,8 @@ class Verified:
 
     @property
     def whole(self) -> bool:
-        """True if no file changed or vanished and the base is the same; added files do no harm."""
-        return not (self.changed or self.missing or self.base)
+        """True if no file changed or vanished, the base is the same, and no model is opened with an added file."""
+        return not (self.changed or self.missing or self.base or any(map(is_opened, self.added)))
 
 
 def verify(run: Path) -> Verified:
@@ -57,10 +58,13 @@ def _base(run: Path) -> str:
     report = _report(run)
     measured = dict.fromkeys(m["stage"] for m in report["measurements"])
     folder = within(run, next(iter(measured), "0-base"), run / "report.json")
-    if not (folder / "artifact.json").is_file():
+    if not (folder / "artifact.json").is_file():  # an evaluation, whose base is a stage, or a folder of weights
+        folder = Path(str(report["environment"].get("called_from")), str(report["recipe"].get("target")))
+    if not any((folder / name).is_file() for name in ("artifact.json", "config.json")):
         return ""
     try:
-        artifact = Artifact.load(folder)
+        is_stage = (folder / "artifact.json").is_file()
+        artifact = Artifact.load(folder) if is_stage else Artifact(cast("Model", None), folder)
         if sha256_files(artifact.weight_files()) != report["environment"]["model_sha256"]:
             return f"{artifact.weights}: the weights are not those that were measured"
         if name := other_file(artifact, folder, lambda file, kept: sha256(file) == kept.get("sha256")):
@@ -75,7 +79,7 @@ def _base(run: Path) -> str:
 def _report(run: Path) -> JsonObject:
     try:
         report = read_json_object(run / "report.json")
-        return {**report, "measurements": report["measurements"], "environment": report["environment"]}
+        return {**report, **{key: report[key] for key in ("measurements", "environment", "recipe")}}
     except (UserError, KeyError):
         raise UserError(f"{str(run)!r} has no whole report.json") from None
 

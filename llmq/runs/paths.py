@@ -54,7 +54,9 @@ def picture(run: Path, name: str) -> bytes:
 
 
 def check_schema(report: object, file: Path) -> None:
-    """Raise `UserError` for a `report.json` that a later llmq wrote: its entries may mean something else."""
-    later = report.get("schema_version") if isinstance(report, dict) else None
-    if isinstance(later, int) and later > SCHEMA_VERSION:
-        raise UserError(f"{str(file)!r} has schema version {later}; this llmq knows {SCHEMA_VERSION}: take a later one")
+    """Raise `UserError` for a `report.json` of another schema: its entries may mean something else."""
+    its = report.get("schema_version") if isinstance(report, dict) else None
+    if its is not None and (type(its) is not int or its > SCHEMA_VERSION):
+        raise UserError(
+            f"{str(file)!r} has schema version {its!r:.20}; this llmq knows {SCHEMA_VERSION}: take a later one"
+        )
