@@ -296,7 +296,9 @@ def test_odd_volumes_are_refused(tmp_path):
         "nan.npy": "not finite; fill them first",
         "flags.npy": "holds bool numbers",
         "thin.npy": "8 x 1 pixels; 2 a side are needed",
+        "scan.raw": r"a \.raw is not enlarged into another; save the volume as \.npy",
     }
+    (tmp_path / "scan.raw").write_bytes(bytes(64))
     for name, words in said.items():
         with pytest.raises(UserError, match=words):
             predicted(EDSR, [tmp_path / name], tmp_path / "out")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tifffile import TiffFile
 
 VOLUMES = (".npz", ".npy")
+UNWRITTEN = (".raw", ".nc", ".h5", ".hdf5")
+"""Volumes that data may be read from, and files like them."""
 LOW, HIGH = "lr", "hr"
 """The names of the arrays in an .npz of pairs."""
 VOXEL_SIZE = "voxel_size"
@@ -68,6 +70,8 @@ def read_raster(path: Path) -> Raster:
     """
     check_plain(path)
     suffix = path.suffix.lower()
+    if suffix in UNWRITTEN:
+        raise UserError(f"{path}: a {suffix} is not enlarged into another; save the volume as .npy, .npz or .tif")
     if suffix in VOLUMES:
         raster = _of_numpy(path, suffix)
     elif is_dicom(path):
