@@ -108,8 +108,8 @@ def _pixels(path: Path, file: TiffFile) -> ndarray:
         return _by_pillow(path, page)
     if page.photometric == 0 and pixels.dtype.kind == "u":
         pixels = pixels.dtype.type(np.iinfo(pixels.dtype).max) - pixels
-    if NODATA in page.tags and bool((pixels == float(page.tags[NODATA].value)).any()):
-        say_padded(path.parent, f"{page.tags[NODATA].value} (GDAL_NODATA)")
+    if NODATA in page.tags and bool((pixels == page.nodata).any()):
+        say_padded(path.parent, f"{page.nodata} (GDAL_NODATA)")
     tag = page.tags.get(ORIENTATION)
     return _turned(pixels, int(tag.value) if tag is not None else 1)
 
