@@ -221,6 +221,11 @@ def test_pixels_that_stand_for_no_value_are_told_once(kind, padding, tmp_path, c
     tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", extratags=[(42113, 2, 2, "7", True)])
     read_raster(tmp_path / "a.tif")
     assert ("7 (GDAL_NODATA)" in capsys.readouterr().err) == (kind == "uint16")
+    for value in ("n/a", "nan", "-9999"):  # none that these numbers have
+        tag = (42113, 2, len(value) + 1, value, True)
+        tifffile.imwrite(tmp_path / "b.tif", np.zeros((4, 5), np.uint8), photometric="minisblack", extratags=[tag])
+        assert read_raster(tmp_path / "b.tif").pixels.shape == (1, 4, 5)
+    assert "GDAL_NODATA" not in capsys.readouterr().err
 
 
 def test_bad_files_are_named(tmp_path, monkeypatch):

@@ -76,7 +76,8 @@ def _warnings_of_tifffile() -> Iterator[list[str]]:
 
     class Listening(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING and "TiffTag" not in record.getMessage():
+            of_tag = any(name in record.getMessage() for name in ("TiffTag", "GDAL_NODATA"))
+            if record.levelno >= logging.WARNING and not of_tag:
                 said.append(" ".join(record.getMessage().split())[:200])
 
     logger, handler = logging.getLogger("tifffile"), Listening()
@@ -108,10 +109,18 @@ def _pixels(path: Path, file: TiffFile) -> ndarray:
         return _by_pillow(path, page)
     if page.photometric == 0 and pixels.dtype.kind == "u":
         pixels = pixels.dtype.type(np.iinfo(pixels.dtype).max) - pixels
-    if NODATA in page.tags and bool((pixels == page.nodata).any()):
-        say_padded(path.parent, f"{page.nodata} (GDAL_NODATA)")
+    if (padding := _nodata(page)) is not None and bool((pixels == padding).any()):
+        say_padded(path.parent, f"{padding:g} (GDAL_NODATA)")
     tag = page.tags.get(ORIENTATION)
     return _turned(pixels, int(tag.value) if tag is not None else 1)
+
+
+def _nodata(page: TiffPage) -> float | None:
+    """The number that stands for no value; None without one, or for a text that is no number."""
+    try:
+        return float(page.tags[NODATA].value)
+    except (KeyError, ValueError):
+        return None
 
 
 @cache  # once, not for each slice
