@@ -127,6 +127,8 @@ def export(artifact: Artifact, step: Step, out: Path, context: Context) -> Artif
             if each is not step:
                 say("the adapter is merged first")
             artifact = make_stage(each, artifact, out if each is step else merged, context)
+            for lost in artifact.measurements if each is not step else ():
+                say(f"  {lost.metric.replace('_', ' ')} {lost.value:.3g} {lost.unit}: {lost.convention}")
     finally:
         # What is left where an export failed is of no use, unlike the half stage of a run, which goes on.
         for place in (merged, *(folder.with_name(f".{folder.name}.partial") for folder in (merged, out))):

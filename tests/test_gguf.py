@@ -1,6 +1,7 @@
 """Exports to GGUF: blocks, architectures, tokenizers, types by tensor, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import tiny_text_models
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
-from helpers import CPU, apply, base_of, logits_of, some_ids
+from helpers import CPU, adapted_by_chance, apply, base_of, logits_of, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import llmq
 from llmq import pipeline, plugin, targets
 from llmq.artifact import Artifact
 from llmq.cli import app
@@ -319,6 +321,27 @@ def test_a_tokenizer_of_sentencepiece_is_carried(tiny_llama, tmp_path):
     assert types[:4] == [2, 3, 3, 6]  # unknown, control, control, byte
     assert held["tokenizer.ggml.bos_token_id"] == 1
     assert held["tokenizer.ggml.add_space_prefix"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["", "quantize.bnb", "quantize.rtn", "prune.magnitude"])
+@pytest.mark.parametrize("to", ["gguf", "openvino"])
+def test_an_adapter_is_merged_before_an_export_and_it_is_said(before, to, tiny_llama, tmp_path, capsys):
+    base = base_of(tiny_llama, "float32")
+    below = apply(before, base, tmp_path / "below") if before else base
+    stage = adapted_by_chance(below, tmp_path / "stage")
+    stage.save(stage.adapter)
+    made = llmq.export(tmp_path / "stage", to, out=tmp_path / "made")
+    said = capsys.readouterr().err
+    assert re.search(r"the adapter is merged first\n(.*\n)+  kl divergence [\d.e-]+ nats", said)
+    assert made.history == (*stage.history, "adapt.merge", f"export.{to}")
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name.startswith(".")) == []
+    exact = Artifact(made.model, made.weights, runtime=made.runtime)
+    with stage.open("cpu") as adapted, exact.open("cpu") as merged, below.open("cpu") as plain:
+        meant, found, without = (logits_of(each.module, IDS).float() for each in (adapted, merged, plain))
+    moved = (meant - without).norm()
+    # Merging keeps what was pruned: the line above says how much that is.
+    assert (found - meant).norm() < (1 if before == "prune.magnitude" else 0.05) * moved
 
 
 RUN = ["size", "perplexity", "lm_eval", "speed"]
