@@ -41,6 +41,8 @@ _mapped: list[int] = []
 """The bytes from which blocks are mapped, for each block of work that says so, the innermost last."""
 _maps_outside = [MAPS]
 """The most maps outside of such work: glibc's own number, until `prepare` has it map nothing."""
+_set_aside = [0]
+"""How many blocks of work are under way for which all objects were set aside; Python would count the objects."""
 
 
 def describe(device: str, seed: int) -> dict[str, object]:
@@ -85,6 +87,7 @@ def library_version(name: str) -> str | None:
         return None
 
 
+@cache
 def commit() -> str | None:
     """The git commit of this checkout of llmq, marked for uncommitted changes; `None` when installed from a wheel."""
     root = Path(llmq.__file__).parent.parent
@@ -322,12 +325,13 @@ def set_aside() -> Iterator[None]:
 
     Libraries hold two million objects. Each model that is freed would have them looked through, a third of a second.
     """
-    outermost = gc.get_freeze_count() == 0
     gc.freeze()
+    _set_aside[0] += 1
     try:
         yield
     finally:
-        if outermost:
+        _set_aside[0] -= 1
+        if not _set_aside[0]:
             gc.unfreeze()
 
 

@@ -22,7 +22,7 @@ from helpers import exit_code
 from pytest_socket import disable_socket, socket_allow_hosts
 from torture.child import rates_at_hand
 
-from llmq import trust
+from llmq import environment, trust
 from llmq.artifact import Artifact
 from llmq.matrix import products
 from llmq.types import Split
@@ -43,6 +43,13 @@ def _what_is_loaded_is_not_collected() -> None:
     """Each model that is freed asks the garbage collector, which need not look through all libraries every time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_set_aside() -> Iterator[None]:
+    """No run of a test brings them back."""
+    with environment.set_aside():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -203,7 +203,11 @@ def test_light_commands_answer_at_once(words, most, tmp_path, monkeypatch):
 
 
 def test_native_code_that_dies_says_where():
-    script = "import signal; from llmq import cli; cli.app = lambda *a, **k: signal.raise_signal(11); cli.main()"
+    script = (
+        "import signal; from llmq import cli\n"
+        "cli.command_line = lambda: lambda *a, **k: signal.raise_signal(11)\n"
+        "cli.main()"
+    )
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGSEGV
     assert died.stderr.startswith("Fatal Python error: Segmentation fault")

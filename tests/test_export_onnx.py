@@ -194,7 +194,17 @@ SMALL: dict[str, Any] = {
     "edsr": {"edsr": {"n_resblocks": 2}},
     "wdsr": {"wdsr": {"n_resblocks": 2}},
 }
-FAMILIES: dict[str, Any] = {**SMALL, **MODELS}
+SHALLOW: dict[str, dict[str, Any]] = {
+    "densenet121": {"block_config": [2, 2, 2, 2]},
+    "edgenext_xx_small": {"depths": [2, 2, 2, 2]},
+    "xcit_nano_12_p16_224": {"depth": 3},
+    "vit_tiny_patch16_224": {"depth": 3},
+    "deit_tiny_patch16_224": {"depth": 3},
+}
+"""Networks that repeat their blocks, with fewer of each kind."""
+FAMILIES: dict[str, Any] = {**SMALL, **MODELS} | {
+    name: {"timm_classifier": {**MODELS[name]["timm_classifier"], "model_args": its}} for name, its in SHALLOW.items()
+}
 ZERO_DIVISORS = ("edgenext_xx_small", "xcit_nano_12_p16_224")
 """Networks with positions whose divisors NNCF rounds to zero."""
 ROUNDED = (

@@ -245,7 +245,8 @@ class Cycle:
         self.own = self
 
 
-def test_libraries_are_set_aside_for_a_block_and_what_it_frees_is_collected():
+def test_libraries_are_set_aside_for_a_block_and_what_it_frees_is_collected(monkeypatch):
+    monkeypatch.setattr(environment, "_set_aside", [0])
     gc.unfreeze()
     with environment.set_aside():
         libraries = gc.get_freeze_count()

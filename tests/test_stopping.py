@@ -36,7 +36,7 @@ DOING = {
             time.sleep(60)
         finally:
             raise OSError("no space")
-    cli.app = work
+    cli.command_line = lambda: work
     cli.main()
 """,
     "a guarded reader": """

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
@@ -471,6 +472,12 @@ def main() -> None:
     sys.exit(code)
 
 
+@cache
+def command_line() -> Callable[..., int | None]:
+    """All commands with their options, made once a process."""
+    return typer.main.get_command(app)
+
+
 def _main() -> int:
     if sys.__stderr__:  # native code that crashes prints the Python stack
         faulthandler.enable(sys.__stderr__, all_threads=False)
@@ -480,7 +487,7 @@ def _main() -> int:
     streams.prepare()
     line, answered = "", False
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = command_line()(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except errors.LlmqError as error:
         line, code, answered = str(error), error.exit_code, isinstance(error, errors.Answered)

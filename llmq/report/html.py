@@ -128,11 +128,12 @@ def _seen(row: Row) -> Row:
 
 
 def _rendered(template: str, **values: object) -> str:
-    return _environment().get_template(template).render(**values)
+    return templates().get_template(template).render(**values)
 
 
 @cache
-def _environment() -> "Environment":
+def templates() -> "Environment":
+    """The templates of pages, each compiled once a process."""
     from jinja2 import Environment, FileSystemLoader
 
     return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)

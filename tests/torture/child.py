@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ CRASH = 99
 learns = True
 """Whether this process imports what a child imported, so that the next one need not."""
 _LEARNT: set[str] = set()
+_for_good = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,14 @@ def warm_words() -> None:
     """Import what `llmq check` needs, once; a child that copies no more is made in a few milliseconds."""
     import scipy.stats  # noqa: F401
 
-    import llmq.cli  # noqa: F401
+    import llmq.cli
     from llmq import pipeline, plugin, recipe, targets  # noqa: F401
+    from llmq.report import html
 
     no_machine_is_measured()
+    llmq.cli.command_line()
+    for template in html.templates().list_templates(["j2"]):
+        html.templates().get_template(template)
     for word in plugin.words():
         plugin.load(word)
     freeze()
@@ -70,8 +75,10 @@ def warm_words() -> None:
 
 def freeze() -> None:
     """Or every child would copy what its collector touches."""
+    from llmq.environment import set_aside
+
     gc.collect()
-    gc.freeze()
+    _for_good.enter_context(set_aside())
 
 
 def warm() -> None:
