@@ -138,7 +138,9 @@ def test_the_lines_that_open_packed_weights_name_what_they_need(tmp_path, method
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_no_name_is_cut_on_a_narrow_terminal(run, width):
     told = io.StringIO()
-    screen.show(Report.read(run), Console(file=told, width=width, highlight=False))
+    screen.show(
+        Report.read(run), Console(file=told, width=width, highlight=False, force_terminal=True, color_system=None)
+    )
     lines = [line.split() for line in told.getvalue().splitlines()]
     for name in ("token_perplexity", "decode_tokens_per_second", "arc_easy"):
         assert any(name in words for words in lines), name
