@@ -121,6 +121,7 @@ def export(artifact: Artifact, step: Step, out: Path, context: Context) -> Artif
     """Write the stage that an export makes of a model at rest to `out`; an adapter is merged first."""
     steps: list[Any] = [plugin.build("adapt.merge"), step] if artifact.adapter else [step]
     check_order(artifact.model.kind, steps, Source("command line", {}), artifact)
+    reading.check_base(artifact.weights.name, steps, (), artifact)
     merged = out.with_name(f".{out.name}.merged")
     try:
         for each in steps:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from gguf.quants import dequantize
 from helpers import CPU, adapted_by_chance, apply, base_of, logits_of, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import llmq
@@ -28,7 +30,7 @@ from llmq.matrix.grid import Quantized, round_to_nearest
 from llmq.text import decoding
 from llmq.text.gguf import types as gguf_types
 from llmq.text.gguf.layout import ARCHITECTURES
-from llmq.text.gguf.tokenizer import SAMPLES, splitting
+from llmq.text.gguf.tokenizer import SAMPLES, check_make, splitting
 from llmq.text.tokenizer import end_marks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +91,8 @@ def test_groups_in_another_order_are_not_carried_and_float16_bounds_scales():
 
 
 ROPE = {"rope_theta": 10000.0}
+LINEAR = {**ROPE, "rope_type": "linear", "factor": 4.0}
+YARN = {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
@@ -100,8 +104,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
                                  "original_max_position_embeddings": 64},
              "original_max_position_embeddings": 64},
-    "qwen2": {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-    "qwen3": {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}, "tie_word_embeddings": True},
+    "qwen2": {"rope_parameters": YARN},
+    "qwen3": {"rope_parameters": LINEAR, "tie_word_embeddings": True},
     "qwen3_moe": {"norm_topk_prob": True},
 }  # fmt: skip
 
@@ -254,6 +258,21 @@ def test_a_file_that_does_not_read_back_is_an_error_and_leaves_nothing(tiny_llam
         ("gemma2", {}, "query_pre_attn_scalar is 256, and engines take 16"),
         ("stablelm", {"qk_layernorm": True}, "its queries and keys are normalized"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ("qwen3", {"attention_bias": True}, "its attention has biases"),
+        ("starcoder2", {"use_bias": False}, "its layers have no biases"),
+        ("qwen2", {"head_dim": 32}, "its heads are 128 wide together .head_dim., and engines read 64"),
+        ("stablelm", {"tie_word_embeddings": True}, "its output head is its embeddings"),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate of its rotary positions is False"),
+        ("gemma3_text", {**SPECIAL["gemma3_text"], "final_logit_softcapping": 30.0}, "its logits have a soft cap"),
+        ("gemma3_text", {**SPECIAL["gemma3_text"], "use_bidirectional_attention": True}, "attend to later ones"),
+        (
+            "gemma3_text",
+            {
+                **SPECIAL["gemma3_text"],
+                "rope_parameters": {"full_attention": {**ROPE, "rope_type": "default"}, "sliding_attention": LINEAR},
+            },
+            "layers with a window are of type 'linear'",
+        ),
     ],
 )
 def test_a_network_that_engines_compute_otherwise_is_refused_before_anything_runs(
@@ -289,6 +308,31 @@ def test_a_splitting_has_the_name_that_engines_know():
     assert splitting(split_by(LLAMA3.replace("{1,3}", "")), Path()) == "qwen2"
     with pytest.raises(UserError, match="for which engines have no name that is known here; known are gpt-2, smollm"):
         splitting(split_by("[a-z]+"), Path("there"))
+
+
+@pytest.mark.parametrize(
+    "rewritten", ["NFKC()", "Lowercase()", "Replace('``', '\"')", "Sequence([NFD(), StripAccents()])"]
+)
+def test_a_tokenizer_that_rewrites_texts_is_refused_before_a_run_as_engines_do_not(rewritten, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    bpe.normalizer = normalizers.NFC()  # as Qwen has it, and engines leave it out
+    check_make(SimpleNamespace(backend_tokenizer=bpe), tmp_path)
+    bpe.normalizer = eval(rewritten, vars(normalizers))
+    with pytest.raises(UserError, match="rewrites texts before it cuts them"):
+        check_make(SimpleNamespace(backend_tokenizer=bpe), tmp_path)
+
+
+def test_an_export_by_command_is_checked_as_one_of_a_recipe(tiny_llama, tmp_path):
+    folder = tiny_text_models.build("qwen2", tmp_path / "model", tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    step: Any = plugin.build("export.gguf")
+    with pytest.raises(UserError, match="has 401 tokens and the model 400 embeddings, none for '<pad>'"):
+        pipeline.export(base_of(folder), step, tmp_path / "made", CPU)
 
 
 def sentencepiece_like(folder: Path) -> None:

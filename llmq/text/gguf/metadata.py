@@ -22,6 +22,14 @@ GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """The layers by which engines know the Gemma that scales queries by its width."""
 WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every second or sixth layer of a Gemma sees all tokens, and the others a window."""
+WITHOUT_BIASES = ("gemma2", "gemma3", "qwen3", "qwen3moe")
+"""Networks whose attention ends in a product without a bias; llama.cpp opens no file that has more tensors."""
+HEADS_FILL_WIDTH = ("phi3", "qwen2", "qwen2moe", "stablelm", "starcoder2")
+"""Networks whose heads are as wide together as the network; llama.cpp opens no file of another shape."""
+WITH_A_HEAD = ("qwen2moe", "stablelm")
+"""Networks that llama.cpp opens only with an output head of their own."""
+PLAIN_YARN = {"mscale": None, "mscale_all_dim": None, "truncate": True}
+"""Settings of YaRN that no key of a file holds, and the values that engines compute."""
 
 
 def check(config: PretrainedConfig, architecture: Architecture) -> None:
@@ -47,10 +55,31 @@ def _faults(config: PretrainedConfig, architecture: Architecture) -> Iterator[st
             yield f"norm_topk_prob is {config.norm_topk_prob}, and engines know this network otherwise"
     if name in WINDOW_EVERY:
         yield from _gemma_faults(config, name)
-    kind, allowed = rope_of(config).get("rope_type", "default"), {"default", "linear", "yarn"}
+    yield from _faults_of_shape(config, name)
+    yield from _faults_of_rope(config, name)
+
+
+def _faults_of_shape(config: PretrainedConfig, name: str) -> Iterator[str]:
+    """Tensors, or shapes, with which llama.cpp does not open a file."""
+    if name in WITHOUT_BIASES and config.attention_bias:
+        yield "its attention has biases (attention_bias), which engines do not read"
+    if name == "starcoder2" and not config.use_bias:
+        yield "its layers have no biases (use_bias), which engines need"
+    if name in HEADS_FILL_WIDTH and (width := head_dim(config) * config.num_attention_heads) != config.hidden_size:
+        yield f"its heads are {width} wide together (head_dim), and engines read {config.hidden_size} (hidden_size)"
+    if name in WITH_A_HEAD and config.tie_word_embeddings:
+        yield "its output head is its embeddings (tie_word_embeddings), and engines read a head of its own"
+
+
+def _faults_of_rope(config: PretrainedConfig, name: str) -> Iterator[str]:
+    rope = rope_of(config)
+    kind, allowed = rope.get("rope_type", "default"), {"default", "linear", "yarn"}
     allowed |= {"llama3"} if name == "llama" else {"longrope"} if name == "phi3" else set()
     if kind not in allowed:
         yield f"its rotary positions are of type {kind!r}, and {', '.join(sorted(allowed))} are written"
+    odd = [key for key, value in PLAIN_YARN.items() if kind == "yarn" and rope.get(key, value) != value]
+    if odd:
+        yield f"{odd[0]} of its rotary positions is {rope[odd[0]]}, which a file has no key for"
 
 
 def _gemma_faults(config: PretrainedConfig, name: str) -> Iterator[str]:
@@ -64,8 +93,16 @@ def _gemma_faults(config: PretrainedConfig, name: str) -> Iterator[str]:
     scaled = config.hidden_size / config.num_attention_heads if of_width else config.head_dim
     if config.query_pre_attn_scalar != scaled:
         yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and engines take {scaled:g}"
-    if name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+    caps = [config.attn_logit_softcapping, config.final_logit_softcapping]
+    if name == "gemma2" and not all(caps):
         yield "its logits have no soft cap"
+    if name == "gemma3" and any(caps):
+        yield "its logits have a soft cap, which engines leave out"
+    if getattr(config, "use_bidirectional_attention", False):
+        yield "its tokens attend to later ones (use_bidirectional_attention)"
+    local = (config.rope_parameters or {}).get("sliding_attention", {}).get("rope_type", "default")
+    if local != "default":
+        yield f"the rotary positions of its layers with a window are of type {local!r}, and engines scale none there"
 
 
 def rope_of(config: PretrainedConfig) -> JsonObject:

@@ -28,18 +28,38 @@ SAMPLES = (
 )
 """Texts that the tokenizer of a file must cut as the tokenizer of the model does."""
 BYTE_LEVEL_NAMES = ("gpt-2", "smollm")
+WRITTEN = ("NFC", "Prepend", "Replace")
+"""Kinds of normalizers that change nothing beyond the form of accents, or write sentencepiece's spaces."""
 
 
-def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, place: Path) -> None:
-    """Write a tokenizer for a network of `rows` embeddings. Raises `UserError` for a tokenizer of another make."""
+def check_make(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Raise `UserError` for a tokenizer of another make than those that are written."""
     described = _described(tokenizer, place)
-    model = described["model"]
-    byte_level = "ByteLevel" in json.dumps([described.get("pre_tokenizer"), described.get("decoder")])
+    model, byte_level = described["model"], _is_byte_level(described)
     if model["type"] != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise UserError(
             f"the tokenizer of {str(place)!r} is {model['type']}; as GGUF are written byte-level BPE and that of "
             "sentencepiece"
         )
+    own = described.get("normalizer") or {"normalizers": []}
+    for part in own.get("normalizers", [own]):
+        if part["type"] not in WRITTEN or (part["type"] == "Replace" and part["content"] != "\u2581"):
+            raise UserError(
+                f"the tokenizer of {str(place)!r} rewrites texts before it cuts them ({json.dumps(part)[:100]}), and "
+                "engines do not"
+            )
+    if byte_level:
+        splitting(described, place)
+
+
+def _is_byte_level(described: JsonObject) -> bool:
+    return "ByteLevel" in json.dumps([described.get("pre_tokenizer"), described.get("decoder")])
+
+
+def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, place: Path) -> None:
+    """Write a tokenizer for a network of `rows` embeddings."""
+    described = _described(tokenizer, place)
+    model, byte_level = described["model"], _is_byte_level(described)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     tokens, types = _tokens(tokenizer, rows, byte_level)
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")

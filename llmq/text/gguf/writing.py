@@ -39,11 +39,12 @@ WINDOW = {"sliding_window": None, "use_sliding_window": False}
 
 
 def check(folder: Path) -> None:
-    """Raise `UserError` for a network that is not written as GGUF; needs no weights."""
+    """Raise `UserError` for a network or a tokenizer that is not written as GGUF; needs no weights."""
     from llmq.text.opening import without_weights
 
     config = without_weights(folder).config.get_text_config()
     gguf_metadata.check(config, architecture_of(config, folder))
+    gguf_tokenizer.check_make(load_tokenizer(folder), folder)
 
 
 def write(folder: Path, target: Path, wanted: str, name: str) -> JsonObject:
@@ -62,6 +63,7 @@ def write(folder: Path, target: Path, wanted: str, name: str) -> JsonObject:
         )
     types = {n: gguf_types.choose(place, source, wanted, gguf_types.is_head(n, found)) for n, place in found.items()}
     tokenizer = load_tokenizer(folder)
+    gguf_tokenizer.check_make(tokenizer, folder)
     with library(folder, "model that the package gguf writes"), _quiet():
         _write_file(source, architecture, found, types, tokenizer, target / FILE, name)
     gguf_files.check(target / FILE)
