@@ -41,6 +41,8 @@ _mapped: list[int] = []
 """The bytes from which blocks are mapped, for each block of work that says so, the innermost last."""
 _maps_outside = [MAPS]
 """The most maps outside of such work: glibc's own number, until `prepare` has it map nothing."""
+_threads: list[tuple[int, int]] = []
+"""The threads of PyTorch before a call asked for others, and those that it asked for; empty where none did."""
 _set_aside = [0]
 """How many blocks of work are under way for which all objects were set aside; Python would count the objects."""
 
@@ -199,10 +201,12 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, or not on this machine
+        found = torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # unknown, or not on this machine
+        found = None
+    if found is None or found.is_meta:  # which has no memory
         raise UserError(f"device {device!r} is not on this machine; 'auto' and 'cpu' are") from None
-    return device
+    return "cpu" if found.is_cpu else device  # "cpu:1" is the processor, too
 
 
 def quieten() -> None:
@@ -231,13 +235,26 @@ def prepare(device: str, seed: int, threads: int | None) -> str:
         _settle()
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     products.widen()
-    if threads:
-        torch.set_num_threads(threads)
+    _take_threads(threads)
     torch.manual_seed(seed)
     found = resolve_device(device)
     if found.startswith("cuda"):
         _take_card(found)
     return found
+
+
+def _take_threads(threads: int | None) -> None:
+    """Have PyTorch work on this many threads; without a number on as many as before an earlier call asked for some."""
+    import torch
+
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads {threads!r}: a whole number above 0, or none for as many as there are")
+    before, asked = _threads.pop() if _threads else (0, 0)
+    if asked == torch.get_num_threads():
+        torch.set_num_threads(before)
+    if threads:
+        _threads.append((torch.get_num_threads(), threads))
+        torch.set_num_threads(threads)
 
 
 def _take_card(device: str) -> None:

@@ -19,6 +19,8 @@ def in_order(overrides: Mapping[str, object] | Iterable[str]) -> list[str]:
 
     A mapping of values by key is written out as YAML has it.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={to_flow(value)}" for key, value in overrides.items()]
     return sorted(overrides, key=lambda override: "." in override.partition("=")[0])

@@ -105,7 +105,7 @@ def unmeasured(targets: Sequence[str], family: str) -> Unmeasured:
 
 def _opener(word: str, settings: JsonObject) -> Model:
     """The model that a word of models opens, checked."""
-    made: Any = plugin.build({word: settings}, "models")
+    made: Any = recipe.part(Source("command line", {}), ("model",), {word: settings}, "models")
     made.check()
     return cast("Model", made)
 

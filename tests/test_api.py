@@ -2,13 +2,15 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import llmq
-from llmq import api
+from llmq import api, environment
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,42 @@ def test_wrong_input_is_one_error_of_llmq(report, tmp_path):
         llmq.finetune("smollm2-135m", "pydoc", bits=3)
     with pytest.raises(llmq.UserError, match="unknown key 'stepz'"):
         llmq.run({"model": "causal_lm", "stepz": []})
+    with pytest.raises(llmq.UserError, match="no rule to judge"):
+        llmq.gate(report.folder)
+    with pytest.raises(llmq.UserError, match="nothing to compare; name a run, or two results"):
+        llmq.compare()
+    with pytest.raises(llmq.UserError, match="override 'seed' is not of the form"):
+        llmq.run({"model": "causal_lm"}, "seed")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"threads": 0}, "threads 0: a whole number above 0"),
+        ({"threads": -1}, "threads -1: a whole number above 0"),
+        ({"threads": 1.5}, "threads 1.5: a whole number above 0"),
+        ({"device": "meta"}, "device 'meta' is not on this machine"),
+        ({"device": None}, "device None is not on this machine"),
+        ({"dtype": "int8"}, "dtype: 'int8' of models.causal_lm is wrong: input should be 'bfloat16'"),
+    ],
+)
+def test_settings_that_no_machine_has_are_one_error_of_llmq(setting, said, tiny_llama, tmp_path):
+    with pytest.raises(llmq.UserError, match=re.escape(said)):
+        llmq.evaluate(tiny_llama, suite=str(suite(tmp_path)), out=tmp_path / "eval", **setting)
+
+
+def test_no_call_leaves_its_threads_to_the_next():
+    before = torch.get_num_threads()
+    try:
+        for asked, there in ((None, before), (before + 1, before + 1), (before + 2, before + 2), (None, before)):
+            environment.prepare("cpu", 0, asked)
+            assert torch.get_num_threads() == there
+        environment.prepare("cpu", 0, before + 1)
+        torch.set_num_threads(before + 2)  # by the user, since then
+        environment.prepare("cpu", 0, None)
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def targets(names: Sequence[str]) -> list[Result]:
 
     Raises `UserError` for a missing target, or fewer than two results.
     """
+    if not names:
+        raise UserError("nothing to compare; name a run, or two results")
     read = {name: results.read(name) for name in names}
     if len(names) == 1:
         found = read[names[0]]

@@ -84,6 +84,8 @@ def of_run(target: str, texts: Iterable[str], stage: str | None = None) -> list[
     Raises `UserError` for a folder that is no run, or an unknown stage.
     """
     rules = [read_rule(text) for text in texts]
+    if not rules:  # which every model would pass
+        raise UserError(f"no rule to judge {target!r} by; name one, such as 'perplexity <= 1.03x base'")
     folder = Path(target)
     if not (folder / "report.json").is_file():
         results.read(target)  # raises if the target is no result at all

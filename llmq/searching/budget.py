@@ -17,7 +17,7 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**2
 
 def budget_bytes(size: str, base: "Artifact[LanguageModel]") -> int:
     """The bytes that `0.40x` (of the base), `100MB` or `95MiB` stand for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[kmg]i?b)?", size.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[kmg]i?b)?", str(size).strip().lower())
     if not match or not 0 < float(match[1]) < inf:
         raise UserError(f"--size {size!r}: a share of the base such as 0.40x, or bytes such as 100MB")
     number, unit = float(match[1]), match[2] or ""
@@ -26,7 +26,7 @@ def budget_bytes(size: str, base: "Artifact[LanguageModel]") -> int:
 
 def ratio_of(perplexity: str) -> float:
     """The number of `1.05x`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*x", perplexity.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*x", str(perplexity).strip().lower())
     if not match or not 1 < float(match[1]) < inf:
         raise UserError(f"--perplexity {perplexity!r}: a multiple of the base's, above 1, such as 1.05x")
     return float(match[1])
