@@ -166,8 +166,8 @@ def test_a_run_of_before_the_clocks_were_kept_shows_their_figures(runs):
     assert pairs["2-y", "decode_tokens_per_second"].ci95 is not None, "of standard errors alone"
 
 
-def harness_file(folder, answers, *, samples=True, version=1):
-    """A result file as lm-eval writes it, its samples beside it."""
+def harness_file(folder, answers, *, samples=True, version=1, **more):
+    """A result file as lm-eval writes it, its samples beside it, with `more` entries."""
     n, acc = len(answers), float(np.mean(answers))
     spread = float(np.std(answers, ddof=1) / n**0.5)
     data = {
@@ -179,6 +179,7 @@ def harness_file(folder, answers, *, samples=True, version=1):
         "config": {"limit": None},
         "lm_eval_version": "0.4.13",
         "model_name": "org/some-model",
+        **more,
     }
     folder.mkdir(parents=True)
     (folder / "results_2026-01-01T00-00-00.000001.json").write_text(json.dumps(data))
@@ -216,6 +217,28 @@ def test_without_samples_the_standard_errors_are_taken(tmp_path):
 def test_other_versions_of_a_task_are_refused(tmp_path):
     files = [harness_file(tmp_path / str(v), [1, 0] * 50, version=v) for v in (1, 2)]
     with pytest.raises(UserError, match="'task version 2' against 'task version 1'"):
+        compared(*files)
+
+
+SHOTS = {"n-shot": {"arc_easy": 5}}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"configs": {"arc_easy": {"doc_to_text": "Q: {{question}}"}}},
+        {"configs": {"arc_easy": {"target_delimiter": ""}}},
+        {"n-samples": {"arc_easy": {"original": 100, "effective": 50}}},
+        {**SHOTS, "config": {"fewshot_seed": 1}},
+        {**SHOTS, "fewshot_as_multiturn": True},
+    ],
+)
+def test_without_samples_other_questions_are_known_by_their_settings(other, tmp_path):
+    told = SHOTS if "n-shot" in other else {}
+    alike = compared(*(harness_file(tmp_path / n, [1, 0] * 50, samples=False, **told) for n in "xy"))
+    assert alike[0]
+    files = [harness_file(tmp_path / n, [1, 0] * 50, samples=False, **m) for n, m in (("a", told), ("b", other))]
+    with pytest.raises(UserError, match="unlike protocols, 'hash without samples "):
         compared(*files)
 
 

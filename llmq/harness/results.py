@@ -17,6 +17,12 @@ from llmq.statistics.pairing import count
 from llmq.types import Attachment, Better, Measurement, Samples
 
 SHARES = ("acc", "exact_match", "f1", "pass_at")
+PROMPTS = (
+    "dataset_path", "dataset_name", "dataset_kwargs", "test_split", "validation_split", "fewshot_split",
+    "fewshot_config", "process_docs", "description", "doc_to_text", "doc_to_choice", "doc_to_target", "repeats",
+    "target_delimiter", "fewshot_delimiter", "gen_prefix", "output_type", "generation_kwargs", "filter_list",
+)  # fmt: skip
+"""The settings of a task that decide its questions, and how an answer is read."""
 Results = dict[str, Any]
 """The results of `lm_eval.simple_evaluate`, as in `results_*.json`; the answers stand under `samples`."""
 Answer = Mapping[str, Any]
@@ -158,11 +164,15 @@ def _what_was_asked(results: Results, task: str, asked: Answers) -> str:
         hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in asked)
         settings = {json.dumps(each, sort_keys=True, default=str) for s in asked for each in _settings(s["arguments"])}
         return hashlib.sha256((hashes + "".join(sorted(settings))).encode()).hexdigest()[:12]
-    config = results.get("configs", {}).get(task, {})
-    said = {name: config.get(name) for name in ("dataset_path", "dataset_name", "test_split", "generation_kwargs")}
+    members, run = _members(results, task) or [task], results.get("config") or {}
+    configs = [results.get("configs", {}).get(name, {}) for name in members]
+    said: dict[str, object] = {name: [config.get(name) for config in configs] for name in PROMPTS}
     said |= {name: results.get(name) for name in ("chat_template_sha", "system_instruction_sha")}
-    said["gen_kwargs"] = (results.get("config") or {}).get("gen_kwargs")
-    return f"without samples {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]}"
+    said |= {"gen_kwargs": run.get("gen_kwargs"), "questions": _counted(results, task)}
+    if any(results.get("n-shot", {}).get(name) for name in members):  # which examples, and as whose turns
+        said |= {"seed": run.get("fewshot_seed"), "turns": bool(results.get("fewshot_as_multiturn"))}
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(said, sort_keys=True, default=str))  # functions of a task
+    return f"without samples {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _settings(arguments: Arguments) -> Iterator[Mapping[str, object]]:
