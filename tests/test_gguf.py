@@ -284,6 +284,25 @@ def test_a_network_that_engines_compute_otherwise_is_refused_before_anything_run
         step.check_base(base)
 
 
+def test_of_a_network_that_sees_images_no_part_is_left_out_without_a_word(tiny_llama, tmp_path):
+    from transformers import AutoConfig
+
+    from llmq.text.gguf import writing
+    from llmq.text.graph import stage
+    from llmq.text.opening import without_weights
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(tmp_path)
+    text = {**tiny_text_models.SHAPE, **SPECIAL["gemma3_text"], "head_dim": 16, "vocab_size": len(tokenizer)}
+    seen = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    AutoConfig.for_model("gemma3", text_config=text, vision_config=seen).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'model\.vision_tower\..*' has no place in a GGUF file"):
+        writing.check(tmp_path)
+    told = stage._notes(without_weights(tmp_path), {}, [])
+    assert told["left_out"] == "vision_config of gemma3: the graph holds the language model alone"
+    assert "left_out" not in stage._notes(without_weights(tiny_llama), {}, [])
+
+
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

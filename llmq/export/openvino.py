@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from llmq.artifact import Artifact
+from llmq.terminal import say
 from llmq.text.family import LanguageModel
 from llmq.types import Context, Step
 
@@ -64,5 +65,7 @@ class OpenVino(Step[LanguageModel]):
         from llmq.text.graph.stage import write_stage
 
         notes = write_stage(artifact, folder, self.precision)
+        if told := notes.get("left_out"):
+            say(f"  left out: {told}")
         packed = bool(notes["packed_layers"])
         return artifact.then(self, weights=folder, runtime="openvino", packed=packed, notes=notes)

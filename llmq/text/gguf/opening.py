@@ -36,7 +36,7 @@ def load_gguf(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     network = without_weights(folder)
     config = network.config.get_text_config()
     tensors = GGUFReader(folder / FILE).tensors
-    names = list(_names(network, has_head=any(tensor.name == HEAD for tensor in tensors)))
+    names = list(names_of(network, has_head=any(tensor.name == HEAD for tensor in tensors)))
     found = {place.name: place for place in places(config, architecture_of(config, folder), names)}
     state: dict[str, torch.Tensor] = {}
     for tensor in tensors:
@@ -55,7 +55,7 @@ def load_gguf(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     return module.to(device).eval()
 
 
-def _names(network: PreTrainedModel, has_head: bool) -> Iterator[str]:
+def names_of(network: PreTrainedModel, has_head: bool) -> Iterator[str]:
     """The tensors of a network as files name them: each expert apart, and no tied head where the file has none."""
     held = network.state_dict()
     tied = () if has_head else network.get_expanded_tied_weights_keys(all_submodels=True)

@@ -40,10 +40,14 @@ WINDOW = {"sliding_window": None, "use_sliding_window": False}
 
 def check(folder: Path) -> None:
     """Raise `UserError` for a network or a tokenizer that is not written as GGUF; needs no weights."""
+    from llmq.text.gguf.opening import names_of
     from llmq.text.opening import without_weights
 
-    config = without_weights(folder).config.get_text_config()
-    gguf_metadata.check(config, architecture_of(config, folder))
+    network = without_weights(folder)
+    config = network.config.get_text_config()
+    architecture = architecture_of(config, folder)
+    gguf_metadata.check(config, architecture)
+    places(config, architecture, names_of(network, has_head=False))
     gguf_tokenizer.check_make(load_tokenizer(folder), folder)
 
 

@@ -94,6 +94,9 @@ def _notes(module: PreTrainedModel, told: dict[str, object], lost: list[str]) ->
         "openvino": library_version("openvino"),
         "packed_layers": len(packed),
     }
+    config, text = module.config, module.config.get_text_config()
+    if beside := [name for name in config.sub_configs if getattr(config, name) is not text]:
+        notes["left_out"] = f"{', '.join(beside)} of {config.model_type}: the graph holds the language model alone"
     if any(layer.bits < 4 for layer in packed):
         notes["stored_bits"] = "codes of 2 and 3 bits take 4 in the graph"
     if told.get("quant_method") == "bitsandbytes":
