@@ -52,14 +52,15 @@ def by_kind(found: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]
 def as_text(found: Mapping[str, Mapping[str, str]]) -> str:
     """The lists, each under a title; on a terminal lines are wrapped by words."""
     lines = []
+    width = max((len(name) for entries in found.values() for name in entries), default=0)
     for title, entries in found.items():
-        lines += [title, *(wrapped(f"  {name:<22} ", told) for name, told in entries.items())]
+        lines += [title, *(wrapped(f"  {name:<{width}} ", told) for name, told in entries.items())]
     return "\n".join(lines)
 
 
 def wrapped(head: str, text: str) -> str:
     """A head and a text beside it, which on a terminal is wrapped by words under itself; below, on a narrow one."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or not text:  # of an empty text `textwrap` leaves out the head, too
         return f"{head}{text}".rstrip()
     width, under = shutil.get_terminal_size().columns, " " * len(head)
     if text and width < len(head) + NARROW:
