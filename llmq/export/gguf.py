@@ -68,6 +68,7 @@ class Gguf(Step[LanguageModel]):
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Write the file and read it back. Raises `LlmqError` for a file that holds another model."""
+        from llmq.guarded.gguf_files import parsed_once
         from llmq.text.formats import quantization
         from llmq.text.gguf.opening import check_logits
         from llmq.text.gguf.writing import write
@@ -76,8 +77,9 @@ class Gguf(Step[LanguageModel]):
         method = (quantization(artifact.weights) or {}).get("quant_method", "gptq")
         try:
             source = artifact.weights if method == "gptq" else _dequantized(artifact, floats, context.device)
-            notes = write(source, folder, self.type.upper(), Path(model.weights).stem)
-            apart = check_logits(folder, model.dtype, context.device, model.probe)
+            with parsed_once():
+                notes = write(source, folder, self.type.upper(), Path(model.weights).stem)
+                apart = check_logits(folder, model.dtype, context.device, model.probe)
         except BaseException:
             for file in (file for file in folder.iterdir() if file.is_file()):  # what was refused is no stage
                 file.unlink()

@@ -6,13 +6,19 @@ Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from llmq.errors import UserError
 from llmq.guarded.files import check_plain, unreadable
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of each scalar type of a value; 8 is a string and 9 an array."""
@@ -156,3 +162,32 @@ def ends(file: Path) -> list[int]:
     fields = GGUFReader(str(file)).fields  # as transformers names it, so that the file is parsed once
     said = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ENDS)
     return list(dict.fromkeys(int(field.contents()) for field in said if field is not None))
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Let a checked GGUF file be parsed once, by the path as text, and its names be listed once.
+
+    transformers parses it for the configuration, the tensors and the tokenizer, and lists the names for every module:
+    15 of the 21 seconds of a conversion. Half of a parse is numpy's accounts of slices of mapped files.
+    """
+    import gguf
+    import numpy as np
+
+    if hasattr(gguf.GGUFReader, "cache_clear"):  # within another such block
+        yield
+        return
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+
+    def get(reader: "GGUFReader", *where: object, **how: object) -> object:
+        reader.data = np.asarray(reader.data)
+        return kept["GGUFReader"]._get(reader, *where, **how)
+
+    plain = type("Plain", (gguf.GGUFReader,), {"_get": get})
+    try:
+        for name, made in (kept | {"GGUFReader": plain}).items():
+            setattr(gguf, name, lru_cache(maxsize=2)(made))
+        yield
+    finally:
+        for name, made in kept.items():
+            setattr(gguf, name, made)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.files import CARD, write_text
 from llmq.harmless import fenced
 from llmq.harmless import markdown as inline
-from llmq.report.first import model_of, steps_of
+from llmq.report.first import data_of, machine_of, model_of, steps_of
 from llmq.report.rows import LEGEND, alarms, rows
 from llmq.source import to_yaml
 from llmq.types import JsonObject
@@ -43,8 +43,7 @@ def draw(report: "Report", stage: JsonObject, base: Path, kind: str) -> str:
     made = steps[: [s["name"] for s in report.stages].index(name)]
     licence, base_model = _of_base(base), model_of(report) if _is_on_hub(model_of(report)) else None
     title = f"{model}: {', '.join(made) or 'untouched'}"
-    about = report.environment
-    machine = f"{about.get('processor', 'unknown')}, {about.get('threads', '?')} threads, llmq {about.get('llmq', '')}"
+    machine = f"{machine_of(report)}, llmq {report.environment.get('llmq', '')}"
     limits = [line for line in alarms(report) if f" {name}: " in line] or [
         "The figures hold for the data, the settings and the machine above; nothing else was measured."
     ]
@@ -80,7 +79,7 @@ def _metadata(report: "Report", stage: str, title: str, kind: str, licence: str,
     from huggingface_hub import EvalResult, ModelCardData
 
     task = KINDS.get(kind, kind)
-    data = ", ".join(name.removeprefix("data.").split()[0] for name in report.environment["data_sha256"]) or "none"
+    data = ", ".join(" ".join(filter(None, _portable(name.split(" ", 1)))) for name in data_of(report)) or "none"
     results = [
         EvalResult(task, data, data, m["metric"], m["value"], metric_name=f"{m['task']} {m['metric']}")
         for m in report.measurements

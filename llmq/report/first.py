@@ -61,16 +61,27 @@ def origin(report: "Report") -> str:
     about = report.environment
     seconds = report.seconds or sum(s["seconds"] for s in report.stages)
     took = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    recipe, threads = (report.foretold or {}).get("recipe"), about.get("threads", "?")
+    recipe = (report.foretold or {}).get("recipe")
     parts = (
         f"recipe {recipe}" if recipe else "",
         f"run {name}" if (name := str(about.get("run", "")).rpartition("/")[2]) else "",
-        ", ".join(dict.fromkeys(name.removeprefix("data.") for name in about["data_sha256"] if name != CODE)),
+        ", ".join(data_of(report)),
         str(about.get("ended", ""))[:16].replace("T", " "),
-        f"{about.get('processor', 'processor unknown')}, {threads} thread{'' if threads == 1 else 's'}",
+        machine_of(report),
         f"{'all' if report.seconds else 'the steps'} took {took}" if len(report.stages) > 1 or report.seconds else "",
     )
     return " · ".join(filter(None, parts))
+
+
+def data_of(report: "Report") -> list[str]:
+    """The data that was read, without the code of lm-eval's tasks."""
+    return list(dict.fromkeys(n.removeprefix("data.") for n in report.environment["data_sha256"] if n != CODE))
+
+
+def machine_of(report: "Report") -> str:
+    """The processor, and the number of threads."""
+    threads = report.environment.get("threads", "?")
+    return f"{report.environment.get('processor', 'processor unknown')}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def cards(report: "Report", stage: str) -> Iterator[Card]:

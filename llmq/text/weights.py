@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +222,7 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     whole = parts[0] if len(parts) == 1 else _joined(parts, folder / "whole.gguf")
     # A model that stays in GGUF cannot be saved.
     options = {"dtype": getattr(torch, dtype), "quantization_config": GgufConfig(dequantize=True)}
-    with _parsed_once():
+    with gguf_files.parsed_once():
         model = causal_lm(whole.parent, gguf_file=whole.name, **options)
         _check_all_used(whole, model)
         model.generation_config.eos_token_id = gguf_files.ends(whole) or None
@@ -234,25 +231,6 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     if len(parts) > 1:
         whole.unlink()  # safetensors hold the tensors now
     (folder / "gguf.json").write_text(json.dumps({"file": parts[0].name, "parts": len(parts)}), encoding="utf-8")
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Let a GGUF file be parsed once and its names be listed once.
-
-    transformers parses it for the configuration, the tensors and the tokenizer, and lists the names for every module:
-    15 of the 21 seconds of a conversion.
-    """
-    import gguf
-
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, made in kept.items():
-            setattr(gguf, name, lru_cache(maxsize=2)(made))
-        yield
-    finally:
-        for name, made in kept.items():
-            setattr(gguf, name, made)
 
 
 def _check_all_used(file: Path, model: PreTrainedModel) -> None:

@@ -14,10 +14,13 @@ from llmq.text.opening import causal_lm, without_weights
 
 if TYPE_CHECKING:
     import torch
+    from gguf import ReaderTensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """A tensor of all experts in transformers -> the tensors of one expert in files."""
+AT_ONCE = 2**20
+"""Weights that are dequantized at a time."""
 APART = 1e-3
 """The largest difference of logits, as a share of their norm, between two readings of one file."""
 
@@ -27,22 +30,23 @@ def load_gguf(folder: Path, dtype: str, device: str) -> PreTrainedModel:
 
     The configuration beside the file makes the network: transformers rebuilds not all settings from a file.
     """
+    import gguf
     import torch
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
     from transformers import AutoConfig
 
     gguf_files.check(folder / FILE)
     network = without_weights(folder)
     config = network.config.get_text_config()
-    tensors = GGUFReader(folder / FILE).tensors
+    with gguf_files.parsed_once():
+        tensors = gguf.GGUFReader(str(folder / FILE)).tensors
     names = list(names_of(network, has_head=any(tensor.name == HEAD for tensor in tensors)))
     found = {place.name: place for place in places(config, architecture_of(config, folder), names)}
     state: dict[str, torch.Tensor] = {}
     for tensor in tensors:
         if place := found.get(tensor.name):
-            parts = place.back(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
-            state |= {name: part.to(getattr(torch, dtype)) for name, part in parts.items()}
+            wanted = getattr(torch, dtype)
+            parts = place.back(floats(tensor, torch.float32 if place.added else wanted))
+            state |= {name: part.to(wanted) for name, part in parts.items()}
     module, info = type(network).from_pretrained(
         None,
         config=AutoConfig.from_pretrained(folder),
@@ -53,6 +57,22 @@ def load_gguf(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     if faults := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(f"{str(folder / FILE)!r} does not hold what {type(module).__name__} needs: {faults[0]}")
     return module.to(device).eval()
+
+
+def floats(tensor: ReaderTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a file, dequantized a few rows at a time: in float32 embeddings alone may be as large as the rest."""
+    import torch
+    from gguf.quants import dequantize, quant_shape_from_byte_shape
+
+    blocks = tensor.data.dtype == "uint8"
+    shape = quant_shape_from_byte_shape(tensor.data.shape, tensor.tensor_type) if blocks else tensor.data.shape
+    made = torch.empty(tuple(shape), dtype=dtype)
+    rows = max(1, AT_ONCE * len(made) // max(1, made.numel()))
+    for start in range(0, len(made), rows):
+        made[start : start + rows] = torch.from_numpy(
+            dequantize(tensor.data[start : start + rows], tensor.tensor_type).copy()
+        )
+    return made
 
 
 def names_of(network: PreTrainedModel, has_head: bool) -> Iterator[str]:

@@ -178,7 +178,7 @@ def _read_back(source: Source, found: Mapping[str, Place], types: Mapping[str, T
     from gguf.quants import dequantize
 
     errors = {}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in GGUFReader(str(file)).tensors:
         if tensor.name in found:  # the rotary tensors are of no file
             held = dequantize(tensor.data, tensor.tensor_type)
             errors[tensor.name] = gguf_types.check(found[tensor.name], source, types[tensor.name], held)
