@@ -21,6 +21,8 @@ def publish(stage: Path, repository: str, private: bool) -> str:
         stages = ", ".join(sorted(f.parent.name for f in stage.glob("[0-9]*-*/artifact.json")))
         cure = f"it is a run; name one of its stages: {stages}" if stages else "it has no artifact.json"
         raise UserError(f"{str(stage)!r} is no stage of llmq; {cure}")
+    if repository.count("/") != 1:
+        raise UserError(f"{repository!r} is no repository of the hub, which is called OWNER/NAME")
     beside = set(BESIDE) - {CARD}
     files = [f for f in sorted(stage.rglob("*")) if f.is_file() and f.relative_to(stage).parts[0] not in beside]
     if not any(f.suffix in (".safetensors", ".gguf", ".onnx", ".xml") for f in files):
@@ -29,7 +31,7 @@ def publish(stage: Path, repository: str, private: bool) -> str:
     if not (stage / CARD).is_file():
         say(f"{stage} has no {CARD}: the repository will have no model card")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     hub = HfApi()
     try:
@@ -43,7 +45,9 @@ def publish(stage: Path, repository: str, private: bool) -> str:
         )
     except HFValidationError as error:
         raise UserError(f"{repository!r}: {first_line(error)}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except LlmqError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of any kind: no network, no such owner, no right to it
         raise LlmqError(f"the hub does not take {repository!r}: {first_line(error)}") from None
     return str(made)
 

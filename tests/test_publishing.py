@@ -57,6 +57,8 @@ def test_what_nobody_could_open_stays(stage, tmp_path):
         llmq.push(stage, "me/small")
     with pytest.raises(llmq.UserError, match="is no stage of llmq"):
         llmq.push(tmp_path, "me/small")
+    with pytest.raises(llmq.UserError, match="'small' is no repository of the hub, which is called OWNER/NAME"):
+        llmq.push(stage, "small")
     for name in ("adapter_config.json", "model.safetensors"):
         (stage / name).unlink()
     with pytest.raises(llmq.UserError, match="holds no weights of its own"):
@@ -65,7 +67,7 @@ def test_what_nobody_could_open_stays(stage, tmp_path):
 
 def test_a_hub_that_does_not_answer_is_one_line(stage, monkeypatch):
     def refuse(*a: object, **k: object) -> None:
-        raise ConnectionError("no route")
+        raise RuntimeError("no route")  # httpx has errors of its own
 
     monkeypatch.setattr(Hub, "create_repo", refuse)
     with pytest.raises(llmq.LlmqError, match="the hub does not take 'me/small': no route"):
