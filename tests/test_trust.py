@@ -306,7 +306,7 @@ def test_what_a_stage_is_made_of_lies_inside_of_its_run(tmp_path, changes, says)
 def test_a_stage_of_a_report_lies_inside_of_the_run(tmp_path):
     run = a_run(tmp_path)
     entry = {"stage": "../../etc", "task": "t", "metric": "m"}
-    (run / "report.json").write_text(json.dumps({"measurements": [entry], "environment": {}}))
+    (run / "report.json").write_text(json.dumps({"measurements": [entry], "environment": {}, "recipe": {}}))
     (run / "hashes.json").write_text('{"files": {}}')
     for open_run in (results.run, replay.verify):
         with pytest.raises(UserError, match="does not lie inside"):
