@@ -1,5 +1,6 @@
 """The command as a child of one warmed process: with limits of memory and time, and what it printed."""
 
+import atexit
 import gc
 import importlib
 import os
@@ -24,6 +25,7 @@ learns = True
 """Whether this process imports what a child imported, so that the next one need not."""
 _LEARNT: set[str] = set()
 _for_good = ExitStack()
+atexit.register(_for_good.close)
 
 
 @dataclass(frozen=True)
