@@ -91,9 +91,9 @@ def _target(source: Source, target: str, override: str, keys: Collection[str]) -
     if found:
         return found
     word = target.rpartition(".")[0] or target
-    if target in {its for _, its, _ in (*steps, *tasks)} | {"model"}:
+    if target in {each for _, each, _ in (*steps, *tasks)} | {"model"}:
         raise UserError(f"override {override!r}: {target} is a word with settings; write {target}.KEY=VALUE")
-    known = [*(its for _, its, _ in steps), *(its for _, its, _ in tasks), "model"]
+    known = [*(each for _, each, _ in steps), *(each for _, each, _ in tasks), "model"]
     raise UserError(f"override {override!r}: this recipe has no {word!r}{did_you_mean(word, known)}")
 
 

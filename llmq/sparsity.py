@@ -104,15 +104,15 @@ class PruneStep(Sparsity, Step[M], Generic[M]):
         if not asked:
             raise UserError("modules: skips every layer; leave one to prune")
         # A sparsity of 0 leaves a layer as it is.
-        pruned = {name: its for name, its in asked.items() if its.sparsity or its.of_each}
+        pruned = {name: level for name, level in asked.items() if level.sparsity or level.of_each}
         if not pruned:
             raise UserError("sparsity 0.0: no weight would go; raise it, or leave the step out")
-        for name, its in pruned.items():
+        for name, level in pruned.items():
             inputs = sizes[name]
-            if its.of_each and inputs % its.of_each[1]:
+            if level.of_each and inputs % level.of_each[1]:
                 can = [str(m) for m in GROUPS if inputs % m == 0]
                 raise UserError(
-                    f"pattern {its.pattern!r} of {name}: {inputs} is not divisible by {its.of_each[1]}; "
+                    f"pattern {level.pattern!r} of {name}: {inputs} is not divisible by {level.of_each[1]}; "
                     f"{'these are: ' + ', '.join(can) if can else 'leave it out with modules: {…: skip}'}"
                 )
         return pruned
@@ -135,7 +135,7 @@ class PruneStep(Sparsity, Step[M], Generic[M]):
         unseen = model.rewrite(source, folder, change, windows, sequential)
         # A run that goes on after a kill may find every block written, and prune none.
         if change.gone is not None and change.gone <= 0:
-            highest = max(its.sparsity for its in sparsities.values())
+            highest = max(level.sparsity for level in sparsities.values())
             raise UserError(
                 f"sparsity {highest}: no weight went that was not zero before; raise it, or leave the step out"
             )
@@ -164,6 +164,6 @@ class Pruning(LayerChange[Sparsity]):
         """The tensor that all layers of a group need, made once from the sum over their inputs."""
         return total
 
-    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", level: Sparsity) -> "Tensor":
         """The pruned matrix `[outputs, inputs]`, float32 as `weight` is."""
         raise NotImplementedError

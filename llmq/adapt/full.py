@@ -60,12 +60,12 @@ class Full(Tuning):
         from llmq.text.sizing import work
         from llmq.text.sizing.network import as_text
 
-        its, source = self.with_arguments_folded_in(), as_text(before)
-        states = OPTIMIZER_BYTES.get(its.optim, 8) / 4
-        rows, length = its.per_device_train_batch_size, its.max_length
-        step = work.training_whole(source, rows, length, states, its.gradient_checkpointing)
+        settings, source = self.with_arguments_folded_in(), as_text(before)
+        states = OPTIMIZER_BYTES.get(settings.optim, 8) / 4
+        rows, length = settings.per_device_train_batch_size, settings.max_length
+        step = work.training_whole(source, rows, length, states, settings.gradient_checkpointing)
         disk = int((KEPT + 1) * 4 * source.parameters * (1 + states))
-        return before, its.trained(source, step).plus(Work(0, {}, work.PROBES * 2, disk))
+        return before, settings.trained(source, step).plus(Work(0, {}, work.PROBES * 2, disk))
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         return self.with_arguments_folded_in()._apply(artifact, folder, context)

@@ -81,18 +81,18 @@ class Lora(Tuning):
         from llmq.text.sizing import packing, work
         from llmq.text.sizing.network import as_text
 
-        its, source = self.with_arguments_folded_in(), as_text(before)
-        ends = its.target_modules
+        settings, source = self.with_arguments_folded_in(), as_text(before)
+        ends = settings.target_modules
         targets = [p for p in source.linears if ends == "all-linear" or is_end(p.name.removesuffix(".weight"), ends)]
-        whole = [p for p in source.parts if is_end(p.name.rpartition(".")[0], its.modules_to_save)]
+        whole = [p for p in source.parts if is_end(p.name.rpartition(".")[0], settings.modules_to_save)]
         copies = [packing.whole_copy(part) for part in whole]
-        adapter = (*packing.adapters(targets, its.r, its.use_dora, its.use_qalora), *copies)
+        adapter = (*packing.adapters(targets, settings.r, settings.use_dora, settings.use_qalora), *copies)
         made = replace(source, parts=(*source.parts, *adapter))
-        rows = its.per_device_train_batch_size
-        states = OPTIMIZER_BYTES.get(its.optim, 8) / 4
-        step = work.training(made, rows, its.max_length, its.r, states, its.gradient_checkpointing)
+        rows = settings.per_device_train_batch_size
+        states = OPTIMIZER_BYTES.get(settings.optim, 8) / 4
+        step = work.training(made, rows, settings.max_length, settings.r, states, settings.gradient_checkpointing)
         disk = int(2 * sum(part.opened for part in adapter) * (1 + states))
-        return made, its.trained(made, step).plus(Work(0, {}, work.PROBES * 2, disk))
+        return made, settings.trained(made, step).plus(Work(0, {}, work.PROBES * 2, disk))
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         return self.with_arguments_folded_in()._apply(artifact, folder, context)

@@ -38,7 +38,7 @@ def descend(
     for _ in range(sweeps):
         levels = _swept(target, curvature, levels, scales, zeros, made.bits, kept)
         fitted = _fitted(target, curvature, levels, scales)
-        before, after = (_errors(target, curvature, levels, its) for its in (scales, fitted))
+        before, after = (_errors(target, curvature, levels, scale) for scale in (scales, fitted))
         scales = fitted.where(after < before, scales)
     codes = _levels(levels, -zeros).round_().to(made.codes.dtype)[place.argsort()]
     return replace(made, codes=codes, scales=scales.to(made.scales.dtype))

@@ -60,6 +60,6 @@ class _Alps(Pruning):
         super().__init__(sparsities, by_loss)
         self.damp_percent = damp_percent
 
-    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", level: Sparsity) -> "Tensor":
         assert shared is not None
-        return alps(weight, shared, self.damp_percent, its.sparsity, its.of_each)  # (outputs, inputs)
+        return alps(weight, shared, self.damp_percent, level.sparsity, level.of_each)  # (outputs, inputs)

@@ -26,5 +26,5 @@ class Magnitude(PruneStep[Model]):
 
 
 class _Magnitude(Pruning):
-    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
-        return weight.masked_fill(by_magnitude(weight, its.sparsity, its.of_each), 0)  # (outputs, inputs)
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", level: Sparsity) -> "Tensor":
+        return weight.masked_fill(by_magnitude(weight, level.sparsity, level.of_each), 0)  # (outputs, inputs)

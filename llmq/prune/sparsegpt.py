@@ -52,6 +52,6 @@ class _Sparsegpt(Pruning):
     def prepared(self, total: "Tensor | None") -> "Tensor | None":
         return None if total is None else elimination(total, self.damp_percent)[0]  # (inputs, inputs)
 
-    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", level: Sparsity) -> "Tensor":
         assert shared is not None
-        return sparsegpt(weight, shared, its.sparsity, its.of_each)  # (outputs, inputs)
+        return sparsegpt(weight, shared, level.sparsity, level.of_each)  # (outputs, inputs)

@@ -37,7 +37,7 @@ class Wanda(PruneStep[LanguageModel], Calibrated):
 class _Wanda(Pruning):
     gathers: Kind | None = "squares"  # ||x||² of each input, (inputs,)
 
-    def pruned(self, weight: "Tensor", shared: "Tensor | None", its: Sparsity) -> "Tensor":
+    def pruned(self, weight: "Tensor", shared: "Tensor | None", level: Sparsity) -> "Tensor":
         if shared is None or not bool(shared.any()):  # an expert that no token came to: its weights alone can tell
-            return weight.masked_fill(by_magnitude(weight, its.sparsity, its.of_each), 0)
-        return weight.masked_fill(by_wanda(weight, shared, its.sparsity, its.of_each), 0)  # (outputs, inputs)
+            return weight.masked_fill(by_magnitude(weight, level.sparsity, level.of_each), 0)
+        return weight.masked_fill(by_wanda(weight, shared, level.sparsity, level.of_each), 0)  # (outputs, inputs)

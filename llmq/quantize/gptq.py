@@ -75,5 +75,5 @@ class Gptq(GridStep, Calibrated):
         from llmq.text.end_check import divergence_of
 
         windows, _ = self.windows(base, context.seed)
-        skeletons = [its.model.skeleton(its, context.device) for its in (changed, base)]
+        skeletons = [stage.model.skeleton(stage, context.device) for stage in (changed, base)]
         return divergence_of(skeletons[0], skeletons[1], windows[:: -(-len(windows) // FEW)])

@@ -37,9 +37,9 @@ def draw(report: "Report", folder: Path) -> dict[str, str]:
 
 
 def _maps(facts: Facts, pruned: bool) -> Iterator[tuple[str, str]]:
-    bits = {its["bits"] for its in facts.values()}
+    bits = {layer["bits"] for layer in facts.values()}
     same = f", {next(iter(bits))} bits each" if len(bits) == 1 and None not in bits else ""
-    of = " and ".join(sorted({str(its["error_of"]) for its in facts.values() if "error_of" in its}))
+    of = " and ".join(sorted({str(layer["error_of"]) for layer in facts.values() if "error_of" in layer}))
     for key, title in (
         (
             "error",
@@ -49,14 +49,14 @@ def _maps(facts: Facts, pruned: bool) -> Iterator[tuple[str, str]]:
         *((("zeros", "share of weights that are zero"),) if pruned else ()),
         ("removed", "share of the output channels of each layer that were taken out"),
     ):
-        values = {name: float(its[key]) for name, its in facts.items() if its.get(key) is not None}
+        values = {name: float(layer[key]) for name, layer in facts.items() if layer.get(key) is not None}
         if values:
             yield title, _map(values)
 
 
 def _worst(facts: Facts) -> str:
     """The layer with the largest error."""
-    errors = {name: float(its["error"]) for name, its in facts.items() if "error" in its}
+    errors = {name: float(layer["error"]) for name, layer in facts.items() if "error" in layer}
     if not errors:
         return ""
     name = max(errors, key=errors.__getitem__)

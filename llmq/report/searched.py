@@ -31,9 +31,9 @@ def draw(
         above.set_ylabel("KL to the base, nats a token\n(↓ lower is better)")
         above.legend(frameon=False, fontsize=8.5)
         kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in bits))
-        for i, (name, its) in enumerate(bits.items()):
+        for i, (name, number) in enumerate(bits.items()):
             colour = COLOURS[kinds.index(name.rpartition(".")[2]) % len(COLOURS)]
-            below.bar(i, its or 0, width=1.0, color=colour if its else INK)
+            below.bar(i, number or 0, width=1.0, color=colour if number else INK)
         for i, kind in enumerate(kinds):
             below.bar(0, 0, color=COLOURS[i % len(COLOURS)], label=kind)
         below.set_xlabel("layer, in the order of the model  (none: float weights)")

@@ -55,8 +55,8 @@ def picture(run: Path, name: str) -> bytes:
 
 def check_schema(report: object, file: Path) -> None:
     """Raise `UserError` for a `report.json` of another schema: its entries may mean something else."""
-    its = report.get("schema_version") if isinstance(report, dict) else None
-    if its is not None and (type(its) is not int or its > SCHEMA_VERSION):
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version is not None and (type(version) is not int or version > SCHEMA_VERSION):
         raise UserError(
-            f"{str(file)!r} has schema version {its!r:.20}; this llmq knows {SCHEMA_VERSION}: take a later one"
+            f"{str(file)!r} has schema version {version!r:.20}; this llmq knows {SCHEMA_VERSION}: take a later one"
         )

@@ -99,10 +99,10 @@ def modules_of(found: Found, default: "Grid") -> JsonObject:
         everywhere[kind] = everywhere.get(kind, 0) + 1
         numbers.setdefault((kind, grid), []).append(number)
     modules: JsonObject = {}
-    for (kind, grid), its in numbers.items():
+    for (kind, grid), places in numbers.items():
         if grid != default:
-            some = its[0] if len(its) == 1 else f"({'|'.join(its)})"
-            blocks = "" if len(its) == everywhere[kind] else rf"\.{some}\."
+            some = places[0] if len(places) == 1 else f"({'|'.join(places)})"
+            blocks = "" if len(places) == everywhere[kind] else rf"\.{some}\."
             settings = "skip" if grid is None else {"bits": grid.bits, "group_size": grid.group_size}
             modules[f"{blocks}{re.escape(kind)}$"] = settings
     return modules
@@ -183,8 +183,8 @@ class Searched:
             "foretold_kl": self.found.kl,
             "kl_to_base": _largest(kl["value"] for kl in kls.values()),
             "kl_upper": _largest(map(upper, kls.values())),
-            "perplexity_ratio": _largest(its.get("ratio") for its in ratios),
-            "perplexity_ratio_upper": _largest((its.get("ratio_ci95") or (None, None))[1] for its in ratios),
+            "perplexity_ratio": _largest(row.get("ratio") for row in ratios),
+            "perplexity_ratio_upper": _largest((row.get("ratio_ci95") or (None, None))[1] for row in ratios),
         }
 
     def _of(self, kind: Literal["measurements", "comparisons"], metric: str, stage: str) -> dict[str, JsonObject]:
@@ -254,7 +254,7 @@ POINTS = 12
 
 def front_of(table: "Table") -> list[tuple[int, float]]:
     """Bytes and foretold divergence of the best choices, from the smallest stage to one with hardly a loss."""
-    least, most = table.least, table.rest + sum(max(its[:-1]) for its in table.sizes.values())
+    least, most = table.least, table.rest + sum(max(layer_sizes[:-1]) for layer_sizes in table.sizes.values())
     budgets = [least + (most - least) * i // (POINTS - 1) for i in range(POINTS)]
     return [(found.bytes, found.kl) for found in (within_bytes(table, budget) for budget in budgets)]
 

@@ -131,7 +131,7 @@ def merge(artifact: Artifact[LanguageModel], folder: Path, dtype: str, keep_spar
         del state
         trim("cpu")
     merging.merge()
-    state = _rounded(module, "", {name: its for name, its in dtypes.items() if not merging.is_inside(name)})
+    state = _rounded(module, "", {name: kept for name, kept in dtypes.items() if not merging.is_inside(name)})
     hashes |= hashed(state)
     (rest := folder / REST).mkdir()
     save(module, rest, merging.pairs, tuple(f"{block}." for block in merging.blocks))
@@ -148,7 +148,7 @@ def merge(artifact: Artifact[LanguageModel], folder: Path, dtype: str, keep_spar
 
 def _dtype(artifact: Artifact[LanguageModel]) -> str:
     """float32 for a packed base; else the dtype of the files, whose tensors then stay in them until they are read."""
-    dtypes = {its.dtype for its in stored_as(safetensors_of(artifact.weights)).values()}
+    dtypes = {tensor.dtype for tensor in stored_as(safetensors_of(artifact.weights)).values()}
     return FLOATS.get(dtypes.pop(), "float32") if len(dtypes) == 1 and not artifact.packed else "float32"
 
 

@@ -144,7 +144,7 @@ def with_adapter(module: PreTrainedModel, folder: Path) -> PeftModel:
     faults = {
         "lacks": sorted(needed - held.keys()),
         "has more than is needed": sorted(held.keys() - allowed),
-        "has other numbers where weights belong": [name for name, its in held.items() if its.dtype not in FLOATS],
+        "has other numbers where weights belong": [name for name, tensor in held.items() if tensor.dtype not in FLOATS],
     }
     if told := _told(faults):
         raise UserError(f"{str(folder)!r} does not hold the adapter that it describes: {told}")
@@ -228,7 +228,7 @@ def check_packed(folder: Path, held: Mapping[str, Stored]) -> None:
 
 def _wrong_dtypes(held: Mapping[str, Stored], module: PreTrainedModel, packed: bool) -> list[str]:
     """The stored tensors of whole numbers that were opened as floating-point parameters, each with the stored dtype."""
-    suspects = {name: its.dtype for name, its in held.items() if its.dtype not in FLOATS}
+    suspects = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype not in FLOATS}
     names = module_names(module, {key.rpartition(".")[0] for key in suspects}) if suspects else {}
     opened = dict(module.named_parameters())
     wrong = []
@@ -258,10 +258,10 @@ def _zero_biases(held: Mapping[str, Stored], names: Iterable[str]) -> set[str]:
 def _odd_shapes(held: Mapping[str, Stored]) -> list[str]:
     """The tensors whose shape differs from most of the same name, numbers aside; all tensors if none does."""
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
-    for name, its in held.items():
-        shapes.setdefault(re.sub(r"\d+", "#", name), Counter())[its.shape] += 1
+    for name, tensor in held.items():
+        shapes.setdefault(re.sub(r"\d+", "#", name), Counter())[tensor.shape] += 1
     usual = {kind: counts.most_common(1)[0][0] for kind, counts in shapes.items()}
-    odd = [f"{n} {list(its.shape)}" for n, its in held.items() if its.shape != usual[re.sub(r"\d+", "#", n)]]
+    odd = [f"{n} {list(tensor.shape)}" for n, tensor in held.items() if tensor.shape != usual[re.sub(r"\d+", "#", n)]]
     return odd or sorted(held)
 
 

@@ -132,5 +132,5 @@ def _stored(files: Iterable[str]) -> Shapes:
     for file in files:
         with safe_open(file, "pt") as opened:
             slices = ((name, opened.get_slice(name)) for name in opened.keys())  # noqa: SIM118
-            held |= {n: (its.get_shape(), DTYPES.get(its.get_dtype(), torch.float32)) for n, its in slices}
+            held |= {n: (part.get_shape(), DTYPES.get(part.get_dtype(), torch.float32)) for n, part in slices}
     return held

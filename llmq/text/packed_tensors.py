@@ -51,7 +51,9 @@ def faults_of_parts(held: Held, shapes: Mapping[str, Shape]) -> Iterator[str]:
     packed = {n.partition(".weight.")[0] for n in held if ".weight." in n}
     packed |= {n.removesuffix(".SCB") for n in held if n.endswith(".SCB")}
     packed |= {
-        n.removesuffix(".weight") for n, its in held.items() if n.endswith(".weight") and its.dtype in ("U8", "I8")
+        n.removesuffix(".weight")
+        for n, tensor in held.items()
+        if n.endswith(".weight") and tensor.dtype in ("U8", "I8")
     }
     for layer in sorted(packed):
         parts = {
@@ -101,7 +103,7 @@ def _pack_quantized(layer: str, parts: Held, shapes: Mapping[str, Shape]) -> Ite
         fits = fits and (order is None or (order.shape == (shape[1],) and order.dtype in ("I32", "I64")))
         fits = fits and _numbers(parts["weight_shape"], layer) == shape
     if not fits:
-        told = ", ".join(f"{name} {its.dtype} {list(its.shape)}" for name, its in parts.items())
+        told = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in parts.items())
         yield f"{layer} has parts that do not fit {list(shape)}: {told}"
 
 
@@ -185,8 +187,8 @@ def faults_of_values(held: Held) -> Iterator[str]:
         elif name.endswith((".scales", ".weight_scale")):
             yield from _unless(value.isfinite().all(), f"{name} holds values that are not finite")
         elif name.endswith((".g_idx", ".weight_g_idx")):
-            layer, its = name.rpartition(".")[0], name.endswith(".g_idx")
-            groups = held[f"{layer}.scales"].shape[0] if its else held[f"{layer}.weight_scale"].shape[1]
+            layer, by_index = name.rpartition(".")[0], name.endswith(".g_idx")
+            groups = held[f"{layer}.scales"].shape[0] if by_index else held[f"{layer}.weight_scale"].shape[1]
             good = ((value >= 0) & (value < groups)).all()
             yield from _unless(good, f"{name} names groups outside of 0 to {groups - 1}")
 
@@ -202,13 +204,13 @@ def _trusted(held: Held) -> Iterator[tuple[str, Tensor]]:
 
     endings = (".weight.quant_map", ".weight.nested_quant_map", ".weight.absmax", ".weight.nested_absmax", ".SCB")
     by_file: dict[Path, list[str]] = {}
-    for name, its in held.items():
+    for name, tensor in held.items():
         layer = name.rpartition(".")[0]
         packed = f"{layer}.qweight" in held and name.endswith((".scales", ".g_idx"))
         packed |= f"{layer}.weight_packed" in held and name.endswith((".weight_scale", ".weight_g_idx"))
         # Nested scales are U8 codes, of which any will do.
-        if packed or STATE in name or (name.endswith(endings) and its.dtype != "U8"):
-            by_file.setdefault(its.file, []).append(name)
+        if packed or STATE in name or (name.endswith(endings) and tensor.dtype != "U8"):
+            by_file.setdefault(tensor.file, []).append(name)
     for file, names in by_file.items():
         with safe_open(file, "pt") as opened:
             yield from ((name, opened.get_tensor(name)) for name in names)

@@ -40,13 +40,13 @@ class GridStep(Grid, Step[LanguageModel]):
         """The grid of each layer to be quantized. Raises `UserError` for a layer whose shape forbids the grid."""
         source.check_layers()
         linears = (name for block in source.blocks for name in source.linears(block))
-        grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
-        grids = settings_of(linears, source.head, grid, self.modules)
+        default = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
+        grids = settings_of(linears, source.head, default, self.modules)
         if not grids:
             raise UserError("modules: skips every layer; leave one to quantize")
-        for name, its in grids.items():
+        for name, grid in grids.items():
             layer = source.linear(name)
-            check_shape(name, layer.out_features, layer.in_features, its)
+            check_shape(name, layer.out_features, layer.in_features, grid)
         return grids
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
@@ -58,12 +58,12 @@ class GridStep(Grid, Step[LanguageModel]):
         names = {part.name.removesuffix(".weight"): part for part in source.parts}
         head = source.head.removesuffix(".weight")
         linears = [part.name.removesuffix(".weight") for part in source.linears]
-        grid = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
-        grids = settings_of(linears, head, grid, self.modules)
-        for name, its in grids.items():
+        default = Grid(**{name: getattr(self, name) for name in Grid.model_fields})
+        grids = settings_of(linears, head, default, self.modules)
+        for name, grid in grids.items():
             outputs, inputs = names[name].shape
-            check_shape(name, outputs, inputs, its)
-        packed = {names[name].name: gptq(names[name], its.bits, its.group_size) for name, its in grids.items()}
+            check_shape(name, outputs, inputs, grid)
+        packed = {names[name].name: gptq(names[name], grid.bits, grid.group_size) for name, grid in grids.items()}
         made = source.with_parts(packed)
         if head in grids and source.head not in {part.name for part in source.parts if part.role == "head"}:
             # A tied head that is packed leaves the embeddings as they are.
@@ -108,12 +108,12 @@ class GridStep(Grid, Step[LanguageModel]):
         """The entries of layers unlike the rest, as GPTQModel and vLLM read them: `+:` overrides, `-:` skips."""
         different: dict[str, dict[str, object]] = {}
         for name in (*(name for block in source.blocks for name in source.linears(block)), source.head):
-            its = grids.get(name)
+            grid = grids.get(name)
             pattern = source.file_name(name).replace(".", r"\.")  # readers match names in the files
-            if its is None and name != source.head:  # `lm_head` speaks for the head
+            if grid is None and name != source.head:  # `lm_head` speaks for the head
                 different[f"-:{pattern}$"] = {}
-            elif its and _told(its) != _told(self):
-                different[f"+:{pattern}$"] = _told(its)
+            elif grid and _told(grid) != _told(self):
+                different[f"+:{pattern}$"] = _told(grid)
         return different
 
 

@@ -137,7 +137,7 @@ class Student(nn.Module):
             assert isinstance(packed, PackedLinear)
             self.layers[name] = TunedLinear(made, packed.bias, packed.compute_dtype).to(module.device)
             module.set_submodule(name, self.layers[name])
-        self.changes = nn.ParameterDict({name.replace(".", "/"): its.change for name, its in self.layers.items()})
+        self.changes = nn.ParameterDict({name.replace(".", "/"): layer.change for name, layer in self.layers.items()})
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """The logits `(windows, tokens, vocabulary)` in float32, by the temperature."""
@@ -146,13 +146,13 @@ class Student(nn.Module):
 
     def moved(self) -> dict[str, object]:
         """The notes on the training: its scales, and the root mean square of their relative changes."""
-        changes = torch.cat([its.change.detach().flatten() for its in self.layers.values()])
+        changes = torch.cat([layer.change.detach().flatten() for layer in self.layers.values()])
         return {"scales": changes.numel(), "scales_moved_by": float(f"{float(changes.square().mean().sqrt()):.3g}")}
 
     @torch.no_grad()
     def scales(self) -> dict[str, Tensor]:
         """The scales to be stored, by layer, which this model then computes with: numbers of float16 above 0."""
-        stored = {name: its.tuned().half().clamp(2.0**-24, LARGEST) for name, its in self.layers.items()}
+        stored = {name: layer.tuned().half().clamp(2.0**-24, LARGEST) for name, layer in self.layers.items()}
         for name, scales in stored.items():
             self.layers[name].scales = scales.float()
             self.layers[name].change.zero_()

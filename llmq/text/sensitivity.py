@@ -102,12 +102,12 @@ class Trials(LayerChange[Grid]):
     gathers: Kind | None = "hessian"
 
     def __init__(self, grids: Mapping[str, Sequence[Grid]], damp_percent: float):
-        super().__init__({name: its[0] for name, its in grids.items()}, by_loss=True)
+        super().__init__({name: choices[0] for name, choices in grids.items()}, by_loss=True)
         self.grids, self.damp_percent = grids, damp_percent
         self.means: Mapping[str, float] = {}  # the mean weight of a token in each layer
         self.tokens = 0
         self.costs: dict[str, dict[Grid, float]] = {name: {} for name in grids}
-        self.checked = {name: _checked(its) for name, its in grids.items()}
+        self.checked = {name: _checked(choices) for name, choices in grids.items()}
         self.kept: dict[str, Tensor] = {}  # each layer on its checked grids, packed
 
     def change(self, layers: Mapping[str, Tensor], total: Tensor | None) -> dict[str, dict[str, Tensor]]:
@@ -129,8 +129,8 @@ class Trials(LayerChange[Grid]):
 
     def cost(self, layer: str, bits: int) -> float:
         """The cost of a layer on the grid that is checked for these bits, or for those nearest to 4 without one."""
-        its = self.checked[layer]
-        return self.costs[layer][its[bits] if bits in its else its[min(its, key=_from_the_middle)]]
+        checked = self.checked[layer]
+        return self.costs[layer][checked[bits] if bits in checked else checked[min(checked, key=_from_the_middle)]]
 
 
 def sensitivities(
@@ -148,8 +148,10 @@ def sensitivities(
     weights = kept_weights(source, folder, trials, windows, keep=True)
     seen, aside = _apart_from(windows)
     trials.tokens = sum(len(windows[i]) for i in seen)
-    of_seen = {name: torch.cat([torch.split(its, len(windows[0]))[i] for i in seen]) for name, its in weights.items()}
-    trials.means = {name: float(its.double().mean()) for name, its in of_seen.items()}
+    of_seen = {
+        name: torch.cat([torch.split(weight, len(windows[0]))[i] for i in seen]) for name, weight in weights.items()
+    }
+    trials.means = {name: float(weight.double().mean()) for name, weight in of_seen.items()}
     calibration = Calibration(source, trials, [windows[i] for i in seen], True, of_seen)
     with torch.no_grad(), calibration.started():
         for block in track(source.blocks, "sensitivity"):
@@ -168,14 +170,14 @@ def sensitivities(
         return gptq_format.from_tensors(tensors, at, FORMAT).weight()
 
     apart = type(source)(source.folder, source.dtype_name, source.device)
-    every = sorted({bits for its in trials.checked.values() for bits in its})
+    every = sorted({bits for bits_checked in trials.checked.values() for bits in bits_checked})
     middle = min(every, key=_from_the_middle)
     costs = {bits: {name: trials.cost(name, bits) for name in grids} for bits in every}
     ways = {bits: partial(rounded, bits) for bits in every}
     factors = corrections(apart, ways, costs, middle, [windows[i] for i in aside])
     return {
-        name: [factors[min(every, key=partial(_apart, grid.bits))][name] * trials.costs[name][grid] for grid in its]
-        for name, its in grids.items()
+        name: [factors[min(every, key=partial(_apart, grid.bits))][name] * trials.costs[name][grid] for grid in choices]
+        for name, choices in grids.items()
     }
 
 
@@ -206,7 +208,7 @@ def table_of(base: Artifact[LanguageModel], step: Calibrating, seed: int, device
     """The foretold costs of all grids for a model and the calibration of a `quantize.gptq`; kept in the cache."""
     source = base.model.skeleton(base, device)
     sizes = sizes_of(base, source, step.sym)
-    grids = {name: [grid for grid in its if grid] for name, its in sizes.grids.items()}
+    grids = {name: [grid for grid in choices if grid] for name, choices in sizes.grids.items()}
     costs = _costs(base, source, grids, step, seed)
     return Table(**vars(sizes), costs={name: [*costs[name], 0.0] for name in grids})
 
@@ -217,21 +219,21 @@ def sizes_of(base: Artifact[LanguageModel], source: Skeleton, sym: bool | None) 
     layers = [name for block in source.blocks for name in source.linears(block)]
     all_grids = [Grid(bits=bits, group_size=size, sym=sym) for bits, size in GRIDS]
     grids = {name: [grid for grid in all_grids if _fits(source, name, grid)] for name in layers}
-    grids = {name: its for name, its in grids.items() if its}
+    grids = {name: choices for name, choices in grids.items() if choices}
     if not grids:
         raise UserError(f"{base.model.weights!r}: no layer has a shape that a grid fits")
     sizes = {
-        name: [*(bytes_packed(source, name, grid) for grid in its), bytes_dense(source, name)]
-        for name, its in grids.items()
+        name: [*(bytes_packed(source, name, grid) for grid in choices), bytes_dense(source, name)]
+        for name, choices in grids.items()
     }
     own = {block: bytes_of_block(source, block, list(grids)) for block in source.blocks}
     layers_in = {block: [name for name in source.linears(block) if name in grids] for block in source.blocks}
     return Sizes(
-        {name: [*its, None] for name, its in grids.items()},
+        {name: [*choices, None] for name, choices in grids.items()},
         sizes,
         bytes_outside(source) + sum(own.values()),
         sum(source.linear(name).weight.numel() for name in grids),
-        [own[block] + sum(min(sizes[name]) for name in its) for block, its in layers_in.items()],
+        [own[block] + sum(min(sizes[name]) for name in choices) for block, choices in layers_in.items()],
     )
 
 
@@ -249,7 +251,9 @@ def _costs(
 ) -> dict[str, list[float]]:
     """The table in the cache, or one that is made now; its key is all that it depends on."""
     windows, _ = step.windows(base, seed)
-    asked = {name: [(grid.bits, grid.group_size, grid.symmetric) for grid in its] for name, its in grids.items()}
+    asked = {
+        name: [(grid.bits, grid.group_size, grid.symmetric) for grid in choices] for name, choices in grids.items()
+    }
     told = json.dumps([VERSION, source.dtype_name, step.damp_percent, asked, windows])
     key = sha256_texts([sha256_files([*base.weight_files(), base.weights / "config.json"]), told])[:16]
     folder = cache("search", key)

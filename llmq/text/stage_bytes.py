@@ -50,7 +50,9 @@ def bytes_dense(source: Skeleton, layer: str) -> int:
 def bytes_of_block(source: Skeleton, block: str, layers: Collection[str]) -> int:
     """The bytes of the file of a block without the weights of `layers`."""
     weights = {f"{layer}.weight" for layer in layers}
-    return _bytes_of_file(source, ((name, its) for name, its in source.held(block).items() if name not in weights))
+    return _bytes_of_file(
+        source, ((name, tensor) for name, tensor in source.held(block).items() if name not in weights)
+    )
 
 
 def bytes_outside(source: Skeleton) -> int:
@@ -60,8 +62,8 @@ def bytes_outside(source: Skeleton) -> int:
 
 def _bytes_of_file(source: Skeleton, tensors: Iterable[tuple[str, Tensor]]) -> int:
     total: int = FILE
-    for name, its in tensors:
-        total += its.nbytes + _entry(source.file_name(name), list(its.shape))
+    for name, tensor in tensors:
+        total += tensor.nbytes + _entry(source.file_name(name), list(tensor.shape))
     return total
 
 

@@ -196,7 +196,7 @@ def _check_classes(names: Sequence[Sequence[str]], others: Sequence[Sequence[str
     ours, theirs = ([{name.lower() for name in called} for called in side] for side in (names, others))
     alike = [bool(a & b) for a, b in zip(ours, theirs, strict=False)]
     for i, same in enumerate(alike):
-        if not same and (not any(alike) or any(ours[i] & its for its in theirs)):
+        if not same and (not any(alike) or any(ours[i] & group for group in theirs)):
             raise UserError(
                 f"output {i} of the teacher is {others[i][-1]!r}, and that of the network {names[i][-1]!r}: a teacher "
                 "tells the same classes in the same order"

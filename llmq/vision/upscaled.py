@@ -64,8 +64,8 @@ def upscaled(loaded: Loaded[SuperResolution], data: Data, limit: int | None) -> 
     split = data.read()
     pairs = held_out_pairs(loaded.artifact, split, limit)
     for pair, made in zip(pairs, all_enlarged(loaded, data, limit), strict=True):
-        for name, low, (truth, simple, its) in slices(pair.name, pair.image, pair.high, *made):
-            scenes.append(Upscaled(name, low, truth, simple, its, split.pixel_size))
+        for name, low, (truth, simple, output) in slices(pair.name, pair.image, pair.high, *made):
+            scenes.append(Upscaled(name, low, truth, simple, output, split.pixel_size))
     return scenes
 
 

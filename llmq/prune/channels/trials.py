@@ -75,13 +75,13 @@ def tried(network: Module, model: ImageModel, cuts: Mapping[float, Sequence[Cut]
     choices: dict[tuple[str, ...], list[tuple[float, Cut | None]]] = {}
     for ratio in sorted(cuts):
         for cut in cuts[ratio]:
-            its = choices.setdefault(cut.group.makers, [(0.0, None)])
-            if cut.group.makers in sound and (its[-1][1] is None or cut.gone != its[-1][1].gone):
-                its.append((ratio, cut))
-    groups = [its for its in choices.values() if len(its) > 1]
+            options = choices.setdefault(cut.group.makers, [(0.0, None)])
+            if cut.group.makers in sound and (options[-1][1] is None or cut.gone != options[-1][1].gone):
+                options.append((ratio, cut))
+    groups = [options for options in choices.values() if len(options) > 1]
     truth = [_answers(network, x) for x in inputs]
-    costs = [[_cost(network, model, cut, inputs, truth) for _, cut in its] for its in groups]
-    macs = [[_counted(network, example, [cut]) for _, cut in its] for its in groups]
+    costs = [[_cost(network, model, cut, inputs, truth) for _, cut in options] for options in groups]
+    macs = [[_counted(network, example, [cut]) for _, cut in options] for options in groups]
     return Trials(network, example, figures(network, example)["macs"], groups, costs, macs)
 
 

@@ -39,7 +39,7 @@ class Source:
         self.network = without_weights(folder)
         self.config = self.network.config.get_text_config()
         self.format = str(settings.get("checkpoint_format", "gptq"))
-        self._held = {name: its for name, its in stored(folder, self.network).items() if not UNUSED.search(name)}
+        self._held = {name: tensor for name, tensor in stored(folder, self.network).items() if not UNUSED.search(name)}
 
     @cached_property
     def names(self) -> list[str]:
@@ -53,7 +53,9 @@ class Source:
             elif leaf != "bias" or name in known or not self.is_packed(f"{owner}.weight"):
                 names[name] = None  # AutoGPTQ's zeros stand for no bias
         ties = self.network.get_expanded_tied_weights_keys(all_submodels=True).items()
-        return [name for name in names if not any(name == copy and self._same(copy, its) for copy, its in ties)]
+        return [
+            name for name in names if not any(name == copy and self._same(copy, original) for copy, original in ties)
+        ]
 
     def _same(self, one: str, other: str) -> bool:
         import torch

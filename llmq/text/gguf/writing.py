@@ -206,12 +206,12 @@ def _notes(
 ) -> JsonObject:
     counts = _weights_by_type(source, found, types)
     notes: JsonObject = {"types": dict(counts.most_common())}
-    if kept := [name for name, its in types.items() if its.kept]:
+    if kept := [name for name, kind in types.items() if kind.kept]:
         notes["grids_kept"] = len(kept)
         notes["largest_distance_to_grid"] = max(types[name].distance for name in kept)
         if source.has_fractional_zeros:
             notes["zero_points"] = "no whole numbers: llama.cpp keeps them, OpenVINO GenAI rounds them to other weights"
-    not_kept: Counter[str] = Counter(its.why_not for its in types.values() if its.why_not)
+    not_kept: Counter[str] = Counter(kind.why_not for kind in types.values() if kind.why_not)
     if not_kept:
         notes["not_kept"] = {why: f"{count} tensors" for why, count in not_kept.items()}
     rounded = {n: e for n, e in errors.items() if not types[n].kept and types[n].name != "F32"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Written = str | list[str]
 
 
-def convolution(w: Writer, node: Node, its: Attributes) -> Written:
+def convolution(w: Writer, node: Node, attributes: Attributes) -> Written:
     """A convolution, plain, grouped or transposed, with the bias that is added to it."""
     grouped, transposed = "Group" in node.get_type_name(), "BackpropData" in node.get_type_name()
     source = node.input_value(1)
@@ -31,14 +31,18 @@ def convolution(w: Writer, node: Node, its: Attributes) -> Written:
         weights = w.one("Reshape", w.of(source), w.constant(shape))
     else:
         weights = w.of(source)
-    settings: Attributes = {"strides": ints(its["strides"]), "dilations": ints(its["dilations"]), "group": group}
-    settings["pads"] = _pads(node, its)
+    settings: Attributes = {
+        "strides": ints(attributes["strides"]),
+        "dilations": ints(attributes["dilations"]),
+        "group": group,
+    }
+    settings["pads"] = _pads(node, attributes)
     if transposed:
         if node.get_input_size() > 2:
             raise LlmqError(
                 f"{node.get_friendly_name()}: a transposed convolution of a given size has no place in ONNX"
             )
-        settings["output_padding"] = ints(its["output_padding"])
+        settings["output_padding"] = ints(attributes["output_padding"])
     bias = _bias(node)
     more = [] if bias is None else [w.constant(needed(bias).astype(np.float32).reshape(-1))]
     made = w.one("ConvTranspose" if transposed else "Conv", w.of(node.input_value(0)), weights, *more, **settings)
@@ -47,10 +51,10 @@ def convolution(w: Writer, node: Node, its: Attributes) -> Written:
     return made
 
 
-def _pads(node: Node, its: Attributes) -> list[int]:
-    if its.get("auto_pad", "explicit") not in ("explicit", "valid", "notset"):
-        raise LlmqError(f"{node.get_friendly_name()}: padding {its['auto_pad']} has no place in ONNX")
-    return [*ints(its["pads_begin"]), *ints(its["pads_end"])]
+def _pads(node: Node, attributes: Attributes) -> list[int]:
+    if attributes.get("auto_pad", "explicit") not in ("explicit", "valid", "notset"):
+        raise LlmqError(f"{node.get_friendly_name()}: padding {attributes['auto_pad']} has no place in ONNX")
+    return [*ints(attributes["pads_begin"]), *ints(attributes["pads_end"])]
 
 
 def _bias(node: Node) -> Output | None:
@@ -66,8 +70,8 @@ def _bias(node: Node) -> Output | None:
     return others[0] if fits else None
 
 
-def matmul(w: Writer, node: Node, its: Attributes) -> Written:
-    sides = [_side(w, node.input_value(i), bool(its[f"transpose_{'ab'[i]}"])) for i in (0, 1)]
+def matmul(w: Writer, node: Node, attributes: Attributes) -> Written:
+    sides = [_side(w, node.input_value(i), bool(attributes[f"transpose_{'ab'[i]}"])) for i in (0, 1)]
     return w.one("MatMul", *sides)
 
 
@@ -80,9 +84,9 @@ def _side(w: Writer, output: Output, turned: bool) -> str:
     return w.weight(weight.transposed(order)) if weight else w.one("Transpose", w.of(output), perm=order)
 
 
-def attention(w: Writer, node: Node, its: Attributes) -> Written:
+def attention(w: Writer, node: Node, attributes: Attributes) -> Written:
     """softmax(q k^T * scale + mask) v."""
-    if its["causal"]:
+    if attributes["causal"]:
         raise LlmqError(f"{node.get_friendly_name()}: causal attention has no place in the ONNX graph")
     q, k, v = (w.of(node.input_value(i)) for i in range(3))
     rank = rank_of(node.input_value(1))
@@ -108,36 +112,36 @@ def _is_masked(node: Node) -> bool:
     return array is None or array.size > 1 or bool(array.any())
 
 
-def normalized(w: Writer, node: Node, its: Attributes) -> Written:
+def normalized(w: Writer, node: Node, attributes: Attributes) -> Written:
     """Less the mean and, if asked for, over the deviation."""
     x = w.of(node.input_value(0))
     axes = ints(needed(node.input_value(1)).reshape(-1))
     less = w.one("Sub", x, w.one("ReduceMean", x, axes=axes, keepdims=1))
-    if not its["normalize_variance"]:
+    if not attributes["normalize_variance"]:
         return less
-    two, least = (w.constant(np.array(number, np.float32)) for number in (2, its["eps"]))
+    two, least = (w.constant(np.array(number, np.float32)) for number in (2, attributes["eps"]))
     variance = w.one("ReduceMean", w.one("Pow", less, two), axes=axes, keepdims=1)
-    if its["eps_mode"] == "inside_sqrt":
+    if attributes["eps_mode"] == "inside_sqrt":
         return w.one("Div", less, w.one("Sqrt", w.one("Add", variance, least)))
     return w.one("Div", less, w.one("Add", w.one("Sqrt", variance), least))
 
 
-def group_normalized(w: Writer, node: Node, its: Attributes) -> Written:
+def group_normalized(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, scale, shift = (w.of(node.input_value(i)) for i in range(3))
-    groups = int(its["num_groups"])
+    groups = int(attributes["num_groups"])
     each = w.one("Reshape", x, w.constant([0, groups, -1]))
     ones = [w.constant(np.full(groups, number, np.float32)) for number in (1, 0)]
-    normal = w.one("InstanceNormalization", each, *ones, epsilon=float(its["epsilon"]))
+    normal = w.one("InstanceNormalization", each, *ones, epsilon=float(attributes["epsilon"]))
     back = w.one("Reshape", normal, w.one("Shape", x))
     shape = w.constant([-1, *(1,) * (rank_of(node.input_value(0)) - 2)])  # of (channels,)
     return w.one("Add", w.one("Mul", back, w.one("Reshape", scale, shape)), w.one("Reshape", shift, shape))
 
 
-def fake_quantize(w: Writer, node: Node, its: Attributes) -> Written:
+def fake_quantize(w: Writer, node: Node, attributes: Attributes) -> Written:
     """Quantized to uint8 and back, on the same points."""
     low, high, *out = [needed(node.input_value(i)).astype(np.float64) for i in range(1, 5)]
-    if its["levels"] != 256 or not all(np.allclose(a, b) for a, b in zip((low, high), out, strict=True)):
-        raise LlmqError(f"{node.get_friendly_name()}: {its['levels']} levels have no place in 8 bits of ONNX")
+    if attributes["levels"] != 256 or not all(np.allclose(a, b) for a, b in zip((low, high), out, strict=True)):
+        raise LlmqError(f"{node.get_friendly_name()}: {attributes['levels']} levels have no place in 8 bits of ONNX")
     scale = (high - low) / 255
     zero = -low / scale
     if np.abs(zero - zero.round()).max() > 0.01:
@@ -154,12 +158,12 @@ def fake_quantize(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Mul", w.one("Sub", w.one("DequantizeLinear", codes, *grid), shift), factor)
 
 
-def pooled(w: Writer, node: Node, its: Attributes) -> Written:
+def pooled(w: Writer, node: Node, attributes: Attributes) -> Written:
     largest = node.get_type_name() == "MaxPool"
-    settings: Attributes = {"kernel_shape": ints(its["kernel"]), "strides": ints(its["strides"])}
-    settings |= {"pads": _pads(node, its), "ceil_mode": int(its["rounding_type"] != "floor")}
+    settings: Attributes = {"kernel_shape": ints(attributes["kernel"]), "strides": ints(attributes["strides"])}
+    settings |= {"pads": _pads(node, attributes), "ceil_mode": int(attributes["rounding_type"] != "floor")}
     if largest:
-        settings["dilations"] = ints(its.get("dilations", [1] * len(its["kernel"])))
+        settings["dilations"] = ints(attributes.get("dilations", [1] * len(attributes["kernel"])))
     else:
-        settings["count_include_pad"] = int(not its["exclude-pad"])
+        settings["count_include_pad"] = int(not attributes["exclude-pad"])
     return w.one("MaxPool" if largest else "AveragePool", w.of(node.input_value(0)), **settings)

@@ -72,22 +72,24 @@ def to_onnx(graph: Model) -> ModelProto:
 def _written(writer: Writer, node: Node) -> Written:
     kind = node.get_type_name()
     # The letters of one setting are small in some operations and capital in others.
-    its = {key: value.lower() if isinstance(value, str) else value for key, value in node.get_attributes().items()}
+    attributes = {
+        key: value.lower() if isinstance(value, str) else value for key, value in node.get_attributes().items()
+    }
     if kind in SAME:
-        kept = {key: its[key] for key in KEPT.get(kind, ())}
+        kept = {key: attributes[key] for key in KEPT.get(kind, ())}
         return writer.one(SAME[kind], *map(writer.of, node.input_values()), **kept)
     if kind in REDUCTIONS:
         axes = ints(needed(node.input_value(1)).reshape(-1))
-        return writer.one(kind, writer.of(node.input_value(0)), axes=axes, keepdims=int(its["keep_dims"]))
+        return writer.one(kind, writer.of(node.input_value(0)), axes=axes, keepdims=int(attributes["keep_dims"]))
     if kind not in OPERATIONS:
         raise LlmqError(f"the operation {kind} has no place in ONNX yet ({node.get_friendly_name()})")
-    return OPERATIONS[kind](writer, node, its)
+    return OPERATIONS[kind](writer, node, attributes)
 
 
-def _gelu(w: Writer, node: Node, its: Attributes) -> Written:
+def _gelu(w: Writer, node: Node, attributes: Attributes) -> Written:
     x = w.of(node.input_value(0))
     half, one, root = (w.constant(np.array(number, np.float32)) for number in (0.5, 1, math.sqrt(2)))
-    if its.get("approximation_mode", "erf") == "erf":
+    if attributes.get("approximation_mode", "erf") == "erf":
         inner = w.one("Erf", w.one("Div", x, root))
     else:
         cube = w.one("Mul", w.one("Mul", w.one("Mul", x, x), x), w.constant(np.array(0.044715, np.float32)))
@@ -96,56 +98,64 @@ def _gelu(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Mul", w.one("Mul", x, w.one("Add", inner, one)), half)
 
 
-def _clamp(w: Writer, node: Node, its: Attributes) -> Written:
-    bounds = [w.constant(np.array(its[key], np.float32)) for key in ("min", "max")]
+def _clamp(w: Writer, node: Node, attributes: Attributes) -> Written:
+    bounds = [w.constant(np.array(attributes[key], np.float32)) for key in ("min", "max")]
     return w.one("Clip", w.of(node.input_value(0)), *bounds)
 
 
-def _swish(w: Writer, node: Node, its: Attributes) -> Written:
+def _swish(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, *beta = map(w.of, node.input_values())
     return w.one("Mul", x, w.one("Sigmoid", w.one("Mul", x, beta[0]) if beta else x))
 
 
-def _mish(w: Writer, node: Node, its: Attributes) -> Written:
+def _mish(w: Writer, node: Node, attributes: Attributes) -> Written:
     x = w.of(node.input_value(0))
     return w.one("Mul", x, w.one("Tanh", w.one("Softplus", x)))
 
 
-def _hard_sigmoid(w: Writer, node: Node, its: Attributes) -> Written:
+def _hard_sigmoid(w: Writer, node: Node, attributes: Attributes) -> Written:
     return w.one("HardSigmoid", w.of(node.input_value(0)), alpha=1 / 6, beta=0.5)
 
 
-def _softmax(w: Writer, node: Node, its: Attributes) -> Written:
-    return w.one(node.get_type_name(), w.of(node.input_value(0)), axis=int(its["axis"]))
+def _softmax(w: Writer, node: Node, attributes: Attributes) -> Written:
+    return w.one(node.get_type_name(), w.of(node.input_value(0)), axis=int(attributes["axis"]))
 
 
-def _elu(w: Writer, node: Node, its: Attributes) -> Written:
-    return w.one("Elu", w.of(node.input_value(0)), alpha=float(its["alpha"]))
+def _elu(w: Writer, node: Node, attributes: Attributes) -> Written:
+    return w.one("Elu", w.of(node.input_value(0)), alpha=float(attributes["alpha"]))
 
 
-def _sum(w: Writer, node: Node, its: Attributes) -> Written:
-    return w.one("ReduceSum", w.of(node.input_value(0)), w.int64(node.input_value(1)), keepdims=int(its["keep_dims"]))
+def _sum(w: Writer, node: Node, attributes: Attributes) -> Written:
+    return w.one(
+        "ReduceSum", w.of(node.input_value(0)), w.int64(node.input_value(1)), keepdims=int(attributes["keep_dims"])
+    )
 
 
-def _all_or_any(w: Writer, node: Node, its: Attributes) -> Written:
+def _all_or_any(w: Writer, node: Node, attributes: Attributes) -> Written:
     """Truths over some axes, which ONNX reduces as numbers alone."""
     kind = {"ReduceLogicalAnd": "ReduceMin", "ReduceLogicalOr": "ReduceMax"}[node.get_type_name()]
     numbers = w.one("Cast", w.of(node.input_value(0)), to=w.element("i32"))
     axes = ints(needed(node.input_value(1)).reshape(-1))
-    return w.one("Cast", w.one(kind, numbers, axes=axes, keepdims=int(its["keep_dims"])), to=w.element("boolean"))
+    return w.one(
+        "Cast", w.one(kind, numbers, axes=axes, keepdims=int(attributes["keep_dims"])), to=w.element("boolean")
+    )
 
 
-def _squared_difference(w: Writer, node: Node, its: Attributes) -> Written:
+def _squared_difference(w: Writer, node: Node, attributes: Attributes) -> Written:
     less = w.one("Sub", *map(w.of, node.input_values()))
     return w.one("Mul", less, less)
 
 
-def _modulo(w: Writer, node: Node, its: Attributes) -> Written:
+def _modulo(w: Writer, node: Node, attributes: Attributes) -> Written:
     return w.one("Mod", *map(w.of, node.input_values()), fmod=1)  # the sign of the first, as in C
 
 
-def _sampled(w: Writer, node: Node, its: Attributes) -> Written:
-    settings = {"align_corners": int(its["align_corners"]), "mode": its["mode"], "padding_mode": its["padding_mode"]}
+def _sampled(w: Writer, node: Node, attributes: Attributes) -> Written:
+    settings = {
+        "align_corners": int(attributes["align_corners"]),
+        "mode": attributes["mode"],
+        "padding_mode": attributes["padding_mode"],
+    }
     return w.one("GridSample", *map(w.of, node.input_values()), **settings)
 
 

@@ -18,29 +18,29 @@ END = 2**31 - 1
 Written = str | list[str]
 
 
-def _reshape(w: Writer, node: Node, its: Attributes) -> Written:
+def _reshape(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, shape = node.input_values()
-    return w.one("Reshape", w.of(x), w.int64(shape), allowzero=int(not its["special_zero"]))
+    return w.one("Reshape", w.of(x), w.int64(shape), allowzero=int(not attributes["special_zero"]))
 
 
-def _transpose(w: Writer, node: Node, its: Attributes) -> Written:
+def _transpose(w: Writer, node: Node, attributes: Attributes) -> Written:
     order = ints(needed(node.input_value(1)))
     return w.one("Transpose", w.of(node.input_value(0)), perm=order or [*reversed(range(rank_of(node.output(0))))])
 
 
-def _gather(w: Writer, node: Node, its: Attributes) -> Written:
-    if its.get("batch_dims"):
+def _gather(w: Writer, node: Node, attributes: Attributes) -> Written:
+    if attributes.get("batch_dims"):
         raise LlmqError(f"{node.get_friendly_name()}: a gather over batches has no place in ONNX")
     axis = int(needed(node.input_value(2)).reshape(-1)[0])
     return w.one("Gather", w.of(node.input_value(0)), w.of(node.input_value(1)), axis=axis)
 
 
-def _gather_parts(w: Writer, node: Node, its: Attributes) -> Written:
+def _gather_parts(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, places = node.input_values()
-    return w.one("GatherND", w.of(x), _wide(w, places), batch_dims=int(its.get("batch_dims", 0)))
+    return w.one("GatherND", w.of(x), _wide(w, places), batch_dims=int(attributes.get("batch_dims", 0)))
 
 
-def _shape(w: Writer, node: Node, its: Attributes) -> Written:
+def _shape(w: Writer, node: Node, attributes: Attributes) -> Written:
     return _as_told(w, node, w.one("Shape", w.of(node.input_value(0))))
 
 
@@ -50,18 +50,18 @@ def _as_told(w: Writer, node: Node, name: str, output: int = 0) -> str:
     return name if kind == "i64" else w.one("Cast", name, to=w.element(kind))
 
 
-def _broadcast(w: Writer, node: Node, its: Attributes) -> Written:
-    if its["mode"] not in ("numpy", "bidirectional"):
-        raise LlmqError(f"{node.get_friendly_name()}: a broadcast by {its['mode']} axes has no place in ONNX")
+def _broadcast(w: Writer, node: Node, attributes: Attributes) -> Written:
+    if attributes["mode"] not in ("numpy", "bidirectional"):
+        raise LlmqError(f"{node.get_friendly_name()}: a broadcast by {attributes['mode']} axes has no place in ONNX")
     return w.one("Expand", w.of(node.input_value(0)), w.int64(node.input_value(1)))
 
 
-def _squeeze(w: Writer, node: Node, its: Attributes) -> Written:
+def _squeeze(w: Writer, node: Node, attributes: Attributes) -> Written:
     axes = [w.int64(node.input_value(1))] if node.get_input_size() > 1 else []
     return w.one(node.get_type_name(), w.of(node.input_value(0)), *axes)
 
 
-def _split(w: Writer, node: Node, its: Attributes) -> Written:
+def _split(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, axis = node.input_value(0), int(needed(node.input_value(1)).reshape(-1)[0])
     lengths = []
     if node.get_input_size() > 2:
@@ -71,28 +71,28 @@ def _split(w: Writer, node: Node, its: Attributes) -> Written:
     return w.add("Split", w.of(x), *lengths, outputs=node.get_output_size(), axis=axis)
 
 
-def _convert(w: Writer, node: Node, its: Attributes) -> Written:
+def _convert(w: Writer, node: Node, attributes: Attributes) -> Written:
     kind = node.output(0).get_element_type().get_type_name()
     return w.one("Cast", w.of(node.input_value(0)), to=w.element(kind))
 
 
-def _slice(w: Writer, node: Node, its: Attributes) -> Written:
+def _slice(w: Writer, node: Node, attributes: Attributes) -> Written:
     start, stop, step, *axes = node.input_values()[1:]
     names = [w.int64(start), w.int64(stop)]
     names += [w.int64(axes[0]) if axes else w.constant([*range(len(needed(step)))]), w.int64(step)]
     return w.one("Slice", w.of(node.input_value(0)), *names)
 
 
-def _strided_slice(w: Writer, node: Node, its: Attributes) -> Written:
+def _strided_slice(w: Writer, node: Node, attributes: Attributes) -> Written:
     begin, end, steps = (needed(v).astype(np.int64).copy() for v in node.input_values()[1:4])
-    if any(its["new_axis_mask"]) or any(its["ellipsis_mask"]):
+    if any(attributes["new_axis_mask"]) or any(attributes["ellipsis_mask"]):
         raise LlmqError(f"{node.get_friendly_name()}: a slice that adds axes has no place in ONNX")
-    lone = [axis for axis, is_lone in enumerate(its["shrink_axis_mask"]) if is_lone]
+    lone = [axis for axis, is_lone in enumerate(attributes["shrink_axis_mask"]) if is_lone]
     for axis in range(len(begin)):
         forwards = steps[axis] > 0
-        if axis < len(its["begin_mask"]) and its["begin_mask"][axis]:
+        if axis < len(attributes["begin_mask"]) and attributes["begin_mask"][axis]:
             begin[axis] = 0 if forwards else END
-        if axis < len(its["end_mask"]) and its["end_mask"][axis]:
+        if axis < len(attributes["end_mask"]) and attributes["end_mask"][axis]:
             end[axis] = END if forwards else -END
         if axis in lone:
             end[axis] = begin[axis] + 1 or END  # -1 is the last
@@ -101,7 +101,7 @@ def _strided_slice(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Squeeze", made, w.constant(lone)) if lone else made
 
 
-def _tile(w: Writer, node: Node, its: Attributes) -> Written:
+def _tile(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, counts = node.input_values()
     name, times = w.of(x), w.int64(counts)
     lacking = counts.get_partial_shape()[0].get_length() - rank_of(x)
@@ -112,19 +112,19 @@ def _tile(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Tile", name, times)
 
 
-def _range(w: Writer, node: Node, its: Attributes) -> Written:
+def _range(w: Writer, node: Node, attributes: Attributes) -> Written:
     kind = w.element(node.output(0).get_element_type().get_type_name())
     return w.one("Range", *(w.one("Cast", w.of(v), to=kind) for v in node.input_values()))
 
 
-def _cumulated(w: Writer, node: Node, its: Attributes) -> Written:
+def _cumulated(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, axis = map(w.of, node.input_values())
-    return w.one("CumSum", x, axis, exclusive=int(its["exclusive"]), reverse=int(its["reverse"]))
+    return w.one("CumSum", x, axis, exclusive=int(attributes["exclusive"]), reverse=int(attributes["reverse"]))
 
 
-def _padded(w: Writer, node: Node, its: Attributes) -> Written:
+def _padded(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, begin, end, *value = node.input_values()
-    mode = str(its["pad_mode"]).lower()
+    mode = str(attributes["pad_mode"]).lower()
     if mode not in ("constant", "reflect", "edge"):
         raise LlmqError(f"{node.get_friendly_name()}: padding {mode} has no place in ONNX")
     pads = w.one("Concat", w.int64(begin), w.int64(end), axis=0)
@@ -132,36 +132,43 @@ def _padded(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Pad", w.of(x), pads, *filled, mode=mode)
 
 
-def _to_space(w: Writer, node: Node, its: Attributes) -> Written:
-    mode = {"blocks_first": "DCR", "depth_first": "CRD"}[its["mode"]]
-    return w.one("DepthToSpace", w.of(node.input_value(0)), blocksize=int(its["block_size"]), mode=mode)
+def _to_space(w: Writer, node: Node, attributes: Attributes) -> Written:
+    mode = {"blocks_first": "DCR", "depth_first": "CRD"}[attributes["mode"]]
+    return w.one("DepthToSpace", w.of(node.input_value(0)), blocksize=int(attributes["block_size"]), mode=mode)
 
 
-def _top(w: Writer, node: Node, its: Attributes) -> Written:
+def _top(w: Writer, node: Node, attributes: Attributes) -> Written:
     x, k = node.input_values()
-    largest = int(its["mode"] == "max")
-    values, places = w.add("TopK", w.of(x), w.int64(k), outputs=2, axis=int(its["axis"]), largest=largest, sorted=1)
+    largest = int(attributes["mode"] == "max")
+    values, places = w.add(
+        "TopK", w.of(x), w.int64(k), outputs=2, axis=int(attributes["axis"]), largest=largest, sorted=1
+    )
     return [values, _as_told(w, node, places, 1)]
 
 
-def _resized(w: Writer, node: Node, its: Attributes) -> Written:
+def _resized(w: Writer, node: Node, attributes: Attributes) -> Written:
     """An image of another size, by scales or by sizes of its last axes."""
     x, sizes, *more = node.input_values()
     rank, version = rank_of(x), node.get_type_info().version_id
-    by_sizes = its["shape_calculation_mode"] == "sizes"
+    by_sizes = attributes["shape_calculation_mode"] == "sizes"
     told = sizes if version == "opset11" or by_sizes else more[0]
     axes_of = more[-1] if version == "opset11" else more[1] if len(more) > 1 else None
     axes = ints(needed(axes_of)) if axes_of is not None else [*range(rank)]
-    if axes != [*range(rank - len(axes), rank)] or any(its["pads_begin"]) or any(its["pads_end"]) or its["antialias"]:
+    if (
+        axes != [*range(rank - len(axes), rank)]
+        or any(attributes["pads_begin"])
+        or any(attributes["pads_end"])
+        or attributes["antialias"]
+    ):
         raise LlmqError(f"{node.get_friendly_name()}: this resizing has no place in ONNX")
     modes = {"nearest": "nearest", "linear_onnx": "linear", "linear": "linear", "cubic": "cubic"}
     settings: Attributes = {
-        "mode": modes[its["mode"]],
-        "coordinate_transformation_mode": its["coordinate_transformation_mode"],
-        "cubic_coeff_a": float(its["cube_coeff"]),
+        "mode": modes[attributes["mode"]],
+        "coordinate_transformation_mode": attributes["coordinate_transformation_mode"],
+        "cubic_coeff_a": float(attributes["cube_coeff"]),
     }
-    if its["mode"] == "nearest":
-        settings["nearest_mode"] = its["nearest_mode"]
+    if attributes["mode"] == "nearest":
+        settings["nearest_mode"] = attributes["nearest_mode"]
     name = w.of(x)
     before = rank - len(axes)
     if by_sizes:
@@ -175,18 +182,18 @@ def _resized(w: Writer, node: Node, its: Attributes) -> Written:
     return w.one("Resize", name, "", scales, **settings)
 
 
-def _whole(w: Writer, node: Node, its: Attributes) -> Written:
+def _whole(w: Writer, node: Node, attributes: Attributes) -> Written:
     x = w.of(node.input_value(0))
     if not node.output(0).get_element_type().is_real():
         return x  # integers are whole, and ONNX rounds floats alone
     return w.one({"Floor": "Floor", "Ceiling": "Ceil"}[node.get_type_name()], x)
 
 
-def _scattered(w: Writer, node: Node, its: Attributes) -> Written:
+def _scattered(w: Writer, node: Node, attributes: Attributes) -> Written:
     """A copy of the first input with other numbers at some places."""
     x, places, numbers = node.input_values()
-    if its.get("reduction", "none") != "none":
-        raise LlmqError(f"{node.get_friendly_name()}: an update by {its['reduction']} has no place in ONNX")
+    if attributes.get("reduction", "none") != "none":
+        raise LlmqError(f"{node.get_friendly_name()}: an update by {attributes['reduction']} has no place in ONNX")
     return w.one("ScatterND", w.of(x), _wide(w, places), w.of(numbers))
 
 
@@ -196,7 +203,7 @@ def _wide(w: Writer, places: Output) -> str:
     return w.of(places) if is_wide else w.one("Cast", w.of(places), to=w.element("i64"))
 
 
-def _not_equal(w: Writer, node: Node, its: Attributes) -> Written:
+def _not_equal(w: Writer, node: Node, attributes: Attributes) -> Written:
     return w.one("Not", w.one("Equal", *map(w.of, node.input_values())))
 
 

@@ -99,8 +99,8 @@ class Writer:
         zero = np.zeros(1) if weight.zero is None else weight.zero
         sizes = tuple(shape[axis] for axis in axes)
         parts = [np.broadcast_to(part, shape).reshape(sizes) for part in (weight.scale.astype(np.float32), zero)]
-        its = [self.constant(parts[0]), self.constant(parts[1].astype(weight.numbers.dtype))]
-        return self.one("DequantizeLinear", numbers, *its, **({"axis": axes[0]} if axes else {}))
+        grid = [self.constant(parts[0]), self.constant(parts[1].astype(weight.numbers.dtype))]
+        return self.one("DequantizeLinear", numbers, *grid, **({"axis": axes[0]} if axes else {}))
 
     def int64(self, output: Output) -> str:
         """The name of an output that is a list of integers, as int64."""
