@@ -84,12 +84,16 @@ def test_its_configuration_says_which_layers_are_packed(tiny_llama, tmp_path):
         (8, True, "group"),
     }
     assert said["ignore"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert (
+        "model.layers.0.self_attn.q_proj is packed otherwise than the layers that vLLM fuses" in made.notes["finding"]
+    )
     assert not (made.weights / "quantize_config.json").exists()
 
 
 def test_such_a_folder_of_anybody_is_a_model(tiny_llama, tmp_path):
     stage = packed(tiny_llama, tmp_path / "q", bits=4, group_size=32)
     made = apply("export.compressed_tensors", stage, tmp_path / "made")
+    assert "finding" not in made.notes
     weights.check_weights(str(made.weights))
     base = base_of(made.weights, "float32")
     assert base.packed

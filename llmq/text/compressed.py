@@ -45,8 +45,14 @@ class Scheme(NamedTuple):
         return {"targets": targets, "weights": weights, **nothing, "format": PACK_QUANTIZED}
 
 
-def write_compressed(source: Path, folder: Path) -> list[Scheme]:
-    """Write the GPTQ checkpoint in `source` to `folder` as pack-quantized. Returns the scheme of each packed layer.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM multiplies as one, and therefore reads only if they have one scheme, or none of them any."""
+
+
+def write_compressed(source: Path, folder: Path) -> dict[str, Scheme | None]:
+    """Write the GPTQ checkpoint in `source` to `folder` as pack-quantized.
+
+    Returns the scheme of each linear layer by name, None for one that is not packed.
 
     Raises `UserError` for another packing, for bits and orders of inputs that the format has no place for, and for
     layers that are no linear layers of transformers.
@@ -70,8 +76,17 @@ def write_compressed(source: Path, folder: Path) -> list[Scheme]:
         write(tensors, folder / file.name)
     if len(set(weight_map.values())) > 1:
         write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    _describe(source, folder, {names[layer]: scheme for layer, scheme in schemes.items()})
-    return list(schemes.values())
+    return _describe(source, folder, {names[layer]: scheme for layer, scheme in schemes.items()})
+
+
+def unlike_neighbours(schemes: Mapping[str, Scheme | None]) -> list[str]:
+    """The first of each two layers that vLLM fuses and whose schemes differ, by name."""
+    together: dict[tuple[str, int], dict[Scheme | None, str]] = {}
+    for name, scheme in schemes.items():
+        owner, _, leaf = name.rpartition(".")
+        if (i := next((i for i, leaves in enumerate(FUSED) if leaf in leaves), None)) is not None:
+            together.setdefault((owner, i), {}).setdefault(scheme, name)
+    return [next(iter(kinds.values())) for kinds in together.values() if len(kinds) > 1]
 
 
 def _linear_names(source: Path, layers: list[str]) -> dict[str, str]:
@@ -135,8 +150,8 @@ def _scheme(layer: str, made: Quantized) -> Scheme:
     return Scheme(made.bits, len(made.codes) // groups if groups > 1 else None, pack_quantized.is_symmetric(made))
 
 
-def _describe(source: Path, folder: Path, schemes: Mapping[str, Scheme]) -> None:
-    """Write the configuration, and the files beside the weights."""
+def _describe(source: Path, folder: Path, schemes: Mapping[str, Scheme]) -> dict[str, Scheme | None]:
+    """Write the configuration, and the files beside the weights. Returns the scheme of each linear layer."""
     import torch
 
     kinds: dict[Scheme, list[str]] = {}
@@ -161,3 +176,4 @@ def _describe(source: Path, folder: Path, schemes: Mapping[str, Scheme]) -> None
     copy_files(source, folder)
     kept = {key: value for key, value in config.items() if key != OTHER_NAME}
     write_json(folder / "config.json", {**kept, "quantization_config": told})
+    return {name: schemes.get(name) for name in linear}
