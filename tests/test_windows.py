@@ -9,13 +9,14 @@ import torch
 from helpers import base_of, beginning_with_a_mark
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from test_gguf import sentencepiece_like
+from transformers import AutoTokenizer, LlamaConfig
 
 from llmq import plugin
 from llmq.tasks.perplexity import Perplexity
 from llmq.text.examples import IGNORED, Tokens
 from llmq.text.losses import batches, losses, padded
-from llmq.text.windows import windows_of
+from llmq.text.windows import completions, windows_of
 from llmq.types import Loaded, Split
 
 quickly = settings(max_examples=80, deadline=None, database=None)
@@ -220,3 +221,11 @@ def test_calibration_windows_of_a_text_begin_with_the_mark_that_the_model_knows(
     assert {w[0] for w in step.held_out_windows(base_of(folder), 2)} == {tokenizer.bos_token_id}
     without, _ = step.windows(base_of(tiny_llama), 0)
     assert tokenizer.bos_token_id not in {token for window in without for token in window}
+
+
+def test_a_completion_has_the_bytes_of_its_text_under_sentencepiece_too(tmp_path, tiny_llama):
+    sentencepiece_like(tmp_path)
+    rows = [{"prompt": "Is it so?", "completion": " yes"}]
+    for folder in (tmp_path, tiny_llama):
+        ((window,), _) = completions(rows, AutoTokenizer.from_pretrained(folder), 64)
+        assert (window.words, window.bytes) == (1, len(" yes"))

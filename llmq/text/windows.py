@@ -6,7 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
@@ -92,10 +92,24 @@ def completions(
     examples, counts = encode_all(rows, tokenizer, length, ends)
     windows = []
     for tokens in examples:
-        said = [token for token, is_said in zip(tokens.ids, tokens.said, strict=True) if is_said]
-        text = tokenizer.decode(said, skip_special_tokens=True)  # of the completion alone
+        text = _said(tokens, tokenizer)
         windows.append(Window(tokens, len(text.split()), len(text.encode())))
     return windows, counts
+
+
+def _said(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the tokens that are said, each stretch of them as it stands behind the tokens before.
+
+    A tokenizer of sentencepiece drops the space that a text of its own begins with.
+    """
+    text, end = "", 0
+    for is_said, stretch in groupby(tokens.said):
+        begin, end = end, end + len(list(stretch))
+        if is_said:
+            before, whole = (tokenizer.decode(tokens.ids[:i], skip_special_tokens=True) for i in (begin, end))
+            alone = tokenizer.decode(tokens.ids[begin:end], skip_special_tokens=True)
+            text += whole.removeprefix(before) if before and whole.startswith(before) else alone
+    return text
 
 
 def held_out_windows(
