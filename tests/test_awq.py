@@ -1,5 +1,7 @@
 """Scales that move from a layer into the one that feeds it, and AWQ, which chooses them."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_text_models
 import torch
@@ -10,6 +12,7 @@ from llmq.layers import LayerChange
 from llmq.matrix.grid import round_to_nearest
 from llmq.quantize.awq import _Nearest, _Solved
 from llmq.text.blockwise import rewrite
+from llmq.text.feeders import Feeder
 from llmq.text.grids import Grid
 from llmq.text.skeleton import Skeleton
 
@@ -61,6 +64,13 @@ def test_a_scale_moves_from_a_group_into_its_feeder_and_changes_nothing(architec
     assert any(not torch.equal(before[name], after[name]) for name in before)
     expected = logits_of(module, some_ids())
     assert (logits_of(dense(tmp_path / "out"), some_ids()) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_outputs_of_a_convolution_are_divided_channel_by_channel():
+    conv, scales, x = torch.nn.Conv1d(6, 6, 4, groups=6), torch.linspace(0.5, 3, 6), torch.randn(2, 6, 9)
+    made = Feeder("conv").divided(SimpleNamespace(module=torch.nn.ModuleDict({"conv": conv})), scales)
+    after = torch.func.functional_call(conv, {name.removeprefix("conv."): p for name, p in made.items()}, (x,))
+    torch.testing.assert_close(after * scales.unsqueeze(-1), conv(x))  # (2, channels, places)
 
 
 def test_an_input_with_large_activations_is_rounded_on_a_finer_grid():

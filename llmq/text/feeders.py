@@ -34,7 +34,7 @@ class Feeder:
         parameters = {}
         for name, p in source.module.get_submodule(self.name).named_parameters(prefix=self.name, recurse=False):
             shift = self.offset if name == f"{self.name}.weight" else 0.0  # a bias has no offset
-            each = scales if p.ndim == 1 else scales.unsqueeze(1)  # p is (channels,) or (channels, inputs)
+            each = scales.view(-1, *[1] * (p.ndim - 1))  # p is (channels,), (channels, inputs) or a convolution's
             parameters[name] = ((p.data.float() + shift) / each - shift).to(p.dtype)
         return parameters
 
