@@ -209,6 +209,11 @@ def resolve_device(device: str) -> str:
     return "cpu" if found.is_cpu else device  # "cpu:1" is the processor, too
 
 
+def own_device(device: str) -> str:
+    """What the device of the first process is for this one: each process has a card of its own."""
+    return resolve_device("auto" if device.startswith("cuda") else device)
+
+
 def quieten() -> None:
     """Keep libraries that are imported from now on from drawing progress bars into a log."""
     if not sys.stderr.isatty():

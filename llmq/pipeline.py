@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def _run(recipe: Recipe, out: Path, cache: bool, foretold: "Plan | None", resume
         if foretold:  # only now: wrong input is one line
             say(foretold.line())
         reads = say_reads(recipe.steps, recipe.evaluate, _made_by(recipe))
+        say_alone([*recipe.steps, *recipe.evaluate])
         names = recipe.stage_names
         compared = names[recipe.baseline_stages[0] :]
         measured = compared if recipe.stages == "all" else list(dict.fromkeys((compared[0], compared[-1])))
@@ -110,6 +112,7 @@ def evaluate(
         reading.check_base(name, (), tasks, artifact, steps)
     with run_folder.held(out), logged_to(out / "log.txt"), environment.set_aside():
         reads = say_reads(steps, tasks)
+        say_alone(tasks)
         first, base = next(iter(artifacts.items()))
         with together.leading(context.device):
             stages = {n: question(Stage(n, a), tasks, out, context.device, base, cache) for n, a in artifacts.items()}
@@ -190,6 +193,13 @@ def say_reads(steps: Sequence[Step], tasks: Sequence[Task], made_by: Sequence[St
     return lines
 
 
+def say_alone(parts: Sequence[Step | Task]) -> None:
+    """Log which parts of a run the first of several processes does alone."""
+    alone = dict.fromkeys(part.word.removeprefix("tasks.") for part in parts if not part.in_every_process)
+    if alone and processes.count() > 1:
+        say(f"  of {processes.count()} processes the first alone does {', '.join(alone)}")
+
+
 def make_stage(step: Step | None, before: Artifact, folder: Path, context: Context) -> Artifact:
     """The stage that `step` makes of the one before, or without a step the base; a resumed run reopens it."""
 
@@ -203,7 +213,8 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
             with environment.set_aside(), environment.without_holes(), measure.peak_memory(context.device) as peak:
                 made = applied(step, before, partial, context)
             alone = max(0, peak.bytes - measure.memory_now(context.device))  # every library is loaded by now
-            spent = {"seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}
+            helped = {"processes": together.count()} if together.count() > 1 else {}
+            spent = {**helped, "seconds": round(time.perf_counter() - began, 3), "peak_memory": alone}
             (partial / BEGUN).unlink(missing_ok=True)
         trusted = {"trusted": trust.told()} if trust.told() else {}
         about = {} if step else {"files": hashes.of_base(before)}
@@ -213,8 +224,12 @@ def make_stage(step: Step | None, before: Artifact, folder: Path, context: Conte
     done = folder.exists()
     processes.wait(context.device)  # every process has looked before the first makes the folder
     say(f"{folder.name}{': already there' if done else ''}")
+    is_led = step is not None and step.is_led and not done
     if processes.is_first():
-        make_whole(folder, fill)
+        with together.leading(context.device) if is_led else nullcontext():
+            make_whole(folder, fill)
+    elif is_led:
+        together.follow(context.device)
     elif step and step.in_every_process and not done:
         applied(step, before, folder.with_name(f".{folder.name}.partial"), context)
     processes.wait(context.device)

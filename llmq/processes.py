@@ -32,7 +32,7 @@ def check(shares: bool) -> None:
     if count() > 1 and not shares:
         raise UserError(
             f"{count()} processes were started, and no step and no task here shares its work among them (adapt.lora, "
-            "adapt.full, adapt.scales, perplexity, divergence, lm_eval and most tasks of images do); start one process"
+            "adapt.full, adapt.scales, calibrations of text, and all tasks but size and speed do); start one process"
         )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(

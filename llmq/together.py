@@ -62,6 +62,8 @@ class Question:
     models: tuple[Artifact, ...]
 
 
+Work = Callable[[Sequence["Loaded"], Share], Mapping[int, Found]]
+"""A function that other processes can import, or a `partial` of one: open models and a share to numbered answers."""
 Told = tuple[Mapping[int, Any], str]
 """The answers of one process, and its error in one line, which is empty without one."""
 _crew: list[Crew] = []
@@ -133,23 +135,31 @@ def opened_as(module: object) -> Loaded | None:
     return next((one for one in _crew[-1].opened if one.module is module), None) if _crew else None
 
 
-def answers_of(work: Callable[[Sequence[Loaded], Share], Mapping[int, Found]], models: Sequence[Loaded]) -> list[Found]:
+def are_led() -> bool:
+    """True in the first process while the others follow."""
+    return bool(_crew)
+
+
+def answers_of(
+    work: Work[Found], models: Sequence[Loaded], own: Callable[[Share], Mapping[int, Found]] | None = None
+) -> list[Found]:
     """The answers of `work(models, share)` in the order of their numbers, each process having computed a share.
 
-    `work` is a function that other processes can import, or a `partial` of one.
+    The first process computes its `own` in another way where it has at hand what `work` must make anew.
     """
+    here = own or partial(work, models)
     if not _crew or not all(one in _crew[-1].opened for one in models):
-        return _in_order(work(models, Share()))
+        return _in_order(here(Share()))
     crew = _crew[-1]
     crew.asked = True
     _send(Question(work, tuple(one.artifact for one in models)), crew.device)
     error: Exception | None = None
-    own: Mapping[int, Found] = {}
+    answered: Mapping[int, Found] = {}
     try:
-        own = work(models, Share(0, processes.count()))
+        answered = here(Share(0, processes.count()))
     except Exception as failed:  # noqa: BLE001 - the others must not wait with their answers for ever
         error = failed
-    told = _gathered((own, ""), crew.device)
+    told = _gathered((answered, ""), crew.device)
     if error:
         raise error
     for process, (_, why) in enumerate(told):

@@ -222,6 +222,8 @@ class Step(Plugin, Generic[M]):
     """The bytes that the step writes for each byte of the weights before it."""
     in_every_process: ClassVar[bool] = False
     """True for a step that shares its work among the processes of a run; the first process does all other steps."""
+    is_led: ClassVar[bool] = False
+    """True where the first process applies a shared step, and asks the others (`together`); else each applies it."""
 
     @property
     def left(self) -> "Mapping[str, bool | str]":

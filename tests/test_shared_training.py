@@ -28,7 +28,7 @@ for name, recipe in json.loads(open(sys.argv[1]).read()).items():
         print("ENDED", name, ended.code, flush=True)
 """
 PORT = 29640
-NAMES = ("lora", "sharded", "qlora", "full", "scales", "rtn", "images")
+NAMES = ("lora", "sharded", "qlora", "full", "scales", "rtn", "images", "calibrated")
 
 
 def launched(*command, port=PORT, processes=2):
@@ -65,6 +65,8 @@ def recipes(folder, data, accumulation):
     asked = ["size", {"perplexity": {"data": str(data), "limit": 4, "window": 32, "batch_size": 1}}]
     trained = {name: {"model": model, "steps": its, "evaluate": asked} for name, its in steps.items()}
     rounded = [{"quantize.rtn": {"bits": 4, "group_size": 32}}]
+    few = {"data": str(data), "samples": 5, "length": 400}  # each window is a batch
+    calibrated = [{"prune.wanda": few}, {"quantize.gptq": {**few, "group_size": 32}}]
     questions = {"tasks": ["pydoc_continuation"], "limit": 6, "batch_size": 5}
     compared = {"divergence": {"text": str(data), "window": 32, "windows": 5, **questions}}
     written = {**LAMBADA, "output_type": "generate_until", "metric_list": metrics("exact_match")}
@@ -81,6 +83,7 @@ def recipes(folder, data, accumulation):
     return {
         **trained,
         "rtn": {"model": model, "steps": rounded, "evaluate": [*asked, compared, asking]},
+        "calibrated": {"model": model, "steps": calibrated, "evaluate": asked},
         "images": {
             "model": {"srcnn": {"scale": 2}},
             "steps": [{"prune.magnitude": {"sparsity": 0.3}}],
@@ -106,7 +109,7 @@ def runs(tiny_llama, tiny_jsonl, tmp_path_factory):
     return {name: [Report.read(place / of / name) for of in ("two", "one")] for name in NAMES}
 
 
-@pytest.mark.parametrize("name", NAMES[:-2])
+@pytest.mark.parametrize("name", NAMES[:-3])
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(runs, name):
     two, one = (report.stages[-1]["notes"]["training"] for report in runs[name])
     assert (two["processes"], one["processes"]) == (2, 1)
@@ -141,6 +144,17 @@ def test_two_processes_answer_to_the_bit_what_one_does(runs, name, tasks):
     assert [s["asked"]["processes"] for s in one.stages] == [1, 1]
     told = dict(facts(two, rows(two))["Stages"])
     assert all(text.endswith("answered by 2 processes") for text in told.values()), told
+
+
+def test_two_processes_calibrate_to_the_bytes_of_one(runs):
+    two, one = runs["calibrated"]
+    assert two.measurements == one.measurements
+    assert [stage["notes"].get("processes") for stage in two.stages] == [None, 2, 2]
+    for stage in (1, 2):
+        folders = [next(report.folder.glob(f"{stage}-*")) for report in (two, one)]
+        files = [{f.name: f.read_bytes() for f in folder.glob("*.safetensors")} for folder in folders]
+        assert files[0] == files[1]
+        assert files[0]
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("lora", 1, 1), ("sharded", 0.5, 0.51), ("qlora", 0.5, 0.51)])

@@ -1,15 +1,17 @@
 """Questions that several processes answer together: shares, order, and what fails in one of them."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
 from generators import GAN, lively, off
-from helpers import CPU
+from helpers import CPU, apply, base_of
 
 from llmq import plugin, processes, together
-from llmq.errors import LlmqError
-from llmq.text import decoding, losses, scoring
+from llmq.errors import LlmqError, UserError
+from llmq.tasks import frechet
+from llmq.text import batches, blockwise, decoding, losses, scoring
 from llmq.text.examples import Tokens
 from llmq.types import Context, Measurement
 
@@ -142,6 +144,8 @@ IMAGES = {
     "no_reference": ({"data": SLICES}, {"srcnn": {"scale": 2}}),
     "rock": ({"data": SLICES}, {"srcnn": {"scale": 2}}),
     "fidelity": ({"n": 9, "shown": 2}, GAN),
+    "frechet": ({"n": 21}, GAN),
+    "frechet of real images": ({"n": 21, "data": "digits"}, {"dcgan": {**GAN["dcgan"], "channels": 1}}),
 }  # fmt: skip
 
 
@@ -149,17 +153,21 @@ IMAGES = {
 def test_two_processes_measure_images_as_one_does(word, two, tmp_path, monkeypatch):
     """Every figure with its samples, and every picture."""
     monkeypatch.setattr("llmq.models.dcgan.BATCH", 4)
+    monkeypatch.setattr(frechet, "TOGETHER", 8)
+    few = frechet.Extractor("few pixels", "0", lambda images: images[:, :, ::16, ::16].flatten(1))
+    monkeypatch.setattr(frechet.Frechet, "_extractor", lambda task, device: few)
     asked, model = IMAGES[word]
-    task = plugin.build({word: asked}, "tasks")
+    task = plugin.build({word.partition(" ")[0]: asked}, "tasks")
     assert task.in_every_process
-    if word == "fidelity":
+    if model is GAN:
         base = lively(model, tmp_path / "base")
         stages = [off(base, tmp_path / "stage", 0.1), base]
     else:
         stages = [plugin.build(model, "models").base(CPU)]
-    method = task.against if word == "fidelity" else task.score
+    method = task.against if model is GAN else task.score
     with stages[0].open("cpu") as loaded, stages[-1].open("cpu") as base:
         alone = list(method(*[loaded, base][: len(stages)]))
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "cache"))
     with (
         together.leading("cpu"),
         together.opened(stages[0], "cpu") as loaded,
@@ -167,7 +175,7 @@ def test_two_processes_measure_images_as_one_does(word, two, tmp_path, monkeypat
     ):
         shared = list(method(*[loaded, other][: len(stages)]))
         assert together.count() == 2
-    assert sum(bool(question.work) for question in two) == 1
+    assert sum(bool(question.work) for question in two) == {"frechet": 3, "frechet of real images": 2}.get(word, 1)
     assert shared == alone
     assert any(isinstance(answer, Measurement) for answer in shared)
 
@@ -187,6 +195,16 @@ def test_two_processes_write_the_texts_of_one(two, tiny_llama, monkeypatch):
     assert len(set(alone[-3:])) > 1
 
 
+def test_two_processes_answer_the_prompts_of_one(two, tiny_llama, tiny_jsonl):
+    task = plugin.build({"generate": {"data": str(tiny_jsonl), "examples": 3, "max_new_tokens": 4}}, "tasks")
+    base = plugin.build({"causal_lm": {"weights": str(tiny_llama)}}, "models").base(CPU)
+    with base.open("cpu") as loaded:
+        alone = list(task.score(loaded))
+    with together.leading("cpu"), together.opened(base, "cpu") as loaded:
+        assert list(task.score(loaded)) == alone
+        assert together.count() == 2
+
+
 def test_a_process_that_reads_other_data_is_an_error(two, monkeypatch):
     asked, model = IMAGES["super_resolution"]
     task = plugin.build({"super_resolution": asked}, "tasks")
@@ -203,3 +221,54 @@ def test_a_process_that_reads_other_data_is_an_error(two, monkeypatch):
     refused = pytest.raises(LlmqError, match=r"process 1 of 2: .*reads other data than the first, sha256 changed")
     with together.leading("cpu"), together.opened(base, "cpu") as loaded, refused:
         list(task.score(loaded))
+
+
+CALIBRATED = {
+    "gptq": ("quantize.gptq", {"bits": 3, "sweeps": 0, "group_size": 32, "modules": {"lm_head": {"bits": 4}}}),
+    "gptq, a block at once, by the loss": (
+        "quantize.gptq", {"group_size": 32, "true_sequential": False, "hessian": "loss"}),
+    "awq, killed": ("quantize.awq", {"group_size": 32}),
+    "wanda": ("prune.wanda", {"pattern": "2:4"}),
+    "layers": ("prune.layers", {"drop": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_two_processes_calibrate_as_one_does(name, two, one_thread, tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
+    """The same files to the bit; also where a killed step goes on, whose first block is written already."""
+    word, settings = CALIBRATED[name]
+    monkeypatch.setattr(blockwise, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(batches, "AT_ONCE", 2)
+    settings = {**settings, "samples": 5, "length": 24, "data": str(tiny_jsonl)}
+    base = base_of(tiny_llama)
+    apply(word, base, tmp_path / "alone", **settings)
+    if "killed" in name:
+        (tmp_path / "shared").mkdir()
+        shutil.copy(tmp_path / "alone" / "model-00001-of-00003.safetensors", tmp_path / "shared")
+    with together.leading("cpu"):
+        apply(word, base, tmp_path / "shared", **settings)
+        assert together.count() == 2
+    assert not batches._under_way
+    for file in (tmp_path / "alone").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "shared" / file.name).read_bytes(), file.name
+
+
+def test_what_fails_amid_a_calibration_ends_it(two, tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
+    """In the second process with its words; in the first with its own, and the second is told the end."""
+    heard = batches.Batches.heard
+    settings = {"samples": 3, "length": 40, "data": str(tiny_jsonl), "group_size": 32}
+    monkeypatch.setattr(blockwise, "BATCH_TOKENS", 40)
+    for failing in (1, 0):
+
+        def fails(self, order, share, failing=failing):
+            if share.process == failing and order.block.endswith("1"):
+                raise UserError("no room")
+            return heard(self, order, share)
+
+        monkeypatch.setattr(batches.Batches, "heard", fails)
+        told = "process 1 of 2: no room" if failing else "^no room"
+        with pytest.raises(LlmqError, match=told), together.leading("cpu"):
+            apply("quantize.gptq", base_of(tiny_llama), tmp_path / str(failing), **settings)
+        assert not batches._under_way
+        assert not two[-1].work
+        assert not two[-1].models

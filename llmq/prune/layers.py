@@ -5,7 +5,7 @@ configuration stays one that plain transformers opens.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
+from llmq.environment import own_device
 from llmq.errors import UserError
 from llmq.text.calibration import Windowed
 from llmq.text.family import LanguageModel
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from llmq.sketch import Sketch, Work
+    from llmq.text.batches import Windows
+    from llmq.types import Loaded
 
 EACH = re.compile(r"_types?$|^no_rope_layers$")
 """Lists of a configuration with an entry for each block."""
@@ -37,6 +41,8 @@ NUMBERS = ("layer_idx", "layer_id", "block_idx", "training")
 class Layers(Windowed):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     requires: ClassVar[Mapping[str, bool]] = {"packed": False, "adapter": False}
+    in_every_process: ClassVar[bool] = True
+    is_led: ClassVar[bool] = True
 
     drop: PositiveInt = Field(description="blocks to take out")
 
@@ -96,17 +102,43 @@ class Layers(Windowed):
 
 def influence_of_blocks(source: Skeleton, windows: list[list[int]]) -> list[float]:
     """1 - the mean cosine of input and output, for each block. Raises `UserError` for outputs that are not finite."""
+    from llmq.text.blockwise import in_batches
+
+    batches = in_batches(windows)
+    work = partial(_share_of_cosines, source.folder, source.dtype_name, source.device, batches)
+    sums = [0.0] * len(source.blocks)
+    for cosines in together.answers_of(work, [], partial(_cosines, source, batches)):
+        for i, each in enumerate(cosines):
+            sums[i] += each
+    tokens = sum(map(len, windows))
+    for block, total in zip(source.blocks, sums, strict=True):
+        if not isfinite(total):
+            raise UserError(f"{block}: its outputs for the calibration are not finite numbers; look at the model")
+    return [1 - total / tokens for total in sums]
+
+
+def _share_of_cosines(
+    folder: Path,
+    dtype: str,
+    device: str,
+    batches: "Sequence[Windows]",
+    models: "Sequence[Loaded]",
+    share: together.Share,
+) -> dict[int, list[float]]:
+    return _cosines(Skeleton(folder, dtype, own_device(device)), batches, share)
+
+
+def _cosines(source: Skeleton, batches: "Sequence[Windows]", share: together.Share) -> dict[int, list[float]]:
+    """The summed cosines of a share of the batches, of each block."""
     import torch
 
     from llmq.terminal import track
     from llmq.text.attention import tiled
-    from llmq.text.blockwise import in_batches
 
-    sums = [0.0] * len(source.blocks)
+    sums: list[float] = []
     source.load_outside()
 
     def add(
-        i: int,
         module: "Module",
         args: "tuple[Tensor, ...]",
         kwargs: "dict[str, Tensor]",
@@ -115,20 +147,19 @@ def influence_of_blocks(source: Skeleton, windows: list[list[int]]) -> list[floa
         before = args[0] if args else kwargs["hidden_states"]  # (rows, tokens, d), as is the output
         after = output[0] if isinstance(output, tuple) else output
         # (rows, tokens), in float32: in bfloat16 cosines near 1 would round to 1.
-        sums[i] += float(torch.cosine_similarity(before.float(), after.float(), dim=-1).sum())
+        sums.append(float(torch.cosine_similarity(before.float(), after.float(), dim=-1).sum()))
 
-    for i, block in enumerate(source.blocks):
+    for block in source.blocks:
         source.load(block)
-        source.module.get_submodule(block).register_forward_hook(partial(add, i), with_kwargs=True)
+        source.module.get_submodule(block).register_forward_hook(add, with_kwargs=True)
+    found: dict[int, list[float]] = {}
     with torch.inference_mode(), tiled(source.module):
-        for batch in track(in_batches(windows), "influence of blocks"):
+        for i in track(list(share.of(range(len(batches)))), "influence of blocks"):
+            sums.clear()
             # (rows, tokens); one logit each, as only the blocks are of interest.
-            source.module(input_ids=torch.tensor(batch, device=source.device), use_cache=False, logits_to_keep=1)
-    tokens = sum(map(len, windows))
-    for block, total in zip(source.blocks, sums, strict=True):
-        if not isfinite(total):
-            raise UserError(f"{block}: its outputs for the calibration are not finite numbers; look at the model")
-    return [1 - total / tokens for total in sums]
+            source.module(input_ids=torch.tensor(batches[i], device=source.device), use_cache=False, logits_to_keep=1)
+            found[i] = list(sums)
+    return found
 
 
 def config_of(source: Skeleton, kept: list[int]) -> dict[str, object]:

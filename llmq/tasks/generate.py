@@ -1,11 +1,13 @@
 """Greedy answers to held-out prompts, to be read side by side, and the share of answers that come to an end."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.plugin import DataWord
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 class Generate(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord = Field(
         "docstrings",
@@ -48,9 +51,9 @@ class Generate(Task):
         """The answers to the first held-out prompts that are short enough, and the share that ended."""
         from llmq.text.tokens import shown_prompt
 
-        ended = []
-        for row, prompt, reference in self._rows(loaded.processor, loaded.artifact.weights):
-            answer, is_ended = self._answer(loaded, prompt)
+        rows, ended = self._rows(loaded.processor, loaded.artifact.weights), list[float]()
+        answers = together.answers_of(partial(_share_of_answers, self, [prompt for _, prompt, _ in rows]), [loaded])
+        for (row, _, reference), (answer, is_ended) in zip(rows, answers, strict=True):
             ended.append(float(is_ended))
             yield Exhibit(self.name, f"example {len(ended)}", shown_prompt(row), answer, reference.strip())
         convention = f"share of answers with an end-of-text mark within {self.max_new_tokens} tokens, greedy"
@@ -95,3 +98,9 @@ class Generate(Task):
         new = written[0, len(prompt) :]  # `generate` returns the prompt, too
         text = loaded.processor.decode(new, skip_special_tokens=True).strip()
         return text, not ends.isdisjoint(new.tolist())
+
+
+def _share_of_answers(
+    task: Generate, prompts: Sequence[tuple[int, ...]], models: Sequence[Loaded], share: together.Share
+) -> dict[int, tuple[str, bool]]:
+    return {i: task._answer(models[0], prompts[i]) for i in share.of(range(len(prompts)))}

@@ -10,13 +10,10 @@ which a killed job goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.environment import trim
 from llmq.errors import UserError
 from llmq.files import LAYERS, cache, sha256_files, sha256_texts, write_json
 from llmq.guarded.files import read_json_object
@@ -24,16 +21,14 @@ from llmq.guarded.weights import safetensors_of
 from llmq.matrix.gram import Gram
 from llmq.reopened import written
 from llmq.terminal import track
-from llmq.text.attention import tiled
+from llmq.text.batches import Batches, Windows
 from llmq.text.feeders import feeders_of
 from llmq.text.loss_weights import loss_weights, of_mean_one
 from llmq.text.opening import load_causal_lm
-from llmq.text.passes import Passes
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor
-    from torch.nn import Module
 
     from llmq.layers import LayerChange
     from llmq.matrix.gram import Kind
@@ -45,7 +40,6 @@ BATCH_TOKENS = 512
 """Tokens of a calibration batch: more take more memory, and are no faster."""
 FACTS = ".layers.json"
 """The ending of the file of facts beside that of a block, so that a killed job loses none."""
-Windows = Sequence[Sequence[int]]  # token ids (windows, tokens)
 
 
 def rewrite(
@@ -66,15 +60,14 @@ def rewrite(
     files = shards(folder, len(source.blocks) + 1)  # the last is for all that lies outside the blocks
     weights = kept_weights(source, folder, change, windows) if change.by_loss else {}
     calibration = Calibration(source, change, windows, sequential, weights)
-    with torch.no_grad(), calibration.started():
+    with torch.no_grad(), calibration.batches.started():
         for block, file in zip(track(source.blocks, "blocks"), files, strict=False):
-            source.load(block)
+            calibration.batches.enter(block)
             if file.exists():
                 calibration.go_through(block, file)
             else:
                 write(source.as_in_files(calibration.change_block(block)), file, calibration.taken())
-            source.free(block)
-            trim(source.device)  # or freed pieces between living ones would add up, block after block
+        calibration.batches.enter("")
         if not files[-1].exists():
             head = calibration.change_head()
             outside = dict(source.outside())
@@ -100,50 +93,27 @@ class Calibration:
         weights: Mapping[str, Tensor],  # layer -> the weights of all tokens (tokens,)
     ):
         self.source, self.change, self.sequential, self.weights = source, change, sequential, weights
-        self.passes = Passes(self._run, in_batches(windows) if change.gathers else [])
-        self.on_input: Callable[[str, Tensor], None] = _ignore  # (layer, its inputs (..., features))
+        self.batches = Batches(source, in_batches(windows) if change.gathers else [])
         self.unseen: list[str] = []
         self.facts: dict[str, dict[str, object]] = {}  # of the layers that are changed and not written yet
         self.known_groups: dict[tuple[str, ...], list[list[int]]] = {}  # by layer names in a block: blocks are alike
-
-    @contextmanager
-    def started(self) -> Iterator[None]:
-        """All batches started, each waiting before the first block."""
-        module = self.source.module
-        self.source.load_outside()
-        for block in self.source.blocks:
-            self.passes.wait_before(module.get_submodule(block))
-        module.get_submodule(self.source.head).forward = self._arrive_at_head
-        with tiled(module), self.passes.started():
-            yield
-
-    def _run(self, batch: Windows) -> None:
-        import torch
-
-        self.source.module(input_ids=torch.tensor(batch, device=self.source.device), use_cache=False)
-
-    def _arrive_at_head(self, inputs: Tensor) -> None:
-        self.passes.wait()
-        self.on_input(self.source.head, inputs)
-        self.passes.wait()  # for good: nobody needs the logits
 
     def go_through(self, block: str, file: Path) -> None:
         """Let the passes go through a block that an earlier, killed job wrote to `file`."""
         changed = list(filter(self.change.wants, self.source.linears(block)))
         for layer in changed:
-            if self.passes:
+            if self.batches:
                 self._set(layer, self.change.weight(layer, self.source.kept(layer, file)))
         if self.change.rescales:
             self.source.load_from(file, block, changed)
-        self.passes.resume()
+            self.batches.block_changed()
+        self.batches.resume()
 
     def change_block(self, block: str) -> dict[str, Tensor]:
         """Change the layers of a loaded block, and let the passes go through the block. Returns all tensors to keep."""
-        linears = self.source.linears(block)
-        wanted = list(filter(self.change.wants, linears))
-        hooks = [m.register_forward_pre_hook(partial(self._hook, name)) for name, m in linears.items()]
+        wanted = list(filter(self.change.wants, self.source.linears(block)))
         kept: dict[str, Tensor] = {}
-        if not self.passes:  # no calibration: each layer by itself
+        if not self.batches:  # no calibration: each layer by itself
             for layer in wanted:
                 kept |= self._change([layer], None)
         elif wanted:
@@ -152,27 +122,22 @@ class Calibration:
                 self._rescale(block, groups)
             for group, total in self._gather(groups):
                 kept |= self._change(group, total)
-        for hook in hooks:
-            hook.remove()
-        self.passes.resume()
+        self.batches.resume()
         others = self.source.held(block).items()
         return {name: tensor for name, tensor in others if name.removesuffix(".weight") not in wanted} | kept
 
     def change_head(self) -> dict[str, Tensor]:
-        """Change the output head if that is wanted; all passes wait before the head."""
+        """Change the output head if that is wanted; all batches wait before the head."""
         head = self.source.head
         if not self.change.wants(head):
             return {}
-        total = next(self._gather([[head]]))[1] if self.passes else None
+        total = next(self._gather([[head]]))[1] if self.batches else None
         return self._change([head], total)
 
     def taken(self) -> dict[str, dict[str, object]]:
         """The facts about the layers that changed since the last call."""
         facts, self.facts = self.facts, {}
         return facts
-
-    def _hook(self, layer: str, module: Module, args: tuple[Tensor, ...]) -> None:
-        self.on_input(layer, args[0])
 
     def _groups(self, block: str, wanted: Sequence[str]) -> list[list[str]]:
         """Layers that get the same input, in the order that a rehearsal of one batch reaches them."""
@@ -200,32 +165,30 @@ class Calibration:
             place = inputs.data_ptr() if inputs.numel() else id(inputs)
             seen.setdefault((place, inputs.shape, inputs._version), []).append(layer)
 
-        self.on_input = note
-        next(self.passes.rehearse())
+        self.batches.rehearsed(note)
         return list(seen.values())
 
     def _gather(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[Sequence[str], Tensor]]:
         """Each group with the sum over its inputs: in turn as the passes reach the groups, or all on one rehearsal."""
         gathers = self.change.gathers
-        sums = {group[0]: Gram(gathers, self._weights(group)) for group in groups if gathers}
-
-        def add(layer: str, inputs: Tensor) -> None:
-            if layer in sums:
-                sums[layer].add(inputs)
-                if self.sequential:  # the group is changed before any pass goes through it
-                    self.passes.wait()
-
-        self.on_input = add
+        sums = {group[0]: [Gram(gathers, self._weights(group))] for group in groups if gathers}
         if not self.sequential:
-            for _ in self.passes.rehearse():
-                pass
-            self.on_input = _ignore
+            self._sum(sums, rehearsed=True)
         for group in groups:
-            if self.sequential:
-                self.passes.resume()
-            total = sums.pop(group[0]).total()  # (inputs, inputs), or the diagonal (inputs,)
+            if self.sequential:  # the group is changed before any batch goes through it
+                self._sum({group[0]: sums[group[0]]}, rehearsed=False)
+            total = sums.pop(group[0])[0].total()  # (inputs, inputs), or the diagonal (inputs,)
             self.unseen += group if not bool(total.any()) else ()
             yield group, total
+
+    def _sum(self, sums: Mapping[str, Sequence[Gram]], rehearsed: bool) -> None:
+        """Add the inputs of layers to their sums, batch by batch."""
+
+        def add(layer: str, inputs: Tensor) -> None:
+            for each in sums[layer]:
+                each.add(inputs)
+
+        self.batches.hear(sums.keys(), add, rehearsed)
 
     def _weights(self, group: Sequence[str]) -> Tensor | None:
         """The weights of the tokens in layers that share an input: the mean over these layers, each of mean 1."""
@@ -239,14 +202,7 @@ class Calibration:
         feeders = feeders_of(self.source, block, groups, self._look)
         kinds: tuple[Kind, Kind] = "hessian", "magnitudes"
         sums = {group[0]: [Gram(kind, self._weights(group)) for kind in kinds] for group in groups}
-
-        def add(layer: str, inputs: Tensor) -> None:
-            for each in sums.get(layer, ()):
-                each.add(inputs)
-
-        self.on_input = add
-        for _ in self.passes.rehearse():
-            pass
+        self._sum(sums, rehearsed=True)
         for group, feeder in zip(groups, feeders, strict=True):
             gram, magnitudes = (each.total() for each in sums.pop(group[0]))  # (inputs, inputs), (inputs,)
             if feeder is None or not bool(magnitudes.any()):
@@ -256,12 +212,12 @@ class Calibration:
             scales = feeder.divide(self.source, self.change.scales(weights, gram, magnitudes))  # (inputs,)
             for layer, weight in weights.items():
                 self.source.set(f"{layer}.weight", (weight.float() * scales).to(weight.dtype))
+        self.batches.block_changed()
 
     def _look(self) -> tuple[dict[str, Tensor], Tensor]:
         """The input of each linear layer on a rehearsal of one batch, and the output of the block."""
         inputs: dict[str, Tensor] = {}
-        self.on_input = inputs.__setitem__
-        output = next(self.passes.rehearse())
+        output = self.batches.rehearsed(inputs.__setitem__)
         return inputs, output[0] if isinstance(output, tuple) else output
 
     def _change(self, layers: Sequence[str], total: Tensor | None) -> dict[str, Tensor]:
@@ -276,12 +232,12 @@ class Calibration:
         for layer, tensors in changed.items():
             made = self.change.weight(layer, tensors)
             self.facts[layer] = self.change.facts(layer, weights[layer], made, total)
-            if self.passes:
+            if self.batches:
                 self._set(layer, made)
         return {f"{layer}.{name}": tensor for layer, tensors in changed.items() for name, tensor in tensors.items()}
 
     def _set(self, layer: str, weight: Tensor) -> None:
-        self.source.set(f"{layer}.weight", weight.to(self.source.device, self.source.dtype).contiguous())
+        self.batches.set(f"{layer}.weight", weight.to(self.source.device, self.source.dtype).contiguous())
 
 
 def kept_weights(
@@ -316,10 +272,6 @@ def _in_cache(source: Skeleton, windows: Windows) -> Path:
         "loss_weights",
         f"{sha256_texts([files, source.dtype_name, json.dumps([list(w) for w in windows])])[:16]}.safetensors",
     )
-
-
-def _ignore(layer: str, inputs: Tensor) -> None:
-    pass
 
 
 def in_batches(windows: Windows) -> list[Windows]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -95,6 +95,9 @@ class Windowed(Step[LanguageModel]):
 
 
 class Calibrated(Windowed):
+    in_every_process: ClassVar[bool] = True
+    is_led: ClassVar[bool] = True
+
     hessian: Literal["inputs", "loss"] = Field("inputs", description="loss: a token counts by the gradient of the loss")
     true_sequential: bool = Field(True, description="a layer sees what became of those before it in its own block")
 

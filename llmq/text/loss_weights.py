@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmq import together
+from llmq.environment import own_device
 from llmq.errors import LlmqError, UserError
 from llmq.terminal import track
 from llmq.text.attention import tiled
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from llmq.text.skeleton import Skeleton
+    from llmq.types import Loaded
 
 Batch = Sequence[Sequence[int]]  # token ids (windows, tokens)
 
@@ -37,17 +41,42 @@ def loss_weights(source: Skeleton, layers: Collection[str], batches: Sequence[Ba
 
     if all(len(window) < 2 for batch in batches for window in batch):
         raise UserError("windows of one token have no next token whose loss weighs anything; set length to 2 or more")
-    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    with block_by_block(source):
-        for batch in track(batches, "gradients"):
-            ids = torch.tensor(batch, device=source.device)  # (windows, tokens)
-            for layer, squares in _squared_gradients(source, layers, ids).items():
-                parts[layer].append(squares)
-    weights = {layer: torch.cat(squares) for layer, squares in parts.items()}
+    work = partial(_share_of_squares, source.folder, source.dtype_name, source.device, tuple(layers), batches)
+    parts = together.answers_of(work, [], partial(_squares, source, layers, batches))
+    weights = {layer: torch.cat([squares[layer] for squares in parts]) for layer in layers}
     for layer, squares in weights.items():
         if not bool(squares.isfinite().all()):
             raise LlmqError(f"{layer}: the gradient of the loss is not finite; set the model's dtype to float32")
     return weights
+
+
+def _share_of_squares(
+    folder: Path,
+    dtype: str,
+    device: str,
+    layers: Collection[str],
+    batches: Sequence[Batch],
+    models: Sequence[Loaded],
+    share: together.Share,
+) -> dict[int, dict[str, Tensor]]:
+    from llmq.text.skeleton import Skeleton
+
+    return _squares(Skeleton(folder, dtype, own_device(device)), layers, batches, share)
+
+
+def _squares(
+    source: Skeleton, layers: Collection[str], batches: Sequence[Batch], share: together.Share
+) -> dict[int, dict[str, Tensor]]:
+    """The squared gradients of a share of the batches."""
+    import torch
+
+    found: dict[int, dict[str, Tensor]] = {}
+    with block_by_block(source):
+        for i in track(list(share.of(range(len(batches)))), "gradients"):
+            ids = torch.tensor(batches[i], device=source.device)  # (windows, tokens)
+            squares = _squared_gradients(source, layers, ids)
+            found[i] = {layer: each.cpu() for layer, each in squares.items()}
+    return found
 
 
 def of_mean_one(weights: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class Passes(Generic[Batch]):
     def __init__(self, run: Callable[[Batch], object], batches: Sequence[Batch]):
         self._passes = [greenlet(partial(run, batch)) for batch in batches]
 
-    def __bool__(self) -> bool:
-        return bool(self._passes)
+    def __len__(self) -> int:
+        return len(self._passes)
 
     @contextmanager
     def started(self) -> Iterator[None]:
@@ -48,9 +48,9 @@ class Passes(Generic[Batch]):
             for one in self._passes:
                 one.throw(GreenletExit)  # unwinds the call stack, which holds activations
 
-    def resume(self) -> None:
-        """Let each pass go on to the next wait, one pass after another. Raises `LlmqError` for a pass that ended."""
-        for one in self._passes:
+    def resume(self, some: slice = slice(None)) -> None:
+        """Let some passes go on to the next wait, one after another. Raises `LlmqError` for a pass that ended."""
+        for one in self._passes[some]:
             one.switch()
             if one.dead:  # the model returned where another wait was due
                 raise LlmqError("a calibration pass ended before the model's last block")
@@ -59,9 +59,9 @@ class Passes(Generic[Batch]):
         """What the passes return, each let go to its end in turn."""
         return (one.switch() for one in self._passes)
 
-    def rehearse(self) -> Iterator[Tensor | tuple[Tensor, ...]]:
-        """Let each pass that waits before a module go through the module and come back; the outputs, one a pass."""
-        return (one.switch(REHEARSE) for one in self._passes)
+    def rehearse(self, some: slice = slice(None)) -> Iterator[Tensor | tuple[Tensor, ...]]:
+        """Let some passes that wait before a module go through the module and come back; the outputs, one a pass."""
+        return (one.switch(REHEARSE) for one in self._passes[some])
 
     def wait(self) -> None:
         """Suspend the pass that calls this until `resume`."""

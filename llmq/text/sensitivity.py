@@ -153,13 +153,13 @@ def sensitivities(
     }
     trials.means = {name: float(weight.double().mean()) for name, weight in of_seen.items()}
     calibration = Calibration(source, trials, [windows[i] for i in seen], True, of_seen)
-    with torch.no_grad(), calibration.started():
+    with torch.no_grad(), calibration.batches.started():
         for block in track(source.blocks, "sensitivity"):
-            source.load(block)
+            calibration.batches.enter(block)
             calibration.change_block(block)
-            source.free(block)
             write(trials.kept, folder / f"{block}.{TRIED}")
             trials.kept = {}
+        calibration.batches.enter("")
 
     def rounded(bits: int, layer: str) -> Tensor:
         block = next(block for block in source.blocks if layer.startswith(f"{block}."))

@@ -9,11 +9,13 @@ precision, recall, density, coverage, and the spread of the images, which falls 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from llmq import together
 from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import cache, make_whole, sha256_files, sha256_text
@@ -33,11 +35,14 @@ LOOKING = 215_000_000
 """Bytes that EfficientNet-Lite0 takes for a batch, its weights among them, measured."""
 NEAR, DENSE = 3, 5
 """The neighbours that the balls of precision and recall, and of density and coverage, reach to, as in their papers."""
+TOGETHER = 64
+"""Images that one process makes and looks at, whatever the number of processes: whole batches of both networks."""
 BATCH = 8  # fits into a processor's cache; batches of 50 take twice as long
 
 
 class Frechet(Task):
     suits: ClassVar[frozenset[str]] = frozenset({"gan"})
+    in_every_process: ClassVar[bool] = True
 
     data: DataWord | None = Field(None, description="real images; the base's samples if unset")
     part: Literal["held_out", "train", "all"] = Field("all", description="the real images to be set against")
@@ -95,9 +100,11 @@ class Frechet(Task):
         model: Any = loaded.artifact.model
         extract = self._extractor(loaded.device)
         images, split = self._images(model)
-        real = extract(model.framed(images))  # (n, features)
+        framed = model.framed(images)
+        of_real = partial(_share_of_real, self, framed), partial(_features_of, extract, framed)
+        real = _joined(together.answers_of(of_real[0], [loaded], of_real[1]))  # (n, features)
         about = f"real images, {self.data.word} {self.part}, sha256 {split.sha256[:12]}"
-        rows = extract(model.generate(loaded, model.latents(self.n, self.seed)))  # (n, features)
+        rows = self.made(extract, loaded)  # (n, features)
         yield self._measured("frechet_distance", rows, real, extract.name, f"samples from {about}")
         yield from self._manifolds(rows, real, extract.name, f"samples among {about}")
         halves, of_halves = _halves(real, split)
@@ -109,15 +116,19 @@ class Frechet(Task):
         if self.data:
             return
         extract = self._extractor(base.device)
-        model: Any = loaded.artifact.model
-        made = extract(model.generate(loaded, model.latents(self.n, self.seed)))
-        own, others = (kept(extract, base, self.n, self.seed, purpose) for purpose in ("samples", "others"))
+        made = self.made(extract, loaded)
+        own, others = (kept(self, extract, base, purpose) for purpose in ("samples", "others"))
         same = "stage from base, the same latents: the noise of sampling cancels, an unchanged stage has 0"
         yield self._measured("frechet_distance", made, own, extract.name, same)
         new = "stage from base, other latents: compare with frechet_floor"
         yield self._measured("frechet_distance_other_latents", made, others, extract.name, new)
         yield from self._manifolds(made, others, extract.name, "stage among samples of the base, other latents")
         yield self._measured("frechet_floor", own, others, extract.name, "base from base, other latents")
+
+    def made(self, extract: "Extractor", loaded: Loaded, purpose: str = "samples") -> "ndarray":
+        """The features `(n, d)` of the images that a generator makes of its latents for a purpose."""
+        work, own = partial(_share_of_made, self, purpose), partial(_features_of_made, self, extract, loaded, purpose)
+        return _joined(together.answers_of(work, [loaded], own))
 
     def _manifolds(self, made: "ndarray", real: "ndarray", features: str, between: str) -> Iterable[Measurement]:
         """Precision and recall, density and coverage, and the spread of the made images over that of the real ones."""
@@ -270,7 +281,39 @@ def _features(network: "Module", device: str) -> "Callable[[Tensor], Tensor]":
     return of_batch
 
 
-def kept(extract: Extractor, loaded: Loaded, n: int, seed: int, purpose: str) -> "ndarray":
+def _share_of_made(
+    task: Frechet, purpose: str, models: Sequence[Loaded], share: together.Share
+) -> dict[int, "ndarray"]:
+    return _features_of_made(task, task._extractor(models[0].device), models[0], purpose, share)
+
+
+def _features_of_made(
+    task: Frechet, extract: Extractor, loaded: Loaded, purpose: str, share: together.Share
+) -> dict[int, "ndarray"]:
+    model: Any = loaded.artifact.model
+    parts = model.latents(task.n, task.seed, purpose).split(TOGETHER)
+    return {i: extract(model.generate(loaded, parts[i])) for i in share.of(range(len(parts)))}
+
+
+def _share_of_real(
+    task: Frechet, images: "Sequence[ndarray]", models: Sequence[Loaded], share: together.Share
+) -> dict[int, "ndarray"]:
+    return _features_of(task._extractor(models[0].device), images, share)
+
+
+def _features_of(extract: Extractor, images: "Sequence[ndarray]", share: together.Share) -> dict[int, "ndarray"]:
+    starts = range(0, len(images), TOGETHER)
+    return {i: extract(images[starts[i] : starts[i] + TOGETHER]) for i in share.of(range(len(starts)))}
+
+
+def _joined(parts: "Sequence[ndarray]") -> "ndarray":
+    import numpy as np
+
+    rows: ndarray = np.concatenate(parts)
+    return rows
+
+
+def kept(task: Frechet, extract: Extractor, loaded: Loaded, purpose: str) -> "ndarray":
     """The features of a generator's samples; the cache keeps those of the base for every other stage."""
     import torch
     from safetensors.numpy import load_file, save_file
@@ -278,11 +321,10 @@ def kept(extract: Extractor, loaded: Loaded, n: int, seed: int, purpose: str) ->
     artifact = loaded.artifact
     model: Any = artifact.model
     about = [model.word, model.model_dump_json(), sha256_files(artifact.weight_files()), loaded.device]
-    about += [extract.name, extract.identity, str(n), str(seed), purpose, torch.__version__]
+    about += [extract.name, extract.identity, str(task.n), str(task.seed), purpose, torch.__version__]
 
     def fill(folder: Path) -> None:
-        rows = extract(model.generate(loaded, model.latents(n, seed, purpose)))
-        save_file({"rows": rows}, folder / "features.safetensors")
+        save_file({"rows": task.made(extract, loaded, purpose)}, folder / "features.safetensors")
 
     folder = make_whole(cache("features", sha256_text(*about)[:24]), fill, shared=True)
     rows: ndarray = load_file(folder / "features.safetensors")["rows"]
