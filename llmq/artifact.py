@@ -13,8 +13,8 @@ from llmq.types import Exhibit, JsonObject, Loaded, M_co, Measurement, Step
 
 MACHINE = "machine.json"
 """The file of a stage for facts that depend on the machine, the folder or the time."""
-TIMES = ("seconds", "tokens_per_second", "examples_per_second", "peak_memory")
-"""Notes that are measured times, or memory, and so differ from run to run."""
+TIMES = ("seconds", "tokens_per_second", "examples_per_second", "peak_memory", "processes")
+"""Notes that are measured times or memory, or how many processes shared the work, and so differ from run to run."""
 
 
 @dataclass(frozen=True)
