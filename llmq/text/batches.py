@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +19,13 @@ import torch
 from llmq import environment, processes, together
 from llmq.text.attention import tiled
 from llmq.text.passes import Passes
-from llmq.text.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from torch.utils.hooks import RemovableHandle
 
+    from llmq.text.skeleton import Skeleton
     from llmq.types import Loaded
 
 Windows = Sequence[Sequence[int]]  # token ids (windows, tokens)
@@ -70,7 +69,8 @@ class Batches:
     @contextmanager
     def started(self) -> Iterator[None]:
         """All batches started, in every process, each waiting before the first block."""
-        self._ask(partial(_begun, self.source.folder, self.source.dtype_name, self.source.device, self.all), _nothing)
+        again = partial(type(self.source), self.source.folder, self.source.dtype_name)
+        self._ask(partial(_begun, again, self.source.device, self.all), _nothing)
         try:
             with self._started():
                 yield
@@ -197,9 +197,13 @@ _under_way: list[tuple[Batches, ExitStack]] = []
 
 
 def _begun(
-    folder: Path, dtype: str, device: str, batches: Sequence[Windows], models: Sequence[Loaded], share: together.Share
+    skeleton: Callable[[str], Skeleton],
+    device: str,
+    batches: Sequence[Windows],
+    models: Sequence[Loaded],
+    share: together.Share,
 ) -> dict[int, Heard]:
-    started = Batches(Skeleton(folder, dtype, environment.own_device(device)), batches, share)
+    started = Batches(skeleton(environment.own_device(device)), batches, share)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(started._started())

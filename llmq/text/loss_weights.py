@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq import together
@@ -41,7 +40,8 @@ def loss_weights(source: Skeleton, layers: Collection[str], batches: Sequence[Ba
 
     if all(len(window) < 2 for batch in batches for window in batch):
         raise UserError("windows of one token have no next token whose loss weighs anything; set length to 2 or more")
-    work = partial(_share_of_squares, source.folder, source.dtype_name, source.device, tuple(layers), batches)
+    again = partial(type(source), source.folder, source.dtype_name)
+    work = partial(_share_of_squares, again, source.device, tuple(layers), batches)
     parts = together.answers_of(work, [], partial(_squares, source, layers, batches))
     weights = {layer: torch.cat([squares[layer] for squares in parts]) for layer in layers}
     for layer, squares in weights.items():
@@ -51,17 +51,14 @@ def loss_weights(source: Skeleton, layers: Collection[str], batches: Sequence[Ba
 
 
 def _share_of_squares(
-    folder: Path,
-    dtype: str,
+    skeleton: Callable[[str], Skeleton],
     device: str,
     layers: Collection[str],
     batches: Sequence[Batch],
     models: Sequence[Loaded],
     share: together.Share,
 ) -> dict[int, dict[str, Tensor]]:
-    from llmq.text.skeleton import Skeleton
-
-    return _squares(Skeleton(folder, dtype, own_device(device)), layers, batches, share)
+    return _squares(skeleton(own_device(device)), layers, batches, share)
 
 
 def _squares(
