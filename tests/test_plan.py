@@ -262,6 +262,8 @@ def test_work_of_several_parts_adds_time_and_takes_the_highest_memory():
     both = Work(3, {"copy": 2.0}, 1.0).plus(Work(5, {"copy": 1.0, "float32": 4.0}, 0.5, unknown="why"))
     assert (both.memory, both.operations, both.seconds, both.unknown) == (5, {"copy": 3.0, "float32": 4.0}, 1.5, "why")
     assert rates.seconds_of(both, {"copy": 1.0}) is None
+    known = replace(both, unknown="")
+    assert rates.seconds_of(known, {"copy": 1.0, "float32": 2.0, "python": rates.PYTHON / 2}) == 3 + 2 + 2 * 1.5
 
 
 def test_a_block_and_a_head_are_tried_at_their_own_widths():
@@ -277,6 +279,12 @@ def test_a_block_and_a_head_are_tried_at_their_own_widths():
     run, operations = trials.head(sketch, 16).unit("cpu")
     assert operations == 2 * 16 * 576 * trials.HEAD_OUTPUTS
     run()
+
+
+def test_a_divergence_is_tried_on_a_part_of_the_vocabulary():
+    run, logits = trials.divergence(49152).unit("cpu")
+    assert logits == 32 * trials.HEAD_OUTPUTS
+    assert run()[0] == pytest.approx(0, abs=1e-9)  # both are uniform
 
 
 def test_rounding_is_tried_on_a_part_of_the_largest_matrix():
@@ -308,7 +316,7 @@ def test_a_trial_of_a_large_model_is_small(name):
 @pytest.mark.slow
 def test_a_machine_is_measured_in_two_seconds():
     found = MEASURE(["float32", "bfloat16", "float32-vector"], "cpu")
-    assert set(found) == {"float32", "bfloat16", "float32-vector", "copy"}
+    assert set(found) == {"float32", "bfloat16", "float32-vector", "copy", "python"}
     assert all(rate > 0 for rate in found.values())
 
 

@@ -63,8 +63,9 @@ class Gguf(Step[LanguageModel]):
         result = replace(
             source, parts=tuple(made), runtime="gguf", more_on_disk=tokenizer, not_in_order="the tokenizer is estimated"
         )
+        # transformers reads the file back into float32, and opens what it read beside the file's own pages.
         floats = 4 * source.parameters
-        return result, Work(floats, {"copy": 12.0 * floats}, 4 * work.PROBES)
+        return result, Work(floats + result.on_disk, {"copy": 12.0 * floats}, 4 * work.PROBES, passing=result.on_disk)
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Write the file and read it back. Raises `LlmqError` for a file that holds another model."""

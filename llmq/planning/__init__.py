@@ -114,7 +114,7 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     Raises `UserError` for a configuration that is not there.
     """
     from llmq import environment, processes
-    from llmq.planning.rates import measure
+    from llmq.planning.rates import measure, seconds_of
 
     device = environment.prepare(recipe.device, recipe.seed, recipe.threads)
     sketches = [recipe.model.sketch()]
@@ -142,7 +142,8 @@ def plan(recipe: Recipe, out: Path | None = None, rates: Mapping[Kind, float] | 
     named = zip(recipe.stage_names[1:], sketches[1:], strict=True)
     left = [s for name, s in named if not (out and (out / name).is_dir())]  # a resumed run has the others
     disk = sum(s.on_disk for s in left) + max((d.work.disk for d in done), default=0) + size
-    total = None if any(s is None for s in seconds) else AROUND + sum(s for s in seconds if s is not None)
+    seconds.append(seconds_of(Work(seconds=AROUND), known))
+    total = None if any(s is None for s in seconds) else sum(s for s in seconds if s is not None)
     peak = max(work.memory for work in [brought, *(d.work for d in done)])
     machine = {"memory": environment.free_memory(device), "disk": free_bytes(out or Path.cwd())}
     # Each process opens a whole model, sharded or not; of cards each has its own.

@@ -1,4 +1,4 @@
-"""The rates of this machine, each measured for a fraction of a second: products, reading, elementwise work, trials."""
+"""The rates of this machine, each measured for a fraction of a second: products, reading, Python, trials."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,10 @@ SECONDS = 2.0
 SIDE, ROWS = 1024, 512
 LARGE = 2**23
 """Numbers of a tensor that no cache of a processor core holds."""
-ALWAYS = ("copy",)
+ITEMS = 2000
+PYTHON = 2.0e6
+"""Items that Python handled a second where the times that works state in seconds were taken."""
+ALWAYS = ("copy", "python")
 
 
 def measure(kinds: Iterable[Kind], device: str, seconds: float = SECONDS) -> dict[Kind, float]:
@@ -23,10 +26,15 @@ def measure(kinds: Iterable[Kind], device: str, seconds: float = SECONDS) -> dic
 
 
 def seconds_of(work: Work, rates: Mapping[Kind, float]) -> float | None:
-    """The time of a work at these rates; None if it is not known."""
+    """The time of a work at these rates; None if it is not known.
+
+    Of a busy machine, or a slower one, all that is no trial takes longer, too, as much as Python does.
+    """
     if work.unknown:
         return None
-    return work.seconds + sum(count / rates[kind] for kind, count in work.operations.items())
+    return work.seconds * PYTHON / rates.get("python", PYTHON) + sum(
+        count / rates[kind] for kind, count in work.operations.items()
+    )
 
 
 def _rate(run: Callable[[], object], count: float, device: str, seconds: float) -> float:
@@ -43,11 +51,13 @@ def _rate(run: Callable[[], object], count: float, device: str, seconds: float) 
 
 
 def _unit(kind: Kind, device: str) -> Unit:
-    """The work that a kind stands for: a trial's own, or that of `float32`, `float32-vector`, `copy`."""
+    """The work that a kind stands for: a trial's own, or that of `float32`, `float32-vector`, `copy`, `python`."""
     import torch
 
     if isinstance(kind, Trial):
         return kind.unit(device)
+    if kind == "python":
+        return lambda: sorted({str(i): [i, i + 1] for i in range(ITEMS)}.items(), key=lambda item: item[1][0]), ITEMS
     if kind == "copy":
         one, other = (torch.ones(LARGE, device=device) for _ in range(2))
         return lambda: torch.mul(one, 1.5, out=other), 8.0 * LARGE

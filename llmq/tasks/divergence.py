@@ -76,11 +76,11 @@ class Divergence(Task):
         from llmq.sketch import BYTES, times
         from llmq.text.losses import ROWS
         from llmq.text.sizing.network import as_text
-        from llmq.text.sizing.work import forward
+        from llmq.text.sizing.work import divergence, forward
 
         model = as_text(stage)
         once = forward(model, 1, self.window)
-        work = times(once, 2.0 * self.windows)
+        work = times(once, 2.0 * self.windows).plus(divergence(model, self.windows * self.window))
         # The base's logits and a copy of each beside the stage's own, and a few tokens of both in float64 with softmax.
         copies = 3 * BYTES[model.dtype] * self.window + 4 * 8 * min(ROWS, self.window)
         return replace(work, memory=once.memory + base.in_memory + copies * model.vocabulary)

@@ -67,7 +67,7 @@ def _loss(logits: Tensor, wanted: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum"))
 
 
-def _divergence(reference: Tensor, other: Tensor) -> tuple[float, float]:
+def divergence_of(reference: Tensor, other: Tensor) -> tuple[float, float]:
     """The sum of KL(reference || other) over the rows of logits (tokens, vocabulary), and the like top tokens."""
     p, q = (logits.double().log_softmax(-1) for logits in (reference, other))
     return float(torch.sum(p.exp() * (p - q))), float((p.argmax(-1) == q.argmax(-1)).sum())
@@ -115,7 +115,7 @@ def _divergences(
         for i, (_, labels) in zip(track(own, "divergence"), batches, strict=True):
             scored = labels[0] != IGNORED  # (tokens,): of a completion its prompt is not
             p, q = (next(logits)[0].to(device)[scored] for logits in (ours, theirs))  # (tokens, vocabulary)
-            told = [_divergence(p[k : k + ROWS], q[k : k + ROWS]) for k in range(0, len(p), ROWS)]
+            told = [divergence_of(p[k : k + ROWS], q[k : k + ROWS]) for k in range(0, len(p), ROWS)]
             sums[i] = (sum(t[0] for t in told), sum(t[1] for t in told), float(scored.sum()))
     return sums
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmq.environment import release_memory
 from llmq.errors import LlmqError, UserError
 from llmq.guarded import gguf_files
 from llmq.text.gguf.layout import FILE, HEAD, architecture_of, places
@@ -95,6 +96,7 @@ def check_logits(folder: Path, dtype: str, device: str, probe: Any) -> float:
     otherwise.
     """
     ours = probe(load_gguf(folder, dtype, device))[0].double()
+    release_memory(device)  # or the first network would lie beside the second
     theirs = probe(_read_by_transformers(folder, dtype, device))[0].double()
     apart = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
     if not apart <= APART:  # not >: NaN

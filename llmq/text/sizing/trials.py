@@ -76,6 +76,21 @@ def head(sketch: TextSketch, rows: int) -> Trial:
     return Trial(f"head {sketch.dtype} {rows}x{inputs}x{outputs}", unit)
 
 
+def divergence(vocabulary: int) -> Trial:
+    """Softmax in float64 of the logits of a few tokens of two models, and their divergence; the rate counts logits."""
+    outputs = min(vocabulary, HEAD_OUTPUTS)
+
+    def unit(device: str) -> Unit:
+        import torch
+
+        from llmq.text.losses import ROWS, divergence_of
+
+        ours, theirs = (torch.full((ROWS, outputs), value, device=device) for value in (0.01, 0.02))
+        return lambda: divergence_of(ours, theirs), float(ours.numel())
+
+    return Trial(f"divergence {outputs}", unit)
+
+
 def grid(outputs: int, inputs: int) -> Trial:
     """The search for the ranges of a matrix in groups, and its rounding; the rate counts weights."""
     inputs = min(inputs, WIDEST)

@@ -341,7 +341,13 @@ def by_block(source: TextSketch, made: TextSketch, windows: int, length: int) ->
     pages = 2 * (made.block_bytes + made.outside_bytes)
     both = times(passes[0], windows).plus(times(passes[1], windows))
     softmax = 6 * 8 * 32 * made.vocabulary  # float64, of as many tokens as `losses.ROWS`
+    both = both.plus(divergence(made, windows * length))
     return replace(both, memory=_stays(source) + pages + waiting + 2 * largest + softmax, passing=pages)
+
+
+def divergence(sketch: TextSketch, tokens: int) -> Work:
+    """The time of the divergence of two models on their logits after some tokens."""
+    return Work(0, {trials.divergence(sketch.vocabulary): float(tokens * sketch.vocabulary)})
 
 
 def _stays(source: TextSketch) -> int:
