@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 JUDGED = 16
 """Calibration inputs that the result is judged on."""
+SLOWER, WRAPPED = 2.0, 10.0
+"""Steps of a float training that one with rounding in place takes the time of, and seconds of NNCF's around them."""
 
 
 class Qat(Taught):
@@ -50,13 +52,15 @@ class Qat(Taught):
 
     def foresee(self, before: "Sketch") -> "tuple[Sketch, Work]":
         """The graph of integers; the network is trained beside the float one, and both are exported."""
+        from llmq.sketch import Work, times
         from llmq.vision.graph_sizing import TRACED_NODE
         from llmq.vision.sizing import as_graph, as_images, exporting
 
         source = as_images(before)
         assert source.model
         made = as_graph(replace(source, node_text=TRACED_NODE), self.bits, activations=True)
-        return made, self.work(before, self._own(source.model)).plus(exporting(source, made, self.samples))
+        learned = times(self.work(before, self._own(source.model)), SLOWER).plus(Work(seconds=WRAPPED))
+        return made, learned.plus(exporting(source, made, self.samples))
 
     def _own(self, model: ImageModel) -> Training:
         unit = UNITS[self.distance_of(model.kind)]
