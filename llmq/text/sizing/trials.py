@@ -76,6 +76,32 @@ def head(sketch: TextSketch, rows: int) -> Trial:
     return Trial(f"head {sketch.dtype} {rows}x{inputs}x{outputs}", unit)
 
 
+def eight_bit(sketch: TextSketch, rows: int) -> Trial:
+    """The product of LLM.int8() with a matrix of the mean size; small ones take the time of their copies."""
+    weights = [part.weights for part in sketch.linears]
+    inputs = min(sketch.hidden, WIDEST)
+    outputs = max(16, sum(weights) // max(1, len(weights)) // inputs // 16 * 16)
+    rows = max(1, min(rows, int(MOST / (2 * inputs * outputs))))
+
+    def unit(device: str) -> Unit:
+        import torch
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        dtype = getattr(torch, sketch.dtype)
+        layer = Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
+        weight = torch.full((outputs, inputs), 0.01, dtype=dtype)
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        layer, stream = layer.to(device), torch.full((rows, inputs), 0.01, dtype=dtype, device=device)
+
+        def run() -> None:
+            with torch.inference_mode():
+                layer(stream)
+
+        return run, 2.0 * rows * inputs * outputs
+
+    return Trial(f"int8 {rows}x{inputs}x{outputs}", unit)
+
+
 def divergence(vocabulary: int) -> Trial:
     """Softmax in float64 of the logits of a few tokens of two models, and their divergence; the rate counts logits."""
     outputs = min(vocabulary, HEAD_OUTPUTS)

@@ -28,6 +28,8 @@ INPUT = 4e-5
 """Seconds that a solver takes for each input of a matrix, most of them between operations: 4 of 98,000."""
 SORTED = 18
 """Float32 numbers a weight while the weights of a layer are sorted and pruned."""
+TOKENIZER = 1200
+"""Bytes of an open tokenizer for each token of the vocabulary, with the text that it cut."""
 GRAM_ROWS = 1024
 """Inputs that a Gram matrix gathers before it multiplies (`gram`)."""
 KEPT, KEPT_PACKED, KEPT_TRAINING = 1.15, 1.3, 1.65
@@ -60,10 +62,12 @@ def _products(sketch: TextSketch, rows: int, length: int, said: int, learns: boo
     matrices = (*sketch.linears, *(p for p in sketch.parts if p.role == "adapter" and len(p.shape) > 1))
     # Each query sees half of the tokens on average.
     seen = length * sketch.queries * len(sketch.blocks)
-    within: dict[Kind, float] = {
-        trials.block(sketch, rows, length, learns): 2.0 * tokens * (seen + sum(part.weights for part in matrices))
-    }
-    if packed := sum(part.weights * BYTES[part.dtype] for part in matrices if part.packed):
+    in_bytes = sum(part.weights for part in matrices if in_int8(part))
+    floats = sum(part.weights for part in matrices) - (0 if learns else in_bytes)  # backwards they are floats again
+    within: dict[Kind, float] = {trials.block(sketch, rows, length, learns): 2.0 * tokens * (seen + floats)}
+    if in_bytes:
+        within[trials.eight_bit(sketch, tokens)] = 2.0 * tokens * in_bytes
+    if packed := sum(part.weights * BYTES[part.dtype] for part in matrices if part.packed and not in_int8(part)):
         within["copy"] = float(UNPACKED * packed)
     if said:
         within[trials.head(sketch, said)] = 2.0 * sketch.hidden * sketch.vocabulary * said
@@ -94,8 +98,13 @@ def _largest_unpacked(sketch: TextSketch) -> int:
 def decode(sketch: TextSketch, tokens: int) -> Work:
     """Greedy decoding of `tokens` tokens, one at a time: every weight is read for each."""
     read: dict[Kind, float] = {}
+    kind: Kind
     for part in sketch.parts:
         if part.role in ("linear", "head", "adapter") or part.name == sketch.head:
+            if in_int8(part):
+                kind = trials.eight_bit(sketch, 1)
+                read[kind] = read.get(kind, 0.0) + 2.0 * part.weights * tokens
+                continue
             # A packed matrix is unpacked first, but where a kernel multiplies its codes.
             floats = part.weights * BYTES[part.dtype]
             moved = float(part.opened if not part.packed else UNPACKED * floats)
@@ -202,7 +211,7 @@ def calibrated(sketch: TextSketch, windows: int, length: int, batch: int, grams:
     widest, largest = max(widths, default=0), max((part.weights for part in sketch.linears), default=0)
     solving = GRAMS * 4 * (widest**2 + GRAM_ROWS * widest) if grams else SORTED * 4 * largest
     within = 2 * sketch.block_bytes + waiting + solving + (pass_.memory - sketch.in_memory - sketch.mapped)
-    memory = sketch.outside_bytes + int(KEPT_PACKED * within)
+    memory = sketch.outside_bytes + TOKENIZER * sketch.vocabulary + int(KEPT_PACKED * within)
     operations = {kind: ops * windows / max(1, batch // length) for kind, ops in pass_.operations.items()}
     seconds = 0.0
     if grams:
