@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_wrong_input_is_one_error_of_llmq(report, tmp_path):
 def test_settings_that_no_machine_has_are_one_error_of_llmq(setting, said, tiny_llama, tmp_path):
     with pytest.raises(llmq.UserError, match=re.escape(said)):
         llmq.evaluate(tiny_llama, suite=str(suite(tmp_path)), out=tmp_path / "eval", **setting)
+
+
+def test_no_training_leaves_its_determinism_to_the_next():
+    from transformers.trainer_utils import enable_full_determinism
+
+    from llmq.text.training import _environment_kept
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, dict(os.environ)
+    with torch.random.fork_rng(), _environment_kept():
+        enable_full_determinism(0)
+    after = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, dict(os.environ)
+    assert after == before
 
 
 def test_no_call_leaves_its_threads_to_the_next():

@@ -68,3 +68,14 @@ def test_lora_refuses_the_one_name_among_many_that_no_module_has(setting, tiny_l
     settings = {setting: ["q_proj", "v_prj"], "data": str(tiny_jsonl), "max_steps": 1}
     with pytest.raises(UserError, match=rf"{setting} \['q_proj', 'v_prj'\]: no module's name ends with 'v_prj'; did"):
         apply("adapt.lora", base_of(tiny_llama), tmp_path / "a", **settings)
+
+
+@pytest.mark.parametrize("before", [("quantize.bnb", {}), ("quantize.rtn", {"bits": 4, "group_size": 32})], ids=str)
+def test_lora_trains_no_packed_weights_whole(before, tiny_llama, tiny_jsonl, tmp_path):
+    word, how = before
+    stage = apply(word, base_of(tiny_llama), tmp_path / "q", **how)
+    settings = {"modules_to_save": ["lm_head", "mlp"], "data": str(tiny_jsonl), "max_steps": 1}
+    with pytest.raises(
+        UserError, match=r"'mlp'\]: the weights of model.layers.0.mlp are packed, and cannot be trained"
+    ):
+        apply("adapt.lora", stage, tmp_path / "a", **settings)

@@ -130,7 +130,7 @@ class Lora(Tuning):
 
         from llmq.text.bnb_layers import keep_unpacked, stored_as
         from llmq.text.pooled import check_pools, group_of, let_pool
-        from llmq.text.reach import check_ends, expert_stacks, gates
+        from llmq.text.reach import check_ends, check_floats, expert_stacks, gates
 
         module = loaded.module
         keep_unpacked(module)
@@ -158,6 +158,7 @@ class Lora(Tuning):
         names = [name for name, _ in module.named_modules()]
         check_ends("target_modules", () if isinstance(targets, str) else targets, names)
         check_ends("modules_to_save", self.modules_to_save, names)
+        check_floats("modules_to_save", self.modules_to_save, module)
         try:
             model = get_peft_model(module, config)
         except ValueError as error:

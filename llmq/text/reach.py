@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, TypedDict
 
 from llmq.errors import UserError, did_you_mean
@@ -63,6 +64,17 @@ def check_ends(setting: str, ends: Sequence[str], names: Iterable[str]) -> None:
         if not any(is_end(name, [end]) for name in known):
             hint = did_you_mean(end, {name.rpartition(".")[2] for name in known})
             raise UserError(f"{setting} {list(ends)!r}: no module's name ends with {end!r}{hint}")
+
+
+def check_floats(setting: str, ends: Sequence[str], module: PreTrainedModel) -> None:
+    """Raise `UserError` for the first end of a setting that names weights which are packed: none of them can learn."""
+    for name, layer in module.named_modules():
+        held = chain(layer.parameters(), layer.buffers())
+        if is_end(name, ends) and not all(tensor.is_floating_point() for tensor in held):
+            raise UserError(
+                f"{setting} {list(ends)!r}: the weights of {name} are packed, and cannot be trained whole; leave it "
+                "out, or name it in target_modules"
+            )
 
 
 def gates(module: PreTrainedModel) -> list[str]:

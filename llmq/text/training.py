@@ -202,14 +202,23 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
+DETERMINISTIC = (
+    "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC",
+    "FLASH_ATTENTION_DETERMINISTIC",
+)  # fmt: skip
+"""The environment variables that transformers sets for `full_determinism`."""
+
+
 @contextmanager
 def _environment_kept() -> Iterator[None]:
     """Restore the environment variables by which transformers tells accelerate of one training, for the next.
 
-    The precision of products, which `tf32` changes, is that of the run again.
+    The precision of products, which `tf32` changes, is that of the run again, and `full_determinism` ends.
     """
     precision = float32_products()
-    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    exact, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    of_cudnn = cudnn.deterministic, cudnn.benchmark
+    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", *DETERMINISTIC)
     before = {name: value for name, value in os.environ.items() if name.startswith(names)}
     try:
         yield
@@ -219,6 +228,8 @@ def _environment_kept() -> Iterator[None]:
         os.environ.update(before)
         if float32_products() != precision:
             set_float32_products(precision)
+        torch.use_deterministic_algorithms(exact)
+        cudnn.deterministic, cudnn.benchmark = of_cudnn
 
 
 def train(
