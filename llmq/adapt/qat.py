@@ -60,7 +60,7 @@ class Qat(Taught):
         assert source.model
         made = as_graph(replace(source, node_text=TRACED_NODE), self.bits, activations=True)
         learned = times(self.work(before, self._own(source.model)), SLOWER).plus(Work(seconds=WRAPPED))
-        return made, learned.plus(exporting(source, made, self.samples))
+        return made, learned.plus(exporting(source, made, self.samples, self.data.expected() if self.data else None))
 
     def _own(self, model: ImageModel) -> Training:
         unit = UNITS[self.distance_of(model.kind)]

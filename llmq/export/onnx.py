@@ -32,7 +32,7 @@ class Onnx(Step[ImageModel]):
 
         source = as_images(before)
         made = source if source.runtime != "torch" else as_graph(source, 32)
-        return replace(made, runtime="onnx"), exporting(source, made, 0)
+        return replace(made, runtime="onnx"), exporting(source, made)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         from llmq.vision.onnx.export import onnx_stage

@@ -37,7 +37,7 @@ class Dynamic(Step[ImageModel]):
 
         source = as_images(before)
         made = as_graph(source, 8)
-        return made, exporting(source, made, 0)
+        return made, exporting(source, made)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         from llmq.environment import library_version

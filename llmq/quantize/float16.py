@@ -35,7 +35,7 @@ class Float16(Step[ImageModel]):
 
         source = as_images(before)
         made = as_graph(source, 16)
-        return made, exporting(source, made, 0)
+        return made, exporting(source, made)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         from llmq.vision.exporting import quantized_stage

@@ -89,7 +89,7 @@ class Int8(Step[ImageModel]):
 
         source = as_images(before)
         made = as_graph(source, 8, activations=True)
-        return made, exporting(source, made, self.samples)
+        return made, exporting(source, made, self.samples, self.data.expected() if self.data else None)
 
     def apply(self, artifact: Artifact[ImageModel], folder: Path, context: Context) -> Artifact:
         from llmq.environment import library_version

@@ -113,7 +113,7 @@ def _training(report: "Report") -> str:
             held_out = zip(*curves["held_out_loss"], strict=True)
             axes.plot(*held_out, "o-", **style, lw=2, label=f"{stage['name']}, held-out")
         if beside and curves.get("held_out"):
-            label = f"{stage['name']}, held-out {curves['metric']}"
+            label = f"{stage['name']}, held-out"  # the axis names the metric, which would run out of the picture here
             beside.plot(*zip(*curves["held_out"], strict=True), "o-", **style, lw=2)
             axes.plot([], [], "o-", **style, lw=2, label=label)  # one legend for both scales
     axes.set_xlabel("step")

@@ -340,8 +340,13 @@ EXPORTING = 4.0
 """Seconds that exporting takes in a process of its own, most of them to load libraries; 4 to 5 for small networks."""
 
 
-def exporting(source: ImageSketch, made: ImageSketch, inputs: int) -> Work:
-    """Tracing and writing a graph, and passes over the inputs that it is calibrated and corrected on."""
-    passes = forward(source, 4 * inputs)
+def exporting(source: ImageSketch, made: ImageSketch, inputs: int = 0, expected: Expected | None = None) -> Work:
+    """Tracing and writing a graph, and passes over the inputs that it is calibrated and corrected on.
+
+    Of the data no more inputs come than it is `expected` to have, each in its own size.
+    """
+    share = expected.pixels / source.counted.pixels if expected and expected.pixels else 1.0
+    inputs = min(inputs, expected.train or inputs) if expected else inputs
+    passes = forward(source, 4 * inputs * share)
     # Its memory is not known: it is that of another process.
     return replace(passes, seconds=passes.seconds + EXPORTING, memory=0)
