@@ -163,9 +163,11 @@ def test_images_without_folders_have_no_labels_and_folders_can_be_ignored(tmp_pa
 def test_a_file_that_stands_twice_is_used_once_and_others_are_counted(tmp_path):
     classes_in(tmp_path, "ab", 5)
     (tmp_path / "a" / "again.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())
+    with Image.open(tmp_path / "a" / "1.png") as same:
+        same.save(tmp_path / "a" / "same.bmp")  # the same pixels in another file
     (tmp_path / "a" / "notes.txt").write_text("none")
     counts = read("image_folder", path=str(tmp_path)).counts
-    assert (counts["duplicates"], counts["no_image"], counts["train"] + counts["held_out"]) == (1, 1, 10)
+    assert (counts["duplicates"], counts["no_image"], counts["train"] + counts["held_out"]) == (2, 1, 10)
 
 
 def test_grey_and_colour_are_read_as_asked(tmp_path):

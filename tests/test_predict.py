@@ -18,6 +18,7 @@ from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.predicting import Predictions, predict
 from llmq.predictors import Predictor
+from llmq.types import Loaded
 from llmq.vision.degrade import to_uint8
 from llmq.vision.foreign.kinds import ForeignClassifier, ForeignDetector, ForeignSuperResolution
 from llmq.vision.rasters import voxel_size
@@ -582,6 +583,8 @@ def test_an_exported_network_enlarges_by_tiles_too(word, tmp_path):
     pytest.importorskip("openvino" if word == "quantize.float16" else "onnxruntime")
     edsr = base({"edsr": {"n_resblocks": 2, "n_feats": 32, "scale": 2, "tile": 16}})  # float16 is to shrink it
     exported = apply(word, edsr, tmp_path / "stage")
+    whole = edsr.model.model_copy(update={"tile": None})  # a graph's layers take less memory than torch's
+    assert [whole.tile_of(Loaded(None, None, "cpu", each)) for each in (edsr, exported)] == [256, 512]
     file = saved(tmp_path / "a.tif", 2, 21, 30, kind="uint16")
     ours, theirs = (
         tifffile.imread(predicted(each, [file], tmp_path / f"{i}", window=(0, 65535)).files[0]).astype(float)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llmq import plugin
 from llmq.data.rock import read_grey
-from llmq.data.rock.synthetic import rock_slice
+from llmq.data.rock.synthetic import rock_slice, rock_volume
 from llmq.errors import UserError
 from llmq.vision.degrade import KERNELS, Disturbance, bicubic, downsample, resize, to_uint8, weights
 from llmq.vision.image_quality import psnr
@@ -207,6 +207,15 @@ def test_the_papers_recipe_runs_to_its_end_on_that_layout(tmp_path, monkeypatch)
     assert "data.rock held out" in psnr["convention"]
 
 
+def test_a_slice_that_is_learned_from_is_not_held_out(tmp_path):
+    root = drsrd1(tmp_path)
+    for place in ("HR/000{}.png", "LR_default_X4/000{}x4.png"):
+        copied = (root / f"sandstone2D_train_{place.format(2)}").read_bytes()
+        (root / f"sandstone2D_test_{place.format(3)}").write_bytes(copied)
+    with pytest.raises(UserError, match=r"test_HR/0003.png: the same image as .*train_HR/0002.png"):
+        rock(path=root, subset="sandstone2D").read()
+
+
 def _unlike(root: Path) -> None:
     Image.fromarray(random_image(0, 5, 8)[..., 0]).save(root / "sandstone2D_train_LR_default_X4/0002x4.png")
 
@@ -341,6 +350,15 @@ def test_tif_volumes_with_and_without_partner(tmp_path):
     split = rock(path=path, scale=2, partner=partner).read()
     assert np.array_equal(split.train[5].high[..., 0], high[5, :12, :30])
     assert np.array_equal(split.train[5].image[..., 0], low[5, :, :15])
+
+
+@pytest.mark.parametrize("spoil", [None, np.transpose, lambda low: 255 - low], ids=["right", "turned", "inverted"])
+def test_a_partner_that_does_not_look_like_the_volume_is_told(spoil, tmp_path, capsys):
+    high = rock_volume(np.random.default_rng(0), 48, 0.3, 8.0, 2.0)
+    low = downsample(high, 2)[..., 0]
+    np.savez(tmp_path / "v.npz", hr=high[..., 0], lr=low if spoil is None else spoil(low))
+    rock(path=tmp_path / "v.npz", scale=2).read()
+    assert ("correlate by" in capsys.readouterr().err) is (spoil is not None)
 
 
 def test_a_partner_in_the_same_file_has_a_window_of_its_own(tmp_path):

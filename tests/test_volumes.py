@@ -71,7 +71,7 @@ def test_tiles_make_the_volume_that_the_whole_makes(scale):
         expected = whole.artifact.model.upscale(whole, low)
         assert expected.shape == (11 * scale, 9 * scale, 13 * scale, 1)
         np.testing.assert_allclose(tiled.artifact.model.upscale(tiled, low), expected, atol=1e-3)
-        assert tiled.artifact.model.tile_count(low) == 3 * 3 * 4
+        assert tiled.artifact.model.tile_count(tiled, low) == 3 * 3 * 4
 
 
 def test_a_synthetic_volume_has_its_porosity_and_is_as_smooth_along_each_axis():

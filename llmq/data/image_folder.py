@@ -2,10 +2,11 @@
 
 Classes are numbered by the order of their folders' names. The usual names of parts count in any case (Training, valid,
 dev, …); where there are both, `test` is held out and `val` is left out. Without either a share of each class is held
-out, chosen by the hash of the file. A file that lies there twice is used once, a file in two classes not at all. Links
+out, chosen by the hash of the file. An image that lies there twice is used once, one in two classes not at all. Links
 are followed. Images are turned by their EXIF orientation.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class _Item:
     path: Path
     label: int | None
     sha256: str
+    pixels: str
+    """The hash of the pixels: a copy in another format, or with other metadata, is the same image."""
 
 
 class ImageFolder(Data):
@@ -126,8 +129,8 @@ class ImageFolder(Data):
                 raise UserError(f"{str(folder)!r} has no image")
             for path in files:
                 about = path.stat()
-                sha256 = _checked(path, about.st_size, about.st_mtime_ns, self.window)
-                yield _Item(_shown(str(path.relative_to(root))), path, label, sha256)
+                hashes = _checked(path, about.st_size, about.st_mtime_ns, self.window)
+                yield _Item(_shown(str(path.relative_to(root))), path, label, *hashes)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -138,25 +141,25 @@ def _once(parts: Sequence[Sequence[_Item]], skipped: dict[str, int]) -> list[lis
     """Every image once, in the first part that holds a copy; an image in two classes is dropped: one label is wrong."""
     labels: dict[str, set[int | None]] = {}
     for item in chain(*parts):
-        labels.setdefault(item.sha256, set()).add(item.label)
+        labels.setdefault(item.pixels, set()).add(item.label)
     seen: set[str] = set()
     kept: list[list[_Item]] = [[] for _ in parts]
     for number, item in ((number, item) for number, items in enumerate(parts) for item in items):
-        if len(labels[item.sha256]) > 1:
+        if len(labels[item.pixels]) > 1:
             skipped["in_two_classes"] += 1
-        elif item.sha256 in seen:
+        elif item.pixels in seen:
             skipped["duplicates"] += 1
         else:
-            seen.add(item.sha256)
+            seen.add(item.pixels)
             kept[number].append(item)
     return kept
 
 
 @cache
-def _checked(path: Path, size: int, changed: int, window: Window | None) -> str:
-    """The hash of an image that decodes. `size` and `changed` only make the cache miss after a change."""
-    read_image(path, window=window)
-    return sha256(path)
+def _checked(path: Path, size: int, changed: int, window: Window | None) -> tuple[str, str]:
+    """The hashes of an image's file and pixels. `size` and `changed` only make the cache miss after a change."""
+    image = read_image(path, window=window)
+    return sha256(path), hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()
 
 
 def _divided(parts: Sequence[Sequence[_Item]], share: float) -> list[list[_Item]]:

@@ -69,10 +69,13 @@ class Levels:
         """The file's numbers for grey levels of 255; integers are rounded, halves up, and kept within their kind."""
         import numpy as np
 
-        made: ndarray = levels.astype(np.float64) * ((self.high - self.low) / 255) + self.low
+        kind = np.float32 if self.dtype.itemsize == 1 else np.float64  # bytes come by the thousand million
+        made: ndarray = np.multiply(levels, (self.high - self.low) / 255, dtype=kind)
+        made += self.low
         if self.dtype.kind in "ui":
             ends = np.iinfo(self.dtype)
-            made = np.floor(made + 0.5).clip(ends.min, ends.max)
+            made += 0.5
+            np.clip(np.floor(made, out=made), ends.min, ends.max, out=made)
         typed: ndarray = made.astype(self.dtype)
         return typed
 
@@ -155,7 +158,7 @@ class Upscaling(Predictor):
         apart = raster.pixels.ndim == 4 and model.channels == 1  # colours through a grey network, one by one
         first = levels.inputs(raster.pixels[0])
         colours = [slice(c, c + 1) for c in range(first.shape[2])] if apart else [slice(None)]
-        bar = Bar(f"upscaling {item.name}", len(raster.pixels) * len(colours) * model.tile_count(first))
+        bar = Bar(f"upscaling {item.name}", len(raster.pixels) * len(colours) * model.tile_count(loaded, first))
         for image, high in zip(raster.pixels, made.slices, strict=True):
             seen, view = levels.inputs(image), high if high.ndim == 3 else high[..., None]  # (height, width, channels)
             for colour in colours:
@@ -177,7 +180,7 @@ class Upscaling(Predictor):
         levels = Levels.of(raster, self.window, item.name)
         made = Enlarged(raster, target, model.scale, volumetric=True)
         seen = levels.inputs(raster.pixels[..., None])  # (z, y, x, 1)
-        bar = Bar(f"upscaling {item.name}", model.tile_count(seen))
+        bar = Bar(f"upscaling {item.name}", model.tile_count(loaded, seen))
         for place, grey in model.enlarged(loaded, seen):
             if not np.isfinite(grey).all():
                 raise LlmqError(f"{item.name}: what the network makes of it are no finite numbers")

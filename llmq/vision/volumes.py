@@ -29,6 +29,8 @@ SUFFIXES = (".npz", ".tif", ".tiff", ".nc", ".raw", ".dcm")
 SLICES = (".tif", ".tiff", ".png", ".bmp", ".pgm", ".dcm")
 PICTURES = (".png", ".bmp", ".pgm")
 CUBE = 64
+ALIKE = 0.3
+"""The least correlation of a volume with its partner that passes without a word; a registered scan has about 0.85."""
 UNWRITTEN = 9.969209968386869e36
 """What NetCDF puts where floats were never written."""
 HDF5 = b"\x89HDF"
@@ -277,6 +279,20 @@ def check_partner(where: str, high: ndarray, low: ndarray, scale: int, across_z:
     if high.shape not in fits:
         raise UserError(
             f"{where}: low is {low.shape} and high {high.shape} (z, y, x); at scale {scale} high should be {fits[0]}"
+        )
+
+
+def say_unlike(where: str, high: ndarray, low: ndarray, scale: int) -> None:
+    """Tell of a partner whose middle slice is unlike that of the volume: turned, inverted, or of other rock."""
+    import numpy as np
+
+    middle, (rows, columns) = len(low) // 2, low.shape[1:]
+    beside = high[(2 * middle + 1) * len(high) // (2 * len(low))].astype(np.float64)
+    seen = beside.reshape(rows, scale, columns, scale).mean((1, 3))  # (rows, columns), as `low`
+    if np.ptp(seen) and np.ptp(low[middle]) and (alike := np.corrcoef(seen.ravel(), low[middle].ravel())[0, 1]) < ALIKE:
+        say(
+            f"{where}: the low and the high volume correlate by {alike:.2f} in the middle slice; are both of one rock, "
+            "with their axes in one order and the same phase bright?"
         )
 
 

@@ -186,6 +186,10 @@ class Rock(Data):
 
     def _drsrd1(self, root: Path) -> Split:
         parts = [find_pairs(root, p, self.subset, self.kernel, self.scale) for p in ("train", self.held_out)]
+        known = {facts(high)[-1]: high for _, high in parts[0]}
+        if both := next((high for _, high in parts[1] if facts(high)[-1] in known), None):
+            other = known[facts(both)[-1]]
+            raise UserError(f"{both}: the same image as {other}, which is to be learned from; leave one of them out")
         digest = sorted(f"{file.name} {facts(file)[-1]}" for part in parts for pair in part for file in pair)
         train, held_out = (Lazily(part, partial(open_pair, window=self.window)) for part in parts)
         return self.split(train, held_out, sha256_text(*digest))
@@ -326,6 +330,7 @@ def _volume(rock: Rock, *last_changes: int) -> Split:
     if low is not None:
         across_z = rock.across == "z" and rock.dimensions == 2
         volumes.check_partner(str(path), high, low, rock.scale, across_z=across_z)
+        volumes.say_unlike(str(path), high, low, rock.scale)
     width = high.shape[2]
     ends = rock._ends(width)
     if ends[0] < rock.scale or ends[0] > ends[1] or ends[1] + 2 * rock.scale > width:
