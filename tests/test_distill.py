@@ -197,15 +197,17 @@ def test_a_teacher_that_sees_or_answers_otherwise_is_refused():
     ):
         other = model_of({"timm_classifier": {**RESNET["timm_classifier"], **change}})
         with other.open("cpu") as teacher, artifact.open("cpu") as loaded, pytest.raises(UserError, match=told):
-            check_alike(teacher, artifact.model, loaded.module, split.train)
+            check_alike(teacher, artifact.model, loaded.module, split.train, split.classes)
 
 
-def test_a_teacher_of_other_classes_is_refused():
+@pytest.mark.parametrize("by_weights", [True, False], ids=["weights name them", "data names them"])
+def test_a_teacher_of_other_classes_is_refused(by_weights):
     def named(*labels: str) -> Artifact:
-        its = {**RESNET["timm_classifier"], "classes": 3, "label_names": labels}
-        return model_of({"timm_classifier": its})
+        its = {**RESNET["timm_classifier"], "classes": 3, "label_names": labels if by_weights else ()}
+        return replace(model_of({"timm_classifier": its}), notes={"data": {"classes": list(labels)}})
 
-    ours = named("cat", "dog", "horse")
+    classes = "cat", "dog", "horse"
+    ours = named(*classes)
     for labels, told in (
         (("cat", "horse", "dog"), "output 1 of the teacher is 'horse', and that of the network 'dog'"),
         (("ant", "bee", "fly"), "output 0 of the teacher is 'ant'"),
@@ -214,7 +216,7 @@ def test_a_teacher_of_other_classes_is_refused():
         with named(*labels).open("cpu") as teacher, ours.open("cpu") as loaded:
             refused = pytest.raises(UserError, match=told) if told else nullcontext()
             with refused:
-                check_alike(teacher, ours.model, loaded.module, [])
+                check_alike(teacher, ours.model, loaded.module, [], classes)
 
 
 @pytest.mark.parametrize(

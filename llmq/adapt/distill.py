@@ -77,7 +77,7 @@ class Distill(Taught):
         teaches = FromLatents if model.kind == "gan" else Lessons
         with teacher_of(self.teacher, artifact, folder, context).open(context.device) as teacher:
             with artifact.open(context.device) as loaded:
-                check_alike(teacher, model, loaded.module, examples)
+                check_alike(teacher, model, loaded.module, examples, split.classes if split else ())
             distance = self.distance_of(model.kind)
             settings = (self.temperature, self.label_weight, self.features, self.feature_weight)
             lessons = teaches(model, teacher.module, distance, *settings)

@@ -94,7 +94,8 @@ class Train(Step[ImageModel]):
         training = model.training.set_by(self, artifact, context)
         steps = self.max_steps or max(1, round(self.num_train_epochs * len(split.train) / training.batch_size))
         notes = {
-            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts},
+            "data": {"word": self.data.word, "shape": split.shape, "sha256": split.sha256, **split.counts}
+            | ({"classes": list(split.classes)} if split.classes and not model.names() else {}),
             "training": training.noted(),
         }
         held_out = split.held_out[: self.held_out_examples]

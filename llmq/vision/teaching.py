@@ -173,8 +173,13 @@ def teacher_of(name: str, artifact: Artifact, folder: Path, context: Context) ->
     return teacher
 
 
-def check_alike(teacher: Loaded[Any], model: ImageModel, network: Module, examples: Sequence[Example]) -> None:
-    """Raise `UserError` for a teacher that makes other inputs of an image, or other outputs, by shape or by name."""
+def check_alike(
+    teacher: Loaded[Any], model: ImageModel, network: Module, examples: Sequence[Example], classes: Sequence[str]
+) -> None:
+    """Raise `UserError` for a teacher that makes other inputs of an image, or other outputs, by shape or by name.
+
+    Where no weights name the outputs, `classes` are those that the network is shown.
+    """
     if examples and not isinstance(examples, range):
         image = [examples[0].image]
         ours, theirs = model.prepare(image), teacher.artifact.model.prepare(image)
@@ -188,7 +193,11 @@ def check_alike(teacher: Loaded[Any], model: ImageModel, network: Module, exampl
         shapes = [[list(t.shape) for t in as_tuple(net(x))] for net in (network.eval(), teacher.module)]
     if shapes[0] != shapes[1]:
         raise UserError(f"the teacher answers with {shapes[1]} for one input, and the network with {shapes[0]}")
-    _check_classes(model.names(), teacher.artifact.model.names())
+    ours, theirs = model.names(), teacher.artifact.model.names()
+    if not (ours or theirs):
+        learned = teacher.artifact.notes.get("data", {}).get("classes", ())
+        ours, theirs = (tuple((name,) for name in side) for side in (classes, learned))
+    _check_classes(ours, theirs)
 
 
 def _check_classes(names: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> None:
