@@ -193,11 +193,11 @@ def check_alike(
         shapes = [[list(t.shape) for t in as_tuple(net(x))] for net in (network.eval(), teacher.module)]
     if shapes[0] != shapes[1]:
         raise UserError(f"the teacher answers with {shapes[1]} for one input, and the network with {shapes[0]}")
-    ours, theirs = model.names(), teacher.artifact.model.names()
-    if not (ours or theirs):
+    names, others = model.names(), teacher.artifact.model.names()
+    if not (names or others):
         learned = teacher.artifact.notes.get("data", {}).get("classes", ())
-        ours, theirs = (tuple((name,) for name in side) for side in (classes, learned))
-    _check_classes(ours, theirs)
+        names, others = (tuple((name,) for name in side) for side in (classes, learned))
+    _check_classes(names, others)
 
 
 def _check_classes(names: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> None:

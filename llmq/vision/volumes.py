@@ -287,7 +287,7 @@ def say_unlike(where: str, high: ndarray, low: ndarray, scale: int) -> None:
     import numpy as np
 
     middle, (rows, columns) = len(low) // 2, low.shape[1:]
-    beside = high[(2 * middle + 1) * len(high) // (2 * len(low))].astype(np.float64)
+    beside: ndarray = high[(2 * middle + 1) * len(high) // (2 * len(low))].astype(np.float64)
     seen = beside.reshape(rows, scale, columns, scale).mean((1, 3))  # (rows, columns), as `low`
     if np.ptp(seen) and np.ptp(low[middle]) and (alike := np.corrcoef(seen.ravel(), low[middle].ravel())[0, 1]) < ALIKE:
         say(
