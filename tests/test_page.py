@@ -106,6 +106,12 @@ def test_a_useless_result_is_said_first(tmp_path):
     ]
 
 
+def test_a_base_that_was_not_trained_is_no_alarm_and_no_measure(tmp_path):
+    untrained, trained = (accuracy([right] * 96, "accuracy", "top1", None) for right in (0, 1))
+    stages = {"0-base": [gain(-9.0), untrained], "1-adapt.train": [gain(2.0), trained, agreement(0.0)]}
+    assert not rows.alarms(Report.read(write_run(tmp_path / "run", stages)))
+
+
 def test_a_card_sets_the_figure_of_one_task_beside_that_task_s_own(tmp_path):
     losses = np.random.default_rng(0).normal(2.4, 0.3, 16)
     other = [replace(perplexity(losses + x), task="perplexity (wikitext)") for x in (0.0, 0.5)]

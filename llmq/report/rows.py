@@ -190,11 +190,14 @@ def alarms(report: "Report") -> list[str]:
 
 def _useless(report: "Report") -> Iterator[str]:
     figures = {(m["stage"], m["task"], m["metric"]): m["value"] for m in report.measurements}
+    better = {(c["stage"], c["task"], c["metric"]) for c in report.comparisons if c["verdict"] == "better"}
     for m in report.measurements:
-        if m["metric"] == "psnr_gain" and m["value"] < 0:
+        is_result = m["stage"] != report.measured[0] or len(report.measured) == 1  # a base may be untrained
+        if m["metric"] == "psnr_gain" and m["value"] < 0 and is_result:
             yield f"BAD: {m['stage']}: its images are {-m['value']:.2f} dB below plain bicubic interpolation"
         is_accuracy = m["task"].partition(" ")[0] == "accuracy"  # "accuracy (photos)" of several
-        if is_accuracy and m["metric"] == "top1_agreement" and m["value"] < AGREEMENT:
+        is_apart = m["metric"] == "top1_agreement" and m["value"] < AGREEMENT
+        if is_accuracy and is_apart and (m["stage"], m["task"], "top1") not in better:
             others = f"{1 - m['value']:.0%} of {m['n']:,} images"
             yield f"BAD: {m['stage']}: it gives another class than the base to {others}"
         floor = figures.get((m["stage"], m["task"], "frechet_floor"))
