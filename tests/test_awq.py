@@ -109,7 +109,7 @@ def test_scales_are_never_worse_than_none_for_the_solver_that_rounds():
     assert errors[_Solved][1] < errors[_Nearest][1]
 
 
-@pytest.mark.parametrize("solver", ["nearest", "gptq"])
+@pytest.mark.parametrize("solver", ["nearest", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_groups_without_a_feeder_are_counted_and_all_layers_are_packed(solver, tiny_llama, tiny_jsonl, tmp_path):
     stage = apply("quantize.awq", base_of(tiny_llama), tmp_path / "s", **FEW, data=str(tiny_jsonl), solver=solver)
     assert stage.notes["groups_without_scales"] == 2  # o_proj of both blocks

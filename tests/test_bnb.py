@@ -142,7 +142,7 @@ def test_a_weight_is_read_the_same_before_and_after_repacking(tiny_llama, tmp_pa
         torch.testing.assert_close(after[name], weight, rtol=0.05, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", KINDS, ids=str)
+@pytest.mark.parametrize("settings", [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])], ids=str)
 def test_an_adapter_adds_its_own_bytes_and_no_more(tiny_llama, tiny_jsonl, tmp_path, settings):
     """PEFT's layers answer with the weight under them: its scales were counted twice."""
     from llmq.tasks.size import bytes_in_memory

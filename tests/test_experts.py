@@ -148,7 +148,7 @@ def test_each_expert_is_pruned_and_the_folder_opens_anywhere(name, word, family,
     assert stage.notes["changed_share"] > 0.85
 
 
-@pytest.mark.parametrize("word", ["quantize.rtn", "quantize.gptq"])
+@pytest.mark.parametrize("word", ["quantize.rtn", pytest.param("quantize.gptq", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILY)
 def test_each_expert_is_quantized_and_the_folder_opens_again(name, word, family, tmp_path):
     folder = family(name)
@@ -176,7 +176,7 @@ def test_merging_over_packed_experts_gives_a_folder_that_opens_anywhere(name, fa
     torch.testing.assert_close(in_plain_transformers(merged.weights), opened(adapted), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [None, {"bits": 4}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("settings", [None, pytest.param({"bits": 4}, marks=pytest.mark.slow), {"bits": 8}], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_merging_over_float_and_bitsandbytes_weights_too(name, settings, family, tmp_path):
     stage = base_of(family(name), "float32")

@@ -200,7 +200,7 @@ def test_a_letterboxed_image_gets_its_boxes_back(files):
     assert found.boxes.tolist() == [[15, 5, 25, 15]]
 
 
-@pytest.mark.parametrize("opset", [11, 13, 17, 20])
+@pytest.mark.parametrize("opset", [11, *(pytest.param(n, marks=pytest.mark.slow) for n in (13, 17)), 20])
 def test_a_classifier_of_any_opset_gives_the_logits_of_timm(opset, tmp_path):
     import timm
 
@@ -352,6 +352,7 @@ def test_super_resolution_makes_larger_images_of_any_size(tmp_path):
         opened(file, is_a="super-resolution", scale=4, channels=1)
 
 
+@pytest.mark.slow
 def test_int8_float16_and_dynamic_shrink_a_file_and_stay_alike(files, tmp_path):
     from llmq.types import Data, Split
 

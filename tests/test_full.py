@@ -36,7 +36,7 @@ def test_every_weight_learns_and_is_saved_as_the_base_was(tiny_llama, tiny_jsonl
         assert torch.isfinite(logits_of(loaded.module, some_ids())).all()
 
 
-@pytest.mark.parametrize("teacher", [None, "base"])
+@pytest.mark.parametrize("teacher", [None, pytest.param("base", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_to_the_same_weights(teacher, tiny_llama, tiny_jsonl, tmp_path, monkeypatch):
     pruned = apply("prune.layers", base_of(tiny_llama), tmp_path / "p", drop=1, samples=2, length=32)
     settings = {"data": str(tiny_jsonl), **QUICK, "save_steps": 2, "teacher": teacher}

@@ -103,10 +103,10 @@ def test_equal_weights_give_the_plain_result_to_the_bit(tiny_llama, tiny_jsonl, 
 @pytest.mark.parametrize(
     ("word", "settings"),
     [
-        ("quantize.awq", {"group_size": 32}),
+        pytest.param("quantize.awq", {"group_size": 32}, marks=pytest.mark.slow),
         pytest.param("quantize.awq", {"group_size": 32, "solver": "gptq"}, marks=pytest.mark.slow),
         ("prune.wanda", {}),
-        ("prune.sparsegpt", {}),
+        pytest.param("prune.sparsegpt", {}, marks=pytest.mark.slow),
         ("prune.alps", {}),
     ],
     ids=str,

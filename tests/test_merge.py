@@ -12,7 +12,9 @@ from llmq.errors import UserError
 LORA = {"r": 4, "max_length": 64, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize("settings", [None, {"bits": 4}, pytest.param({"bits": 8}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [None, *(pytest.param({"bits": n}, marks=pytest.mark.slow) for n in (4, 8))], ids=str
+)
 def test_a_merged_model_opens_in_plain_transformers_and_says_nearly_the_same(
     tiny_llama, tiny_jsonl, tmp_path, settings
 ):
@@ -105,8 +107,8 @@ WHOLE = {"modules_to_save": ["input_layernorm", "lm_head"], "target_modules": ["
     [
         ({}, {}, None),
         ({}, WHOLE, "float32"),
-        ({}, {"use_dora": True}, "float16"),
-        ({"quantize.bnb": {"bits": 4}}, {}, None),
+        pytest.param({}, {"use_dora": True}, "float16", marks=pytest.mark.slow),
+        pytest.param({"quantize.bnb": {"bits": 4}}, {}, None, marks=pytest.mark.slow),
         ({"quantize.rtn": {"bits": 4, "group_size": 32}}, {"use_dora": True}, None),
     ],
     ids=str,
@@ -150,7 +152,7 @@ def test_a_merge_that_the_disk_does_not_hold_is_told(tiny_llama, tmp_path, monke
         apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)
 
 
-@pytest.mark.parametrize("asked", [None, False])
+@pytest.mark.parametrize("asked", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_was_pruned_stays_zero_unless_asked_otherwise(tiny_llama, tiny_jsonl, tmp_path, asked):
     pruned = apply("prune.magnitude", base_of(tiny_llama), tmp_path / "p", sparsity=0.5)
     adapted = apply("adapt.lora", pruned, tmp_path / "a", data=str(tiny_jsonl), **LORA)

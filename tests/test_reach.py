@@ -48,9 +48,7 @@ def folder(request, tiny_llama, tmp_path):
     return tmp_path / request.param
 
 
-EACH = [
-    pytest.param(f, marks=() if f in ("granitemoe", "jetmoe") else pytest.mark.slow) for f in FAMILIES if f != "dbrx"
-]
+EACH = [pytest.param(f, marks=() if f == "granitemoe" else pytest.mark.slow) for f in FAMILIES if f != "dbrx"]
 
 
 @pytest.mark.parametrize("folder", EACH, indirect=True)

@@ -32,7 +32,10 @@ def test_every_step_that_shrinks_is_held_to_it():
     assert sorted(found) == sorted({*TEXT, *IMAGES})
 
 
-@pytest.mark.parametrize("word", TEXT)
+QUICK = ("quantize.rtn", "prune.magnitude", "prune.layers")
+
+
+@pytest.mark.parametrize("word", [pytest.param(w, marks=() if w in QUICK else pytest.mark.slow) for w in TEXT])
 def test_a_language_model_is_told_the_share_that_was_changed(word, tiny_llama, tmp_path):
     stage = apply(word, base_of(tiny_llama), tmp_path / "s", **TEXT[word])
     matrices, norms = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2 * 2 * 64
@@ -41,7 +44,7 @@ def test_a_language_model_is_told_the_share_that_was_changed(word, tiny_llama, t
     sound.check(word, stage, tmp_path / "s")
 
 
-@pytest.mark.parametrize("word", ["quantize.dynamic", "quantize.float16"])
+@pytest.mark.parametrize("word", [pytest.param("quantize.dynamic", marks=pytest.mark.slow), "quantize.float16"])
 def test_an_image_model_is_told_the_share_that_was_changed(word, tmp_path):
     stage = apply(word, heads(tmp_path / "b"), tmp_path / "s")
     assert 0.9 < stage.notes["changed_share"] <= 1
