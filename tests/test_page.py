@@ -281,6 +281,8 @@ def test_a_ratio_only_where_it_means_something(unit, told):
 
 
 def test_sizes_within_a_header_are_the_same():
+    alike = asdict(compare(size(100.00005), size(100.0)))
+    assert set_beside(alike, "bytes") == "1.00×"
     assert compare(size(100.00005), size(100.0)).verdict == "same"
     assert compare(size(100.2), size(100.0)).verdict == "worse"
     assert compare(size(99.8), size(100.0)).verdict == "better"

@@ -24,7 +24,10 @@ def set_beside(comparison: JsonObject, unit: str) -> str:
     if plain or comparison["ratio"] is None:
         factor, name = plain or (scaled(unit)[0], "")
         return f"{signed(comparison['difference'] * factor)}{name}{interval(comparison['ci95'], factor, signed)}"
-    return times(comparison["ratio"], comparison["ratio_ci95"], "×")
+    ends = comparison["ratio_ci95"]
+    if comparison["verdict"] == "same" and ends and ends[0] == ends[1]:  # a size within the tolerance, counted
+        return times(round(comparison["ratio"], 2), None, "×")
+    return times(comparison["ratio"], ends, "×")
 
 
 def times(ratio: float, ends: Sequence[float] | None, sign: str, least: int = 2) -> str:
