@@ -190,10 +190,12 @@ def refused(artifact: Artifact, folder: Path, change: Any, **settings: Any) -> s
     return str(error.value)
 
 
-def test_what_shrinks_nothing_is_refused_with_the_facts(heads, tmp_path):
-    message = refused(heads, tmp_path, lambda graph: graph)
+@pytest.mark.parametrize(("back", "cure"), [((), "is too small for it"), (("a", "b"), "2 layers went back to float")])
+def test_what_shrinks_nothing_is_refused_with_the_facts(back, cure, heads, tmp_path):
+    message = refused(heads, tmp_path, lambda graph: graph, notes={"accuracy_drop": {"back_to_float": back}})
     assert message.startswith("quantize.float16 shrank nothing: ")
-    assert f"{sum(f.stat().st_size for f in weight_files(heads.weights)):,} before" in message
+    assert f"{sum(f.stat().st_size for f in weight_files(heads.weights)):,} before; " in message
+    assert cure in message
 
 
 def test_what_changes_nothing_is_refused(tmp_path):

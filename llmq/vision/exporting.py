@@ -84,7 +84,9 @@ def quantized_stage(
     try:
         apart.check_opens(folder, model.title, model.example(1))
         check_written(changed, folder / GRAPH)
-        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)], meaning)
+        account = notes.get("accuracy_drop")
+        back = len(account["back_to_float"]) if isinstance(account, dict) else 0
+        facts = judged(step.word, artifact, graph, folder, inputs or [model.example(4)], meaning, back)
     except LlmqError:
         for file in weight_files(folder):  # a refused graph is no stage
             file.unlink()
@@ -180,14 +182,21 @@ def judged(
     folder: Path,
     inputs: Sequence[Tensor],
     meaning: Callable[[Tensor], Tensor] = torch.Tensor.float,
+    back: int = 0,
 ) -> dict[str, object]:
-    """The effect of a quantization on file and outputs. Raises `LlmqError` if there is none, or outputs are spoilt."""
+    """The effect of a quantization on file and outputs, with `back` layers back in float for `accuracy_drop`.
+
+    Raises `LlmqError` if there is none, or outputs are spoilt.
+    """
     model, name = artifact.model, artifact.model.title
     before, after = bytes_of(artifact.weight_files()), bytes_of(weight_files(folder))
     if after >= before:
-        raise LlmqError(
-            f"{word} shrank nothing: {after:,} bytes, and {before:,} before; {name} is too small for it, leave it out"
+        cure = (
+            f"{back} layers went back to float for accuracy_drop: allow more, or train with adapt.qat"
+            if back
+            else f"{name} is too small for it, leave it out"
         )
+        raise LlmqError(f"{word} shrank nothing: {after:,} bytes, and {before:,} before; {cure}")
     exact, changed = ExportedModule(graph), ExportedModule(folder)
     likenesses: list[Likeness] = []
     for x in inputs:

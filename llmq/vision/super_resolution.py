@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 CROP = 24  # low-resolution pixels: patches of 96 at x4, as SRGAN and WDSR have them
 CUBE = 12  # of volumes
-TILE, TILE_OF_GRAPHS, TILE_OF_VOLUMES = 256, 512, 48
-"""Low-resolution pixels. A tile sees `reach` more on each side: EDSR makes 1.5 times the pixels of an image of 1,000 by
-256 and 1.15 times by 512. OpenVINO needs half a gigabyte or less for these; torch's layers one by one need several."""
+TILE, TILE_OF_VOLUMES = 256, 48  # low-resolution pixels
 VALIDATED = 8  # images, of a side of at most
 VALIDATED_CUBE = 24  # of a side of a volume
 VALIDATED_SIDE = 64  # low-resolution pixels; all of a large slice at every look would be half of the training
@@ -49,12 +47,15 @@ class SuperResolution(ImageModel):
         channels_last=True,
     )
     any_size: ClassVar[bool] = True
+    tile_of_graphs: ClassVar[int] = TILE
+    """The side of the tiles of an exported stage, which sees `reach` pixels more on each side."""
 
     scale: Literal[2, 3, 4] = 4
     channels: Literal[1, 3] = 1
     tile: PositiveInt | None = Field(
         None,
-        description="low-resolution pixels; larger images are made in tiles of this side; 256, exported 512, cubes 48",
+        description="low-resolution pixels; larger images are made in tiles of this side; 256, of volumes 48, "
+        "of an exported EDSR 512",
     )
     overlap: int | None = Field(
         None, ge=0, description="pixels that a tile sees of its neighbours; if unset all that can reach it: no seams"
@@ -71,7 +72,7 @@ class SuperResolution(ImageModel):
 
     def tile_of(self, loaded: Loaded) -> int:
         """The side of the tiles that a stage makes, in low-resolution pixels."""
-        plain = TILE if loaded.artifact.runtime == "torch" else TILE_OF_GRAPHS
+        plain = TILE if loaded.artifact.runtime == "torch" else self.tile_of_graphs
         return self.tile or (TILE_OF_VOLUMES if self.volumetric else plain)
 
     @property
