@@ -33,7 +33,7 @@ MOST = 1e10
 """Operations of a trial, which takes fewer images than the work if those need more."""
 SCORED, LEARNED = 3e-7, 1.3e-7
 """Seconds a pixel of an image that a task prepares and scores, and of one that is prepared for a training."""
-DRAWN, KEPT = 0.4, 1.0
+DRAWN, KEPT = 0.4, 0.5
 """Seconds of a task for its pictures, and of a training for its checkpoints and for opening what it saved."""
 
 

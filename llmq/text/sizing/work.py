@@ -28,7 +28,7 @@ INPUT = 4e-5
 """Seconds that a solver takes for each input of a matrix, most of them between operations: 4 of 98,000."""
 SORTED = 18
 """Float32 numbers a weight while the weights of a layer are sorted and pruned."""
-TOKENIZER = 1200
+TOKENIZER = 600
 """Bytes of an open tokenizer for each token of the vocabulary, with the text that it cut."""
 GRAM_ROWS = 1024
 """Inputs that a Gram matrix gathers before it multiplies (`gram`)."""
