@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from helpers import CPU, adapted_by_chance, apply, base_of, logits_of, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 import llmq
@@ -30,6 +30,7 @@ from llmq.matrix.grid import Quantized, round_to_nearest
 from llmq.text import decoding
 from llmq.text.gguf import types as gguf_types
 from llmq.text.gguf.layout import ARCHITECTURES
+from llmq.text.gguf.metadata import restore
 from llmq.text.gguf.tokenizer import SAMPLES, check_make, splitting
 from llmq.text.tokenizer import end_marks
 
@@ -245,6 +246,50 @@ def test_a_file_that_does_not_read_back_is_an_error_and_leaves_nothing(tiny_llam
     assert not list(tmp_path.iterdir())
 
 
+THETA = {"rope_theta": 500000.0}
+OF_LLAMA3 = {**THETA, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", OF_LLAMA3),
+        ("llama", LINEAR),
+        pytest.param("qwen2", YARN, marks=pytest.mark.slow),
+        pytest.param("phi3", SPECIAL["phi3"]["rope_parameters"], marks=pytest.mark.slow),
+        pytest.param("phi3", {**THETA, "rope_type": "default", "partial_rotary_factor": 0.5}, marks=pytest.mark.slow),
+        ("llama", {**OF_LLAMA3, "original_max_position_embeddings": 64}),
+    ],
+)
+def test_a_file_alone_is_opened_with_its_rotary_positions_scaled(name, rope, tiny_llama, tmp_path):
+    base = base_of(tiny_text_models.build(name, tmp_path / name, tiny_llama, rope_parameters=rope), "float32")
+    file = apply("export.gguf", base, tmp_path / "made").weights / "model.gguf"
+    (tmp_path / "alone").mkdir()
+    alone = shutil.copy(file, tmp_path / "alone" / "its.gguf")
+    if rope.get("original_max_position_embeddings") == 64 and rope["rope_type"] == "llama3":
+        with pytest.raises(UserError, match="and not as those of Llama 3, which is not read"):
+            base_of(alone, "float32")
+        return
+    ids = some_ids(1, 100)
+    with base.open("cpu") as before, base_of(alone, "float32").open("cpu") as after:
+        meant, found = (logits_of(loaded.module, ids) for loaded in (before, after))
+    assert (found - meant).norm() < 0.01 * meant.norm()
+
+
+def test_of_a_gemma_alone_queries_caps_and_local_positions_are_those_of_the_file(tiny_llama, tmp_path):
+    caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+    gemma2 = tiny_text_models.build("gemma2", tmp_path / "2", tiny_llama, **SPECIAL["gemma2"], **caps)
+    both = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}
+    gemma3 = {**SPECIAL["gemma3_text"], "num_hidden_layers": 6, "rope_parameters": both}
+    gemma3 = tiny_text_models.build("gemma3_text", tmp_path / "3", tiny_llama, **gemma3)
+    for folder, wanted in ((gemma2, {"query_pre_attn_scalar": 16, **caps}), (gemma3, {"rope_parameters": both})):
+        made = apply("export.gguf", base_of(folder, "float32"), folder.with_suffix(".made")).weights
+        config = AutoConfig.from_pretrained(made, gguf_file="model.gguf")
+        restore(made / "model.gguf", config)
+        assert {name: getattr(config, name) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
@@ -285,8 +330,6 @@ def test_a_network_that_engines_compute_otherwise_is_refused_before_anything_run
 
 
 def test_of_a_network_that_sees_images_no_part_is_left_out_without_a_word(tiny_llama, tmp_path):
-    from transformers import AutoConfig
-
     from llmq.text.gguf import writing
     from llmq.text.graph import stage
     from llmq.text.opening import without_weights
@@ -296,7 +339,7 @@ def test_of_a_network_that_sees_images_no_part_is_left_out_without_a_word(tiny_l
     text = {**tiny_text_models.SHAPE, **SPECIAL["gemma3_text"], "head_dim": 16, "vocab_size": len(tokenizer)}
     seen = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     AutoConfig.for_model("gemma3", text_config=text, vision_config=seen).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'model\.vision_tower\..*' has no place in a GGUF file"):
+    with pytest.raises(UserError, match="has no place in a GGUF file of a gemma3"):
         writing.check(tmp_path)
     told = stage._notes(without_weights(tmp_path), {}, [])
     assert told["left_out"] == "vision_config of gemma3: the graph holds the language model alone"

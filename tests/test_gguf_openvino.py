@@ -177,3 +177,11 @@ def test_k_quants_have_zero_points_as_well():
     assert torch.allclose(
         torch.from_numpy(dequantize(blocks, kind).reshape(-1, 32)[:, 0]).double(), torch.from_numpy(least + scales)
     )
+
+
+def test_scaled_rotary_positions_are_refused_as_genai_leaves_the_scaling_out(tiny_llama: Path, tmp_path: Path):
+    rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+    base = base_of(tiny_text_models.build("llama", tmp_path / "model", tiny_llama, rope_parameters=rope), "float32")
+    file = apply("export.gguf", base, tmp_path / "gguf").weights / "model.gguf"
+    with pytest.raises(UserError, match=r"scales its rotary positions \(linear\), which OpenVINO GenAI leaves out"):
+        opened_in("openvino", file)

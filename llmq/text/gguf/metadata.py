@@ -14,12 +14,16 @@ from llmq.text.gguf.layout import Architecture
 from llmq.types import JsonObject
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from pathlib import Path
+
+    import numpy as np
+    from gguf import GGUFReader, GGUFWriter
     from torch import Tensor
     from transformers import PretrainedConfig
 
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """The layers by which engines know the Gemma that scales queries by its width."""
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every second or sixth layer of a Gemma sees all tokens, and the others a window."""
 WITHOUT_BIASES = ("gemma2", "gemma3", "qwen3", "qwen3moe")
@@ -28,6 +32,17 @@ HEADS_FILL_WIDTH = ("phi3", "qwen2", "qwen2moe", "stablelm", "starcoder2")
 """Networks whose heads are as wide together as the network; llama.cpp opens no file of another shape."""
 WITH_A_HEAD = ("qwen2moe", "stablelm")
 """Networks that llama.cpp opens only with an output head of their own."""
+YARN = {
+    "original_max_position_embeddings": "original_context_length",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+"""Settings of YaRN in transformers -> their keys in files."""
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+"""The scaling of Llama 3.1 to 3.3 but for its factor; a file holds only what it makes of each frequency."""
 PLAIN_YARN = {"mscale": None, "mscale_all_dim": None, "truncate": True}
 """Settings of YaRN that no key of a file holds, and the values that engines compute."""
 
@@ -89,8 +104,7 @@ def _gemma_faults(config: PretrainedConfig, name: str) -> Iterator[str]:
     ]
     if config.layer_types != expected:
         yield f"its layers with a window are not all but every {every}th (layer_types)"
-    of_width = config.num_hidden_layers == GEMMA_27B[name]
-    scaled = config.hidden_size / config.num_attention_heads if of_width else config.head_dim
+    scaled = _query_scalar(config, name)
     if config.query_pre_attn_scalar != scaled:
         yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and engines take {scaled:g}"
     caps = [config.attn_logit_softcapping, config.final_logit_softcapping]
@@ -103,6 +117,13 @@ def _gemma_faults(config: PretrainedConfig, name: str) -> Iterator[str]:
     local = (config.rope_parameters or {}).get("sliding_attention", {}).get("rope_type", "default")
     if local != "default":
         yield f"the rotary positions of its layers with a window are of type {local!r}, and engines scale none there"
+
+
+def _query_scalar(config: PretrainedConfig, name: str) -> float:
+    """The number whose root engines divide the queries of a Gemma by."""
+    of_width = config.num_hidden_layers == GEMMA_27B[name]
+    scalar: float = config.hidden_size / config.num_attention_heads if of_width else config.head_dim
+    return scalar
 
 
 def rope_of(config: PretrainedConfig) -> JsonObject:
@@ -210,3 +231,65 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     head = head_dim(config)
     plain = 1.0 / (rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head))
     return {"rope_freqs.weight": plain / scaled}
+
+
+def restore(file: Path, config: PretrainedConfig) -> None:
+    """Give a configuration what transformers leaves in a GGUF file: scaled rotary positions, a Gemma's queries, caps.
+
+    Raises `UserError` for a scaling that no configuration of transformers is known for.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    name = str(reader.fields["general.architecture"].contents())
+    told = {key.removeprefix(f"{name}."): field.contents() for key, field in reader.fields.items()}
+    if name in GEMMA_27B:
+        config.query_pre_attn_scalar = _query_scalar(config, name)
+        config.update({cap: told[cap] for cap in CAPS if cap in told})
+        if theta := told.get("rope.freq_base_swa"):
+            config.rope_parameters["sliding_attention"]["rope_theta"] = theta
+    _restore_rope(file, config, reader, {key.removeprefix("rope."): value for key, value in told.items()})
+
+
+def _restore_rope(file: Path, config: PretrainedConfig, reader: GGUFReader, said: JsonObject) -> None:
+    factors = {t.name: t.data for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))}
+    rope = rope_of(config)
+    if not rope or rope.get("rope_type", "default") != "default":  # without such positions, or read
+        return
+    turned = said.get("dimension_count")
+    if turned and "partial_rotary_factor" in rope:
+        rope["partial_rotary_factor"] = turned / head_dim(config)
+    kind = said.get("scaling.type", "linear")
+    factor = float(said.get("scaling.factor") or said.get("scale_linear") or 1.0)
+    if "rope_freqs.weight" in factors:
+        _restore_llama3(file, config, factors["rope_freqs.weight"])
+    elif factors:
+        trained = said["scaling.original_context_length"]
+        config.original_max_position_embeddings = trained
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": trained}
+        rope |= {f"{w}_factor": factors[f"rope_factors_{w}.weight"].tolist() for w in ("short", "long")}
+        rope["attention_factor"] = said.get("scaling.attn_factor")
+    elif kind in ("linear", "yarn") and factor != 1:
+        more = {name: said.get(f"scaling.{key}") for name, key in YARN.items() if kind == "yarn"}
+        rope |= {"rope_type": kind, "factor": factor, **{k: v for k, v in more.items() if v is not None}}
+    elif kind not in ("none", "linear", "yarn"):
+        raise _unknown_scaling(file, f"by {kind!r}")
+
+
+def _restore_llama3(file: Path, config: PretrainedConfig, factors: np.ndarray) -> None:
+    """Take the factors of a Llama 3, known by their largest; all of them must then be the same."""
+    import torch
+
+    held = torch.from_numpy(factors.copy()).float()
+    if bool((held == 1).all()):
+        return
+    rope_of(config).update({**LLAMA3, "factor": round(float(held.max()), 3)})
+    if not torch.allclose(rope_tensors(config)["rope_freqs.weight"], held, rtol=1e-3):
+        raise _unknown_scaling(file, "frequency by frequency (rope_freqs), and not as those of Llama 3")
+
+
+def _unknown_scaling(file: Path, how: str) -> UserError:
+    return UserError(
+        f"{str(file)!r}: its rotary positions are scaled {how}, which is not read from a GGUF file; take the weights "
+        "as safetensors"
+    )

@@ -80,7 +80,7 @@ def names_of(network: PreTrainedModel, has_head: bool) -> Iterator[str]:
     """The tensors of a network as files name them: each expert apart, and no tied head where the file has none."""
     held = network.state_dict()
     tied = () if has_head else network.get_expanded_tied_weights_keys(all_submodels=True)
-    for name in held.keys() - tied:
+    for name in (name for name in held if name not in tied):  # in their order, or errors would name another each time
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".experts") and leaf in EXPERTS:
             for expert in range(len(held[name])):
