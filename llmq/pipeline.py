@@ -155,7 +155,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
                 f"{str(kept)!r} holds another recipe; resume with the one it was run with, or use a new --out"
             )
     elif run_folder.holds(out):
-        raise UserError(f"{str(out)!r} is not empty; use a new --out (llmq run can go on there with --resume)")
+        raise UserError(f"{str(out)!r} is not empty; use a new --out, or go on there with --resume")
 
 
 def prepare(recipe: Recipe) -> Context:
