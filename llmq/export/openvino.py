@@ -45,7 +45,7 @@ class OpenVino(Step[LanguageModel]):
         """Codes as they were, scales and all other matrices in float16; the text of the graph is estimated."""
         from dataclasses import replace
 
-        from llmq.sketch import Work
+        from llmq.sketch import BYTES, Work
         from llmq.text.sizing import packing, work
         from llmq.text.sizing.network import as_text
 
@@ -55,11 +55,16 @@ class OpenVino(Step[LanguageModel]):
         made = replace(
             source,
             parts=parts,
+            dtype="float32" if self.precision == "f32" else source.dtype,
             runtime="openvino",
             more_on_disk=described,
             not_in_order="the graph's text is estimated",
         )
-        return made, Work(2 * source.in_memory + made.in_memory, {"copy": 20.0 * source.in_memory}, 10 * work.PROBES)
+        # All weights are traced in float32 beside the stage; then come the graph, and what OpenVINO makes of it.
+        # Embeddings and head are in float32 in each.
+        outside = 4 * source.outside_bytes // BYTES[source.dtype]
+        memory = source.in_memory + 4 * source.parameters + 2 * made.in_memory + 3 * outside
+        return made, Work(memory, {"copy": 20.0 * source.in_memory}, 10 * work.PROBES)
 
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         from llmq.text.graph.stage import write_stage
