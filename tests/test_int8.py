@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmq.types import Context, Data, Split
 from llmq.vision.exporting import export, quantized_stage
 from llmq.vision.images import Example, make_split
 from llmq.vision.likeness import Likeness, in_order_of
+from llmq.vision.state import save_network
 from tests.exported_families import SIDE, Heads, TwoHeads, base
 
 CPU = Context("cpu", 0)
@@ -204,8 +206,6 @@ def test_what_changes_nothing_is_refused(tmp_path):
         for parameter in loaded.module.parameters():
             parameter.data = parameter.data.half().float()
         loaded.module.far.bias.data.zero_()  # the graph adds it to a constant
-        from llmq.vision.state import save_network
-
         save_network(loaded.module, artifact.weights)
     (tmp_path / "stage").mkdir()
     message = refused(artifact, tmp_path / "stage", lambda graph: graph, float16=True)
@@ -227,6 +227,34 @@ def test_garbage_is_refused(heads, tmp_path, spoil):
 
     message = refused(heads, tmp_path, change, float16=True)
     assert message.startswith("quantize.float16 spoilt the model: output 0 keeps ")
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_logits_far_out_are_no_garbage_where_a_classifier_is_as_sure_of_the_same(tmp_path, sure):
+    narrow = {"architecture": "resnet10t", "classes": 4, "input_size": 32, "model_args": {"channels": [8, 8, 8, 8]}}
+    artifact = plugin.build({"timm_classifier": narrow}, "models").base(CPU)
+    with artifact.open("cpu") as loaded:
+        network = loaded.module
+        network.fc.weight.data *= 1000 if sure else 1
+        artifact = replace(artifact, weights=tmp_path / "base")
+        artifact.weights.mkdir()
+        save_network(network, artifact.weights)
+
+    def change(graph: Any) -> Any:
+        further = torch.nn.Sequential(network, Threefold())
+        return openvino().convert_model(further.eval(), example_input=artifact.model.example(1))
+
+    (tmp_path / "stage").mkdir()
+    if sure:
+        made = quantized_stage(step("quantize.float16"), artifact, tmp_path / "stage", change, float16=True)
+        assert made.notes["variance_kept"][0] < 0
+    else:
+        assert "spoilt the model" in refused(artifact, tmp_path / "stage", change, float16=True)
+
+
+class Threefold(torch.nn.Module):
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return 3 * logits
 
 
 def test_a_failed_quantization_leaves_the_folder_of_a_run_unfinished(heads, tmp_path, monkeypatch):

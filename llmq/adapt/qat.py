@@ -71,7 +71,7 @@ class Qat(Taught):
         from torch import Tensor
 
         from llmq.environment import library_version
-        from llmq.vision.exporting import quantized_stage
+        from llmq.vision.exporting import chances, quantized_stage
 
         model = artifact.model
         split, _, _ = self.examples(model)
@@ -81,7 +81,7 @@ class Qat(Taught):
         data = {} if split is None or self.data is None else {"word": self.data.word, "sha256": split.sha256}
         notes = {"nncf": library_version("nncf"), "bits": self.bits, "calibration": {**about, "data": data}, **history}
         # A divergence sees chances alone: logits that learned by it may lie anywhere.
-        meaning = _chances if self.distance_of(model.kind) == "kl" else Tensor.float
+        meaning = chances if self.distance_of(model.kind) == "kl" else Tensor.float
         return quantized_stage(self, artifact, folder, lambda _: graph, inputs[:JUDGED], notes=notes, meaning=meaning)
 
     def _trained(
@@ -148,7 +148,3 @@ def _told(alone: "tuple[str, Samples] | None", trained: "tuple[str, Samples] | N
     told = f" ({gain.value:+.3f}, 95 % {gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
     seen = f"{name} {was:.3f} on {len(before.values)} held-out images"
     return {"finding": f"the rounding alone has {seen}, and {now:.3f} after the training{told}"}
-
-
-def _chances(logits: "Tensor") -> "Tensor":
-    return logits.float().softmax(-1)

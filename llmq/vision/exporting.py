@@ -189,6 +189,8 @@ def judged(
     Raises `LlmqError` if there is none, or outputs are spoilt.
     """
     model, name = artifact.model, artifact.model.title
+    # A classifier is used by its chances; logits of a net that is sure of all it sees may lie anywhere far out.
+    meanings = dict.fromkeys((meaning, chances) if model.kind == "classifier" else (meaning,))
     before, after = bytes_of(artifact.weight_files()), bytes_of(weight_files(folder))
     if after >= before:
         cure = (
@@ -198,18 +200,20 @@ def judged(
         )
         raise LlmqError(f"{word} shrank nothing: {after:,} bytes, and {before:,} before; {cure}")
     exact, changed = ExportedModule(graph), ExportedModule(folder)
-    likenesses: list[Likeness] = []
+    kinds: list[list[Likeness]] = []  # of each output, by each meaning
     for x in inputs:
         pairs = list(zip(*outputs(model, exact, changed, x), strict=True))  # one pair for each output
-        likenesses = likenesses or [Likeness() for _ in pairs]
-        for likeness, pair in zip(likenesses, pairs, strict=True):
-            likeness.add(*map(meaning, pair))
+        kinds = kinds or [[Likeness() for _ in meanings] for _ in pairs]
+        for of_output, pair in zip(kinds, pairs, strict=True):
+            for likeness, means in zip(of_output, meanings, strict=True):
+                likeness.add(*map(means, pair))
+    likenesses = [of_output[0] for of_output in kinds]
     worst = max(likenesses, key=lambda likeness: likeness.relative_error)
     facts = f"{before / after:.2f}x smaller, relative error {worst.relative_error:.3g} on {len(inputs)} inputs"
     if all(likeness.error == 0 for likeness in likenesses):
         raise LlmqError(f"{word} changed no output: {facts}; leave it out for {name}")
-    for i, likeness in enumerate(likenesses):
-        if likeness.is_garbage:
+    for i, (likeness, *others) in enumerate(kinds):
+        if likeness.is_garbage and not any(other.kept >= 0.5 for other in others):
             raise LlmqError(
                 f"{word} spoilt the model: output {i} keeps {likeness.kept:.0%} of the variance of its float32 values "
                 f"(relative error {likeness.relative_error:.3g} on {len(inputs)} inputs); "
@@ -222,6 +226,11 @@ def judged(
         "changed_share": round(_changed_share(changed.graph), 4),
         "judged_on": len(inputs),
     }
+
+
+def chances(logits: Tensor) -> Tensor:
+    """The probability of each class, the last axis."""
+    return logits.float().softmax(-1)
 
 
 def _changed_share(graph: Graph) -> float:
