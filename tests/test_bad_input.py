@@ -232,9 +232,7 @@ COMMANDS = [
     *command("eval-no-task", "eval m --tasks ,", "tasks: []", "at least 1 item"),
     *command("eval-unknown-suite", "eval m --suite text-quik", "'text-quik'", "did you mean 'text-quick'?"),
     *command("eval-no-model", "eval ./no --suite text-quick", "'./no'", "no local folder"),
-    *command(
-        "eval-no-opener", "eval m --suite text-quick --model casual_lm", "'models.casual_lm'", "'models.causal_lm'?"
-    ),
+    *command("eval-no-opener", "eval m --suite text-quick --model casual_lm", "'casual_lm'", "'causal_lm'?"),
     *command("eval-out-in-use", "eval m --suite text-quick --out m", "'m' is not empty", "new --out"),
     *command("eval-broken-stage", "eval s --suite text-quick", "s/artifact.json:1", files={"s/artifact.json": "{"}),
     *command("eval-strange-stage", "eval s --suite text-quick", "'s/artifact.json'", files={"s/artifact.json": "{}"}),

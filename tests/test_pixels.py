@@ -439,7 +439,7 @@ def test_every_error_of_llmq_is_text():
 def test_sixteen_bit_images_in_folders_go_through_a_window(tmp_path):
     for i in range(3):
         tifffile.imwrite(tmp_path / f"{i}.tif", DEEP[i])
-        Image.fromarray(DEEP[i]).save(tmp_path / f"{i}.png")
+        Image.fromarray(DEEP[i + 3]).save(tmp_path / f"{i + 3}.png")
     split = read("image_folder", path=str(tmp_path), channels=1, window=WINDOW)
     found = {e.name: e.image[..., 0] for e in (*split.train, *split.held_out)}
     assert len(found) == 6

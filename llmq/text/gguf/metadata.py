@@ -240,7 +240,7 @@ def restore(file: Path, config: PretrainedConfig) -> None:
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    reader = GGUFReader(str(file))  # as transformers names it, so that the file is parsed once
     name = str(reader.fields["general.architecture"].contents())
     told = {key.removeprefix(f"{name}."): field.contents() for key, field in reader.fields.items()}
     if name in GEMMA_27B:
