@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmq.errors import UserError, did_you_mean
 from llmq.judge import results
@@ -21,6 +21,7 @@ from llmq.statistics.estimates import FEWEST, Estimate
 from llmq.statistics.pairing import count, pairs
 from llmq.types import JsonObject, Measurement, in_points
 
+Kind = Literal["ratio", "difference", "figure"]
 Outcome = Literal["pass", "fail", "base-unhealthy", "undecided"]
 EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 1, "base-unhealthy": 1, "undecided": 3}
 """More samples can settle an undecided rule; none can settle a rule against a broken base, which therefore fails."""
@@ -43,7 +44,7 @@ class Ruling:
     task: str
     metric: str
     verdict: Outcome
-    kind: Literal["ratio", "difference", "figure"]
+    kind: Kind
     value: float
     ci95: tuple[float, float] | None
     bound: float
@@ -179,7 +180,7 @@ def _judge(
 ) -> Ruling:
     rule = _in_unit_of(rule, m)
     b = before.get((m.task, m.metric))
-    kind: Any = "figure" if not rule.is_relative else "difference" if rule.factor is None else "ratio"
+    kind: Kind = "figure" if not rule.is_relative else "difference" if rule.factor is None else "ratio"
     points = in_points(m.unit) or rule.unit == "pt"
     plain = Ruling(
         rule.text, stage, m.task, m.metric, "undecided", kind, m.value, None, rule.bound, m.unit, points, m.n

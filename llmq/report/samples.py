@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmq.guarded.files import library, parse_json, read_json_object, read_text
 from llmq.judge.protocols import refused
@@ -129,7 +129,7 @@ def _score(answer: JsonObject, metric: str) -> float:
     return float(answer.get(metric, 0.0))
 
 
-def _arguments(answer: JsonObject) -> list[Sequence[Any]]:
+def _arguments(answer: JsonObject) -> list[list[object]]:
     """The text before each answer that was scored, and the answer itself."""
     return [list(each.values()) for each in answer["arguments"].values()]
 
