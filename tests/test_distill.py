@@ -328,14 +328,14 @@ def test_a_network_that_learned_to_be_rounded_is_a_graph_of_integers(trained, bi
 
 
 def test_logits_that_learned_by_their_chances_are_judged_by_these():
-    from llmq.adapt.qat import _chances
+    from llmq.vision.exporting import chances
     from llmq.vision.likeness import Likeness
 
     logits = 5 * torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
     shifted = logits + 30 * torch.randn(16, 1, generator=torch.Generator().manual_seed(1))  # of no effect on chances
     plain, judged = Likeness(), Likeness()
     plain.add(logits, shifted)
-    judged.add(_chances(logits), _chances(shifted))
+    judged.add(chances(logits), chances(shifted))
     assert plain.is_garbage
     assert judged.kept > 0.999
 
