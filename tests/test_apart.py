@@ -111,6 +111,7 @@ def test_a_python_that_does_not_begin_says_why(graph, tmp_path, nobody_waits, mo
         apart.check_runs(graph, Heads().title, [X])
 
 
+@pytest.mark.slow
 def test_what_the_user_got_wrong_stays_the_users_and_what_a_library_says_is_one_line(graph, tmp_path):
     step = plugin.build({"quantize.int8": {"ignored": ["trnk"]}})
     with pytest.raises(UserError, match="ignored: the network has no layer 'trnk'; did you mean 'trunk"):

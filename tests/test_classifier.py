@@ -67,6 +67,7 @@ def logits_of(artifact: Artifact, images: list[Any]) -> torch.Tensor:
 
 
 @needs_lite0
+@pytest.mark.slow
 def test_lite0_sees_in_the_photographs_what_is_there():
     artifact = timm_base(weights="efficientnet-lite0")
     model: Any = artifact.model

@@ -281,6 +281,7 @@ def test_influences_are_those_of_leaving_images_out():
     np.testing.assert_allclose(of_three, value + 2 * (without.mean() - without))
 
 
+@pytest.mark.slow
 def test_the_jackknife_is_as_wide_as_a_bootstrap_of_images():
     matches = matches_of(*some_world(5, images=80, classes=2))
     each = influences(matches, mean_average_precision(matches), 80)

@@ -219,6 +219,7 @@ def test_other_rows_than_those_of_the_text_before_are_refused(rows: int, graph: 
     assert torch.allclose(made, graph(torch.cat([before, ids[:rows, 6:]], 1)).logits[:, 6:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_perplexity_and_size_are_those_of_the_dequantized_weights(packed: Artifact, exported: Artifact):
     task: Any = plugin.build({"perplexity": {"limit": 2, "window": 128}}, "tasks")
     size: Any = plugin.build({"size": {}}, "tasks")

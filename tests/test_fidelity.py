@@ -91,6 +91,7 @@ def test_super_resolution_without_data_is_told_so(tmp_path):
         asked(plugin.build("fidelity", "tasks"), stage, base)
 
 
+@pytest.mark.slow
 def test_the_pictures_show_base_stage_and_difference(tmp_path):
     stage, base = stage_of(GAN, tmp_path / "a", 0.3)
     task = plugin.build({"fidelity": {"n": 4, "shown": 3}}, "tasks")

@@ -176,6 +176,7 @@ def test_50_samples_cannot_tell_one_point_and_the_gate_says_how_many_can():
     assert np.median([v.fine for v in undecided]) == pytest.approx(SETTLES_A_POINT, rel=0.35)
 
 
+@pytest.mark.slow
 def test_as_many_samples_as_theory_names_settle_it_in_four_of_five_runs():
     rng = np.random.default_rng(4)
     failed = [one("arc_easy >= base", *a_point_worse(rng, SETTLES_A_POINT)).verdict == "fail" for _ in range(200)]

@@ -106,6 +106,7 @@ def test_the_best_of_losses_without_a_checkpoint_each_is_refused(tiny_jsonl):
     plugin.build({"adapt.lora": {**settings, "save_steps": 1}}).check()
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_a_field_is_that_field(tiny_llama, tiny_jsonl, tmp_path):
     """The steps of an epoch are counted with the accumulation that is in force."""
     settings = {"max_steps": None, "packing": False}

@@ -34,6 +34,7 @@ def test_evaluations_in_between_leave_no_trace(any_base, tiny_jsonl, tmp_path):
     assert with_them.notes["training"]["fast_path"] == "used"
 
 
+@pytest.mark.slow
 def test_inputs_that_peft_would_widen_first_give_the_same_adapter(any_base, tiny_jsonl, tmp_path, monkeypatch):
     """The widened copy is rounded back to the bits that it was made of; only memory and time differ."""
     settings = {"data": str(tiny_jsonl), **QUICK, "lora_dropout": 0.0}

@@ -245,6 +245,7 @@ class Cycle:
         self.own = self
 
 
+@pytest.mark.slow
 def test_libraries_are_set_aside_for_a_block_and_what_it_frees_is_collected(monkeypatch):
     monkeypatch.setattr(environment, "_set_aside", [0])
     gc.unfreeze()

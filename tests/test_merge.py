@@ -38,6 +38,7 @@ def test_a_merged_model_opens_in_plain_transformers_and_says_nearly_the_same(
         assert torch.equal(logits_of(loaded.module, some_ids()), plain)
 
 
+@pytest.mark.slow
 def test_merging_is_exact_in_float32(tiny_llama, tiny_jsonl, tmp_path):
     adapted = apply("adapt.lora", base_of(tiny_llama, "float32"), tmp_path / "a", data=str(tiny_jsonl), **LORA)
     merged = apply("adapt.merge", adapted, tmp_path / "m", window=32, tokens=64)

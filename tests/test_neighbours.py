@@ -171,6 +171,7 @@ def test_a_hybrid_is_trained_one_example_a_row_and_the_notes_say_why(tiny_llama,
     assert asked.notes["training"]["loss"] == told["loss"]
 
 
+@pytest.mark.slow
 def test_llm_int8_of_a_leaking_model_is_seen_below_its_tolerance(tmp_path, tiny_llama, tiny_jsonl):
     """LFM2's leak is a tenth of what LLM.int8() is allowed to move: its gradient tells."""
     from transformers import AutoTokenizer

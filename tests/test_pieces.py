@@ -117,6 +117,7 @@ def test_of_many_rows_a_few_steps_read_those_that_they_can_see(tiny_llama, tmp_p
     assert (tokens["held_out"]["rows"], tokens["held_out"]["not_drawn"]) == (16, 24)
 
 
+@pytest.mark.slow
 def test_a_training_by_epochs_and_one_of_many_steps_read_all(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "ENOUGH", 5)
     data = {"file": {"path": str(write(tmp_path / "d.jsonl", 40)), "held_out": 0}}

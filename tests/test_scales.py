@@ -123,6 +123,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(packed, tmp_path, monkeypat
     assert resumed.notes["training"]["tokens"] == whole.notes["training"]["tokens"]
 
 
+@pytest.mark.slow
 def test_in_bfloat16_what_is_saved_answers_as_it_was_trained(tiny_llama, tmp_path):
     packed = apply("quantize.gptq", base_of(tiny_llama), tmp_path / "1", group_size=32, samples=4, length=64)
     stage = apply("adapt.scales", packed, tmp_path / "2", **QUICK)

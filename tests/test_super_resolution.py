@@ -383,6 +383,7 @@ def test_a_scale_bar_is_one_two_or_five_and_fits(width, pixel_size):
     assert bar * 2.5 > scale_bar.SHARE * width * pixel_size
 
 
+@pytest.mark.slow
 def test_a_close_up_has_a_scale_bar_where_the_size_of_a_voxel_is_known():
     shown = {}
     for size in (None, 2.0):

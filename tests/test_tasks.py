@@ -177,7 +177,9 @@ def test_lm_eval_is_that_of_the_harness_command_line(tiny_llama, tmp_path):
         assert ours[metric].n == 12
 
 
-@pytest.mark.parametrize("name", ["hellaswag", "mmlu", "gpqa", "pydoc_continuation"])
+@pytest.mark.parametrize(
+    "name", ["hellaswag", pytest.param("mmlu", marks=pytest.mark.slow), "gpqa", "pydoc_continuation"]
+)
 def test_tasks_of_the_harness_are_known_without_importing_it(name):
     plugin.build({"lm_eval": {"tasks": [name]}}, "tasks").check()
 

@@ -78,6 +78,7 @@ def pruned(tiny_llama, tmp_path_factory):
     return apply("prune.layers", base_of(tiny_llama), tmp_path_factory.mktemp("pruned"), drop=1, samples=2, length=32)
 
 
+@pytest.mark.slow
 def test_fast_and_own_path_learn_the_same(pruned, tiny_jsonl, tmp_path, monkeypatch):
     settings = {"data": str(tiny_jsonl), **QUICK, "teacher": "base", "temperature": 2.0}
     fast = apply("adapt.lora", pruned, tmp_path / "a", **settings)

@@ -133,6 +133,7 @@ def test_a_loss_that_is_no_number_ends_the_job(tmp_path):
         trained(tmp_path / "a", Tiny(broken=True))
 
 
+@pytest.mark.slow
 def test_bfloat16_products_and_channels_last_learn_alike(tmp_path):
     plain = trained(tmp_path / "a", max_steps=40).notes["training"]["loss"][-1][1]
     for name, settings in (("b", {"autocast": True}), ("c", {"channels_last": True})):
