@@ -1,6 +1,7 @@
 """Every family of language models that people bring: quantized and pruned, opened again, and opened elsewhere."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,15 @@ def test_layers_differ_as_the_recipe_says_and_a_tied_head_is_untied(family, tiny
     assert len(after["lm_head.scales"]) == 1
     assert torch.equal(after["model.embed_tokens.weight"], stored(like)["model.embed_tokens.weight"])
     assert_packed_right(stage.weights, tmp_path)
+
+
+def test_a_fused_layer_speaks_for_parts_of_one_grid_and_parts_of_several_are_a_finding(tiny_llama, tmp_path):
+    modules = {"(q|k|v)_proj": {"bits": 8}, "gate_proj": "skip"}
+    stage = apply("quantize.rtn", base_of(tiny_llama), tmp_path / "q", group_size=32, modules=modules)
+    dynamic = json.loads((stage.weights / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert dynamic[r"+:model\.layers\.0\.self_attn\.qkv_proj$"] == {"bits": 8, "group_size": 32, "sym": True}
+    assert not any("gate_up_proj" in pattern for pattern in dynamic)
+    assert re.match(r"model.layers.0.mlp.(gate|up)_proj .* fuses with it \(2 such places\)", stage.notes["finding"])
 
 
 QUICK_GRIDS: list[dict[str, Any]] = [

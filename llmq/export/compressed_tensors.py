@@ -47,16 +47,13 @@ class CompressedTensors(Step[LanguageModel]):
     def apply(self, artifact: Artifact[LanguageModel], folder: Path, context: Context) -> Artifact:
         """Write the model to `folder`, open it again, and compare the answers. Raises `LlmqError` if they differ."""
         from llmq.guarded.weights import safetensors_of
-        from llmq.text.compressed import unlike_neighbours, write_compressed
+        from llmq.text import fused
+        from llmq.text.compressed import write_compressed
 
         schemes = write_compressed(artifact.weights, folder)
         counts = Counter(f"{s.bits} bits, groups of {s.group_size or 'a row'}" for s in schemes.values() if s)
         notes: dict[str, object] = {"format": "compressed-tensors, pack-quantized", "layers": dict(counts)}
-        if unlike := unlike_neighbours(schemes):
-            told = (
-                f"{unlike[0]} is packed otherwise than the layers that vLLM fuses with it ({len(unlike)} such places): "
-                "transformers opens the stage, and vLLM does not; give q, k and v one grid, and gate and up"
-            )
+        if told := fused.finding(schemes):
             say(f"  {told}")
             notes["finding"] = told
         made = artifact.then(self, weights=folder, packed=True, notes=notes)

@@ -45,10 +45,6 @@ class Scheme(NamedTuple):
         return {"targets": targets, "weights": weights, **nothing, "format": PACK_QUANTIZED}
 
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that vLLM multiplies as one, and therefore reads only if they have one scheme, or none of them any."""
-
-
 def write_compressed(source: Path, folder: Path) -> dict[str, Scheme | None]:
     """Write the GPTQ checkpoint in `source` to `folder` as pack-quantized.
 
@@ -77,16 +73,6 @@ def write_compressed(source: Path, folder: Path) -> dict[str, Scheme | None]:
     if len(set(weight_map.values())) > 1:
         write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     return _describe(source, folder, {names[layer]: scheme for layer, scheme in schemes.items()})
-
-
-def unlike_neighbours(schemes: Mapping[str, Scheme | None]) -> list[str]:
-    """The first of each two layers that vLLM fuses and whose schemes differ, by name."""
-    together: dict[tuple[str, int], dict[Scheme | None, str]] = {}
-    for name, scheme in schemes.items():
-        owner, _, leaf = name.rpartition(".")
-        if (i := next((i for i, leaves in enumerate(FUSED) if leaf in leaves), None)) is not None:
-            together.setdefault((owner, i), {}).setdefault(scheme, name)
-    return [next(iter(kinds.values())) for kinds in together.values() if len(kinds) > 1]
 
 
 def _linear_names(source: Path, layers: list[str]) -> dict[str, str]:

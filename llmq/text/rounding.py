@@ -12,6 +12,7 @@ from llmq.artifact import Artifact
 from llmq.errors import UserError
 from llmq.files import write_json
 from llmq.layers import Pattern, settings_of, skip_or
+from llmq.text import fused
 from llmq.text.family import LanguageModel
 from llmq.text.grids import Grid, RoundToNearest, check_shape
 from llmq.text.skeleton import Skeleton
@@ -86,15 +87,15 @@ class GridStep(Grid, Step[LanguageModel]):
 
         source = artifact.model.skeleton(artifact, context.device)
         grids = self.grids(source)
-        change = change_to(grids)
+        change, layers = change_to(grids), _told_of_each(source, grids)
         config = {
-            **_told(self),
+            **dict(_told(self)),
             **settings,
             "lm_head": source.head in grids,
             "quant_method": "gptq",
             "checkpoint_format": change.format,
             "pack_dtype": "int32",
-            "dynamic": self._dynamic(source, grids) or None,
+            "dynamic": self._dynamic(layers) or None,
             "meta": {"quantizer": [f"llmq:{__version__}"]},
         }
         sequential = bool(settings.get("true_sequential", True))  # of no effect without calibration
@@ -102,21 +103,34 @@ class GridStep(Grid, Step[LanguageModel]):
         write_json(folder / "quantize_config.json", config)  # where AutoGPTQ looks
         told = {"quantized_layers": len(grids), "changed_share": round(source.share(grids), 4)}
         more = {**change.notes(), "layers_without_calibration": len(unseen) or None} if windows else {}
+        more |= {"finding": unlike} if (unlike := fused.finding(layers)) else {}
         return artifact.then(self, weights=folder, packed=True, notes={**told, **notes, **more})
 
-    def _dynamic(self, source: Skeleton, grids: Mapping[str, Grid]) -> dict[str, dict[str, object]]:
-        """The entries of layers unlike the rest, as GPTQModel and vLLM read them: `+:` overrides, `-:` skips."""
+    def _dynamic(self, told: "Mapping[str, Told]") -> dict[str, dict[str, object]]:
+        """The entries of layers unlike the rest, as GPTQModel and vLLM read them: `+:` overrides, `-:` skips.
+
+        Engines that fuse layers look for the name of the whole, which no file has: its parts speak for it.
+        """
         different: dict[str, dict[str, object]] = {}
-        for name in (*(name for block in source.blocks for name in source.linears(block)), source.head):
-            grid = grids.get(name)
-            pattern = source.file_name(name).replace(".", r"\.")  # readers match names in the files
-            if grid is None and name != source.head:  # `lm_head` speaks for the head
+        for name, grid in (*told.items(), *fused.alike(told)):
+            pattern = name.replace(".", r"\.")
+            if not grid:
                 different[f"-:{pattern}$"] = {}
-            elif grid and _told(grid) != _told(self):
-                different[f"+:{pattern}$"] = _told(grid)
+            elif grid != _told(self):
+                different[f"+:{pattern}$"] = dict(grid)
         return different
 
 
-def _told(grid: Grid) -> dict[str, object]:
-    """A grid as the configurations of the format name it."""
-    return {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+Told = tuple[tuple[str, object], ...]
+"""A grid as the configurations of the format name it; empty for a layer that stays as it is."""
+
+
+def _told(grid: Grid) -> Told:
+    return ("bits", grid.bits), ("group_size", grid.group_size), ("sym", grid.symmetric)
+
+
+def _told_of_each(source: Skeleton, grids: Mapping[str, Grid]) -> dict[str, Told]:
+    """The grid of each linear layer, by its name in the files; `lm_head` speaks for a head that is not packed."""
+    names = [name for block in source.blocks for name in source.linears(block)]
+    names += [source.head] if source.head in grids else []
+    return {source.file_name(name): _told(grids[name]) if name in grids else () for name in names}
