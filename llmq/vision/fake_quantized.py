@@ -16,6 +16,7 @@ from llmq.openvino_runtime import openvino, quietly
 from llmq.vision import apart
 from llmq.vision.exported import ExportedModule
 from llmq.vision.exporting import nncf, outputs
+from llmq.vision.graph_layers import restore_names
 from llmq.vision.likeness import Likeness
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def graph_of(network: Module, model: ImageModel) -> Graph:
     with quietly():
         graph: Graph = library.convert_model(stripped, example_input=example)
         graph.reshape([-1, example.shape[1], *((-1, -1) if model.any_size else example.shape[2:])])
+    restore_names(graph, stripped, _rounded_weights(stripped))
     apart.check_runs(graph, model.title, [example])
     made = ExportedModule(graph)
     for i, pair in enumerate(zip(*outputs(model, _Said(truth), made, model.example(2)), strict=True)):
@@ -151,6 +153,20 @@ class Rounded(Module):
         if not self.per_channel:
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
         return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, self.low, self.high)
+
+
+def _rounded_weights(stripped: Module) -> dict[str, Tensor]:
+    """The weight of each layer as its rounding makes it, by the name of the layer."""
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+
+    layers, found = dict(stripped.named_modules()), {}
+    for name, hook in get_hook_storage(stripped).named_hooks():
+        # pre_hooks.layer1/0/conv1/conv2d/0__1.0: an input of the first conv2d of layer1.0.conv1
+        layer = name.removeprefix("pre_hooks.").rsplit("/", 2)[0].replace("/", ".")
+        weight = getattr(layers.get(layer), "weight", None)
+        if isinstance(hook, Rounded) and hook.per_channel and isinstance(weight, Tensor):
+            found[layer] = hook(weight.detach())
+    return found
 
 
 def _stripped(network: Module) -> Module:

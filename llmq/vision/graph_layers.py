@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,24 +22,26 @@ TOLERANCE = 1e-3  # as a share of the norm
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 
 
-def restore_names(graph: Model, module: Module) -> None:
+def restore_names(graph: Model, module: Module, rounded: Mapping[str, Tensor] = {}) -> None:
     """Name convolutions after the layer whose weights they hold, where folding a normalization has lost the name.
 
     Folding scales each output by a number of its own. No name is given twice, although weights that folding has scaled
-    to zero fit any layer.
+    to zero fit any layer. `rounded` holds the weights of layers that the module rounds as it runs.
     """
     operations = graph.get_ordered_ops()
     taken = {layer for _, layer in operations_of(operation.get_friendly_name() for operation in operations)}
     layers = {
-        name: _rows(layer.weight.detach(), "ConvolutionBackpropData" if layer.transposed else "Convolution")
+        name: _rows(
+            rounded.get(name, layer.weight.detach()), "ConvolutionBackpropData" if layer.transposed else "Convolution"
+        )
         for name, layer in module.named_modules()
         if name not in taken and isinstance(layer, torch.nn.modules.conv._ConvNd)
     }
     for operation in operations:
         kind, named = operation.get_type_name(), operation.get_friendly_name().startswith(MODULE)
-        constant = operation.input_value(1).get_node() if "Convolution" in kind and not named else None
-        if constant is not None and constant.get_type_name() == "Constant":
-            rows = _rows(torch.from_numpy(constant.data.astype(np.float32)), kind)  # (outputs, numbers)
+        decoded = _decoded(operation.input_value(1).get_node()) if "Convolution" in kind and not named else None
+        if decoded is not None:
+            rows = _rows(torch.from_numpy(decoded[0]), kind)  # (outputs, numbers)
             layer = next((name for name, weight in layers.items() if are_proportional(rows, weight)), None)
             if layer is not None:
                 del layers[layer]
